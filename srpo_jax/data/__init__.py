@@ -1,0 +1,1 @@
+"""Records, image and text processing, and the Grain pipeline."""

@@ -1,0 +1,1 @@
+"""From completion text to `Verdict`: template, answers, verification."""

@@ -1,0 +1,1 @@
+"""The sampler: prefill once per prompt, decode in jitted segments."""

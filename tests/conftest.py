@@ -1,0 +1,31 @@
+"""Test set-up: CPU with 8 simulated devices, decided before jax is imported anywhere."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+_flag = "--xla_force_host_platform_device_count=8"
+if _flag not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " " + _flag).strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "float32")
+assert jax.device_count() == 8, f"tests need 8 simulated devices, found {jax.device_count()}"
+
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder with the real tokenizer and data sets, where the checkout has one beside it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no ../shared/data beside the checkout: real tokenizer and data sets missing")
+    return SHARED_DATA
