@@ -1,0 +1,154 @@
+"""What the configurations share: arguments after the colon, and the sections of every run.
+
+Sources named in the comments: P = paper (arXiv 2506.01713 v3), R = the authors' repository (the
+OpenRLHF scripts for RL, the LLaMA-Factory yaml for SFT); the rest is a choice of this project.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+SIZES = ("3b", "7b", "32b", "72b", "tiny")  # tiny: any small model, in float32
+MODES = ("full", "debug")  # debug: two steps of a few samples, to see that everything is in place
+
+# Devices that share one copy of a matrix product's weights: heads, mlp and vocabulary.
+TENSOR_PARALLEL = {"3b": 1, "7b": 1, "32b": 4, "72b": 8, "tiny": 1}
+
+
+def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
+    """``"size=7b,mode=debug"`` -> the values of ``known``, replaced where the argument says so.
+
+    A tuple in ``known`` lists the allowed values, its first one is the default; any other value is
+    the default and gives the type. Raises ValueError for an unknown argument or a wrong value.
+    """
+    values = {name: v[0] if isinstance(v, tuple) else v for name, v in known.items()}
+    for part in filter(None, (arg or "").split(",")):
+        name, equals, text = part.partition("=")
+        if not equals or name not in known:
+            raise ValueError(
+                f"config argument {part!r}: known are {', '.join(f'{n}=' for n in known)} as in "
+                "configs/grpo.py:size=7b,mode=debug"
+            )
+        default = known[name]
+        if isinstance(default, tuple):
+            if text not in default:
+                allowed = ", ".join(dict.fromkeys(default))
+                raise ValueError(f"config argument {part!r}: {name} is one of {allowed}")
+            values[name] = text
+        elif isinstance(default, bool):
+            if text not in ("True", "False"):
+                raise ValueError(f"config argument {part!r}: {name} is True or False")
+            values[name] = text == "True"
+        else:
+            try:
+                values[name] = type(default)(text)
+            except ValueError:
+                kind = type(default).__name__
+                raise ValueError(f"config argument {part!r}: {name} takes {kind}") from None
+    return ConfigDict(values)
+
+
+def base(size: str, mode: str) -> ConfigDict:
+    """The sections that training and evaluation share."""
+    config = ConfigDict()
+    config.size = size
+    config.mode = mode
+    config.seed = 0
+
+    # Where the model comes from. hf_dir always gives config, tokenizer and image processor; weights
+    # come from init_from where it is set: a parameter checkpoint, a step, or a run's --workdir.
+    config.hf_dir = ""
+    config.init_from = ""
+
+    config.model = ConfigDict()
+    config.model.dtype = "float32" if size == "tiny" else "bfloat16"  # matrix products (R: bf16)
+    config.model.param_dtype = "float32"  # master weights
+    config.model.remat = "none" if size == "tiny" else "block"
+    config.model.attention = "auto"
+
+    config.mesh = ConfigDict()
+    config.mesh.data = 1  # across slices and nodes that share no fast interconnect
+    config.mesh.fsdp = -1  # all devices that are left
+    config.mesh.tensor = TENSOR_PARALLEL[size]
+
+    config.distributed = ConfigDict()
+    config.distributed.enabled = False  # True: several processes
+    config.distributed.coordinator = ""  # host:port; empty: found on TPU pods and under SLURM
+    config.distributed.num_processes = 0
+    config.distributed.process_id = -1
+
+    config.compilation_cache_dir = ""  # where compiled programs are kept for later runs
+    config.compile_guard = True  # a recompilation after warm-up stops the run
+    return config
+
+
+def add_images(config: ConfigDict, max_pixels: int) -> None:
+    """Pixel limits of an image; both are handed to Hugging Face's image processor."""
+    config.min_pixels = 4 * 28 * 28  # 3,136 (R: train_ppo_ray.py)
+    config.max_pixels = max_pixels
+
+
+def add_training(config: ConfigDict) -> None:
+    """Checkpoints, logs and export of both training stages."""
+    config.export_hf_dir = ""  # a Hugging Face directory to write at the end
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 50  # steps; also at the end, and on SIGTERM
+    config.checkpoint.keep = 2  # newest; the best evaluated one is kept besides
+    config.checkpoint.keep_every = 500  # and every multiple of this (R: every 500 steps); 0: none
+    config.checkpoint.allow_changes = False  # resume although the config differs
+
+    config.log = ConfigDict()
+    config.log.every = 1  # steps between rows of metrics.jsonl
+    config.log.tensorboard = True
+    config.log.wandb_project = ""  # empty: no W&B
+
+
+def add_evaluation(config: ConfigDict, *, periodic: bool) -> None:
+    """Evaluation on a held-out file."""
+    config.eval = ConfigDict()
+    config.eval.file = ""  # records; in training, empty means no evaluation
+    if periodic:
+        config.eval.every = 50  # steps
+        config.eval.at_start = False
+    config.eval.limit = 0  # first so many records; 0: all
+    config.eval.batch_size = 128  # prompts at a time
+    config.eval.temperature = 0.0  # greedy
+    config.eval.samples = 1  # for each prompt
+
+
+def add_sampling(config: ConfigDict) -> None:
+    """How completions are drawn, in training and evaluation alike."""
+    config.sampling = ConfigDict()
+    config.sampling.max_new_tokens = 2048  # (R: generate_max_len)
+    config.sampling.top_k = 0  # off
+    config.sampling.top_p = 1.0  # off (R)
+    config.sampling.min_p = 0.0  # off
+    config.sampling.segment = 64  # tokens between two looks at what is done
+    config.sampling.concurrent_rows = 0  # rows of a shard in the cache at a time; 0: all
+
+
+def add_grading(config: ConfigDict) -> None:
+    """Worker processes that compare answers."""
+    config.grading = ConfigDict()
+    config.grading.workers = 8  # processes; math-verify takes 5 to 80 ms a check
+    config.grading.timeout = 5.0  # seconds a check may take before its worker is replaced
+
+
+def shrink(config: ConfigDict) -> None:
+    """mode=debug: two steps, an evaluation and a checkpoint, in as little time as possible."""
+    if "steps" in config:
+        config.steps = 2
+        config.checkpoint.every = 2
+        config.checkpoint.keep_every = 0
+        config.log.tensorboard = False
+        config.eval.every = 2
+        config.data.global_batch_size = 8
+    config.eval.limit = 8
+    config.eval.batch_size = 8
+    config.grading.workers = 1
+    config.sampling.max_new_tokens = 16
+    config.sampling.segment = 8
+    config.data.workers = 0
+    config.data.prompts_per_row = 1
+    config.data.patch_budgets = (1024, 3584)

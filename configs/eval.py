@@ -1,0 +1,39 @@
+"""Evaluation of a Hugging Face directory or a checkpoint on a file of problems.
+
+    python -m srpo_jax.evaluate --config=configs/eval.py:size=7b --workdir=runs/eval \
+        --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.init_from=runs/rl \
+        --config.eval.file=test.jsonl --config.eval.samples=8 --config.eval.temperature=1.0
+
+Arguments: size = 3b, 7b, 32b, 72b, tiny; mode = full, debug. The default is greedy decoding.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
+    args = common.parse_arg(arg, size=("7b", *common.SIZES), mode=common.MODES)
+    config = common.base(args.size, args.mode)
+    common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760, as in RL
+    common.add_evaluation(config, periodic=False)
+    common.add_sampling(config)
+    config.sampling.max_new_tokens = 4096  # R: its evaluation scripts
+    common.add_grading(config)
+
+    config.profile = "paper"  # whose format rules hold
+    config.bootstrap = 1000  # resamples for the 95 % intervals
+
+    config.data = ConfigDict()
+    config.data.root = ""  # folder that images must lie in; empty: the file's
+    config.data.prompt = "srpo"  # or "plain"
+    config.data.prompt_tokens = 1024  # budget, images included
+    config.data.prompts_per_row = 4  # prompts whose images one data shard encodes at a time
+    config.data.patch_budgets = tuple(config.data.prompts_per_row * n for n in (1024, 2048, 3584))
+    config.data.workers = 4
+    config.data.max_bad_share = 0.01
+
+    if args.mode == "debug":
+        common.shrink(config)
+    return config

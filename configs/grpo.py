@@ -1,0 +1,93 @@
+"""SRPO stage 2: GRPO with the reflection reward.
+
+    python -m srpo_jax.train_grpo --config=configs/grpo.py:size=7b --workdir=runs/rl \
+        --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.init_from=runs/sft \
+        --config.data.train=rl.jsonl --config.eval.file=held_out.jsonl
+
+Arguments: size = 3b, 7b, 32b, 72b, tiny; mode = full, debug. The defaults are the paper's recipe
+(sources in comments as in common.py): 500 steps of 128 prompts x 8 samples.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# Prompts whose images and tokens one data shard holds at a time.
+PROMPTS_PER_ROW = {"3b": 4, "7b": 2, "32b": 1, "72b": 1, "tiny": 4}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
+    args = common.parse_arg(arg, size=("7b", *common.SIZES), mode=common.MODES)
+    config = common.base(args.size, args.mode)
+    common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760 (R: train_ppo_ray.py)
+    common.add_training(config)
+    common.add_evaluation(config, periodic=True)
+    common.add_grading(config)
+
+    config.steps = 500  # P table 9 ("3 epochs" of P 4.1 would be 876)
+
+    config.data = ConfigDict()
+    config.data.train = ""  # records: .jsonl, .parquet, .array_record, tfds
+    config.data.root = ""  # folder that images must lie in; empty: the file's
+    config.data.prompt = "srpo"  # or "plain": one round of think and answer (GRPO control)
+    config.data.global_batch_size = 128  # prompts of a step (P 4.1)
+    config.data.prompts_per_row = PROMPTS_PER_ROW[args.size]  # memory of a micro-batch
+    config.data.prompt_tokens = 1024  # budget, images included (R: prompt_max_len)
+    # Patch slots of a row; a batch takes the smallest that fits. An image takes up to 2,560
+    # patches (max_pixels / 14**2) plus the padding of its windows.
+    config.data.patch_budgets = tuple(config.data.prompts_per_row * n for n in (1024, 2048, 3584))
+    config.data.shuffle = True
+    config.data.workers = 4  # processes that read and encode
+    config.data.max_bad_share = 0.01  # more unreadable records than this stop the run
+
+    common.add_sampling(config)
+    config.sampling.group_size = 8  # G (P 4.1)
+    config.sampling.temperature = 1.0  # (P 4.1)
+
+    config.reward_profile = "paper"  # or "openrlhf", "verl_fixed", "grpo"
+    config.reward_alpha = 0.1  # weight of the length term (P 3.2, table 6)
+
+    config.filter = ConfigDict()
+    config.filter.low = 0.1  # groups whose mean correctness of the final answer lies outside
+    config.filter.high = 0.9  # [low, high] get weight 0 (P 4.1; R takes the composite accuracy)
+    config.filter.resample = False  # True: sample on until the batch is full of groups inside (R)
+    config.filter.max_rounds = 4  # of sampling in one step
+
+    config.grpo = ConfigDict()
+    config.grpo.updates_per_rollout = 8  # R: 1024 samples in updates of 128
+    config.grpo.adv_eps = 1e-6  # added to the group's std (R has 1e-9)
+    config.grpo.scale_by_std = True  # P equation 3
+    config.grpo.clip_low = 0.2  # R: eps_clip, symmetric
+    config.grpo.clip_high = 0.2
+    config.grpo.dual_clip = 3.0  # R caps the ratio at 3
+    config.grpo.kl_coef = 0.0  # R: init_kl_coef 0; P has a coefficient but no number
+    config.grpo.kl_kind = "k3"  # P B.3
+    config.grpo.entropy_coef = 0.0
+    config.grpo.aggregation = "sequence"  # mean over tokens, then over sequences (R)
+    config.grpo.mask_truncated = False
+    config.grpo.tis_cap = 0.0  # cap of the weight against the sampler's probabilities; 0: off
+    config.grpo.logit_chunk = 256  # positions whose logits exist at a time
+
+    config.optim = ConfigDict()
+    config.optim.lr = 1e-6  # P 4.1
+    config.optim.schedule = "cosine"
+    config.optim.warmup_ratio = 0.03  # R
+    config.optim.final_fraction = 0.1  # R: cosine with a floor of a tenth
+    config.optim.b1 = 0.9  # R
+    config.optim.b2 = 0.95  # R
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.0  # R
+    config.optim.grad_clip = 1.0  # R
+    config.optim.moment_dtype = "float32"
+    config.freeze = ("vision/",)  # tower and merger (P 4.1; R: freeze_prefix visual)
+
+    config.rollouts = ConfigDict()
+    config.rollouts.every = 1  # steps between files of completions; 0: none
+
+    if args.mode == "debug":
+        common.shrink(config)
+        config.sampling.group_size = 2
+        config.grpo.updates_per_rollout = 1
+        config.filter.low, config.filter.high = 0.0, 1.0
+    return config

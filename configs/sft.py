@@ -1,0 +1,66 @@
+"""SRPO stage 1: supervised fine-tuning on reflection data.
+
+    python -m srpo_jax.train_sft --config=configs/sft.py:size=7b --workdir=runs/sft \
+        --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.data.train=reflections.jsonl
+
+Arguments: size = 3b, 7b, 32b, 72b, tiny; mode = full, debug. Sources in comments as in common.py:
+the paper gives neither learning rate nor batch size for this stage, the repository's yaml does.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# Conversations whose images and tokens one data shard holds at a time.
+SEQUENCES_PER_ROW = {"3b": 2, "7b": 1, "32b": 1, "72b": 1, "tiny": 4}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
+    args = common.parse_arg(arg, size=("7b", *common.SIZES), mode=common.MODES)
+    config = common.base(args.size, args.mode)
+    common.add_images(config, max_pixels=262_144)  # R: image_max_pixels
+    common.add_training(config)
+    common.add_evaluation(config, periodic=True)
+    common.add_grading(config)
+
+    config.epochs = 1  # P 4.1 and table 9 (R: 3)
+    config.steps = 0  # updates; 0: as many as the epochs hold
+
+    config.data = ConfigDict()
+    config.data.train = ""  # records with reflections: .jsonl, .parquet, .array_record, tfds
+    config.data.root = ""  # folder that images must lie in; empty: the file's
+    # "srpo": five blocks, as RL wants them; "paper": the paper's one think and two answers;
+    # "plain": one round; "gold": the gold answer in five blocks, where nobody wrote reasoning.
+    config.data.target = "srpo"
+    config.data.mask_wrong_first = False  # no loss on a wrong first attempt (P, R: loss on all)
+    config.data.global_batch_size = 16  # R: 8 GPUs x 1 x accumulation 2
+    config.data.prompts_per_row = SEQUENCES_PER_ROW[args.size]
+    config.data.tokens = 4096  # budget of a conversation (R: cutoff_len)
+    config.data.pack = False  # several conversations in one sequence; needs steps
+    config.data.prompt_tokens = 1024  # budget of a prompt in the evaluation
+    config.data.patch_budgets = tuple(config.data.prompts_per_row * n for n in (1024, 2048))
+    config.data.shuffle = True
+    config.data.workers = 4
+    config.data.max_bad_share = 0.01
+
+    common.add_sampling(config)  # of the evaluation
+
+    config.logit_chunk = 256  # positions whose logits exist at a time
+
+    config.optim = ConfigDict()
+    config.optim.lr = 1e-5  # R
+    config.optim.schedule = "cosine"
+    config.optim.warmup_ratio = 0.1  # R
+    config.optim.final_fraction = 0.0  # R: cosine to zero
+    config.optim.b1 = 0.9  # R: its framework's default
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.0
+    config.optim.grad_clip = 1.0
+    config.optim.moment_dtype = "float32"
+    config.freeze = ("vision/",)  # R: freeze_vision_tower, freeze_multi_modal_projector
+
+    if args.mode == "debug":
+        common.shrink(config)
+    return config

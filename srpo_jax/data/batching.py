@@ -1,0 +1,251 @@
+"""One encoded sample, and batches of them: rows, fixed budgets, padding, fillers and packing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from srpo_jax.data.records import RecordError
+from srpo_jax.data.vision_arrays import (
+    VisionArrays,
+    VisionGeometry,
+    mrope_positions,
+    stack_rows,
+    vision_arrays,
+)
+from srpo_jax.structs import Batch
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt or conversation, unpadded: T tokens, n patch slots, j merged tokens, I images."""
+
+    token_ids: np.ndarray  # [T] int32
+    mrope: np.ndarray  # [3, T] int32
+    next_pos: int  # position of the next token on all three axes
+    vision_src: np.ndarray  # [T] int32, index into this sequence's merged tokens or -1
+    loss_mask: np.ndarray  # [T] float32
+    grid: np.ndarray  # [I, 3] int64, image grids and then video grids
+    vision: VisionArrays
+    origin: str = ""  # "file:row" for error messages
+
+    @property
+    def patches(self) -> np.ndarray:
+        """[n, patch_dim] float32 pixel rows in window order."""
+        return self.vision.patches
+
+    @property
+    def patch_hw(self) -> np.ndarray:
+        """[n, 2] int32 row and column of each patch."""
+        return self.vision.patch_hw
+
+    @property
+    def num_tokens(self) -> int:
+        """T, image placeholders included."""
+        return self.token_ids.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """n, what the sequence takes of its row's patch budget."""
+        return self.vision.num_slots
+
+
+@dataclass(frozen=True)
+class VisionIds:
+    """Token ids and time scale that ``encode_arrays`` needs of a model's config."""
+
+    image_token_id: int
+    video_token_id: int
+    tokens_per_second: float = 2
+    geometry: VisionGeometry = field(default_factory=VisionGeometry)
+
+
+def encode_arrays(
+    token_ids: Sequence[int] | np.ndarray,
+    ids: VisionIds,
+    *,
+    pixel_values: np.ndarray | None = None,
+    image_grid_thw: Any = (),
+    pixel_values_videos: np.ndarray | None = None,
+    video_grid_thw: Any = (),
+    second_per_grid_ts: Any = None,
+    loss_mask: np.ndarray | None = None,
+    origin: str = "",
+) -> Encoded:
+    """What HF's processor returns for ONE sequence (no padding) -> Encoded.
+
+    Argument names and shapes are HF's. The row's merged tokens are those of all images, then those
+    of all videos. ``loss_mask`` defaults to ones, except for the first token. Raises ValueError
+    when placeholders, grids and pixel rows do not fit together.
+    """
+    token_ids = np.asarray(token_ids, np.int32).reshape(-1)
+    image_grid = np.asarray(image_grid_thw, np.int64).reshape(-1, 3)
+    video_grid = np.asarray(video_grid_thw, np.int64).reshape(-1, 3)
+    positions, next_pos = mrope_positions(
+        token_ids,
+        image_grid,
+        video_grid,
+        second_per_grid_ts,
+        image_token_id=ids.image_token_id,
+        video_token_id=ids.video_token_id,
+        merge_size=ids.geometry.merge_size,
+        tokens_per_second=ids.tokens_per_second,
+    )
+    grid = np.concatenate([image_grid, video_grid])
+    pixels = [np.asarray(p) for p in (pixel_values, pixel_values_videos) if p is not None]
+    empty = np.zeros((0, ids.geometry.patch_dim), np.float32)
+    vision = vision_arrays(np.concatenate(pixels) if pixels else empty, grid, ids.geometry)
+    vision_src = np.full(len(token_ids), -1, np.int32)
+    is_image, is_video = token_ids == ids.image_token_id, token_ids == ids.video_token_id
+    images = int(is_image.sum())
+    vision_src[is_image] = np.arange(images)
+    vision_src[is_video] = np.arange(images, images + int(is_video.sum()))
+    if loss_mask is None:
+        loss_mask = np.ones(len(token_ids), np.float32)
+    loss_mask = np.asarray(loss_mask, np.float32).copy()
+    loss_mask[:1] = 0  # nothing predicts the first token
+    return Encoded(token_ids, positions, next_pos, vision_src, loss_mask, grid, vision, origin)
+
+
+def _blank(count: int, tokens: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Arrays of ``count`` filler sequences: one visible pad token each, so that no row of
+    attention is empty, and valid False."""
+    arrays = {
+        "tokens": np.full((count, tokens), pad_id, np.int32),
+        "segment_ids": np.zeros((count, tokens), np.int32),
+        "mrope": np.zeros((count, 3, tokens), np.int32),
+        "vision_src": np.full((count, tokens), -1, np.int32),
+        "lengths": np.ones(count, np.int32),
+        "next_pos": np.ones(count, np.int32),
+        "loss_mask": np.zeros((count, tokens), np.float32),
+        "valid": np.zeros(count, bool),
+    }
+    arrays["segment_ids"][:, :1] = 1
+    return arrays
+
+
+def collate_packed(
+    sequences: Sequence[Sequence[Encoded]],
+    *,
+    rows: int,
+    tokens: int,
+    patches: int = 0,
+    pad_id: int = 0,
+    geometry: VisionGeometry | None = None,
+) -> Batch:
+    """Groups of encoded samples, each group one sequence of the batch -> Batch of numpy arrays.
+
+    Args:
+        sequences: B groups, row after row; an empty group is a filler sequence. The samples of a
+            group stand one after another with segment ids 1, 2, ...; positions restart at each.
+        rows: M; B must be a multiple of it.
+        tokens: T, the token budget of a sequence.
+        patches: N, the patch budget of a row (0: no vision arrays at all).
+
+    RecordError, naming the record, when a budget is exceeded.
+    """
+    if not sequences or len(sequences) % rows:
+        raise ValueError(f"{len(sequences)} sequences do not divide into {rows} rows")
+    per_row = len(sequences) // rows
+    arrays = _blank(len(sequences), tokens, pad_id)
+    vision_rows = []
+    for m in range(rows):
+        merged, slots, row_vision = 0, 0, []
+        for b in range(m * per_row, (m + 1) * per_row):
+            start = 0
+            for segment, sample in enumerate(sequences[b], start=1):
+                stop = start + sample.num_tokens
+                slots += sample.num_slots
+                if stop > tokens:
+                    raise RecordError(
+                        sample.origin,
+                        f"{stop} tokens exceed the budget of {tokens}",
+                        "raise the token budget or lower max_pixels",
+                    )
+                if slots > patches:
+                    raise RecordError(
+                        sample.origin,
+                        f"{slots} image patches in its row exceed the budget of {patches}",
+                        "raise the patch budget or lower max_pixels",
+                    )
+                arrays["tokens"][b, start:stop] = sample.token_ids
+                arrays["segment_ids"][b, start:stop] = segment
+                arrays["mrope"][b, :, start:stop] = sample.mrope
+                arrays["vision_src"][b, start:stop] = np.where(
+                    sample.vision_src >= 0, sample.vision_src + merged, -1
+                )
+                arrays["loss_mask"][b, start:stop] = sample.loss_mask
+                arrays["lengths"][b], arrays["next_pos"][b] = stop, sample.next_pos
+                arrays["valid"][b] = True
+                merged += sample.vision.num_merged
+                row_vision.append(sample.vision)
+                start = stop
+        vision_rows.append(row_vision)
+    vision = stack_rows(vision_rows, patches, geometry) if patches else None
+    return Batch(**arrays, vision=vision)
+
+
+def collate(
+    encoded: Sequence[Encoded],
+    *,
+    rows: int,
+    tokens: int,
+    patches: int = 0,
+    per_row: int | None = None,
+    pad_id: int = 0,
+    geometry: VisionGeometry | None = None,
+) -> Batch:
+    """Encoded samples, one a sequence -> Batch; fillers (valid False) where the list is short.
+
+    Sequence b is ``encoded[b]``; row m holds sequences m*per_row to (m+1)*per_row - 1
+    (``per_row`` by default as many as the list needs). Other arguments as ``collate_packed``.
+    """
+    per_row = per_row or max(1, -(-len(encoded) // rows))
+    if len(encoded) > rows * per_row:
+        raise ValueError(f"{len(encoded)} samples for {rows} rows of {per_row} sequences")
+    groups = [[sample] for sample in encoded] + [[]] * (rows * per_row - len(encoded))
+    return collate_packed(
+        groups, rows=rows, tokens=tokens, patches=patches, pad_id=pad_id, geometry=geometry
+    )
+
+
+class FirstFit:
+    """Places samples into B = rows * per_row sequences: first fit on the tokens of a sequence AND
+    the patches of its row. Without ``pack`` a sequence takes one sample."""
+
+    def __init__(self, *, rows: int, per_row: int, tokens: int, patches: int, pack: bool = True):
+        self.per_row, self.pack = per_row, pack
+        self.room_B = np.full(rows * per_row, tokens)
+        self.room_M = np.full(rows, patches)
+        self.count_B = np.zeros(rows * per_row, np.int64)
+
+    def place(self, sample: Encoded) -> int:
+        """The sequence that takes the sample, or -1 where none has room."""
+        fits_M = self.room_M >= sample.num_slots
+        fits_B = (self.room_B >= sample.num_tokens) & np.repeat(fits_M, self.per_row)
+        if not self.pack:
+            fits_B &= self.count_B == 0
+        if not fits_B.any():
+            return -1
+        b = int(fits_B.argmax())
+        self.room_B[b] -= sample.num_tokens
+        self.room_M[b // self.per_row] -= sample.num_slots
+        self.count_B[b] += 1
+        return b
+
+
+def first_fit(
+    encoded: Sequence[Encoded], *, rows: int, per_row: int, tokens: int, patches: int
+) -> tuple[list[list[int]], list[int]]:
+    """Pack samples (see ``FirstFit``): B groups of indices into ``encoded``, and those left over.
+
+    The groups, in sequence order, are what ``collate_packed`` takes.
+    """
+    fit = FirstFit(rows=rows, per_row=per_row, tokens=tokens, patches=patches)
+    groups: list[list[int]] = [[] for _ in range(rows * per_row)]
+    left = []
+    for index, sample in enumerate(encoded):
+        b = fit.place(sample)
+        (groups[b] if b >= 0 else left).append(index)
+    return groups, left

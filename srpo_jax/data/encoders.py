@@ -1,0 +1,110 @@
+"""Record -> Encoded: the functions that the loader's workers run, one image decode per record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from srpo_jax.data.batching import Encoded
+from srpo_jax.data.images import ImageRef
+from srpo_jax.data.processing import Processor
+from srpo_jax.data.records import Record, RecordError, image_ref, load_image
+from srpo_jax.prompts import (
+    paper_sft_response,
+    plain_messages,
+    plain_response,
+    srpo_messages,
+    srpo_response,
+)
+
+MESSAGES = {"srpo": srpo_messages, "plain": plain_messages}
+_SRPO_FIELDS = ("first_think", "first_answer", "reflection", "second_think", "second_answer")
+
+
+def _fields(record: Record, names: tuple[str, ...]) -> list[str]:
+    """Text fields of a record; RecordError naming those that are missing."""
+    missing = [n for n in names if not isinstance(record.extra.get(n), str)]
+    if missing:
+        raise RecordError(
+            record.origin, f"no text in the fields {missing}", "see tools.build_reflection_data"
+        )
+    return [record.extra[n] for n in names]
+
+
+def sft_response(record: Record, target: str) -> str:
+    """What the assistant should say: target "srpo", "paper", "plain" or "gold".
+
+    "srpo" and "paper" need reflection fields. "plain" takes the last thinking and the answer.
+    "gold" puts the gold answer into the template where nobody wrote reasoning.
+    """
+    try:
+        if target == "srpo":
+            return srpo_response(*_fields(record, _SRPO_FIELDS))
+        if target == "paper":
+            names = ("first_think", "first_answer", "reflection")
+            return paper_sft_response(*_fields(record, names), record.answer)
+        if target == "plain":
+            return plain_response(*_fields(record, ("second_think",)), record.answer)
+        if target == "gold":
+            said = "I read the problem and the image and work out the result."
+            again = "I go through the problem and the image once more and confirm the result."
+            review = "The reading of the image, each step and the result hold."
+            return srpo_response(said, record.answer, review, again, record.answer)
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise RecordError(record.origin, str(error)) from None
+    raise ValueError(f"target {target!r}: choose srpo, paper, plain or gold")
+
+
+def conversation_images(messages: list[dict], root: str, origin: str) -> list[ImageRef]:
+    """The images of {"type": "image", "image": path or bytes} parts, in the order of the text."""
+    parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
+    images = [p.get("image") for p in parts if isinstance(p, dict) and p.get("type") == "image"]
+    return [image_ref(image, origin, root) for image in images]
+
+
+def _messages(record: Record, prompt: str) -> list[dict]:
+    try:
+        return MESSAGES[prompt](record.question, record.images, record.choices)
+    except ValueError as error:
+        raise RecordError(record.origin, str(error)) from None
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """``encode(record)`` for RL and evaluation: the prompt up to the assistant's first token.
+
+    ``prompt`` is "srpo", "plain", or a function record -> messages. Picklable, so that worker
+    processes can run it.
+    """
+
+    processor: Processor
+    prompt: str | Callable[[Record], list[dict]] = "srpo"
+
+    def __call__(self, record: Record) -> Encoded:
+        messages = self.prompt(record) if callable(self.prompt) else _messages(record, self.prompt)
+        images = [load_image(ref) for ref in record.images]
+        return self.processor.encode_prompt(messages, images, origin=record.origin)
+
+
+@dataclass(frozen=True)
+class SftEncoder:
+    """``encode(record)`` for SFT: prompt and target, with the loss on the target.
+
+    ``mask_wrong_first`` keeps the first attempt out of the loss where the record says that it is
+    wrong (``first_correct`` false).
+    """
+
+    processor: Processor
+    target: str = "srpo"
+    mask_wrong_first: bool = False
+
+    def __call__(self, record: Record) -> Encoded:
+        response = sft_response(record, self.target)
+        messages = _messages(record, "plain" if self.target == "plain" else "srpo")
+        wrong = record.extra.get("first_correct") in (False, 0, "false", "False")
+        return self.processor.encode_conversation(
+            [*messages, {"role": "assistant", "content": response}],
+            [load_image(ref) for ref in record.images],
+            mask_first_attempt=self.mask_wrong_first and wrong and self.target != "plain",
+            origin=record.origin,
+        )

@@ -1,0 +1,346 @@
+"""The data pipeline: records -> shuffled, sharded, encoded batches of fixed shapes, resumable.
+
+Grain shuffles, repeats, shards and runs the encoding in threads or worker processes (stream.py).
+``Loader`` turns the stream of encoded records into batches: it sets bad records aside, fits images
+into patch budgets, and knows its exact place in the data at any batch.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
+from srpo_jax.data.quarantine import Preflight, Quarantine, RunError, preflight
+from srpo_jax.data.records import Record, RecordError
+from srpo_jax.data.stream import Item, LoaderConfig, Stream
+from srpo_jax.structs import Batch
+
+__all__ = [
+    "LoadedBatch",
+    "Loader",
+    "LoaderConfig",
+    "Preflight",
+    "RunError",
+    "make_loader",
+    "preflight",
+]
+
+_MIN_SEEN = 100  # records before the share of bad ones means anything
+_LOOK_AHEAD = 8  # records without room before a packed batch counts as full
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """One batch of this process.
+
+    Without packing, record i is sequence i and fillers (valid False) come last. ``slots[i]`` is the
+    sequence of record i in any case.
+    """
+
+    arrays: Batch
+    records: list[Record]
+    slots: np.ndarray  # [len(records)] int32
+    patch_budget: int
+
+
+# What the processes agree on before each batch, by maximum: nobody has data left, the patch budget
+# (1, 2, ...), the data have ended for one of them, one of them failed.
+_EMPTY = 0
+
+
+class Loader:
+    """Iterator of ``LoadedBatch``; see ``make_loader``. Counts: ``seen``, ``bad``, ``epoch``."""
+
+    def __init__(
+        self,
+        source: Any,
+        encode: Callable[[Record], Encoded],
+        config: LoaderConfig,
+        *,
+        check_record: Callable[[Record], str | None] | None = None,
+        agree: Callable[[int], int] | None = None,
+        quarantine_path: str | os.PathLike | None = None,
+    ):
+        if len(source) == 0:
+            raise RunError("the data hold no records")
+        self.config, self._source = config, source
+        self._stream, self._check_record = Stream(source, encode, config), check_record
+        self._agree = agree or (lambda status: status)
+        if quarantine_path is not None and config.process_count > 1:
+            stem, suffix = os.path.splitext(os.fspath(quarantine_path))
+            quarantine_path = f"{stem}.{config.process_index}{suffix}"
+        self.quarantine = Quarantine(quarantine_path)
+        self._checked: dict[int, str | None] = {}
+        self._iterator, self._done = None, False
+        self._position, self._waiting = 0, deque()
+        self.seen, self.bad, self._bad_run = 0, 0, 0
+
+    # --- the stream of usable records ---
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self._position * self.config.process_count / len(self._source)
+
+    def _next_item(self) -> Item | None:
+        if self._iterator is None:
+            self._iterator = self._stream.start(self._position)
+        item = next(self._iterator, None)
+        if item is None:
+            return None
+        self._position += 1
+        return replace(item, position=self._position - 1)
+
+    def _fault(self, item: Item) -> RecordError | None:
+        """Why the item cannot be used, or None."""
+        if item.error is not None:
+            return item.error
+        record, encoded, config = item.record, item.encoded, self.config
+        if encoded.num_tokens > config.token_budget:
+            return RecordError(
+                record.origin,
+                f"{encoded.num_tokens} tokens exceed the budget of {config.token_budget}",
+            )
+        most = max(config.patch_budgets, default=0)
+        if encoded.num_slots > most:
+            return RecordError(
+                record.origin, f"{encoded.num_slots} image patches exceed the budget of {most}"
+            )
+        if self._check_record is None:
+            return None
+        if item.index not in self._checked:  # once a record, not once an epoch
+            self._checked[item.index] = self._check_record(record)
+        reason = self._checked[item.index]
+        return None if reason is None else RecordError(record.origin, reason)
+
+    def _next_good(self) -> Item | None:
+        """The next usable record; bad ones on the way are counted and set aside."""
+        while (item := self._next_item()) is not None:
+            self.seen += 1
+            error = self._fault(item)
+            if error is None:
+                self._bad_run = 0
+                return item
+            self.bad += 1
+            self._bad_run += 1
+            self.quarantine.add(error, item.record.id if item.record else None)
+            self._check_share(error)
+        return None
+
+    def _check_share(self, error: RecordError) -> None:
+        """RunError when too many records are bad, or all of them."""
+        shard = -(-len(self._source) // self.config.process_count)
+        enough = self.seen >= min(_MIN_SEEN, shard)
+        if self._bad_run < shard and not (
+            enough and self.bad > self.config.max_bad_share * self.seen
+        ):
+            return
+        listed = f" (listed in {self.quarantine.path})" if self.quarantine.path else ""
+        raise RunError(
+            f"{self.bad} of {self.seen} records are bad{listed}, more than the share of "
+            f"{self.config.max_bad_share:g} that max_bad_share allows; the last one: {error}"
+        )
+
+    # --- batches ---
+
+    def _gather(self) -> tuple[list[list[Item]], int]:
+        """The items of the next batch, by sequence, and this process's status."""
+        config = self.config
+        budgets = config.patch_budgets or (0,)
+        stop = len(budgets) + 1
+        fit = FirstFit(
+            rows=config.rows,
+            per_row=config.per_row,
+            tokens=config.token_budget,
+            patches=budgets[-1],
+            pack=config.pack,
+        )
+        size = config.rows * config.per_row
+        groups: list[list[Item]] = [[] for _ in range(size)]
+        count, ended, skipped = 0, False, []
+        while count < size or config.pack:
+            item = self._waiting.popleft() if self._waiting else self._next_good()
+            if item is None:
+                ended = True
+                break
+            b = fit.place(item.encoded)
+            if b >= 0:
+                groups[b].append(item)
+                count += 1
+                continue
+            skipped.append(item)  # no room: it goes into the next batch
+            if config.pack and len(skipped) == _LOOK_AHEAD:
+                break
+            if len(skipped) > 2 * size + _LOOK_AHEAD:
+                raise RunError(
+                    f"patch_budgets: {config.per_row} prompts a row need more than "
+                    f"{budgets[-1]} patches; add a larger budget, or raise rows_per_shard or "
+                    "lower max_pixels"
+                )
+        self._waiting.extendleft(reversed(skipped))
+        if ended and config.drop_remainder:
+            return groups, stop
+        if not config.pack:
+            groups = self._arrange([g[0] for g in groups if g])
+        if not count:
+            return groups, _EMPTY
+        return groups, 1 + self._budget(max(_row_slots(groups, config.per_row)))
+
+    def _budget(self, needed: int) -> int:
+        """Index of the smallest patch budget that holds ``needed`` slots."""
+        return sum(budget < needed for budget in self.config.patch_budgets)
+
+    def _arrange(self, items: list[Item]) -> list[list[Item]]:
+        """One item a sequence; full batches balanced over the rows, others with fillers last."""
+        rows, per_row = self.config.rows, self.config.per_row
+        table: list[list[Item]] = [[] for _ in range(rows)]
+        if len(items) == rows * per_row:
+            load = np.zeros(rows, np.int64)
+            for item in sorted(items, key=lambda i: -i.encoded.num_slots):
+                free = [m for m in range(rows) if len(table[m]) < per_row]
+                m = min(free, key=lambda m: load[m])
+                table[m].append(item)
+                load[m] += item.encoded.num_slots
+            in_order = [items[m * per_row : (m + 1) * per_row] for m in range(rows)]
+            needed = max(sum(i.encoded.num_slots for i in row) for row in in_order)
+            if self._budget(needed) <= self._budget(max(load)):
+                table = in_order
+        else:
+            most, row = max(self.config.patch_budgets, default=0), 0
+            for place, item in enumerate(items):
+                row += len(table[row]) == per_row
+                if sum(i.encoded.num_slots for i in [*table[row], item]) > most:
+                    self._waiting.extendleft(reversed(items[place:]))
+                    break
+                table[row].append(item)
+        return [[item] for row in table for item in row] + [
+            [] for _ in range(rows * per_row - sum(map(len, table)))
+        ]
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> LoadedBatch:
+        """The next batch. RecordErrors never leave; RunError when the data cannot be used."""
+        if self._done:
+            raise StopIteration
+        budgets = self.config.patch_budgets or (0,)
+        stop, failed = len(budgets) + 1, len(budgets) + 2
+        try:
+            groups, status = self._gather()
+        except Exception:
+            self._done = True
+            self._agree(failed)  # the other processes must not wait for this one
+            raise
+        status = self._agree(status)
+        if status == failed:
+            self._done = True
+            raise RunError("another process could not go on with its data; see its message")
+        if status in (_EMPTY, stop):
+            self._done = True
+            raise StopIteration
+        budget = budgets[status - 1]
+        arrays = collate_packed(
+            [[item.encoded for item in group] for group in groups],
+            rows=self.config.rows,
+            tokens=self.config.token_budget,
+            patches=budget,
+            pad_id=self.config.pad_id,
+            geometry=self.config.geometry,
+        )
+        slots = np.repeat(np.arange(len(groups), dtype=np.int32), [len(g) for g in groups])
+        return LoadedBatch(arrays, [i.record for g in groups for i in g], slots, budget)
+
+    # --- resuming ---
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a saved place to mean anything."""
+        return {
+            "data": getattr(self._source, "fingerprint", str(len(self._source))),
+            "seed": self.config.seed,
+            "shuffle": self.config.shuffle,
+            "process_index": self.config.process_index,
+            "process_count": self.config.process_count,
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """The place right after the last batch, JSON values only; one for each process."""
+        return {
+            **self._identity(),
+            "position": self._position,
+            "waiting": [item.position for item in self._waiting],
+            "seen": self.seen,
+            "bad": self.bad,
+            "bad_run": self._bad_run,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on exactly where ``get_state`` stood, with any number of workers.
+
+        ValueError, naming it, when the data, the seed or the number of processes changed.
+        """
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"the saved place in the data does not fit: {name} was {state[name]!r} and is "
+                    f"{value!r}; restore with the same data and settings"
+                )
+        self.close()
+        self._done = False
+        self._position = int(state["position"])
+        self.seen, self.bad = int(state["seen"]), int(state["bad"])
+        self._bad_run = int(state["bad_run"])
+        self._waiting = deque(self._stream.item(int(p)) for p in state["waiting"])
+
+    def close(self) -> None:
+        """Stop threads and worker processes; iteration may go on afterwards."""
+        if self._iterator is not None and hasattr(self._iterator, "close"):
+            self._iterator.close()
+        self._iterator = None
+
+
+def make_loader(
+    source: Any,
+    encode: Callable[[Record], Encoded],
+    *,
+    check_record: Callable[[Record], str | None] | None = None,
+    agree: Callable[[int], int] | None = None,
+    quarantine_path: str | os.PathLike | None = None,
+    **settings: Any,
+) -> Loader:
+    """An iterator of ``LoadedBatch`` over ``source``.
+
+    Args:
+        source: ``Records``, or anything with ``len`` and indexing that gives ``Record``s.
+        encode: record -> Encoded, picklable when ``workers`` > 0; may raise RecordError. It runs
+            once for each record that is drawn, never once for each sample of a group.
+        check_record: a reason to leave a record out (a gold that cannot be parsed), or None; runs
+            in this process, once for each record.
+        agree: maximum of an integer over all processes; called once a batch by every process.
+        quarantine_path: where bad records are listed; ".<process>" is put before the suffix when
+            there are several processes.
+        **settings: fields of ``LoaderConfig``.
+
+    For evaluation: ``shuffle=False, epochs=1, drop_remainder=False`` gives every record exactly
+    once, and fillers at the end.
+    """
+    return Loader(
+        source,
+        encode,
+        LoaderConfig(**settings),
+        check_record=check_record,
+        agree=agree,
+        quarantine_path=quarantine_path,
+    )
+
+
+def _row_slots(groups: Sequence[Sequence[Item]], per_row: int) -> list[int]:
+    """Patch slots that each row of a batch takes."""
+    return [
+        sum(item.encoded.num_slots for group in groups[b : b + per_row] for item in group)
+        for b in range(0, len(groups), per_row)
+    ]

@@ -1,0 +1,337 @@
+"""Messages and images -> token ids, pixel patches and positions, exactly as Hugging Face's.
+
+``Processor`` holds the tokenizer, the PIL image processor and the chat template of a Hugging Face
+directory; ``collate`` (from data/batching.py) turns what it returns into one ``Batch``.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from srpo_jax.data.batching import (
+    Encoded,
+    FirstFit,
+    VisionIds,
+    collate,
+    collate_packed,
+    encode_arrays,
+    first_fit,
+)
+from srpo_jax.data.images import to_rgb
+from srpo_jax.data.records import RecordError
+from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, vision_arrays
+
+__all__ = [
+    "Encoded",
+    "FirstFit",
+    "Processor",
+    "VisionGeometry",
+    "VisionIds",
+    "check_messages",
+    "collate",
+    "collate_packed",
+    "encode_arrays",
+    "first_fit",
+    "mrope_positions",
+    "token_bytes",
+    "vision_arrays",
+]
+
+# The recipe's pixel range: 4 to 640 merged tokens an image (MM-EUREKA, SRPO).
+MIN_PIXELS = 4 * 28 * 28
+MAX_PIXELS = 640 * 28 * 28
+
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+VISION_MARKERS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
+# Text of a record that held one of these would become a token with a meaning of its own.
+CONTROL_TOKENS = VISION_MARKERS + ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON file as a dict, {} where it is missing; ValueError naming a file that is not JSON."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def _chat_template(hf_dir: Path, tokenizer) -> str:
+    """The processor's template where there is one, else the tokenizer's."""
+    template = _read_json(hf_dir / "chat_template.json").get("chat_template")
+    if template is None and (hf_dir / "chat_template.jinja").is_file():
+        template = (hf_dir / "chat_template.jinja").read_text("utf-8")
+    template = template or tokenizer.chat_template
+    if not isinstance(template, str):
+        raise ValueError(
+            f"{hf_dir}: no chat template; add chat_template.json or chat_template.jinja"
+        )
+    return template
+
+
+class Processor:
+    """Tokenizer, image processor and chat template of one Hugging Face directory.
+
+    Attributes: tokenizer (HF), geometry, vocab_size (ids the tokenizer knows), eos_ids, pad_id,
+    image_token_id, video_token_id, forbidden_ids (never to be sampled).
+    """
+
+    def __init__(
+        self,
+        hf_dir: str | Path,
+        *,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        hf_dir = Path(hf_dir)
+        if not hf_dir.is_dir():
+            raise ValueError(f"{hf_dir}: no such directory; give a Hugging Face model directory")
+        if not 0 < min_pixels <= max_pixels:
+            raise ValueError(
+                f"min_pixels={min_pixels}, max_pixels={max_pixels}: need 0 < min <= max"
+            )
+        self.hf_dir, self.min_pixels, self.max_pixels = hf_dir, min_pixels, max_pixels
+        self.tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+        self._backend = self.tokenizer.backend_tokenizer
+        # Called from several threads: padding or truncation would be shared mutable state.
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        # from_pretrained(size=...) is ignored when the file has min_pixels/max_pixels.
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(
+            hf_dir, min_pixels=min_pixels, max_pixels=max_pixels
+        )
+        self.chat_template = _chat_template(hf_dir, self.tokenizer)
+        self._read_config()
+
+    def _read_config(self) -> None:
+        """Window size, time scale and special ids from config.json and generation_config.json."""
+        config = _read_json(self.hf_dir / "config.json")
+        vision = config.get("vision_config", {})
+        self.geometry = VisionGeometry(
+            patch_size=self.image_processor.patch_size,
+            merge_size=self.image_processor.merge_size,
+            temporal_patch_size=self.image_processor.temporal_patch_size,
+            window_size=vision.get("window_size", VisionGeometry.window_size),
+        )
+        self.vocab_size = len(self.tokenizer)
+        ids = {t: self.tokenizer.convert_tokens_to_ids(t) for t in CONTROL_TOKENS}
+        known = self.tokenizer.get_added_vocab()
+        missing = [t for t in CONTROL_TOKENS if t not in known]
+        if missing:
+            raise ValueError(f"{self.hf_dir}: the tokenizer has no added tokens {missing}")
+        for key, token in (("image_token_id", IMAGE_PAD), ("video_token_id", VIDEO_PAD)):
+            if config.get(key, ids[token]) != ids[token]:
+                raise ValueError(
+                    f"{self.hf_dir}/config.json: {key}={config[key]}, but {token} is {ids[token]} "
+                    "in the tokenizer"
+                )
+        self.image_token_id, self.video_token_id = ids[IMAGE_PAD], ids[VIDEO_PAD]
+        self.forbidden_ids = tuple(ids[t] for t in VISION_MARKERS)
+        self.ids = VisionIds(
+            self.image_token_id,
+            self.video_token_id,
+            vision.get("tokens_per_second", 2),
+            self.geometry,
+        )
+        generation = _read_json(self.hf_dir / "generation_config.json")
+        eos = generation.get("eos_token_id", [ids["<|im_end|>"], ids["<|endoftext|>"]])
+        self.eos_ids = tuple(eos) if isinstance(eos, list) else (int(eos),)
+        pad = generation.get("pad_token_id", self.tokenizer.pad_token_id)
+        self.pad_id = int(ids["<|endoftext|>"] if pad is None else pad)
+
+    def _render(self, messages: Sequence[dict], generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+        )
+
+    def images_to_arrays(
+        self, images: Sequence[Image.Image], origin: str = ""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """PIL images -> HF's pixel_values [sum(h*w), patch_dim] float32 and grid_thw [I, 3]."""
+        if not images:
+            return np.zeros((0, self.geometry.patch_dim), np.float32), np.zeros((0, 3), np.int64)
+        for image in images:
+            if max(image.size) > 200 * min(image.size):
+                raise RecordError(
+                    origin,
+                    f"image of {image.width} x {image.height} pixels: aspect ratio above 200",
+                    "crop the image",
+                )
+        images = [image if image.mode == "RGB" else to_rgb(image) for image in images]
+        out = self.image_processor(images, return_tensors="np")
+        return np.asarray(out["pixel_values"], np.float32), np.asarray(out["image_grid_thw"])
+
+    def _expand(self, text: str, grid: np.ndarray, origin: str) -> str:
+        """Repeat the k-th image placeholder once for each merged token of image k."""
+        pieces = text.split(IMAGE_PAD)
+        if len(pieces) - 1 != len(grid):
+            raise RecordError(
+                origin,
+                f"{len(pieces) - 1} image places in the messages, but {len(grid)} images",
+                "give one image for each place",
+            )
+        counts = (grid.prod(-1) // self.geometry.merge_unit).tolist()
+        return pieces[0] + "".join(
+            IMAGE_PAD * count + piece for count, piece in zip(counts, pieces[1:], strict=True)
+        )
+
+    def encode_prompt(
+        self, messages: Sequence[dict], images: Sequence[Image.Image] = (), *, origin: str = ""
+    ) -> Encoded:
+        """Messages in HF's form (image parts as {"type": "image"}) -> Encoded, ready to sample.
+
+        The generation prompt is appended; ids and image-token counts equal HF's processor's.
+        Raises RecordError for control tokens in the text, a wrong number of images, and images
+        that cannot be resized.
+        """
+        check_messages(messages, origin)
+        pixel_values, grid = self.images_to_arrays(images, origin)
+        text = self._expand(self._render(messages, True), grid, origin)
+        token_ids = self._backend.encode(text, add_special_tokens=False).ids
+        return encode_arrays(
+            token_ids,
+            self.ids,
+            pixel_values=pixel_values,
+            image_grid_thw=grid,
+            loss_mask=np.zeros(len(token_ids), np.float32),
+            origin=origin,
+        )
+
+    def encode_conversation(
+        self,
+        messages: Sequence[dict],
+        images: Sequence[Image.Image] = (),
+        *,
+        mask_first_attempt: bool = False,
+        origin: str = "",
+    ) -> Encoded:
+        """A whole conversation -> Encoded with loss on the assistant's tokens.
+
+        The loss covers each assistant turn's text and its <|im_end|>, not the newline after it.
+        ``mask_first_attempt`` takes the content of the first think and of the first answer block
+        of the last assistant turn out of the loss (their tags stay in it): the model still sees
+        a wrong first attempt, but does not learn to make it. Raises RecordError as
+        ``encode_prompt`` does, and when there is no assistant turn or no block to mask.
+        """
+        check_messages(messages, origin)
+        pixel_values, grid = self.images_to_arrays(images, origin)
+        raw = self._render(messages, False)
+        text = self._expand(raw, grid, origin)
+        spans, masked = self._loss_spans(messages, raw, mask_first_attempt, origin)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        starts_T, stops_T = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        loss_mask = np.zeros(len(encoding.ids), np.float32)
+        # Spans were found before the placeholders grew; their ends move by what grew before them.
+        shift = _growth(raw, grid.prod(-1) // self.geometry.merge_unit)
+        for weight, places in ((1.0, spans), (0.0, masked)):
+            for start, stop in places:
+                overlap = (stops_T > shift(start)) & (starts_T < shift(stop))
+                loss_mask[overlap] = weight
+        return encode_arrays(
+            encoding.ids,
+            self.ids,
+            pixel_values=pixel_values,
+            image_grid_thw=grid,
+            loss_mask=loss_mask,
+            origin=origin,
+        )
+
+    def _loss_spans(
+        self, messages: Sequence[dict], text: str, mask_first_attempt: bool, origin: str
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Character spans of the rendered text that the loss covers, and those taken out again."""
+        spans = []
+        for k, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:k], True)
+            until = self._render(messages[: k + 1], False)
+            if not (text.startswith(until) and until.startswith(before)):
+                raise ValueError(
+                    f"{self.hf_dir}: the chat template rewrites earlier turns; the assistant's "
+                    "tokens cannot be told apart"
+                )
+            spans.append((len(before), len(until.rstrip("\n"))))
+        if not spans:
+            raise RecordError(origin, "no assistant turn to learn from", "add one")
+        masked = []
+        if mask_first_attempt:
+            start, stop = spans[-1]
+            for tag in ("think", "answer"):
+                found = re.compile(f"<{tag}>(.*?)</{tag}>", re.DOTALL).search(text, start, stop)
+                if not found:
+                    raise RecordError(origin, f"no <{tag}> block to mask", "check the response")
+                masked.append(found.span(1))
+        return spans, masked
+
+
+def _growth(raw: str, counts: np.ndarray):
+    """Map a character offset of ``raw`` to one after each image placeholder was repeated."""
+    places = np.array([m.end() for m in re.finditer(re.escape(IMAGE_PAD), raw)], np.int64)
+    grown = np.concatenate([[0], np.cumsum((np.asarray(counts, np.int64) - 1) * len(IMAGE_PAD))])
+
+    def shift(offset: int) -> int:
+        return offset + int(grown[np.searchsorted(places, offset, side="right")])
+
+    return shift
+
+
+def check_messages(messages: Sequence[dict], origin: str = "") -> None:
+    """RecordError unless the messages have HF's form and no control token in their text.
+
+    A message is {"role", "content"}; its content a string or a list of {"type": "text", "text"}
+    and {"type": "image", ...} parts.
+    """
+    remedy = "write {'role', 'content'}, the content text or a list of text and image parts"
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RecordError(origin, "a message without a role", remedy)
+        content = message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list | tuple):
+            raise RecordError(origin, "a message without content", remedy)
+        for part in parts:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image":
+                continue
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise RecordError(origin, "a part that is neither text nor image", remedy)
+            found = [t for t in CONTROL_TOKENS if t in part["text"]]
+            if found:
+                raise RecordError(origin, f"control token {found[0]} in the text", "remove it")
+
+
+def token_bytes(tokenizer, size: int | None = None) -> list[bytes]:
+    """The bytes that each token id stands for, by id; what byte-exact block spans are found on.
+
+    Byte-level BPE tokens map back through the byte alphabet, added tokens are their literal text
+    in UTF-8. ``size`` pads the list with b"" up to the model's vocabulary, which is larger than the
+    tokenizer's. ValueError for a tokenizer that is not byte-level.
+    """
+    # The byte alphabet of GPT-2: printable Latin-1 bytes stand for themselves, the other 68 are
+    # moved, in order, to the code points from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [b for b in range(256) if b not in set(printable)]
+    alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
+    added = tokenizer.get_added_vocab()
+    vocabulary = tokenizer.get_vocab()
+    table = [b""] * max(size or 0, max(vocabulary.values()) + 1)
+    for token, index in vocabulary.items():
+        if token in added:
+            table[index] = token.encode("utf-8")
+            continue
+        try:
+            table[index] = bytes(alphabet[c] for c in token)
+        except KeyError:
+            raise ValueError(f"token {index} ({token!r}): not a byte-level BPE tokenizer") from None
+    return table

@@ -1,0 +1,169 @@
+"""The stream under the loader: which records in which order, read and encoded in parallel."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grain
+import numpy as np
+
+from srpo_jax.data.batching import Encoded
+from srpo_jax.data.quarantine import RunError
+from srpo_jax.data.records import Record, RecordError
+from srpo_jax.data.vision_arrays import VisionGeometry
+
+_SHARED_MEMORY = "/dev/shm"
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """What shapes the batches. A batch has ``num_shards * rows_per_shard`` rows of
+    ``global_batch_size / rows`` sequences over all processes."""
+
+    global_batch_size: int  # sequences
+    token_budget: int  # T of a sequence
+    patch_budgets: tuple[int, ...] = ()  # N of a row: the smallest that fits is used; (): no images
+    rows_per_shard: int = 1  # micro-batches
+    num_shards: int = 1  # data shards of the whole mesh
+    seed: int = 0
+    epochs: int | None = None  # None: for ever
+    shuffle: bool = True
+    drop_remainder: bool = True  # False: fill the last batch up (evaluation)
+    pack: bool = False  # several samples in a sequence
+    process_index: int = 0
+    process_count: int = 1
+    workers: int = 0  # processes that read and encode; 0: threads
+    max_bad_share: float = 0.05
+    pad_id: int = 0
+    geometry: VisionGeometry = field(default_factory=VisionGeometry)
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch_budgets", tuple(sorted(set(self.patch_budgets))))
+        rows = self.rows_per_shard * self.num_shards
+        if min(self.global_batch_size, self.token_budget, rows) < 1:
+            raise ValueError("global_batch_size, token_budget, rows_per_shard, num_shards: all > 0")
+        if self.global_batch_size % rows:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of num_shards * "
+                f"rows_per_shard = {self.num_shards} * {self.rows_per_shard}"
+            )
+        if self.num_shards % self.process_count:
+            raise ValueError(
+                f"num_shards={self.num_shards} is not a multiple of the {self.process_count} "
+                "processes"
+            )
+        slots = self.geometry.window_slots
+        if any(n < slots or n % slots for n in self.patch_budgets):
+            raise ValueError(f"patch_budgets={self.patch_budgets}: positive multiples of {slots}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch in this process."""
+        return self.rows_per_shard * self.num_shards // self.process_count
+
+    @property
+    def per_row(self) -> int:
+        """Sequences of a row."""
+        return self.global_batch_size // (self.rows_per_shard * self.num_shards)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a worker made of the record at one position of the stream: Encoded or a reason."""
+
+    position: int
+    index: int
+    record: Record | None
+    encoded: Encoded | None
+    error: RecordError | None
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Read and encode record ``index``; a bad record becomes an item with its error."""
+
+    source: Any
+    encode: Callable[[Record], Encoded]
+
+    def __call__(self, index: int) -> Item:
+        record = None
+        try:
+            record = self.source[index]
+            return Item(-1, index, record, self.encode(record), None)
+        except RecordError as error:
+            return Item(-1, index, record, None, error)
+
+
+def _to_wire(item: Item) -> tuple[Item, np.ndarray | None]:
+    """The item without its pixels, and the pixels.
+
+    Grain moves arrays between processes through shared memory and the rest through a pipe; a pipe
+    full of pixels would block a worker that should end.
+    """
+    if item.record is not None:  # image bytes have done their work
+        images = tuple(replace(ref, data=None) for ref in item.record.images)
+        item = replace(item, record=replace(item.record, images=images))
+    if item.encoded is None or not item.encoded.num_slots:
+        return item, None
+    vision = item.encoded.vision
+    bare = replace(vision, patches=vision.patches[:0])
+    return replace(item, encoded=replace(item.encoded, vision=bare)), vision.patches
+
+
+def _from_wire(wire: tuple[Item, np.ndarray | None]) -> Item:
+    item, patches = wire
+    if patches is None:
+        return item
+    # Copied, so that shared memory holds only what is on its way.
+    vision = replace(item.encoded.vision, patches=np.array(patches))
+    return replace(item, encoded=replace(item.encoded, vision=vision))
+
+
+class Stream:
+    """This process's share of the records, shuffled anew each epoch; random access by position.
+
+    Repeated first and sharded afterwards: the stream over all processes, and with it each global
+    batch, does not depend on how many processes there are.
+    """
+
+    def __init__(self, source: Any, encode: Callable[[Record], Encoded], config: LoaderConfig):
+        self._load, self._config = _Load(source, encode), config
+        indices = grain.MapDataset.range(len(source)).seed(config.seed)
+        indices = indices.shuffle() if config.shuffle else indices
+        self._indices = indices.repeat(config.epochs)[config.process_index :: config.process_count]
+
+    def item(self, position: int) -> Item:
+        """The record at one position."""
+        return replace(self._load(int(self._indices[position])), position=position)
+
+    def start(self, position: int) -> Iterator[Item]:
+        """A Grain iterator from ``position`` on (its items do not know their position).
+
+        RunError where the workers would die of SIGBUS for want of shared memory.
+        """
+        if position >= len(self._indices):
+            return iter(())
+        dataset = self._indices[position:].map(self._load)
+        if not self._config.workers:
+            threads = min(8, os.cpu_count() or 1)
+            return iter(dataset.to_iter_dataset(grain.ReadOptions(threads, 2 * threads)))
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain's workers refuse to start otherwise
+            flags.FLAGS.mark_as_parsed()
+        self._check_shared_memory()
+        options = grain.MultiprocessingOptions(self._config.workers, per_worker_buffer_size=2)
+        dataset = dataset.map(_to_wire).to_iter_dataset(grain.ReadOptions(1, 2))
+        return iter(dataset.mp_prefetch(options).map(_from_wire))
+
+    def _check_shared_memory(self) -> None:
+        """Containers often have 64 MB of it, a large image takes 12."""
+        item = 4 * self._config.geometry.patch_dim * max(self._config.patch_budgets, default=0)
+        needed = 5 * item * self._config.workers  # two buffered, one each being made, sent, copied
+        if os.path.isdir(_SHARED_MEMORY) and shutil.disk_usage(_SHARED_MEMORY).free < needed:
+            raise RunError(
+                f"{self._config.workers} workers need {needed >> 20} MiB in {_SHARED_MEMORY}; "
+                "start the container with a larger --shm-size, or set workers to 0"
+            )

@@ -1,0 +1,343 @@
+"""Evaluate a model on a file of problems: both answers' accuracy, fix and harm, lengths.
+
+    python -m srpo_jax.evaluate --config=configs/eval.py:size=7b --workdir=runs/eval \
+        --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.init_from=runs/rl \
+        --config.eval.file=test.jsonl
+
+Reading guide: `evaluate` is the program. It builds an `Evaluator`, which samples and grades batch
+by batch and gives one row for each completion; rows are appended to ``samples.partial.jsonl``, so
+that a run that was stopped goes on where it stood, and become ``samples.jsonl`` at the end.
+`summarise` turns rows into rates, with bootstrap intervals for ``summary.json`` and without them
+for the periodic evaluation of both training stages.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from srpo_jax import setup
+from srpo_jax.checkpoint import below, flat_config, gather_bytes
+from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.grading.answers import gold_problem
+from srpo_jax.grading.template import TokenText
+from srpo_jax.grading.verifier import Verifier
+from srpo_jax.metrics import write_jsonl
+from srpo_jax.rollout import Generator, Graded, Sampled, make_token_text, sampling_config
+from srpo_jax.runtime import CompileGuard, RunError, StopRequest
+from srpo_jax.setup import Parts
+from srpo_jax.steps import make_encode_step
+from srpo_jax.structs import BLOCKS, Params
+
+Row = dict[str, Any]
+
+# Config keys that do not change what a sample is: a partial run may be continued under others.
+NOT_SETTINGS = ("grading", "data.workers", "compilation_cache_dir", "compile_guard", "bootstrap")
+
+
+def evaluate(
+    config: Any, workdir: str, *, encode: Callable[..., Any] | None = None
+) -> dict[str, Any] | None:
+    """Evaluate hf_dir or a checkpoint on a file of records.
+
+    Args:
+        config: of configs/eval.py.
+        workdir: folder for samples.jsonl and summary.json; an interrupted run there is continued.
+        encode: record -> Encoded, instead of the configured prompt.
+
+    Returns:
+        the summary (`summarise`), or None where a signal stopped the run early.
+    """
+    parts = setup.start(config)
+    params, origin = setup.load_weights(config, parts, config.model.dtype)
+    kept = {k: v for k, v in flat_config(config.to_dict()).items() if not below(k, NOT_SETTINGS)}
+    log = RowLog(Path(workdir), kept | {"weights": origin})
+    guard = CompileGuard(config.compile_guard)
+    with (
+        Verifier(config.grading.workers, config.grading.timeout) as verifier,
+        StopRequest() as stop,
+    ):
+        evaluator = make_evaluator(
+            config,
+            parts,
+            make_encode_step(parts.model, mesh=parts.mesh),
+            make_token_text(parts),
+            verifier,
+            guard,
+            profile=config.profile,
+            prompt=config.data.prompt,
+            encode=encode,
+        )
+        done = {row["origin"] for row in log.rows}
+        setup.say(f"{len(evaluator)} records, {len(done)} of them done before; weights of {origin}")
+        for rows in evaluator.run(params, seed=config.seed, skip=frozenset(done)):
+            log.append(rows)
+            done |= {row["origin"] for row in rows}
+            setup.say(f"{len(done)}/{len(evaluator)} records")
+            if setup.agree_maximum(int(stop.requested)):
+                setup.say("stopped; the same command goes on from here")
+                return None
+    guard.close()
+    log.finish()
+    summary = summarise(log.rows, bootstrap=config.bootstrap, seed=config.seed)
+    summary |= {"skipped_records": len(evaluator) - len(done), "weights": origin}
+    if jax.process_index() == 0:
+        write_jsonl(Path(workdir) / "summary.json", [summary])
+    setup.say(", ".join(f"{k} {summary[k]:.4f}" for k in ("acc@1", "acc@2", "fix", "harm")))
+    return summary
+
+
+class RowLog:
+    """samples.jsonl, built up batch by batch in samples.partial.jsonl."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        """Open or continue; RunError where what is there was made under other settings."""
+        self._final, self._partial = folder / "samples.jsonl", folder / "samples.partial.jsonl"
+        self._head = json.dumps({"settings": settings})
+        own: list[Row] = []
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._final.exists():
+                raise RunError(f"{self._final} is there already; give another --workdir")
+            if self._partial.exists():
+                own = self._load()
+            else:
+                self._partial.write_text(self._head + "\n")
+        self.rows: list[Row] = json.loads(gather_bytes(json.dumps(own).encode())[0])
+
+    def _load(self) -> list[Row]:
+        lines = self._partial.read_text().splitlines(keepends=True)
+        if not lines or lines[0].strip() != self._head:
+            raise RunError(
+                f"{self._partial} was begun with other settings or weights; give another "
+                "--workdir, or remove it to start anew"
+            )
+        if not lines[-1].endswith("\n"):  # torn when the run was killed
+            lines = lines[:-1]
+            self._partial.write_text("".join(lines))
+        return [row for line in lines[1:] for row in json.loads(line)]
+
+    def append(self, rows: list[Row]) -> None:
+        """Keep the rows of one batch."""
+        self.rows += rows
+        if jax.process_index() == 0:
+            with open(self._partial, "a") as file:
+                file.write(json.dumps(rows, ensure_ascii=False) + "\n")
+
+    def finish(self) -> None:
+        """Write samples.jsonl in place of the partial file."""
+        if jax.process_index() == 0:
+            write_jsonl(self._final, self.rows)
+            self._partial.unlink()
+
+
+# --- sampling and grading --------------------------------------------------------------------
+
+
+class Evaluator:
+    """Evaluates parameters on one set of problems, again and again with the same programs."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        generator: Generator,
+        source: Any,
+        encode: Any,
+        *,
+        batch_size: int,
+        prompts_per_row: int,
+        loading: dict[str, Any],
+        guard: CompileGuard,
+    ):
+        rows = setup.rows_per_shard(
+            "eval.batch_size", batch_size, prompts_per_row, parts.shards, fill=True
+        )
+        self._parts, self._generator = parts, generator
+        self._source, self._encode, self._guard = source, encode, guard
+        self._loading = loading | {
+            "global_batch_size": rows * parts.shards * prompts_per_row,
+            "rows_per_shard": rows,
+        }
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def run(
+        self, params: Params, *, seed: int, skip: frozenset[str] = frozenset()
+    ) -> Iterator[list[Row]]:
+        """The rows of one batch after another, the same on every process.
+
+        Args:
+            params: all parameters, in the training layout.
+            seed: of the samples; the same seed draws with the same numbers, whatever the batches.
+            skip: origins of records to leave out.
+        """
+        source = self._source
+        if skip:
+            source = setup.Subset(source, setup.without_origins(source, skip))
+            if not len(source):
+                return
+        loader = setup.open_loader(
+            self._parts,
+            source,
+            self._encode,
+            check_record=gold_problem,
+            shuffle=False,
+            epochs=1,
+            drop_remainder=False,
+            **self._loading,
+        )
+        try:
+            for loaded in loader:
+                with self._guard.step(f"evaluation, {setup.bucket_of(loaded.arrays)}"):
+                    sampled = self._generator.sample(
+                        params, self._generator.sampler_params(params), loaded, seed=seed, step=0
+                    )
+                    graded = self._generator.grade(sampled)
+                rows = self._rows(sampled, graded)
+                shared = gather_bytes(json.dumps(rows).encode())
+                yield [row for part in shared for row in json.loads(part)]
+        finally:
+            loader.close()
+
+    def __call__(self, params: Params, *, seed: int) -> dict[str, float]:
+        """The rates of `summarise`, without intervals."""
+        return summarise([row for rows in self.run(params, seed=seed) for row in rows])
+
+    def _rows(self, sampled: Sampled, graded: Graded) -> list[Row]:
+        verdict, rollout = graded.verdict, graded.rollout
+        group = rollout.finished.shape[1]
+        rows = []
+        for record, p in zip(sampled.records, sampled.slots.tolist(), strict=True):
+            for g in range(group):
+                detail = graded.details[p * group + g]
+                ids = rollout.completions[p, g][rollout.completion_mask[p, g]]
+                rows.append(
+                    {
+                        "id": record.id,
+                        "origin": record.origin,
+                        "sample": g,
+                        "prompt": record.question,
+                        "gold": record.answer,
+                        "response": detail["text"],
+                        "blocks": self._generator.blocks(ids, detail["spans"]),
+                        "first_answer": detail["first_answer"],
+                        "final_answer": detail["final_answer"],
+                        "first_correct": bool(verdict.first_correct[p, g]),
+                        "final_correct": bool(verdict.final_correct[p, g]),
+                        "format_ok": bool(verdict.format_ok[p, g]),
+                        "truncated": bool(~rollout.finished[p, g]),
+                        "tokens": int(len(ids)),
+                        "block_tokens": verdict.block_tokens[p, g].tolist(),
+                    }
+                )
+        return rows
+
+
+def make_evaluator(
+    config: Any,
+    parts: Parts,
+    encode_step: Callable[..., Any],
+    token_text: TokenText,
+    verifier: Verifier,
+    guard: CompileGuard,
+    *,
+    profile: str = "paper",
+    prompt: str = "srpo",
+    encode: Callable[..., Any] | None = None,
+) -> Evaluator:
+    """The evaluation that a config's ``eval``, ``data`` and ``sampling`` sections describe."""
+    sampling = sampling_config(
+        parts,
+        config.sampling,
+        group_size=config.eval.samples,
+        temperature=config.eval.temperature,
+    )
+    source = setup.open_source("eval.file", config.eval.file, config.data.root)
+    count = min(config.eval.limit or len(source), len(source))
+    return Evaluator(
+        parts,
+        Generator(parts, sampling, encode_step, token_text, verifier, profile),
+        setup.Subset(source, range(count)),
+        encode or PromptEncoder(parts.processor, prompt),
+        batch_size=config.eval.batch_size,
+        prompts_per_row=config.data.prompts_per_row,
+        loading={
+            "token_budget": config.data.prompt_tokens,
+            "patch_budgets": tuple(config.data.patch_budgets),
+            "workers": config.data.workers,
+            "max_bad_share": config.data.max_bad_share,
+        },
+        guard=guard,
+    )
+
+
+# --- from rows to rates ----------------------------------------------------------------------
+
+# Rate -> (counted, of): sums over samples whose ratio it is.
+RATES = {
+    "acc@1": ("first", "samples"),
+    "acc@2": ("final", "samples"),
+    "fix": ("fixed", "wrong_first"),
+    "harm": ("harmed", "first"),
+    "net_gain": ("gain", "samples"),
+    "format_rate": ("format", "samples"),
+    "truncated": ("truncated", "samples"),
+    "tokens": ("tokens", "samples"),
+    **{f"tokens/{block}": (block, "samples") for block in BLOCKS},
+}
+
+
+def summarise(rows: Sequence[Row], *, bootstrap: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Rates over all samples.
+
+    fix is the share of wrong first answers whose final answer is right, harm that of right first
+    answers whose final answer is wrong, net_gain is acc@2 - acc@1. A rate of nothing is 0.
+
+    Args:
+        rows: of `Evaluator.run`.
+        bootstrap: resamples of the RECORDS (samples of one problem are not independent) for the
+            95 % intervals under "interval"; 0: none.
+        seed: of the resampling.
+    """
+    origins = {origin: i for i, origin in enumerate(dict.fromkeys(row["origin"] for row in rows))}
+    sums = {name: np.zeros(len(origins)) for pair in RATES.values() for name in pair}
+    for row in rows:
+        first, final, i = row["first_correct"], row["final_correct"], origins[row["origin"]]
+        counted = {
+            "samples": 1,
+            "first": first,
+            "final": final,
+            "wrong_first": not first,
+            "fixed": final and not first,
+            "harmed": first and not final,
+            "gain": int(final) - int(first),
+            "format": row["format_ok"],
+            "truncated": row["truncated"],
+            "tokens": row["tokens"],
+            **dict(zip(BLOCKS, row["block_tokens"], strict=True)),
+        }
+        for name, value in counted.items():
+            sums[name][i] += value
+    summary: dict[str, Any] = {"records": len(origins), "samples": len(rows)}
+    summary |= {name: float(_ratio(sums[a].sum(), sums[b].sum())) for name, (a, b) in RATES.items()}
+    if bootstrap and origins:
+        rng = np.random.default_rng(seed)
+        draws = rng.multinomial(len(origins), np.full(len(origins), 1 / len(origins)), bootstrap)
+        drawn = {name: draws @ values for name, values in sums.items()}
+        summary["interval"] = {
+            name: np.percentile(_ratio(drawn[a], drawn[b]), [2.5, 97.5]).round(6).tolist()
+            for name, (a, b) in RATES.items()
+        }
+    return summary
+
+
+def _ratio(counted: Any, of: Any) -> Any:
+    return counted / np.where(of > 0, of, 1)
+
+
+if __name__ == "__main__":
+    setup.main(evaluate)

@@ -1,0 +1,226 @@
+"""GRPO from arrays to loss and metrics: what ``steps.make_grpo_step`` runs, without model or mesh.
+
+``prepare`` looks at the whole rollout once (rewards, advantages, token weights); ``policy_loss``
+turns the log-probs of one micro-batch into its share of the loss.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from srpo_jax import losses
+from srpo_jax.rewards import RewardTerms, compute_rewards
+from srpo_jax.structs import BLOCKS, Array, Rollout, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig:
+    """What the update does. ``temperature`` and ``forbidden_ids`` must be the sampler's."""
+
+    micro_batches: int = 1  # per update of all rows; gradients are summed over them
+    updates_per_rollout: int = 1  # splits the micro-batches among this many updates
+    reward_profile: str = "paper"
+    reward_alpha: float = 0.1  # weight of f_len
+    adv_eps: float = 1e-6
+    scale_by_std: bool = True
+    temperature: float = 1.0
+    forbidden_ids: tuple[int, ...] = ()
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl_coef: float = 0.0  # 0: no reference model is needed
+    kl_kind: losses.KlKind = "k3"
+    entropy_coef: float = 0.0
+    aggregation: losses.Aggregation = "sequence"
+    length_cap: int | None = None  # completion token limit, for aggregation "constant"
+    mask_truncated: bool = False  # samples cut off by the budget get no gradient
+    tis_cap: float | None = None  # truncated importance weight against the sampler's log-probs
+    logit_chunk: int = 128  # positions whose logits exist at a time
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature} has no log-probs; use one above 0")
+        if self.micro_batches < 1 or self.updates_per_rollout < 1:
+            raise ValueError("micro_batches and updates_per_rollout must be at least 1")
+        if self.micro_batches % self.updates_per_rollout:
+            raise ValueError(
+                f"micro_batches={self.micro_batches} is not divisible by "
+                f"updates_per_rollout={self.updates_per_rollout}"
+            )
+        if self.aggregation == "constant" and not self.length_cap:
+            raise ValueError("aggregation='constant' needs length_cap, the completion token limit")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``ref_logp`` must be given to the step."""
+        return self.kl_coef != 0
+
+
+@flax.struct.dataclass
+class Prepared:
+    """What the loss needs of each sample, from the whole update batch."""
+
+    adv_PG: Array  # [P, G] float32
+    weights_PGR: Array  # [P, G, R] float32 of ``losses.token_weights``; 0: no gradient
+    tokens: Array  # [] float32 number of tokens with a weight, at least 1
+    terms: RewardTerms
+
+
+def prepare(
+    cfg: GrpoConfig,
+    rollout: Rollout,
+    verdict: Verdict,
+    include_P: jax.Array,
+    group_weight_P: jax.Array | None,
+) -> Prepared:
+    """Rewards, advantages and token weights of one update.
+
+    Args:
+        include_P: [P] bool, prompts that belong to this update (valid, and in its micro-batches).
+        group_weight_P: [P] or None. A group of weight 0 is left out of the loss and of its
+            normaliser, as if it were not in the batch (dynamic sampling); other weights scale it.
+    """
+    terms = compute_rewards(verdict, cfg.reward_profile, alpha=cfg.reward_alpha)
+    adv_PG = losses.group_advantages(terms.total, eps=cfg.adv_eps, scale_by_std=cfg.scale_by_std)
+    weight_P = include_P.astype(jnp.float32)
+    if group_weight_P is not None:
+        weight_P = weight_P * group_weight_P.astype(jnp.float32)
+    weight_PG = jnp.broadcast_to(weight_P[:, None], adv_PG.shape)
+    if cfg.mask_truncated:
+        weight_PG = jnp.where(rollout.finished, weight_PG, 0.0)
+    weights_BR = losses.token_weights(
+        merge_group(rollout.completion_mask),
+        merge_group(weight_PG),
+        mode=cfg.aggregation,
+        length_cap=cfg.length_cap,
+    )
+    return Prepared(
+        adv_PG=adv_PG,
+        weights_PGR=weights_BR.reshape(rollout.completion_mask.shape),
+        tokens=jnp.maximum(jnp.sum(weights_BR != 0, dtype=jnp.float32), 1.0),
+        terms=terms,
+    )
+
+
+def policy_loss(
+    cfg: GrpoConfig,
+    logp_PGR: jax.Array,
+    entropy_PGR: jax.Array,
+    rollout: Rollout,
+    adv_PG: jax.Array,
+    weights_PGR: jax.Array,
+    old_logp_PGR: jax.Array | None,
+    ref_logp_PGR: jax.Array | None,
+) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
+    """Share of one micro-batch in the loss of the update (SRPO equation 2).
+
+    ``old_logp=None`` takes the policy itself as of now, so that every ratio is exactly 1.
+
+    Returns:
+        loss [] (over micro-batches, shares add up to the loss), and what ``update_metrics`` reads.
+    """
+    old = jax.lax.stop_gradient(logp_PGR) if old_logp_PGR is None else old_logp_PGR
+    objective, stats = losses.clipped_objective(
+        logp_PGR,
+        old,
+        adv_PG[:, :, None],
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        dual_clip=cfg.dual_clip,
+    )
+    logp_diff = jnp.abs(old - rollout.policy_logp)
+    ratio = stats.pop("ratio")
+    per_token = {"ratio/mean": ratio, "entropy": entropy_PGR, "sampler/logp_diff_mean": logp_diff}
+    per_token |= {name.replace("_", "/"): value for name, value in stats.items()}
+    if cfg.tis_cap is not None:
+        tis = losses.truncated_importance_weight(old, rollout.sample_logp, cfg.tis_cap)
+        objective = objective * tis
+        per_token["sampler/tis_weight"] = tis
+    parts = {"loss/policy": losses.aggregate(objective, weights_PGR)}
+    loss = parts["loss/policy"]
+    if ref_logp_PGR is not None:
+        per_token["kl"] = losses.kl_estimate(logp_PGR, ref_logp_PGR, cfg.kl_kind)
+        parts["loss/kl"] = losses.aggregate(per_token["kl"], weights_PGR)
+        loss = loss + cfg.kl_coef * parts["loss/kl"]
+    if cfg.entropy_coef:
+        loss = loss - cfg.entropy_coef * losses.aggregate(entropy_PGR, weights_PGR)
+    counted = weights_PGR != 0
+    aux = {
+        "parts": parts | {"loss": loss},
+        "token_sums": {k: jnp.sum(jnp.where(counted, v, 0.0)) for k, v in per_token.items()},
+        "maxima": {
+            "ratio/max": jnp.max(jnp.where(counted, ratio, -jnp.inf)),
+            "-ratio/min": jnp.max(jnp.where(counted, -ratio, -jnp.inf)),
+            "sampler/logp_diff_max": jnp.max(jnp.where(counted, logp_diff, -jnp.inf)),
+        },
+    }
+    return loss, jax.lax.stop_gradient(aux)
+
+
+def update_metrics(aux_A: dict[str, dict[str, jax.Array]], tokens: jax.Array) -> dict:
+    """Metrics of the update from those of its micro-batches, stacked on a leading axis.
+
+    Means are over ``tokens``, the number of tokens that have a weight; without any, all are 0.
+    """
+    parts = {k: v.sum() for k, v in aux_A["parts"].items()}
+    means = {k: v.sum() / tokens for k, v in aux_A["token_sums"].items()}
+    maxima = {k: v.max() for k, v in aux_A["maxima"].items()}
+    maxima = {k: jnp.where(jnp.isneginf(v), 0.0, v) for k, v in maxima.items()}
+    maxima["ratio/min"] = -maxima.pop("-ratio/min")
+    return parts | means | maxima
+
+
+def rollout_metrics(
+    terms: RewardTerms, verdict: Verdict, rollout: Rollout, include_P: jax.Array
+) -> dict[str, jax.Array]:
+    """What the samples of the included prompts were like: float32 scalars.
+
+    Rates are shares of samples. ``fix`` (wrong, then right) and ``harm`` (right, then wrong) come
+    as counts ``fix/count`` of ``fix/of`` samples, so that they can be added up over steps.
+    """
+    include_PG = jnp.broadcast_to(include_P.astype(jnp.float32)[:, None], terms.total.shape)
+    samples = jnp.maximum(include_PG.sum(), 1.0)
+    prompts = jnp.maximum(include_P.sum(dtype=jnp.float32), 1.0)
+
+    def total(x_PG):
+        return jnp.sum(x_PG.astype(jnp.float32) * include_PG)
+
+    def mean(x_PG):
+        return total(x_PG) / samples
+
+    first, final = verdict.first_correct, verdict.final_correct
+    length_PG = rollout.completion_mask.sum(-1).astype(jnp.float32)
+    reward_mean = mean(terms.total)
+    spread_PG = jnp.square(terms.total - terms.total.mean(1, keepdims=True))
+    group_std_P = jnp.sqrt(spread_PG.sum(1) / max(1, terms.total.shape[1] - 1))
+    signal_P = losses.has_signal(terms.total).astype(jnp.float32)
+    metrics = {
+        "reward/mean": reward_mean,
+        "reward/std": jnp.sqrt(mean(jnp.square(terms.total - reward_mean))),
+        "reward/group_std": jnp.sum(group_std_P * include_P) / prompts,
+        "groups_without_signal": jnp.sum((1.0 - signal_P) * include_P) / prompts,
+        "accuracy/first": mean(first),
+        "accuracy/final": mean(final),
+        "fix/count": total(~first & final),
+        "fix/of": total(~first),
+        "harm/count": total(first & ~final),
+        "harm/of": total(first),
+        "format_rate": mean(verdict.format_ok),
+        "truncated_share": mean(~rollout.finished),
+        "completion_length/mean": mean(length_PG),
+        "completion_length/max": jnp.max(length_PG * include_PG),
+        "samples": include_PG.sum(),
+        "tokens": total(length_PG),
+    }
+    for name in ("r_format", "r_acc", "i_eff", "i_ref", "f_len"):
+        metrics[f"reward/{name}"] = mean(getattr(terms, name))
+    for i, block in enumerate(BLOCKS):
+        metrics[f"block_tokens/{block}"] = mean(verdict.block_tokens[..., i])
+    return metrics
+
+
+def merge_group(x_PG: jax.Array) -> jax.Array:
+    """[P, G, ...] -> [P * G, ...]."""
+    return x_PG.reshape(-1, *x_PG.shape[2:])

@@ -1,0 +1,249 @@
+"""Losses as pure functions of arrays: log-probs, advantages, KL, clipped objective, weights.
+
+The loss of an update is ONE weighted sum over tokens, ``sum(weights_BT * x_BT)``. ``token_weights``
+computes the weights from the masks of the WHOLE update batch, so that the sum over micro-batches,
+devices and processes is the loss itself: no mean of means, no division by accumulation steps.
+Everything here is float32 whatever the model computes in.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KlKind = Literal["k1", "k2", "k3"]
+Aggregation = Literal["sequence", "token", "constant"]
+
+# Log-ratios are clamped to +-20 before exp: e**20 is far outside any clip range, and a token whose
+# probability collapsed must not turn the loss into inf or NaN.
+MAX_LOG_RATIO = 20.0
+
+# Logit of a forbidden token. Finite, because 0 * (-inf) is NaN where a forbidden id stands in a
+# masked position; exp(-1e30 - max) is exactly 0 all the same.
+FORBIDDEN_LOGIT = -1e30
+
+
+def token_logps(
+    h_BTD: jax.Array,
+    targets_BT: jax.Array,
+    head_DV: jax.Array,
+    *,
+    temperature: float = 1.0,
+    forbidden_ids: tuple[int, ...] = (),
+    chunk: int = 128,
+    entropy_grad: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target and entropy of each position, without a [B, T, V] array.
+
+    A scan over chunks of the time axis (the batch axis may be sharded, the time axis is not) whose
+    body is rematerialised: forward and backward hold [B, chunk, V] float32 logits at a time.
+
+    Args:
+        h_BTD: final hidden states; position t predicts ``targets_BT[:, t]``.
+        targets_BT: int token ids.
+        head_DV: output embedding. It is cast to the dtype of ``h_BTD`` inside the scan, so that its
+            gradient is summed over the chunks in the dtype in which it comes in.
+        temperature: logits are divided by it, as the sampler does.
+        forbidden_ids: tokens that the sampler cannot draw; their probability is 0.
+        chunk: positions per chunk; chunks are evened out, the last one is padded.
+        entropy_grad: let gradients flow through the entropy (needed for an entropy bonus only).
+
+    Returns:
+        logp_BT, entropy_BT: float32, in nats. A forbidden target gets about -1e30, which is finite.
+    """
+    b, t, d = h_BTD.shape
+    n = -(-t // max(1, min(chunk, t)))
+    c = -(-t // n)
+    pad = n * c - t
+    h_NBCD = jnp.pad(h_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, n, c, d).swapaxes(0, 1)
+    targets_NBC = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, n, c).swapaxes(0, 1)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(_, x):
+        logits = _chunk_logits(x[0], head_DV, temperature, forbidden_ids)
+        logp, entropy = _logp_and_entropy(logits, x[1])
+        return None, (logp, entropy if entropy_grad else jax.lax.stop_gradient(entropy))
+
+    _, (logp_NBC, entropy_NBC) = jax.lax.scan(body, None, (h_NBCD, targets_NBC))
+    join = lambda x: x.swapaxes(0, 1).reshape(b, n * c)[:, :t]  # noqa: E731
+    return join(logp_NBC), join(entropy_NBC)
+
+
+def _chunk_logits(h_BCD, head_DV, temperature: float, forbidden_ids: tuple[int, ...]) -> jax.Array:
+    """float32 logits [B, C, V] of one chunk, divided by the temperature, forbidden ids cut out."""
+    logits = jnp.einsum(
+        "bcd,dv->bcv", h_BCD, head_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
+    )
+    if temperature != 1.0:
+        logits = logits / temperature
+    if forbidden_ids:
+        forbidden_V = np.zeros(head_DV.shape[1], bool)
+        forbidden_V[list(forbidden_ids)] = True
+        logits = jnp.where(forbidden_V[None, None, :], FORBIDDEN_LOGIT, logits)
+    return logits
+
+
+def _logp_and_entropy(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-softmax at the targets, and ``H = logsumexp(z) - sum(p z)``; z is shifted by its max."""
+    shifted = logits_BCV - jax.lax.stop_gradient(logits_BCV.max(-1, keepdims=True))
+    exp = jnp.exp(shifted)
+    total = exp.sum(-1)
+    # A masked sum, not a gather: with the vocabulary sharded, a gather would collect all logits.
+    ids = jax.lax.broadcasted_iota(targets_BC.dtype, shifted.shape, 2)
+    picked = jnp.sum(jnp.where(ids == targets_BC[..., None], shifted, 0.0), -1)
+    log_total = jnp.log(total)
+    return picked - log_total, log_total - jnp.sum(exp * shifted, -1) / total
+
+
+def group_advantages(
+    reward_PG: jax.Array, *, eps: float = 1e-6, scale_by_std: bool = True
+) -> jax.Array:
+    """GRPO advantages ``(r - mean) / (std + eps)`` over each group [P, G].
+
+    DeepSeekMath (arXiv 2402.03300) section 4.1.2; SRPO equation 3. ``std`` is the unbiased sample
+    standard deviation. ``scale_by_std=False`` leaves ``r - mean`` (Dr. GRPO, arXiv 2503.20783).
+    A group of equal rewards gets exactly 0, and so does a group of one sample. A small ``eps``
+    makes a group that differs by 1e-3 in a minor term count as much as one that differs by 1.
+    """
+    reward_PG = reward_PG.astype(jnp.float32)
+    centred = reward_PG - reward_PG.mean(1, keepdims=True)
+    if scale_by_std:
+        var = jnp.sum(jnp.square(centred), 1, keepdims=True) / max(1, reward_PG.shape[1] - 1)
+        centred = centred / (jnp.sqrt(var) + eps)
+    # The rounded mean of equal numbers need not be that number: compare instead of trusting it.
+    return jnp.where(has_signal(reward_PG)[:, None], centred, 0.0)
+
+
+def has_signal(reward_PG: jax.Array) -> jax.Array:
+    """Whether the rewards of each group differ at all, [P] bool."""
+    return reward_PG.max(1) > reward_PG.min(1)
+
+
+def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: KlKind = "k3") -> jax.Array:
+    """Per-token estimate of KL(policy || reference) from samples of the policy (Schulman, 2020).
+
+    With ``d = ref_logp - logp`` clamped to +-20 (no gradient beyond):
+        k1 = -d             unbiased, may be negative; its GRADIENT has expectation 0 in a loss
+        k2 = d**2 / 2       biased; its gradient is that of the KL
+        k3 = exp(d) - 1 - d unbiased, never negative (GRPO's choice)
+    Each is 0 where policy and reference agree, and adding it to the loss pulls the policy towards
+    the reference.
+    """
+    d = jnp.clip(ref_logp - logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return 0.5 * jnp.square(d)
+    if kind == "k3":
+        return jnp.expm1(d) - d
+    raise ValueError(f"kl kind must be k1, k2 or k3, not {kind!r}")
+
+
+def clipped_objective(
+    logp: jax.Array,
+    old_logp: jax.Array,
+    advantage: jax.Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped policy-gradient LOSS per token (to be minimised), and what to log about it.
+
+    ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)`` with ``rho = exp(logp - old_logp)``
+    (PPO, arXiv 1707.06347 equation 7; SRPO equation 2; separate bounds as in DAPO, arXiv
+    2503.14476). ``dual_clip=c`` bounds the objective below by ``c A`` where A < 0 (arXiv
+    1912.09729), so that a huge ratio cannot dominate.
+
+    Returns:
+        loss like ``logp``; dict of ``ratio`` and of the 0/1 arrays ``clip_low``, ``clip_high`` and
+        ``clip_dual``, 1 where that bound holds back the gradient.
+    """
+    ratio = jnp.exp(jnp.clip(logp - old_logp, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    objective = jnp.minimum(
+        ratio * advantage, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage
+    )
+    dual = jnp.zeros_like(objective, bool)
+    if dual_clip is not None:
+        dual = (advantage < 0) & (ratio > dual_clip)
+        objective = jnp.where(dual, dual_clip * advantage, objective)
+    stats = {
+        "ratio": ratio,
+        "clip_low": (advantage < 0) & (ratio < 1.0 - clip_low),
+        "clip_high": (advantage > 0) & (ratio > 1.0 + clip_high),
+        "clip_dual": dual,
+    }
+    return -objective, {k: jax.lax.stop_gradient(v.astype(jnp.float32)) for k, v in stats.items()}
+
+
+def truncated_importance_weight(
+    old_logp: jax.Array, sample_logp: jax.Array, cap: float
+) -> jax.Array:
+    """``min(pi_trainer / pi_sampler, cap)`` per token, no gradient (TIS).
+
+    Corrects for a sampler whose probabilities differ from the trainer's (other kernels, other
+    precision, top-p); the cap bounds the variance.
+    """
+    d = jnp.clip(old_logp - sample_logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(d), cap))
+
+
+def token_weights(
+    mask_BT: jax.Array,
+    weight_B: jax.Array,
+    *,
+    mode: Aggregation = "sequence",
+    length_cap: int | None = None,
+) -> jax.Array:
+    """Weight of each token such that ``sum(weights_BT * x_BT)`` is the aggregated loss.
+
+    Pass the masks of the whole update batch and slice the RESULT into micro-batches.
+        sequence  w_b / (len_b * sum(w))       mean over each sequence, then over sequences (GRPO)
+        token     w_b / sum(w * len)           mean over all tokens (DAPO)
+        constant  w_b / (length_cap * sum(w))  no length bias (Dr. GRPO); ``length_cap`` is the
+                                               configured limit, never the width of the batch
+    ``w_b`` is ``weight_B``: 0 leaves a sequence out as if it were not in the batch. Sequences with
+    an empty mask are left out too. With nothing left all weights are 0 (no NaN).
+    """
+    mask_BT = mask_BT.astype(jnp.float32)
+    length_B = mask_BT.sum(1)
+    weight_B = jnp.where(length_B > 0, weight_B.astype(jnp.float32), 0.0)
+    if mode == "sequence":
+        per_token_B = weight_B / jnp.maximum(length_B, 1.0)
+        denominator = weight_B.sum()
+    elif mode == "token":
+        per_token_B, denominator = weight_B, jnp.sum(weight_B * length_B)
+    elif mode == "constant":
+        if not length_cap:
+            raise ValueError("aggregation 'constant' needs length_cap, the completion token limit")
+        per_token_B, denominator = weight_B, length_cap * weight_B.sum()
+    else:
+        raise ValueError(f"aggregation must be sequence, token or constant, not {mode!r}")
+    safe = jnp.where(denominator > 0, denominator, 1.0)
+    return mask_BT * (per_token_B / safe)[:, None]
+
+
+def aggregate(x_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """``sum(weights * x)`` over tokens, float32; values at weight 0 are ignored, even NaN."""
+    # Both branches of a `where` are differentiated: replace x first, so that no NaN gets through.
+    x_BT = jnp.where(weights_BT != 0, x_BT.astype(jnp.float32), 0.0)
+    return jnp.sum(x_BT * weights_BT)
+
+
+def sft_weights(loss_mask_BT: jax.Array, valid_B: jax.Array) -> jax.Array:
+    """Weights of the SFT cross-entropy: mean over the loss tokens of the WHOLE update batch.
+
+    Entry t weighs the prediction of token t + 1 by the hidden state at t: ``Batch.loss_mask``
+    shifted left by one (SRPO equation 1, as a token mean).
+    """
+    mask_BT = loss_mask_BT.astype(jnp.float32) * valid_B.astype(jnp.float32)[:, None]
+    shifted = jnp.pad(mask_BT[:, 1:], ((0, 0), (0, 1)))
+    total = shifted.sum()
+    return shifted / jnp.where(total > 0, total, 1.0)
+
+
+def sft_loss(logp_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """Cross-entropy ``-sum(weights * logp)`` with the weights of ``sft_weights``, in nats."""
+    return -aggregate(logp_BT, weights_BT)

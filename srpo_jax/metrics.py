@@ -1,0 +1,351 @@
+"""What a run reports: metric rows (console, JSONL, TensorBoard, W&B), phase timers, FLOP counts."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+# Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
+# The first match counts, so longer names stand before those they contain.
+PEAK_FLOPS = (
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),  # v5p calls itself "TPU v5"
+    ("TPU v4", 275e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+)
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+class MetricWriter:
+    """Writes metric rows from process 0; on the others every method does nothing.
+
+    ``metrics.jsonl`` is append-only. Each start of a run takes the next ``run`` number; a resumed
+    run repeats the steps after its checkpoint, so of rows with equal split and step the last one
+    counts (`read_rows`).
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        total_steps: int,
+        show: Iterable[str] = (),
+        tensorboard: bool = True,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
+        self._on = jax.process_index() == 0
+        self._pending: tuple[int, str, Any] | None = None
+        if not self._on:
+            return
+        folder = Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        self.run = 1 + _last_run(path)
+        self._file = open(path, "a", buffering=1)
+        if _torn(path):
+            self._file.write("\n")  # a run that was killed in mid-write left half a row
+        self._console = _Console(total_steps, tuple(show))
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # noqa: PLC0415  (a second to import)
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), flush_secs=30)
+        self._wandb = None
+        if wandb_project:
+            try:
+                import wandb  # noqa: PLC0415  (optional, only where asked for)
+            except ImportError as error:
+                raise ImportError(
+                    f"--config.log.wandb_project={wandb_project!r} needs wandb: pip install wandb"
+                ) from error
+            self._wandb = wandb.init(
+                project=wandb_project, dir=str(folder), config=dict(config or {}), resume="allow"
+            )
+
+    def defer(self, step: int, values: Mapping[str, Any], split: str = "train") -> None:
+        """Keep this step's values, on device or host, and write those kept before.
+
+        Reading device values waits for the device; by the time the next step has been dispatched,
+        the last one's are usually there.
+        """
+        previous, self._pending = self._pending, (step, split, values)
+        if previous is not None:
+            self._write(*previous)
+
+    def write(self, step: int, values: Mapping[str, Any], split: str) -> None:
+        """Write one row now, after any that was deferred."""
+        self.flush()
+        self._write(step, split, values)
+
+    def flush(self) -> None:
+        """Write the deferred row, if any."""
+        previous, self._pending = self._pending, None
+        if previous is not None:
+            self._write(*previous)
+
+    def say(self, text: str) -> None:
+        """One line for the reader, above the live line."""
+        if self._on:
+            self._console.say(text)
+
+    def close(self) -> None:
+        """Write what is left and close the files."""
+        self.flush()
+        if not self._on:
+            return
+        self._console.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        if not self._on:
+            return
+        row, nonfinite = to_plain(values)
+        head = {"run": self.run, "split": split, "step": int(step), "time": round(time.time(), 3)}
+        if nonfinite:  # JSON has no NaN: the value is null, and its name stands here
+            head["nonfinite"] = nonfinite
+        self._file.write(json.dumps({**head, **row}) + "\n")
+        self._console.row(step, split, row)
+        numbers = {f"{split}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+
+def to_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Numbers as Python values, and the names of those that are not finite (None in the row)."""
+    values = jax.device_get(dict(values))
+    row: dict[str, Any] = {}
+    nonfinite = []
+    for name, value in values.items():
+        if isinstance(value, np.ndarray | np.generic):
+            value = value.item() if np.ndim(value) == 0 else value.tolist()
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                nonfinite.append(name)
+                value = None
+            else:
+                value = float(f"{value:.7g}")
+        row[name] = value
+    return row, nonfinite
+
+
+def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]]:
+    """The rows that count, in step order: of rows with equal split and step, the last one.
+
+    A row that was cut off in mid-write is skipped.
+    """
+    kept: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in Path(path).read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        kept[row["split"], row["step"]] = row
+    rows = sorted(kept.values(), key=lambda row: row["step"])
+    return [row for row in rows if split is None or row["split"] == split]
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole JSONL file: under a temporary name, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def _torn(path: Path) -> bool:
+    """True where the file's last line has no end."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _last_run(path: Path) -> int:
+    """The highest run number in the file; rows are read from its end, where it stands."""
+    if not path.exists():
+        return 0
+    for line in reversed(path.read_text().splitlines()):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return int(json.loads(line)["run"])
+    return 0
+
+
+class _Console:
+    """One live line on a terminal; plain lines, at most one in two seconds, elsewhere."""
+
+    def __init__(self, total_steps: int, show: tuple[str, ...]):
+        self._total, self._show = total_steps, show
+        self._live, self._last = None, 0.0
+        if sys.stdout.isatty():
+            from rich.live import Live  # noqa: PLC0415
+
+            self._live = Live(auto_refresh=False, transient=False)
+            self._live.start()
+
+    def row(self, step: int, split: str, row: Mapping[str, Any]) -> None:
+        """Show the metrics named in ``show``; of an evaluation, all that have plain names."""
+        chosen = self._show if split == "train" else (n for n in row if "/" not in n)
+        names = [n for n in chosen if n in row]
+        parts = [f"{n} {_short(row[n])}" for n in names if isinstance(row[n], int | float)]
+        head = f"step {step}/{self._total}" + ("" if split == "train" else f" {split}")
+        text = "  ".join([head, *parts])
+        now = time.monotonic()
+        if self._live is not None and split == "train":
+            if now - self._last > 0.1:
+                self._live.update(text, refresh=True)
+                self._last = now
+        elif split != "train" or now - self._last > 2.0 or step >= self._total:
+            self.say(text)
+            self._last = now if split == "train" else self._last
+
+    def say(self, text: str) -> None:
+        if self._live is not None:
+            self._live.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+# --- time ------------------------------------------------------------------------------------
+
+
+class Timers:
+    """Seconds spent in named phases of a step; a phase may be entered several times."""
+
+    def __init__(self):
+        self._spent: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time of the with-block to ``phase``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[phase] = self._spent.get(phase, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Leave the time of the with-block (an evaluation) out of the step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds by ``time/<phase>``, and ``time/step`` since the last call; starts anew."""
+        now = time.perf_counter()
+        spent = {f"time/{name}": seconds for name, seconds in self._spent.items()}
+        spent["time/step"] = now - self._start
+        self._spent, self._start = {}, now
+        return spent
+
+
+# --- FLOPs -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlops:
+    """Forward FLOPs of a model by its parts: 2 per multiply-add, matrix products only.
+
+    Norms, rotary positions, softmax and the embedding look-up are left out, as is usual when
+    utilisation is quoted. A backward pass is twice a forward one; recomputation under remat is not
+    counted (model FLOPs, not hardware FLOPs).
+    """
+
+    text_token: float  # decoder layers, per token, without attention scores
+    text_pair: float  # per (query, visible key) pair, all layers
+    head_token: float  # vocabulary projection, per token
+    patch: float  # vision blocks and patch embedding, per patch, plus the merger
+    patch_window_pair: float  # per (query, key) pair, all windowed blocks
+    patch_full_pair: float  # per (query, key) pair, all full-attention blocks
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, Any], full_blocks: int) -> "ModelFlops":
+        """From a parameter dict (or its shapes) and the number of full-attention vision blocks."""
+
+        def size(prefix: str) -> int:
+            names = [n for n in shapes if n.startswith(prefix) and n.endswith("/kernel")]
+            return sum(math.prod(shapes[n].shape) for n in names)
+
+        layers, _, heads, head_dim = shapes["text/layers/attn/q/kernel"].shape
+        vocabulary, width = shapes["text/embed/embedding"].shape
+        blocks, _, _, v_heads, v_head_dim = shapes["vision/blocks/attn/qkv/kernel"].shape
+        v_pair = 4.0 * v_heads * v_head_dim  # scores and weighted sum
+        return cls(
+            text_token=2.0 * size("text/layers/"),
+            text_pair=4.0 * layers * heads * head_dim,
+            head_token=2.0 * vocabulary * width,
+            patch=2.0 * (size("vision/patch_embed") + size("vision/blocks/"))
+            + 2.0 * size("vision/merger/") / 4,  # the merger runs once for 4 patches
+            patch_window_pair=v_pair * (blocks - full_blocks),
+            patch_full_pair=v_pair * full_blocks,
+        )
+
+    def vision(self, patches: float, window_pairs: float, full_pairs: float) -> float:
+        """Forward FLOPs of the tower over so many patches and attention pairs."""
+        return (
+            self.patch * patches
+            + self.patch_window_pair * window_pairs
+            + self.patch_full_pair * full_pairs
+        )
+
+    def text(self, lengths: Any, prefix: Any = 0, head_tokens: float = 0.0) -> float:
+        """Forward FLOPs of causal sequences of these lengths, each after ``prefix`` seen keys."""
+        n = np.asarray(lengths, np.float64)
+        pairs = np.sum(n * (n + 1) / 2 + n * np.asarray(prefix, np.float64))
+        return float(
+            self.text_token * n.sum() + self.text_pair * pairs + self.head_token * head_tokens
+        )
+
+
+def peak_flops(device_kind: str | None = None) -> float | None:
+    """Peak dense bfloat16 FLOP/s of one device, or None where the kind is not in the table."""
+    kind = jax.devices()[0].device_kind if device_kind is None else device_kind
+    return next((flops for name, flops in PEAK_FLOPS if name.lower() in kind.lower()), None)
+
+
+def utilisation(flops: float, seconds: float) -> float | None:
+    """Model-FLOPs utilisation of all devices; None (null in the row) on an unknown device."""
+    peak = peak_flops()
+    if peak is None or seconds <= 0:
+        return None
+    return flops / (seconds * peak * jax.device_count())

@@ -1,0 +1,405 @@
+"""Hugging Face weights in and out, through the one table of `srpo_jax.model.hf_table`.
+
+Reading and writing go piece by piece. `open_hf` gives leaves that read only the slice they are
+indexed with, so that a process touches the shards it holds and a conversion never holds a model;
+`save_hf` takes anything that can be indexed the same way and writes it block by block.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+
+from srpo_jax.model import hf_write
+from srpo_jax.model.config import ModelConfig, load_config
+from srpo_jax.model.hf_table import (
+    BLOCK_BYTES,
+    DTYPES,
+    TABLE,
+    HFError,
+    Index,
+    Progress,
+    Row,
+    hf_tensors,
+)
+from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.structs import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor stands: the file, its name there, its shape and its safetensors dtype."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, index: Index) -> np.ndarray:
+        """A slice. The file is closed again, so that what was mapped does not stay resident."""
+        with _open(self.file) as file:
+            return file.get_slice(self.key)[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class HFLeaf:
+    """One parameter of ours inside HF files; indexing it reads that slice as a numpy array."""
+
+    row: Row
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    layers: tuple[Stored, ...]  # one for each layer, or the only one
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        ranges = [range(n)[i] for n, i in zip(self.shape, index, strict=True)]
+        out = np.empty([len(r) for r in ranges], self.dtype)
+        if not self.row.stacked:
+            _assign(out, _read_layer(self.row, self.shape, self.layers[0], ranges))
+            return out
+        for i, layer in enumerate(ranges[0]):
+            _assign(out[i], _read_layer(self.row, self.shape, self.layers[layer], ranges[1:]))
+        return out
+
+
+def _assign(out: np.ndarray, value: np.ndarray) -> None:
+    """``out[...] = value`` with a cast where dtypes differ; numpy copies raw bits faster."""
+    if out.dtype == value.dtype == DTYPES["BF16"]:
+        out, value = out.view(np.uint16), value.view(np.uint16)
+    out[...] = value
+
+
+def _read_layer(
+    row: Row, shape: tuple[int, ...], stored: Stored, ranges: list[range]
+) -> np.ndarray:
+    """The slice ``ranges`` (ours, without L) of one HF tensor, in the order of our axes."""
+    sizes, wanted = row.sizes(shape), dict(zip(row.ours, ranges, strict=True))
+    if row.groups[-1] == "X":
+        rows = wanted["D"]
+        block = stored.read((slice(rows.start, rows.stop),)).reshape(len(rows), -1)
+        return block[:, wanted["X"].start : wanted["X"].stop].T
+    runs = [_runs([sizes[a] for a in g], [wanted[a] for a in g]) for g in row.groups]
+    block = _read_runs(stored.read, runs, ())
+    order = "".join(row.groups)
+    block = block.reshape([len(wanted[axis]) for axis in order])
+    return block.transpose([order.index(axis) for axis in row.ours])
+
+
+def _runs(sizes: list[int], ranges: list[range]) -> list[slice]:
+    """The contiguous stretches of a product dimension that hold the product of ``ranges``."""
+    inner = math.prod(sizes[1:])
+    if all(len(r) == n for n, r in zip(sizes[1:], ranges[1:], strict=True)):
+        return [slice(ranges[0].start * inner, ranges[0].stop * inner)]
+    parts = _runs(sizes[1:], ranges[1:])
+    return [slice(o * inner + p.start, o * inner + p.stop) for o in ranges[0] for p in parts]
+
+
+def _read_runs(read: Callable[[Index], np.ndarray], runs: list[list[slice]], at: Index):
+    if not runs:
+        return read(at)
+    parts = [_read_runs(read, runs[1:], (*at, run)) for run in runs[0]]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=len(at))
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="np") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        reason = "is missing" if not file.exists() else f"is not readable as safetensors: {error}"
+        raise HFError(f"{file}: {reason}; download it again") from error
+
+
+def _released_name(key: str) -> str:
+    """The name in the released layout of a tensor in either layout."""
+    return re.sub(r"^model\.(?:language_model\.|(?=visual\.))", _released_prefix, key)
+
+
+def _released_prefix(match: re.Match) -> str:
+    return "model." if match.group().endswith("language_model.") else ""
+
+
+def _list_files(hf_dir: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files of a directory, and what its index says of them (may be empty)."""
+    index = hf_dir / hf_write.INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise HFError(f"{index}: is not an index with a weight_map: {error!r}") from error
+        return [hf_dir / name for name in sorted(set(weight_map.values()))], weight_map
+    if (hf_dir / "model.safetensors").is_file():
+        return [hf_dir / "model.safetensors"], {}
+    other = "; it holds pytorch_model.bin" if list(hf_dir.glob("pytorch_model*.bin")) else ""
+    raise HFError(
+        f"{hf_dir}: neither model.safetensors nor {hf_write.INDEX_FILE} is there{other}; "
+        "give the directory of a Qwen2.5-VL checkpoint in safetensors"
+    )
+
+
+def _scan(hf_dir: Path) -> tuple[dict[str, Stored], list[str]]:
+    """Released name -> where it stands, and what is wrong with files and index."""
+    files, weight_map = _list_files(hf_dir)
+    stored: dict[str, Stored] = {}
+    wrong, seen = [], {}
+    for path in files:
+        try:
+            with _open(path) as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    seen[key], name = path.name, _released_name(key)
+                    if name in stored:
+                        wrong.append(f"{name}: twice, as {stored[name].key} and as {key}")
+                    stored[name] = Stored(path, key, tuple(part.get_shape()), part.get_dtype())
+        except HFError as error:
+            wrong.append(str(error))
+    for key, file_name in weight_map.items():
+        if key in seen and seen[key] != file_name:
+            wrong.append(f"{key}: in {seen[key]}, the index says {file_name}")
+    return stored, wrong
+
+
+def check_names(
+    stored: Mapping[str, Stored], cfg: ModelConfig, *, one_dtype: bool = True
+) -> list[str]:
+    """What keeps HF tensors (released names) from being exactly the model ``cfg``.
+
+    Args:
+        stored: released name -> what stands there.
+        one_dtype: also report the layers of a parameter whose dtypes differ.
+
+    Returns:
+        One line for each wrong, missing or superfluous tensor; empty when all is well.
+    """
+    wrong, first = [], {}
+    wanted = hf_tensors(cfg)
+    for tensor in wanted:
+        have = stored.get(tensor.name)
+        if have is None:
+            wrong.append(f"{tensor.name}: missing, wanted {list(tensor.shape)}")
+            continue
+        if have.shape != tensor.shape:
+            wrong.append(f"{tensor.name}: shape {list(have.shape)}, wanted {list(tensor.shape)}")
+        if have.dtype not in DTYPES:
+            wrong.append(f"{tensor.name}: dtype {have.dtype}, wanted one of {', '.join(DTYPES)}")
+        kind = first.setdefault(tensor.row.path, have.dtype)
+        if one_dtype and have.dtype != kind and have.dtype in DTYPES:
+            wrong.append(f"{tensor.name}: dtype {have.dtype}, layer 0 has {kind}")
+    for name in sorted(stored.keys() - {tensor.name for tensor in wanted}):
+        wrong.append(f"{name}: superfluous, shape {list(stored[name].shape)}")
+    return wrong
+
+
+def _untie(stored: dict[str, Stored], cfg: ModelConfig) -> list[str]:
+    """Drop the copy of a tied embedding, as transformers does; returns what is wrong with it."""
+    if not cfg.tie_word_embeddings or "lm_head.weight" not in stored:
+        return []
+    head = stored.pop("lm_head.weight")
+    embed = stored.setdefault("model.embed_tokens.weight", head)
+    if embed.shape == head.shape and len(head.shape) == 2:
+        step = max(1, BLOCK_BYTES // (4 * max(1, head.shape[1])))
+        blocks = (slice(i, min(i + step, head.shape[0])) for i in range(0, head.shape[0], step))
+        if all(np.array_equal(embed.read((b,)), head.read((b,))) for b in blocks):
+            return []
+    return [
+        "lm_head.weight: differs from the embedding although tie_word_embeddings is true; "
+        "set it to false in config.json if the head has weights of its own"
+    ]
+
+
+def open_hf(hf_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: Any = None) -> dict[str, HFLeaf]:
+    """The parameters of an HF directory, as leaves that read what they are indexed with.
+
+    Args:
+        hf_dir: directory with model.safetensors, or with shards and their index.
+        cfg: the model that must stand there.
+        dtype: dtype to read into; None keeps the stored one.
+
+    Raises:
+        HFError: one message with every missing, superfluous, or wrongly shaped or typed tensor.
+    """
+    hf_dir = Path(hf_dir)
+    if not hf_dir.is_dir():
+        raise HFError(f"{hf_dir}: no such directory")
+    stored, wrong = _scan(hf_dir)
+    # Older files carry this buffer; transformers ignores it as well.
+    stored = {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
+    wrong += _untie(stored, cfg)
+    wrong += check_names(stored, cfg, one_dtype=dtype is None)
+    if wrong:
+        lines = "\n  ".join(wrong)
+        raise HFError(f"{hf_dir} does not hold this model ({len(wrong)} faults):\n  {lines}")
+    parts: dict[str, list[Stored]] = {}
+    for tensor in hf_tensors(cfg):
+        parts.setdefault(tensor.row.path, []).append(stored[tensor.name])
+    rows, shapes = {row.path: row for row in TABLE}, abstract_params(cfg)
+    return {
+        path: HFLeaf(
+            rows[path],
+            tuple(shapes[path].shape),
+            np.dtype(DTYPES[parts[path][0].dtype] if dtype is None else dtype),
+            tuple(parts[path]),
+        )
+        for path in shapes
+    }
+
+
+def load_params(
+    hf_dir: str | os.PathLike,
+    cfg: ModelConfig,
+    *,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    dtype: Any = None,
+    progress: Progress | None = None,
+) -> Params:
+    """Read an HF directory into device arrays; each process reads only the slices it holds.
+
+    Args:
+        hf_dir: directory with config.json beside safetensors in the released or the nested layout.
+        cfg: the model, see `srpo_jax.model.config.load_config`.
+        shardings: parameter path -> sharding (`srpo_jax.sharding.param_specs`); None puts
+            everything on the default device.
+        dtype: dtype of the arrays, cast slice by slice; None keeps the stored one.
+        progress: called after each parameter.
+
+    Raises:
+        HFError: one message with every fault, see `open_hf`.
+    """
+    leaves = open_hf(hf_dir, cfg, dtype=dtype)
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    params, done = {}, 0
+    for path, leaf in leaves.items():
+        if shardings is None:
+            # A copy by XLA: a buffer that numpy owns could not be donated.
+            params[path] = jnp.array(leaf[(slice(None),) * len(leaf.shape)], copy=True)
+        else:
+            params[path] = _place(leaf, shardings[path])
+        done += math.prod(leaf.shape) * leaf.dtype.itemsize
+        if progress:
+            progress(path, done, total)
+    return params
+
+
+def _place(leaf: HFLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One sharded parameter; devices of this process that hold the same slice share one read."""
+    read: dict[tuple, np.ndarray] = {}
+
+    def slice_of(index: Index) -> np.ndarray:
+        key = tuple(range(n)[i] for n, i in zip(leaf.shape, index, strict=True))
+        if key not in read:
+            read[key] = leaf[index]
+        return read[key]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, slice_of)
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def save_hf(
+    params: Mapping[str, Any],
+    cfg: ModelConfig,
+    out_dir: str | os.PathLike,
+    reference_dir: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> None:
+    """Write a directory that transformers and vLLM load, in the released layout.
+
+    Collective: with several processes all call it, and the first one writes. At no time is more
+    than one block of one tensor on the host. A temporary directory is renamed when it is complete.
+
+    Args:
+        params: path -> jax array (sharded or not), numpy array, or anything with ``shape``,
+            ``dtype`` and slicing to numpy, as `open_hf` gives.
+        cfg: the model.
+        out_dir: directory to make; may exist when it is empty.
+        reference_dir: an HF directory of the same model, whose config, generation_config,
+            tokenizer and processor files are copied.
+        dtype: dtype to write; None keeps that of each parameter.
+        max_shard_bytes: size at which a new safetensors file is begun.
+        progress: called after each tensor.
+
+    Raises:
+        HFError: parameters, reference and ``cfg`` are not the same model, or out_dir is not empty.
+    """
+    out_dir, reference_dir = Path(out_dir).resolve(), Path(reference_dir)
+    _check_params(params, cfg, reference_dir)
+    dtypes = {k: np.dtype(p.dtype if dtype is None else dtype) for k, p in params.items()}
+    odd = sorted({str(d) for d in dtypes.values()} - {str(d) for d in DTYPES.values()})
+    if odd:
+        raise HFError(f"cannot write dtype {', '.join(odd)}: give one of {', '.join(DTYPES)}")
+    files = hf_write.plan(hf_tensors(cfg), dtypes, max_shard_bytes)
+    writes = jax.process_index() == 0
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    _together(functools.partial(_begin, partial, out_dir) if writes else None)
+    try:
+        hf_write.write_files(files, params, dtypes, partial if writes else None, progress)
+        if writes:
+            hf_write.copy_reference(reference_dir, partial, set(dtypes.values()))
+            if out_dir.is_dir():
+                out_dir.rmdir()
+            partial.rename(out_dir)
+    except BaseException:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _together(None)
+
+
+def _begin(partial: Path, out_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise HFError(f"{out_dir}: exists and is not an empty directory; choose another one")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _together(act: Callable[[], None] | None) -> None:
+    """Run ``act`` where there is one; if it fails on one process, no other waits for it forever."""
+    error = None
+    try:
+        if act:
+            act()
+    except (OSError, HFError) as caught:
+        error = caught
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.int32(error is not None))
+        if np.any(failed) and error is None:
+            raise HFError("the process that writes could not begin; its error tells why")
+    if error is not None:
+        raise error
+
+
+def _check_params(params: Mapping[str, Any], cfg: ModelConfig, reference_dir: Path) -> None:
+    """One error for every difference between the parameters, ``cfg`` and the reference."""
+    wanted = {path: tuple(leaf.shape) for path, leaf in abstract_params(cfg).items()}
+    described = abstract_params(load_config(reference_dir))
+    wrong = []
+    for found, what in (
+        ({path: tuple(leaf.shape) for path, leaf in params.items()}, "the parameters have"),
+        ({path: tuple(leaf.shape) for path, leaf in described.items()}, f"{reference_dir} has"),
+    ):
+        for path in sorted(wanted.keys() | found.keys()):
+            have, want = found.get(path, "no such parameter"), wanted.get(path, "no such parameter")
+            if have != want:
+                wrong.append(f"{path}: {what} {have}, the model {want}")
+    if wrong:
+        lines = "\n  ".join(wrong)
+        raise HFError(
+            f"cannot export: not one and the same model ({len(wrong)} faults):\n  {lines}"
+        )

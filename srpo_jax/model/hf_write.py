@@ -1,0 +1,206 @@
+"""Writing a Hugging Face directory block by block: safetensors, their index, the files beside."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from srpo_jax.model.hf_table import BLOCK_BYTES, DTYPES, Index, Progress, Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+# Copied from the reference beside config.json and generation_config.json.
+COPIED_FILES = (
+    "tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json "
+    "added_tokens.json chat_template.json chat_template.jinja preprocessor_config.json "
+    "video_preprocessor_config.json processor_config.json LICENSE NOTICE"
+).split()
+
+
+def plan(
+    tensors: list[Tensor], dtypes: Mapping[str, np.dtype], max_bytes: int
+) -> dict[str, list[Tensor]]:
+    """File name -> its tensors, each file below ``max_bytes`` unless one tensor is larger."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        nbytes = math.prod(tensor.shape) * dtypes[tensor.row.path].itemsize
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards)}
+
+
+def write_files(
+    files: dict[str, list[Tensor]],
+    params: Mapping[str, Any],
+    dtypes: Mapping[str, np.dtype],
+    folder: Path | None,
+    progress: Progress | None,
+) -> None:
+    """Write (first process) or only help to gather (``folder`` None) every file."""
+    sizes = {
+        t.name: math.prod(t.shape) * dtypes[t.row.path].itemsize
+        for tensors in files.values()
+        for t in tensors
+    }
+    done, total = 0, sum(sizes.values())
+    for name, tensors in files.items():
+        with open(folder / name, "wb") if folder else contextlib.nullcontext() as out:
+            if out:
+                _write_header(out, tensors, dtypes, sizes)
+            for tensor in tensors:
+                for block in _blocks(params[tensor.row.path], tensor):
+                    if out:
+                        data = np.ascontiguousarray(block.astype(dtypes[tensor.row.path]))
+                        out.write(data.reshape(-1).view(np.uint8))
+                done += sizes[tensor.name]
+                if progress:
+                    progress(tensor.name, done, total)
+    if folder and len(files) > 1:
+        weight_map = {t.name: name for name, tensors in files.items() for t in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_header(
+    out: BinaryIO, tensors: list[Tensor], dtypes: Mapping[str, np.dtype], sizes: dict[str, int]
+) -> None:
+    """The head of a safetensors file: length, then JSON padded to eight bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": TAGS[dtypes[tensor.row.path]],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + sizes[tensor.name]],
+        }
+        at += sizes[tensor.name]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(len(text).to_bytes(8, "little") + text)
+
+
+def _blocks(leaf: Any, tensor: Tensor) -> Iterator[np.ndarray]:
+    """One HF tensor in blocks of its leading dimension, each as HF lays it out."""
+    row, sizes = tensor.row, tensor.row.sizes(leaf.shape)
+    order, lead = "".join(row.groups), row.groups[0][0]
+    rest = math.prod(sizes.values()) // sizes[lead] * np.dtype(leaf.dtype).itemsize
+    step = max(1, BLOCK_BYTES // rest)
+    read = _host_reader(leaf)
+    for start in range(0, sizes[lead], step):
+        stop = min(start + step, sizes[lead])
+        index = [slice(start, stop) if a == lead else slice(0, sizes[a]) for a in row.ours]
+        if row.stacked:
+            index.insert(0, slice(tensor.layer, tensor.layer + 1))
+        block = read(tuple(index))
+        block = block[0] if row.stacked else block
+        yield block.transpose([row.ours.index(axis) for axis in order])
+
+
+def _host_reader(leaf: Any) -> Callable[[Index], np.ndarray]:
+    """How to bring a slice of a parameter to the host; collective for arrays across processes."""
+    if not isinstance(leaf, jax.Array):
+        return leaf.__getitem__
+    if leaf.is_fully_addressable and {d.platform for d in leaf.devices()} == {"cpu"}:
+        if len(leaf.devices()) == 1:
+            return np.asarray(leaf).__getitem__
+
+    def read(index: Index) -> np.ndarray:
+        starts = np.array([i.start for i in index], np.int32)
+        part = _slicer(leaf.sharding)(leaf, starts, tuple(i.stop - i.start for i in index))
+        return np.asarray(part.addressable_data(0))
+
+    return read
+
+
+@functools.lru_cache(maxsize=64)
+def _slicer(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    """Slice of an array that lies as ``sharding`` says, replicated."""
+    whole = NamedSharding(sharding.mesh, PartitionSpec()) if hasattr(sharding, "mesh") else None
+    return jax.jit(
+        lambda x, starts, sizes: jax.lax.dynamic_slice(x, starts, sizes),
+        static_argnums=2,
+        out_shardings=whole,
+    )
+
+
+# --- the files beside the weights ------------------------------------------------------------
+
+
+def copy_reference(reference_dir: Path, out_dir: Path, dtypes: set[np.dtype]) -> None:
+    """Copy what belongs to a checkpoint beside its weights, with dtype and EOS ids set right."""
+    for name in COPIED_FILES:
+        if (reference_dir / name).is_file():
+            shutil.copyfile(reference_dir / name, out_dir / name)
+    config_text = (reference_dir / "config.json").read_text()
+    config = json.loads(config_text)
+    if len(dtypes) == 1 and _set_dtype(config, dtypes.pop().name):
+        config_text = json.dumps(config, indent=2) + "\n"
+    (out_dir / "config.json").write_text(config_text)
+    generation = reference_dir / "generation_config.json"
+    text = generation.read_text() if generation.is_file() else ""
+    values = json.loads(text) if text else {}
+    eos = eos_token_ids(reference_dir)
+    if set(eos) != set(_ids(values.get("eos_token_id"))):
+        values = {"pad_token_id": eos[-1], **values, "eos_token_id": list(eos)}
+        text = json.dumps(values, indent=2) + "\n"
+    if text:
+        (out_dir / "generation_config.json").write_text(text)
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Name the dtype wherever config.json names one; returns whether anything changed."""
+    changed = False
+    parts = [config, *(config.get(k) for k in ("text_config", "vision_config"))]
+    for part in (p for p in parts if isinstance(p, dict)):
+        keys = [key for key in ("dtype", "torch_dtype") if key in part]
+        if part is config and not keys:
+            keys = ["torch_dtype"]
+        for key in keys:
+            changed |= part[key] != dtype if key in part else True
+            part[key] = dtype
+    return changed
+
+
+def eos_token_ids(hf_dir: str | os.PathLike) -> tuple[int, ...]:
+    """The ids that end a response: generation_config's, then <|im_end|> and <|endoftext|>.
+
+    The released checkpoints name both; fine-tuned ones often lose one, and generation then runs
+    past the end. Empty where neither file names any.
+    """
+    hf_dir = Path(hf_dir)
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        if not ids and (hf_dir / name).is_file():
+            ids = _ids(json.loads((hf_dir / name).read_text()).get("eos_token_id"))
+    added: dict[str, int] = {}
+    if (hf_dir / "tokenizer_config.json").is_file():
+        tokens = json.loads((hf_dir / "tokenizer_config.json").read_text())
+        for key, token in tokens.get("added_tokens_decoder", {}).items():
+            added[token["content"]] = int(key)
+    if (hf_dir / "tokenizer.json").is_file():
+        tokens = json.loads((hf_dir / "tokenizer.json").read_text()).get("added_tokens", [])
+        added.update({token["content"]: int(token["id"]) for token in tokens})
+    for content in ("<|im_end|>", "<|endoftext|>"):
+        if content in added and added[content] not in ids:
+            ids.append(added[content])
+    return tuple(ids)
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    """HF writes one id as a number, several as a list."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)

@@ -1,0 +1,196 @@
+"""Small layers of both halves of the model, rotary embeddings, and sharding constraints."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def partition_spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec | None:
+    """Where the dims of ``shape`` lie on the current mesh; None without a mesh of automatic axes.
+
+    ``axes`` holds "batch" (over data x fsdp), "tensor" or None for each dim. A dim that the mesh
+    does not divide is left whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return None
+    return PartitionSpec(*(_mesh_axes(mesh, *dim) for dim in zip(shape, axes, strict=True)))
+
+
+def local_shape(shape: tuple[int, ...], *axes: str | None) -> tuple[int, ...]:
+    """What one device holds of ``shape``; ``axes`` as in ``partition_spec``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return shape
+    names = (_mesh_axes(mesh, *dim) or () for dim in zip(shape, axes, strict=True))
+    parts = (math.prod(mesh.shape[n] for n in dim) for dim in names)
+    return tuple(size // count for size, count in zip(shape, parts, strict=True))
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains the layout of ``x`` on the mesh of ``jax.set_mesh``; without one, ``x`` itself.
+
+    One axis per dim: "batch", "tensor" or None, see ``partition_spec``.
+    """
+    spec = partition_spec(x.shape, axes)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def remat(body: Callable, policy: str) -> Callable:
+    """Recomputes ``body`` in the backward pass: "none" never, "dots" all but matrix products."""
+    if policy == "none":
+        return body
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    # prevent_cse is needless inside a scan and would cost a barrier around every layer.
+    return jax.checkpoint(body, prevent_cse=False, policy=keep)
+
+
+class Linear(nnx.Module):
+    """``y = x @ kernel + bias`` over the last dims of ``x``; ``kernel`` is [*inputs, *outputs]."""
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        bias: bool,
+        std: float,
+        dtype: str,
+        param_dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        shape = (*inputs, *outputs)
+        self.kernel = nnx.Param(_normal(rngs, shape, std, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, param_dtype)) if bias else None
+        self.num_inputs = len(inputs)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jnp.tensordot(x.astype(self.dtype), kernel, axes=self.num_inputs)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(self.dtype)
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+class Embed(nnx.Module):
+    """Token embedding table [V, D]."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        *,
+        std: float,
+        dtype: str,
+        param_dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding = nnx.Param(_normal(rngs, (vocab_size, width), std, param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        # "clip": jnp.take's default writes NaN for ids outside the table at the price of a select.
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with float32 statistics, as HF's ``Qwen2_5_VLRMSNorm``."""
+
+    def __init__(self, width: int, *, eps: float, dtype: str, param_dtype: str):
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(self.dtype)
+        return x.astype(self.dtype) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+class SwiGLU(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``; with biases in the vision tower, without in the decoder."""
+
+    def __init__(self, width: int, mlp: int, *, bias: bool, rngs: nnx.Rngs, **linear):
+        self.gate = Linear((width,), (mlp,), bias=bias, rngs=rngs, **linear)
+        self.up = Linear((width,), (mlp,), bias=bias, rngs=rngs, **linear)
+        self.down = Linear((mlp,), (width,), bias=bias, rngs=rngs, **linear)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(shard(x, "batch", *(None,) * (x.ndim - 2), "tensor"))
+
+
+def vision_rope(patch_hw: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [..., E], float32, of patch rows and columns [..., 2].
+
+    Rows turn the first quarter of the head, columns the second, and both repeat in the other half
+    (HF ``Qwen2_5_VLVisionRotaryEmbedding``).
+    """
+    freqs = _inverse_frequencies(head_dim // 2, theta)
+    angles = _angles(patch_hw, freqs)  # [..., 2, E/4]
+    angles = angles.reshape(*patch_hw.shape[:-1], head_dim // 2)
+    return _cos_sin(angles)
+
+
+def text_mrope(
+    mrope_B3T: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...], dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [B, T, E] in ``dtype`` (computed in float32) of multimodal positions.
+
+    Part i of ``sections`` of the half head takes its position from axis i mod 3: temporal, height,
+    width (HF ``Qwen2_5_VLRotaryEmbedding``).
+    """
+    freqs = _inverse_frequencies(head_dim, theta)
+    parts, start = [], 0
+    for i, size in enumerate(sections):
+        parts.append(_angles(mrope_B3T[:, i % 3], freqs[start : start + size]))
+        start += size
+    cos, sin = _cos_sin(jnp.concatenate(parts, axis=-1))
+    return cos.astype(dtype), sin.astype(dtype)
+
+
+def rotate(x_BTHE: jax.Array, cos_BTE: jax.Array, sin_BTE: jax.Array) -> jax.Array:
+    """Rotary embedding in the dtype of ``cos``; the result has the dtype of ``x``."""
+    cos, sin = cos_BTE[..., None, :], sin_BTE[..., None, :]
+    x = x_BTHE.astype(cos.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos + turned * sin).astype(x_BTHE.dtype)
+
+
+def _mesh_axes(mesh: AbstractMesh, size: int, axis: str | None) -> tuple[str, ...] | None:
+    """Mesh axes over which a dim of ``size`` lies; None where it stays whole."""
+    names = BATCH_AXES if axis == "batch" else (axis,)
+    names = tuple(n for n in names if n in mesh.axis_names)
+    parts = math.prod(mesh.shape[n] for n in names)
+    return names if parts > 1 and size % parts == 0 else None
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> jax.Array:
+    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
+    # On the host: an accelerator's float32 power is a few ulp off, and positions multiply that.
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.float32(1.0) / (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
+
+
+def _angles(positions: jax.Array, freqs: np.ndarray) -> jax.Array:
+    freqs = freqs.reshape((1,) * positions.ndim + freqs.shape)
+    return positions[..., None].astype(jnp.float32) * freqs
+
+
+def _cos_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)

@@ -1,0 +1,212 @@
+"""Qwen2.5-VL: parameters as a flat dict, and the passes that training and sampling make.
+
+Parameters live outside, flat: ``{"text/layers/attn/q/kernel": array}``, layers stacked on a leading
+axis. ``bind`` makes a module of them; it is cheap and meant to be called inside ``jax.jit``.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from srpo_jax.model.config import ModelConfig
+from srpo_jax.model.layers import shard
+from srpo_jax.model.text import Cache, TextModel
+from srpo_jax.model.vision import VisionModel
+from srpo_jax.structs import Batch, Params, VisionInputs
+
+PROMPT_SEGMENT = 1  # a prompt is always the single segment 1, its padding 0
+COMPLETION_PADDING = -1  # apart from the prompt's padding, so that neither sees the other
+
+
+class Qwen2_5_VL(nnx.Module):
+    """Vision tower and decoder. Make one with ``bind``."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.vision = VisionModel(cfg, rngs=rngs)
+        self.text = TextModel(cfg, rngs=rngs)
+        self.cfg = cfg
+
+    def encode_images(
+        self, vision: VisionInputs, return_blocks: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Images of M rows -> features [M, N/4, D], merged tokens in raster order.
+
+        With ``return_blocks`` also the hidden states after each block, [L, M, N, width], in window
+        order. Slots of padding hold finite values without meaning.
+        """
+        features_MND, blocks_LMND = self.vision(vision)
+        return (features_MND, blocks_LMND) if return_blocks else features_MND
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        mrope_B3T: jax.Array,
+        segment_ids_BT: jax.Array,
+        vision_src_BT: jax.Array | None = None,
+        features_MND: jax.Array | None = None,
+        return_layers: bool = False,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Final hidden states [B, T, D], norm applied; ``h[:, t]`` predicts token t + 1.
+
+        Tokens attend causally by index inside their segment. ``features_MND`` None: text only.
+        With ``return_layers`` also the residual stream after each layer, [L, B, T, D].
+        """
+        x = self.embed(tokens_BT, vision_src_BT, features_MND)
+        keep = "layers" if return_layers else ""
+        x, layers_LBTD = self.text.run(x, mrope_B3T, segment_ids_BT, keep)
+        h_BTD = self.text.norm(x)
+        return (h_BTD, layers_LBTD) if return_layers else h_BTD
+
+    def prefill(
+        self,
+        tokens_PS: jax.Array,
+        mrope_P3S: jax.Array,
+        segment_ids_PS: jax.Array,
+        vision_src_PS: jax.Array | None = None,
+        features_MND: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """-> (hidden state [P, D] at each prompt's last token, keys and values [L, P, S, K, E])."""
+        x = self.embed(tokens_PS, vision_src_PS, features_MND)
+        x, (k_LPSKE, v_LPSKE) = self.text.run(x, mrope_P3S, segment_ids_PS, "cache")
+        return self.text.norm(_last_token(x, segment_ids_PS)), k_LPSKE, v_LPSKE
+
+    def completion_hidden(
+        self,
+        batch: Batch,
+        features_MND: jax.Array | None,
+        completions_PGR: jax.Array,
+        completion_mask_PGR: jax.Array,
+    ) -> jax.Array:
+        """Hidden states [P, G, R, D] where ``h[..., j, :]`` predicts ``completions[..., j]``.
+
+        ``batch`` holds the P prompts. Each layer runs a prompt once and lets its G completions
+        attend to it: exact, at (S + G R) instead of G (S + R) tokens. Completion token j stands at
+        position ``next_pos + j`` on all three axes.
+        """
+        P, G, R = completions_PGR.shape
+        prompt = self.embed(batch.tokens, batch.vision_src, features_MND)
+        completions_BR = completions_PGR.reshape(P * G, R)
+        segments = jnp.where(completion_mask_PGR, PROMPT_SEGMENT, COMPLETION_PADDING)
+        positions_PR = batch.next_pos[:, None] + jnp.arange(R, dtype=jnp.int32)[None]
+        mrope = jnp.broadcast_to(positions_PR[:, None, None, :], (P, G, 3, R))
+        x_PSD, y_BRD = self.text.run_shared_prompt(
+            (prompt, batch.mrope, batch.segment_ids),
+            (self.embed(completions_BR), mrope.reshape(P * G, 3, R), segments.reshape(P * G, R)),
+            G,
+        )
+        D = x_PSD.shape[-1]
+        last_PGD = jnp.broadcast_to(_last_token(x_PSD, batch.segment_ids)[:, None], (P, G, D))
+        y_PGRD = y_BRD.reshape(P, G, R, D)
+        # The prompt's last token predicts completion 0, completion j - 1 predicts j.
+        h_PGRD = jnp.concatenate([last_PGD[:, :, None], y_PGRD[:, :, :-1]], axis=2)
+        return self.text.norm(shard(h_PGRD, "batch", None, None, None))
+
+    def decode(
+        self,
+        tokens_PG: jax.Array,
+        positions_PG: jax.Array,
+        prompt_cache: Cache,
+        prompt_segments_PS: jax.Array,
+        sample_cache: Cache,
+        column: jax.Array,
+        own_valid_PGR: jax.Array,
+    ) -> tuple[jax.Array, Cache]:
+        """One step of every sample -> (hidden states [P, G, D], sample cache with it written).
+
+        ``prompt_cache`` are [L, P, S, K, E] from ``prefill``, ``sample_cache`` [L, P, G, R, K, E].
+        The token is written at ``column``, the same for all samples; ``own_valid_PGR`` marks the
+        columns that it sees, the written one included. Keys are rotated before they are stored, so
+        the order of columns means nothing and the cache may be used as a ring.
+        """
+        x, sample_cache = self.text.run_decode(
+            self.embed(tokens_PG),
+            positions_PG,
+            prompt_cache,
+            prompt_segments_PS == PROMPT_SEGMENT,
+            sample_cache,
+            column,
+            own_valid_PGR,
+        )
+        return self.text.norm(x), sample_cache
+
+    def embed(
+        self,
+        tokens_BT: jax.Array,
+        vision_src_BT: jax.Array | None = None,
+        features_MND: jax.Array | None = None,
+    ) -> jax.Array:
+        """Token embeddings [B, T, D], image tokens replaced by their row's features."""
+        x_BTD = self.text.embed(tokens_BT)
+        if features_MND is not None:
+            x_BTD = _place_features(x_BTD, vision_src_BT, features_MND)
+        return shard(x_BTD, "batch", None, None)
+
+    def logits(self, h_D: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., V]."""
+        head = self.head_kernel().astype(self.cfg.dtype)
+        return jnp.einsum("...d,dv->...v", h_D, head, preferred_element_type=jnp.float32)
+
+    def head_kernel(self) -> jax.Array:
+        """The output projection [D, V]; the transposed embedding when tied."""
+        if self.cfg.tie_word_embeddings:
+            return self.text.embed.embedding[...].T
+        return self.text.lm_head.kernel[...]
+
+
+def abstract_params(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every parameter, without making any."""
+    _, paths, state = _structure(cfg)
+    return dict(zip(paths, jax.tree.leaves(state), strict=True))
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Random parameters as HF draws them: normal(0.02), zero biases, unit norms. Jittable."""
+    _, paths, _ = _structure(cfg)
+    _, state = nnx.split(Qwen2_5_VL(cfg, rngs=nnx.Rngs(key)))
+    return dict(zip(paths, jax.tree.leaves(state), strict=True))
+
+
+def bind(cfg: ModelConfig, params: Params) -> Qwen2_5_VL:
+    """The model over ``params``. Raises ValueError naming missing and superfluous paths."""
+    graphdef, paths, state = _structure(cfg)
+    if set(paths) != set(params):
+        missing, extra = sorted(set(paths) - set(params)), sorted(set(params) - set(paths))
+        raise ValueError(f"parameters do not fit the model: missing {missing}, superfluous {extra}")
+    leaves = [params[path] for path in paths]
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+
+
+@functools.cache
+def _structure(cfg: ModelConfig) -> tuple[nnx.GraphDef, tuple[str, ...], nnx.State]:
+    """Graph definition, parameter paths in the state's own order, abstract state."""
+    abstract = jax.eval_shape(lambda: nnx.split(Qwen2_5_VL(cfg, rngs=nnx.Rngs(0))))
+    graphdef, state = abstract
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return graphdef, tuple(_path_name(path) for path in paths), state
+
+
+def _path_name(path: tuple) -> str:
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    return "/".join(name for name in names if name != "value")
+
+
+def _place_features(
+    x_BTD: jax.Array, vision_src_BT: jax.Array, features_MND: jax.Array
+) -> jax.Array:
+    """Gathers row by row: sequences lie row after row, and ``vision_src`` counts inside a row."""
+    B, T, D = x_BTD.shape
+    M = features_MND.shape[0]
+    if B % M:
+        raise ValueError(f"{B} sequences cannot lie in {M} rows of images: {M} must divide {B}")
+    source_MX = vision_src_BT.reshape(M, B // M * T)
+    gathered = jax.vmap(lambda row, source: row[source])(features_MND, jnp.maximum(source_MX, 0))
+    gathered = gathered.reshape(B, T, D).astype(x_BTD.dtype)
+    return jnp.where((vision_src_BT >= 0)[..., None], gathered, x_BTD)
+
+
+def _last_token(x_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """[B, D] at the last token that is not padding (padding stands on the right)."""
+    last_B = jnp.maximum(jnp.sum(segment_ids_BT != 0, axis=1) - 1, 0)
+    return jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,139 @@
+"""The optimizer: AdamW with warm-up, cosine decay and clipping; freezing; non-finite gradients."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from srpo_jax.structs import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. Give the warm-up as ``warmup_steps`` or as ``warmup_ratio``."""
+
+    lr: float = 1e-6  # peak
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    warmup_steps: int | None = None  # None: warmup_ratio * total_steps
+    warmup_ratio: float = 0.03
+    final_fraction: float = 0.1  # of the peak, reached at total_steps
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # kernels and embeddings only, never biases and norm scales
+    grad_clip: float | None = 1.0  # global norm
+    moment_dtype: str = "float32"  # of the first moment; the second is always float32
+
+
+class Optimizer(NamedTuple):
+    """An optax transformation with its learning-rate schedule, which the metrics report."""
+
+    init: Callable[[Params], Any]
+    update: Callable[..., tuple[Params, Any]]
+    schedule: Callable[[jax.Array], jax.Array]
+
+
+def make_schedule(cfg: OptimConfig, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of update number ``count`` (from 0): linear warm-up, then cosine or constant.
+
+    With W warm-up steps update ``W - 1`` is the first at the peak (update 0 is not wasted on a rate
+    of 0), and the cosine reaches ``final_fraction * lr`` at ``total_steps``.
+    """
+    warmup = cfg.warmup_steps
+    if warmup is None:
+        warmup = round(cfg.warmup_ratio * total_steps)
+    if not 0 <= warmup <= total_steps:
+        raise ValueError(f"warm-up of {warmup} steps does not fit into {total_steps} total steps")
+    if cfg.schedule not in ("cosine", "constant"):
+        raise ValueError(f"schedule must be cosine or constant, not {cfg.schedule!r}")
+
+    def schedule(count):
+        count = jnp.asarray(count, jnp.float32)
+        ramp = jnp.minimum(1.0, (count + 1.0) / max(1, warmup))
+        if cfg.schedule == "constant":
+            return cfg.lr * ramp
+        progress = jnp.clip((count - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return cfg.lr * ramp * (cfg.final_fraction + (1.0 - cfg.final_fraction) * cosine)
+
+    return schedule
+
+
+def make_optimizer(cfg: OptimConfig, total_steps: int) -> Optimizer:
+    """Clip by global norm -> Adam -> decoupled weight decay -> learning rate.
+
+    Takes float32 gradients, whatever the dtype of the parameters. Moments are stored as
+    ``moment_dtype`` (first) and float32 (second: with b2 near 1 its increments are below bfloat16's
+    resolution, and it would stand still).
+    """
+    schedule = make_schedule(cfg, total_steps)
+    parts = []
+    if cfg.grad_clip is not None:
+        parts.append(optax.clip_by_global_norm(cfg.grad_clip))
+    parts.append(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moment_dtype))
+    if cfg.weight_decay:
+        parts.append(optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    chain = optax.chain(*parts)
+
+    def init(params: Params):
+        # optax sizes the moments after the parameters: show it float32 ones.
+        return chain.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+
+    return Optimizer(init=init, update=chain.update, schedule=schedule)
+
+
+def decay_mask(params: Params) -> dict[str, bool]:
+    """Which parameters decay: matrices and embeddings, not biases and norm scales."""
+    return {path: path.rsplit("/", 1)[-1] in ("kernel", "embedding") for path in params}
+
+
+def split_frozen(params: Params, freeze: tuple[str, ...] = ("vision/",)) -> tuple[Params, Params]:
+    """Split by path prefix into (trained, frozen); works on arrays, shapes and shardings alike.
+
+    Frozen parameters stay outside of the function that is differentiated and outside of the
+    optimizer: no gradient, no moments, no decay. Raises ValueError for a prefix that matches
+    nothing (a misspelt prefix would silently train) and when nothing is left to train.
+    """
+    for prefix in freeze:
+        if not any(path.startswith(prefix) for path in params):
+            raise ValueError(f"freeze prefix {prefix!r} matches no parameter, e.g. {min(params)!r}")
+    frozen = {p: x for p, x in params.items() if p.startswith(tuple(freeze))} if freeze else {}
+    trained = {p: x for p, x in params.items() if p not in frozen}
+    if not trained:
+        raise ValueError(f"freeze={freeze!r} leaves no parameter to train")
+    return trained, frozen
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, optimizer: Optimizer
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update, or none at all if the gradient is not finite.
+
+    A skipped update leaves parameters, moments, schedule and ``step`` as they were and adds 1 to
+    ``skipped``.
+
+    Returns:
+        the new state; ``grad_norm`` (before clipping), ``update_norm``, ``lr`` and ``skipped``
+        (so far), float32 scalars.
+    """
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    new_state = state.replace(
+        step=state.step + finite.astype(jnp.int32),
+        params=jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params),
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        skipped=state.skipped + (~finite).astype(jnp.int32),
+    )
+    metrics = {
+        "grad_norm": grad_norm,
+        "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
+        "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32),
+        "skipped": new_state.skipped.astype(jnp.float32),
+    }
+    return new_state, metrics

@@ -1,0 +1,161 @@
+"""The words of the method: system prompts, the five-block template, chat messages.
+
+Plain strings, joined and never formatted, so that the braces of LaTeX stay what they are.
+"""
+
+import re
+from collections.abc import Sequence
+
+# The blocks of a response in their order (structs.BLOCKS names them) and the tags of each.
+TEMPLATE = ("think", "answer", "reflection", "think", "answer")
+TAGS = {name: (f"<{name}>", f"</{name}>") for name in ("think", "answer", "reflection")}
+IMAGE_MARK = "<image>"
+
+SYSTEM_PROMPT = r"""You solve problems about images in two rounds and look critically at your own \
+work in between. Write exactly five blocks, in this order, with nothing before, between or after \
+them except line breaks:
+
+1. <think> ... </think> Your first reasoning: look at the image, state what you need from it, and \
+work step by step.
+2. <answer> ... </answer> Your first answer: LaTeX between dollar signs, with the result itself in \
+\boxed{ }. For multiple choice, box the letter.
+3. <reflection> ... </reflection> An honest review of the reasoning and the answer above: check \
+what you read from the image, each step and the final result; name every error, gap or unclear \
+step, or say what makes the result certain; say what to do better.
+4. <think> ... </think> Your second reasoning: a full new solution that uses the review. It must \
+improve on the first one even if the answer stays the same.
+5. <answer> ... </answer> Your final answer, written as in block 2.
+
+Never leave out a block, never leave one empty, and use each pair of tags only as shown.
+
+Example. Problem: A shelf in the picture holds 3 rows of 4 cups. How many cups are there?
+<think>There are 3 rows and each row holds 4 cups, so I add 3 + 4 = 7.</think>
+<answer>$3 + 4 = \boxed{7}$</answer>
+<reflection>I read the picture correctly, 3 rows and 4 cups in each, but rows of equal size are \
+multiplied, not added. The first answer is wrong.</reflection>
+<think>Each of the 3 rows holds 4 cups, so there are 3 times 4 cups. Counting row by row gives 4, \
+8, 12, which agrees.</think>
+<answer>$3 \times 4 = \boxed{12}$</answer>""".replace("\\\n", "")
+
+PLAIN_SYSTEM_PROMPT = r"""You solve problems about images. First reason step by step inside \
+<think> </think>, then give the result inside <answer> </answer> as LaTeX between dollar signs, \
+with the result itself in \boxed{ }. For multiple choice, box the letter. Write nothing else.
+
+Example. Problem: A shelf in the picture holds 3 rows of 4 cups. How many cups are there?
+<think>There are 3 rows and each row holds 4 cups, so there are 3 times 4 cups.</think>
+<answer>$3 \times 4 = \boxed{12}$</answer>""".replace("\\\n", "")
+
+
+def letter(index: int) -> str:
+    """The letter of choice ``index``, A for 0; ValueError beyond Z."""
+    if not 0 <= index < 26:
+        raise ValueError(f"choice {index}: only 26 choices have letters")
+    return chr(ord("A") + index)
+
+
+def question_text(question: str, choices: Sequence[str] = ()) -> str:
+    """The question, followed by its choices as lines "(A) ..."."""
+    lines = [f"({letter(i)}) {choice}" for i, choice in enumerate(choices)]
+    return "\n".join([question.strip(), "Choices:", *lines]) if lines else question.strip()
+
+
+def user_message(question: str, images: int | Sequence = 0, choices: Sequence[str] = ()) -> dict:
+    """One user turn in Hugging Face's form, each image part at its ``<image>`` mark.
+
+    ``images`` is how many there are, or a sequence of them (only counted: pixels travel beside
+    the messages). Without marks the images come first. ValueError when marks and images differ
+    in number.
+    """
+    count = images if isinstance(images, int) else len(images)
+    pieces = question.split(IMAGE_MARK)
+    marks = len(pieces) - 1
+    if marks not in (0, count):
+        raise ValueError(f"{marks} {IMAGE_MARK} marks in the question, but {count} images")
+    if count == 0:
+        return {"role": "user", "content": question_text(question, choices)}
+    if marks == 0:
+        pieces = [""] * count + [question]
+    # Choices belong to the last piece of text; white space around marks is the author's.
+    pieces = [pieces[0].lstrip(), *pieces[1:]]
+    pieces[-1] = pieces[-1].rstrip()
+    if choices:
+        pieces[-1] += question_text("", choices)
+    parts: list[dict] = []
+    for k, piece in enumerate(pieces):
+        if k:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return {"role": "user", "content": parts}
+
+
+def srpo_messages(
+    question: str, images: int | Sequence = 0, choices: Sequence[str] = ()
+) -> list[dict]:
+    """System turn with the five-block template and the user's turn (see ``user_message``)."""
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        user_message(question, images, choices),
+    ]
+
+
+def plain_messages(
+    question: str, images: int | Sequence = 0, choices: Sequence[str] = ()
+) -> list[dict]:
+    """The same for one round of think and answer: the prompt of the baselines."""
+    return [
+        {"role": "system", "content": PLAIN_SYSTEM_PROMPT},
+        user_message(question, images, choices),
+    ]
+
+
+def boxed(answer: str) -> str:
+    r"""The answer as the template wants it, ``$\boxed{...}$``; untouched if it holds a box."""
+    answer = answer.strip()
+    if "\\boxed" in answer:
+        return answer
+    if len(answer) > 2 and answer[0] == answer[-1] == "$" and "$" not in answer[1:-1]:
+        answer = answer[1:-1]
+    return "$\\boxed{" + answer + "}$"
+
+
+def block(name: str, content: str) -> str:
+    """``<name>content</name>``; ValueError for blank content or content that holds a tag."""
+    content = content.strip()
+    if not content:
+        raise ValueError(f"the {name} block is empty")
+    found = re.search(r"</?(?:think|answer|reflection)>", content)
+    if found:
+        raise ValueError(f"the {name} block holds the tag {found[0]}")
+    opening, closing = TAGS[name]
+    return opening + content + closing
+
+
+def srpo_response(
+    first_think: str, first_answer: str, reflection: str, second_think: str, second_answer: str
+) -> str:
+    """A response in the five-block template, one block a line; plain answers are boxed.
+
+    ValueError when a block is blank or holds a tag.
+    """
+    contents = (first_think, boxed(first_answer), reflection, second_think, boxed(second_answer))
+    if not first_answer.strip() or not second_answer.strip():
+        raise ValueError("the answer block is empty")
+    return "\n".join(block(name, text) for name, text in zip(TEMPLATE, contents, strict=True))
+
+
+def paper_sft_response(think: str, first_answer: str, reflection: str, gold: str) -> str:
+    """The paper's own SFT target (appendix B.4): one think, two answers, the second the bare gold.
+
+    It lacks the second think and the boxes that the RL template rewards; ``srpo_response`` closes
+    that gap. ValueError as there.
+    """
+    names, contents = ("think", "answer", "reflection", "answer"), (think, first_answer, reflection)
+    return "\n".join(block(n, c) for n, c in zip(names, (*contents, gold), strict=True))
+
+
+def plain_response(think: str, answer: str) -> str:
+    """The one-round target of ``plain_messages``; ValueError as in ``srpo_response``."""
+    if not answer.strip():
+        raise ValueError("the answer block is empty")
+    return "\n".join([block("think", think), block("answer", boxed(answer))])

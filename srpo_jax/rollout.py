@@ -1,0 +1,172 @@
+"""One batch of prompts to graded completions: encode images, sample, grade.
+
+Used by the RL loop and by every evaluation. Images are encoded once for a prompt, and their
+features serve the sampler and, where the tower is frozen, every later pass of the step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from srpo_jax import setup, sharding
+from srpo_jax.data.loader import LoadedBatch
+from srpo_jax.data.processing import token_bytes
+from srpo_jax.data.records import Record
+from srpo_jax.grading.grade import grade
+from srpo_jax.grading.template import TokenText
+from srpo_jax.grading.verifier import Verifier
+from srpo_jax.metrics import ModelFlops
+from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
+from srpo_jax.setup import Parts
+from srpo_jax.state import relayout
+from srpo_jax.structs import BLOCKS, Batch, Params, Rollout, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A batch of prompts with its completions: global arrays, and this process's records."""
+
+    records: Sequence[Record]
+    slots: np.ndarray  # [len(records)] which of this process's prompts record i is
+    batch: Batch
+    features: jax.Array | None
+    rollout: Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """What grading found for this process's P prompts, as numpy arrays."""
+
+    verdict: Verdict  # [P, G]
+    details: list[dict[str, Any]]  # of each sample, prompt after prompt
+    rollout: Rollout  # [P, G, R], this process's part
+
+
+def sampling_config(parts: Parts, config: Any, *, group_size: int, temperature: float):
+    """`SamplingConfig` of a config's ``sampling`` section and the tokenizer's special ids."""
+    return SamplingConfig(
+        max_new_tokens=config.max_new_tokens,
+        group_size=group_size,
+        temperature=temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        segment=min(config.segment, config.max_new_tokens),
+        concurrent_rows=config.concurrent_rows or None,
+        eos_ids=parts.processor.eos_ids,
+        pad_id=parts.processor.pad_id,
+        forbidden_ids=forbidden_ids(parts),
+    )
+
+
+def forbidden_ids(parts: Parts) -> tuple[int, ...]:
+    """Tokens that no completion may hold: images and their markers, by tokenizer and by config."""
+    ids = {*vision_token_ids(parts.model), *parts.processor.forbidden_ids}
+    return tuple(sorted(i for i in ids if i < parts.model.text.vocab_size))
+
+
+class Generator:
+    """Samples and grades batches of one shape with one set of sampling parameters."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        sampling: SamplingConfig,
+        encode_step: Callable[..., jax.Array],
+        token_text: TokenText,
+        verifier: Verifier,
+        profile: str,
+    ):
+        self.parts, self.sampling = parts, sampling
+        self._encode_step = encode_step
+        self._token_text, self._verifier, self._profile = token_text, verifier, profile
+        self._sampler = Sampler(parts.model, sampling, parts.mesh)
+
+    def sampler_params(self, params: Params) -> Params:
+        """Parameters as decoding wants them; alive until the next update donates ``params``."""
+        return relayout(params, self.parts.mesh, layout="sample", dtype=self.parts.model.dtype)
+
+    def sample(
+        self,
+        params: Params,
+        sampler_params: Params,
+        loaded: LoadedBatch,
+        *,
+        seed: int,
+        step: int,
+    ) -> Sampled:
+        """Encode the images of a batch and sample its group of completions."""
+        local = loaded.arrays
+        batch = sharding.to_global(local, self.parts.mesh)
+        features, rows = None, None
+        if batch.vision is not None:
+            features = self._encode_step(params, batch.vision)
+        else:
+            rows = self.parts.shards
+        keys = setup.prompt_keys(loaded.records, loaded.slots, local.tokens.shape[0])
+        keys = sharding.to_global(keys, self.parts.mesh)
+        rollout = self._sampler.generate(
+            sampler_params, batch, features, keys, seed=seed, step=step, rows=rows
+        )
+        return Sampled(loaded.records, loaded.slots, batch, features, rollout)
+
+    def grade(self, sampled: Sampled) -> Graded:
+        """Grade this process's completions on the host; fillers get a verdict of all wrong."""
+        rollout = setup.to_local(sampled.rollout)
+        prompts = rollout.completions.shape[0]
+        golds, choices = ["0"] * prompts, [()] * prompts
+        for record, slot in zip(sampled.records, sampled.slots, strict=True):
+            golds[slot], choices[slot] = record.answer, record.choices
+        verdict, details = grade(
+            rollout.completions,
+            rollout.completion_mask,
+            token_text=self._token_text,
+            golds=golds,
+            choices=choices,
+            verifier=self._verifier,
+            profile=self._profile,
+            eos_ids=self.sampling.eos_ids,
+        )
+        return Graded(verdict, details, rollout)
+
+    def blocks(self, token_ids: np.ndarray, spans: dict[str, Any]) -> dict[str, str | None]:
+        """The text of each block from its token span; None where it is missing."""
+        return {
+            name: None
+            if spans[name] is None
+            else self._token_text.completion(token_ids[slice(*spans[name])]).decode()
+            for name in BLOCKS
+        }
+
+
+def make_token_text(parts: Parts) -> TokenText:
+    """The bytes of every token id of the model."""
+    return TokenText(token_bytes(parts.processor.tokenizer, parts.model.text.vocab_size))
+
+
+def make_flops(parts: Parts) -> ModelFlops:
+    """FLOP counts of the model."""
+    return ModelFlops.of(
+        abstract_params(parts.model), len(parts.model.vision.fullatt_block_indexes)
+    )
+
+
+def vision_work(batch: Batch) -> tuple[float, float, float]:
+    """(patches, pairs in windows, pairs in frames) of a batch's real patches, for `ModelFlops`.
+
+    Host arrays only: this process's part.
+    """
+    if batch.vision is None:
+        return 0.0, 0.0, 0.0
+    in_window = np.asarray(batch.vision.window_valid).sum(-1).astype(np.float64)
+    frames = np.asarray(batch.vision.frame_id)
+    per_frame = [np.bincount(row[row >= 0]).astype(np.float64) for row in frames]
+    return (
+        float(in_window.sum()),
+        float((in_window**2).sum()),
+        float(sum((count**2).sum() for count in per_frame)),
+    )

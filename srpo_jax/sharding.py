@@ -1,0 +1,249 @@
+"""Meshes, where each parameter lies on them, and the way between host arrays and global arrays.
+
+The mesh has three axes: ``data`` (across slices and hosts; parameters are replicated over it),
+``fsdp`` (parameters and optimizer state are divided) and ``tensor`` (heads, mlp and vocabulary are
+divided). Rows of data are divided over ``data`` x ``fsdp``.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from srpo_jax.structs import Array
+
+AXES = ("data", "fsdp", "tensor")
+LAYOUTS = ("train", "sample")
+_ = None
+
+# Parameter path -> how its dimensions lie on the mesh while training, and while sampling. Training
+# divides one large dimension over fsdp; sampling keeps it whole, so that decoding a token gathers
+# no weights. An axis that does not divide its dimension is left out (`param_specs`).
+TABLE: tuple[tuple[str, tuple, tuple], ...] = (
+    (r"text/embed/embedding", ("tensor", "fsdp"), ("tensor", _)),  # [V, D]
+    (r"text/lm_head/kernel", ("fsdp", "tensor"), (_, "tensor")),  # [D, V]
+    (
+        r"text/layers/attn/[qkv]/kernel",
+        (_, "fsdp", "tensor", _),
+        (_, _, "tensor", _),
+    ),  # [L, D, H, E]
+    (r"text/layers/attn/[qkv]/bias", (_, "tensor", _), (_, "tensor", _)),  # [L, H, E]
+    (r"text/layers/attn/o/kernel", (_, "tensor", _, "fsdp"), (_, "tensor", _, _)),  # [L, H, E, D]
+    (r"text/layers/mlp/(gate|up)/kernel", (_, "fsdp", "tensor"), (_, _, "tensor")),  # [L, D, F]
+    (r"text/layers/mlp/down/kernel", (_, "tensor", "fsdp"), (_, "tensor", _)),  # [L, F, D]
+    (r"text/layers/(input|post)_norm/scale", (_, _), (_, _)),  # [L, D]
+    (r"text/norm/scale", (_,), (_,)),  # [D]
+    (r"vision/patch_embed/kernel", (_, "fsdp"), (_, _)),  # [1176, D]
+    (r"vision/blocks/norm[12]/scale", (_, _), (_, _)),  # [L, D]
+    (r"vision/blocks/attn/qkv/kernel", (_, "fsdp", _, "tensor", _), (_, _, _, "tensor", _)),
+    (r"vision/blocks/attn/qkv/bias", (_, _, "tensor", _), (_, _, "tensor", _)),  # [L, 3, H, E]
+    (r"vision/blocks/attn/proj/kernel", (_, "tensor", _, "fsdp"), (_, "tensor", _, _)),
+    (r"vision/blocks/attn/proj/bias", (_, _), (_, _)),  # [L, D]
+    (r"vision/blocks/mlp/(gate|up)/kernel", (_, "fsdp", "tensor"), (_, _, "tensor")),  # [L, D, F]
+    (r"vision/blocks/mlp/(gate|up)/bias", (_, "tensor"), (_, "tensor")),  # [L, F]
+    (r"vision/blocks/mlp/down/kernel", (_, "tensor", "fsdp"), (_, "tensor", _)),  # [L, F, D]
+    (r"vision/blocks/mlp/down/bias", (_, _), (_, _)),  # [L, D]
+    (r"vision/merger/norm/scale", (_,), (_,)),  # [D]
+    (r"vision/merger/fc1/kernel", ("fsdp", "tensor"), (_, "tensor")),  # [4 D, 4 D]
+    (r"vision/merger/fc1/bias", ("tensor",), ("tensor",)),  # [4 D]
+    (r"vision/merger/fc2/kernel", ("tensor", "fsdp"), ("tensor", _)),  # [4 D, out]
+    (r"vision/merger/fc2/bias", (_,), (_,)),  # [out]
+)
+
+
+# --- mesh ------------------------------------------------------------------------------------
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh with the axes ``data``, ``fsdp``, ``tensor`` over all devices; one size may be -1.
+
+    ``tensor`` gets the closest devices (of one host where it fits) and ``data`` those farthest
+    apart, so that only the sum of gradients crosses slices.
+
+    Args:
+        data: replicas of the parameters.
+        fsdp: parts that parameters and optimizer state are divided into.
+        tensor: parts that heads, mlp and vocabulary are divided into.
+        devices: default ``jax.devices()``; may be those of a topology to compile for.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    found = list(np.ravel(np.asarray(jax.devices() if devices is None else devices, object)))
+    grid = _mesh_grid(_mesh_shape((data, fsdp, tensor), len(found)), found)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh_grid(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Devices in an order in which neighbours on the last axis are the closest."""
+    devices = sorted(devices, key=lambda d: (_slice_of(d), d.process_index, d.id))
+    slices = sorted({_slice_of(d) for d in devices})
+    if devices[0].platform != "tpu" or shape[0] % len(slices):
+        return np.array(devices, object).reshape(shape)
+    part = (shape[0] // len(slices), *shape[1:])
+    grids = [_follow_torus([d for d in devices if _slice_of(d) == s], part) for s in slices]
+    return np.concatenate(grids, axis=0)
+
+
+def _mesh_shape(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
+    told = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh {told}: sizes must be positive, and at most one may be -1")
+    known = math.prod(size for size in sizes if size != -1)
+    shape = tuple(count // known if size == -1 else size for size in sizes)
+    if math.prod(shape) != count:
+        raise ValueError(
+            f"mesh {told} does not fit {count} devices: the product must be {count}; "
+            "set one of them to -1 to take what is left"
+        )
+    return shape
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def _follow_torus(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (ValueError, NotImplementedError, AssertionError):  # a shape that it does not know
+        return np.array(devices, object).reshape(shape)
+
+
+# --- shardings -------------------------------------------------------------------------------
+
+
+def param_specs(
+    abstract_params: Mapping[str, Any], mesh: Mesh, layout: str = "train"
+) -> dict[str, NamedSharding]:
+    """Parameter path -> sharding, by the one row of `TABLE` that matches the path.
+
+    Args:
+        abstract_params: path -> anything with ``shape``.
+        mesh: of `make_mesh`.
+        layout: "train" (fsdp and tensor) or "sample" (tensor only).
+
+    Raises:
+        ValueError: a path that no row or more than one row matches, or an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    return {
+        path: NamedSharding(mesh, _divide(_row(path)[layout], leaf.shape, mesh))
+        for path, leaf in abstract_params.items()
+    }
+
+
+def _row(path: str) -> dict[str, tuple]:
+    rows = [row for row in TABLE if re.fullmatch(row[0], path)]
+    if len(rows) != 1:
+        raise ValueError(
+            f"{path}: {len(rows)} rows of the table in sharding.py match it, one is needed"
+        )
+    return dict(zip(LAYOUTS, rows[0][1:], strict=True))
+
+
+def _divide(axes: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The axes that divide their dimension; those of size 1 are left out too."""
+    kept = [
+        axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, shape, strict=True)
+    ]
+    return PartitionSpec(*kept)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis (rows) over ``data`` x ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same values on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def num_data_shards(mesh: Mesh) -> int:
+    """How many parts the rows are divided into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def process_shards(mesh: Mesh, process_index: int | None = None) -> list[int]:
+    """The data shards that this process holds, ascending: it passes their rows to `to_global`.
+
+    Two processes hold the same shard where ``tensor`` spans both; both then pass the same rows.
+    """
+    index = jax.process_index() if process_index is None else process_index
+    rows = mesh.devices.reshape(num_data_shards(mesh), -1)
+    return [i for i, row in enumerate(rows) if any(d.process_index == index for d in row)]
+
+
+def like_params(
+    opt_state_shapes: Any, param_shardings: Mapping[str, NamedSharding], mesh: Mesh
+) -> Any:
+    """Shardings of an optimizer state: each leaf that mirrors a parameter lies as it does.
+
+    Args:
+        opt_state_shapes: of ``jax.eval_shape(optimizer.init, params)``; a leaf mirrors the
+            parameter whose path is a key on the way to it, as optax builds it.
+        param_shardings: of `param_specs`.
+        mesh: the same mesh; everything else (counts, factored statistics) is replicated on it.
+    """
+
+    def sharding_of(keys: tuple, leaf: Any) -> NamedSharding:
+        names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        found = [param_shardings[name] for name in names if name in param_shardings]
+        if len(found) == 1 and len(found[0].spec) == len(leaf.shape):
+            parts = [mesh.shape[axis] if axis else 1 for axis in found[0].spec]
+            if all(size % part == 0 for size, part in zip(leaf.shape, parts, strict=True)):
+                return found[0]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding_of, opt_state_shapes)
+
+
+# --- host arrays and global arrays -----------------------------------------------------------
+
+
+def to_global(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays -> global arrays whose leading axis (rows) lies over ``data`` x ``fsdp``.
+
+    Args:
+        tree: arrays holding the rows of this process's shards (`process_shards`), in order.
+        mesh: the mesh.
+
+    Raises:
+        ValueError: a leading axis that this process's shards do not divide.
+    """
+    sharding, shards = batch_sharding(mesh), len(process_shards(mesh))
+
+    def put(leaf: Array) -> jax.Array:
+        leaf = np.asarray(leaf)
+        if leaf.ndim == 0 or leaf.shape[0] % shards:
+            raise ValueError(
+                f"an array of shape {leaf.shape} cannot be divided into the {shards} data shards "
+                "of this process: its leading axis must be a multiple of them"
+            )
+        shape = (leaf.shape[0] // shards * num_data_shards(mesh), *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, leaf, shape)
+
+    return jax.tree.map(put, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Global arrays -> numpy arrays with all rows, on every process (collective)."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return np.asarray(leaf)
+        if leaf.is_fully_replicated:
+            return np.asarray(leaf.addressable_data(0))
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(fetch, tree)

@@ -1,0 +1,125 @@
+"""The train state: its shapes, its layout on a mesh, how it is made; parameters laid out anew."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from srpo_jax import optim, sharding
+from srpo_jax.model.config import ModelConfig
+from srpo_jax.model.qwen2_5_vl import abstract_params, init_params
+from srpo_jax.optim import Optimizer
+from srpo_jax.structs import Params, TrainState
+
+FREEZE_VISION = ("vision/",)  # the tower and its merger
+
+
+def abstract_state(
+    model_cfg: ModelConfig, optimizer: Optimizer, *, freeze: tuple[str, ...] = FREEZE_VISION
+) -> TrainState:
+    """The train state as shapes and dtypes; no device work."""
+    return jax.eval_shape(
+        functools.partial(_new_state, optimizer=optimizer, freeze=freeze),
+        abstract_params(model_cfg),
+    )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """NamedSharding of every leaf: parameters by the table, moments like their parameters."""
+    params = sharding.param_specs(state.params | state.frozen, mesh, "train")
+    trained = {path: params[path] for path in state.params}
+    return TrainState(
+        step=sharding.replicated(mesh),
+        params=trained,
+        frozen={path: params[path] for path in state.frozen},
+        opt_state=sharding.like_params(state.opt_state, trained, mesh),
+        skipped=sharding.replicated(mesh),
+    )
+
+
+def init_state(
+    model_cfg: ModelConfig,
+    optimizer: Optimizer,
+    *,
+    freeze: tuple[str, ...] = FREEZE_VISION,
+    mesh: Mesh | None = None,
+    key: jax.Array | None = None,
+    params: Params | None = None,
+) -> TrainState:
+    """A fresh state, made directly in its shards: random from ``key``, or around ``params``.
+
+    ``params`` (from ``hf.load_params`` with the table's shardings) are donated: the state takes
+    over their memory. Raises ValueError unless exactly one of the two is given.
+    """
+    if (key is None) == (params is None):
+        raise ValueError("init_state needs either key (random weights) or params (loaded ones)")
+    out = None
+    if mesh is not None:
+        out = state_shardings(abstract_state(model_cfg, optimizer, freeze=freeze), mesh)
+    new_state = functools.partial(_new_state, optimizer=optimizer, freeze=freeze)
+    if params is None:
+        from_key = lambda key: new_state(init_params(model_cfg, key))  # noqa: E731
+        return jax.jit(from_key, out_shardings=out)(key)
+    return jax.jit(new_state, out_shardings=out, donate_argnums=0)(params)
+
+
+def _new_state(params: Params, *, optimizer: Optimizer, freeze: tuple[str, ...]) -> TrainState:
+    trained, frozen = optim.split_frozen(params, freeze)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero, params=trained, frozen=frozen, opt_state=optimizer.init(trained), skipped=zero
+    )
+
+
+def merge_params(state: TrainState, trained: Params | None = None) -> Params:
+    """All parameters of the model; ``trained`` (a reference's copy) replaces the trained ones."""
+    return {**state.frozen, **(state.params if trained is None else trained)}
+
+
+# --- layouts ---------------------------------------------------------------------------------
+
+
+def make_relayout(
+    shapes: dict[str, Any], mesh: Mesh, *, layout: str = "sample", dtype: str | None = None
+) -> Callable[[Params], Params]:
+    """Jitted identity into another column of the sharding table and another dtype."""
+    out = sharding.param_specs(shapes, mesh, layout)
+
+    def identity(params: Params) -> Params:
+        return {p: x if dtype is None else x.astype(dtype) for p, x in params.items()}
+
+    return jax.jit(identity, out_shardings=out)
+
+
+def relayout(
+    params: Params, mesh: Mesh | None, *, layout: str = "sample", dtype: str | None = None
+) -> Params:
+    """Parameters in the sampler's layout and dtype (once per step).
+
+    Arrays that are right already are passed on without a copy; those results live only as long as
+    the state they came from, until the next donating step.
+    """
+    shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in params.items()}
+    target = {} if mesh is None else sharding.param_specs(shapes, mesh, layout)
+
+    def is_right(path: str, x: jax.Array) -> bool:
+        same_dtype = dtype is None or x.dtype == jnp.dtype(dtype)
+        same_layout = mesh is None or x.sharding.is_equivalent_to(target[path], x.ndim)
+        return same_dtype and same_layout
+
+    moving = {p: x for p, x in params.items() if not is_right(p, x)}
+    if not moving:
+        return dict(params)
+    key = tuple(sorted((p, x.shape, x.dtype.name) for p, x in moving.items()))
+    return {**params, **_cached_relayout(key, mesh, layout, dtype)(moving)}
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_relayout(key: tuple, mesh: Mesh | None, layout: str, dtype: str | None) -> Callable:
+    shapes = {path: jax.ShapeDtypeStruct(shape, name) for path, shape, name in key}
+    if mesh is None:
+        return jax.jit(lambda params: {p: x.astype(dtype) for p, x in params.items()})
+    return make_relayout(shapes, mesh, layout=layout, dtype=dtype)

@@ -1,0 +1,314 @@
+"""SRPO stage 2: GRPO with the reflection reward.
+
+    python -m srpo_jax.train_grpo --config=configs/grpo.py:size=7b --workdir=runs/rl \
+        --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.init_from=runs/sft \
+        --config.data.train=rl.jsonl --config.eval.file=held_out.jsonl
+
+Reading guide: `train` sets up what `Stage` needs and runs the loop; one step is `Stage.step`:
+
+    prompts -> image features -> completions -> verdicts on the host (`Stage.sample_round`)
+            -> groups that teach something (groups.py) -> updates on the device (`Stage.update`)
+
+Rewards, advantages, KL and the loss are computed inside of ``grpo_step`` (steps.py, grpo.py,
+rewards.py, losses.py); rollout.py samples and grades; session.py restores, logs, evaluates, saves
+and exports. A run that is stopped (SIGTERM, Ctrl-C) finishes its step, saves and leaves with exit
+code 0; the same command goes on from there, bit for bit.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from srpo_jax import grpo, losses, optim, setup, sharding
+from srpo_jax.checkpoint import own_buffers
+from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.loader import LoadedBatch
+from srpo_jax.evaluate import make_evaluator
+from srpo_jax.grading.answers import gold_problem
+from srpo_jax.groups import Pool, informative
+from srpo_jax.metrics import write_jsonl
+from srpo_jax.rewards import compute_rewards
+from srpo_jax.rollout import (
+    Generator,
+    Graded,
+    Sampled,
+    forbidden_ids,
+    make_flops,
+    make_token_text,
+    sampling_config,
+    vision_work,
+)
+from srpo_jax.session import Session
+from srpo_jax.state import merge_params
+from srpo_jax.steps import make_encode_step, make_grpo_step, make_logp_step, micro_indices
+from srpo_jax.structs import BLOCKS, Batch, Params, Rollout, TrainState, Verdict
+
+SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")
+
+
+def train(
+    config: Any, workdir: str, *, encode: Callable[..., Any] | None = None
+) -> dict[str, Any]:
+    """Run stage 2, or go on with it where it was stopped.
+
+    Args:
+        config: of configs/grpo.py.
+        workdir: folder for checkpoints/, metrics.jsonl, rollouts/ and quarantine.jsonl.
+        encode: record -> Encoded prompt, instead of the configured one.
+
+    Returns:
+        the last row of metrics, with ``step``, ``finished`` (False where a signal stopped the run)
+        and the last evaluation under "eval".
+    """
+    parts = setup.start(config)
+    rows = setup.rows_per_shard(
+        "data.global_batch_size",
+        config.data.global_batch_size,
+        config.data.prompts_per_row,
+        parts.shards,
+    )
+    encode = encode or PromptEncoder(parts.processor, config.data.prompt)
+    loader = open_data(config, workdir, parts, rows, encode)
+    cfg = grpo_config(config, parts, rows)
+
+    optimizer = optim.make_optimizer(
+        setup.optim_config(config.optim), config.steps * cfg.updates_per_rollout
+    )
+    run = Session(config, workdir, parts, optimizer, config.steps, SHOWN)
+    stage = Stage(config, workdir, parts, cfg, optimizer, run, loader, encode)
+    evaluator = None
+    if config.eval.file:
+        evaluator = make_evaluator(
+            config, parts, stage.encode_step, stage.token_text, run.verifier, run.guard,
+            profile=config.reward_profile, prompt=config.data.prompt, encode=encode,
+        )  # fmt: skip
+
+    state = run.state
+    del run.state  # the step donates it
+    with run:
+        if evaluator is not None and config.eval.at_start and run.step == 0:
+            run.evaluate(state, evaluator)
+        while run.step < config.steps:
+            state = stage.step(state)
+            if run.end_step(state, evaluator, stage.host_state):
+                break
+        return run.finish(state)
+
+
+def open_data(
+    config: Any, workdir: str, parts: setup.Parts, rows: int, encode: Callable[..., Any]
+) -> Any:
+    """The endless loader of prompts; records whose gold cannot be graded are set aside."""
+    data = config.data
+    source = setup.open_source("data.train", data.train, data.root)
+    budgets = tuple(data.patch_budgets)
+    setup.check_first_records(
+        "data.train",
+        source,
+        encode,
+        parts,
+        tokens=data.prompt_tokens,
+        patches=max(budgets, default=0),
+    )
+    return setup.open_loader(
+        parts,
+        source,
+        encode,
+        check_record=gold_problem,
+        quarantine_path=f"{workdir}/quarantine.jsonl",
+        global_batch_size=data.global_batch_size,
+        rows_per_shard=rows,
+        token_budget=data.prompt_tokens,
+        patch_budgets=budgets,
+        shuffle=data.shuffle,
+        seed=config.seed,
+        workers=data.workers,
+        max_bad_share=data.max_bad_share,
+    )
+
+
+def grpo_config(config: Any, parts: setup.Parts, rows: int) -> grpo.GrpoConfig:
+    """`GrpoConfig` from the config; one micro-batch is one row of every data shard."""
+    section = dict(config.grpo)
+    for key in ("dual_clip", "tis_cap"):  # 0 is off
+        section[key] = section[key] or None
+    if rows % section["updates_per_rollout"]:
+        raise setup.RunError(
+            f"grpo.updates_per_rollout={section['updates_per_rollout']} must divide the {rows} "
+            f"rows of a data shard (data.global_batch_size={config.data.global_batch_size} / "
+            f"{parts.shards} data shards / data.prompts_per_row={config.data.prompts_per_row}): "
+            "change one of them"
+        )
+    return grpo.GrpoConfig(
+        **section,
+        micro_batches=rows,
+        reward_profile=config.reward_profile,
+        reward_alpha=config.reward_alpha,
+        temperature=config.sampling.temperature,
+        forbidden_ids=forbidden_ids(parts),
+        length_cap=config.sampling.max_new_tokens,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One batch of prompts, sampled and graded."""
+
+    sampled: Sampled
+    graded: Graded
+    verdict: Verdict  # global arrays
+    weight: np.ndarray  # [P] of this process: 0 for groups that the filter leaves out
+    scores: tuple[Any, ...]  # of score_step, on device
+    logps: tuple[jax.Array | None, jax.Array | None]  # old, reference
+
+
+class Stage:
+    """One RL step and what it needs: compiled functions, the reference, pending groups."""
+
+    def __init__(
+        self,
+        config: Any,
+        workdir: str,
+        parts: setup.Parts,
+        cfg: grpo.GrpoConfig,
+        optimizer: optim.Optimizer,
+        run: Session,
+        loader: Any,
+        encode: Callable[..., Any],
+    ):
+        self.config, self.parts, self.cfg, self.run = config, parts, cfg, run
+        self.loader, self.encode = loader, encode
+        self.folder = Path(workdir) / "rollouts"
+        self.trains_vision = any(path.startswith("vision/") for path in run.state.params)
+        mesh, watch = parts.mesh, run.guard.watch
+        self.encode_step = watch(make_encode_step(parts.model, mesh=mesh))
+        self.logp_step = watch(make_logp_step(parts.model, cfg, mesh=mesh))
+        self.score_step = watch(make_score_step(cfg, mesh))
+        self.grpo_step = watch(
+            make_grpo_step(parts.model, cfg, optimizer, freeze=tuple(config.freeze), mesh=mesh)
+        )
+        section = config.sampling
+        sampling = sampling_config(
+            parts, section, group_size=section.group_size, temperature=section.temperature
+        )
+        self.token_text = make_token_text(parts)
+        self.generator = Generator(
+            parts, sampling, self.encode_step, self.token_text, run.verifier, cfg.reward_profile
+        )
+        self.flops = make_flops(parts)
+        self.reference = self.load_reference() if cfg.needs_reference else None
+        self.pool = Pool()
+        if run.host:
+            loader.set_state(run.host["data"])
+            self.pool.load(run.host["pending"], run.arrays)
+
+    def load_reference(self) -> Params:
+        """The trained part of the initial weights, in the dtype that log-probs are computed in."""
+        dtype = self.config.model.dtype
+        if self.run.step:
+            params, _ = setup.load_weights(self.config, self.parts, dtype, self.run.origin)
+            return {path: params[path] for path in self.run.state.params}
+        return own_buffers({p: x.astype(dtype) for p, x in self.run.state.params.items()})
+
+    def host_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What the checkpoint keeps of this process: place in the data, pending groups."""
+        pending, arrays = self.pool.state()
+        return {"data": self.loader.get_state(), "pending": pending}, arrays
+
+    # --- a step ---
+
+    def step(self, state: TrainState) -> TrainState:
+        """Sample, grade, update, write the rollouts, log."""
+        run, timers = self.run, self.run.timers
+        if self.config.filter.resample:
+            rounds, batch_of_update = self.resample(state)
+        else:
+            rounds = [self.sample_round(state, with_logps=True)]
+            batch_of_update = self.as_sampled(rounds[0])
+        with timers("update"):
+            state, updates = self.update(state, *batch_of_update)
+        run.step += 1
+        with timers("write"):  # while the device is busy with the update
+            self.write_rollouts(rounds)
+        with timers("update"):
+            updates = jax.device_get(updates)
+        run.log(self.metrics(rounds, updates), **self.work(rounds, batch_of_update[0]))
+        return state
+
+    def sample_round(self, state: TrainState, *, with_logps: bool) -> Round:
+        """The next batch of prompts: completions, verdicts and, on the way, log-probs."""
+        timers, parts = self.run.timers, self.parts
+        with timers("data"):
+            loaded = next(self.loader)
+        bucket = setup.bucket_of(loaded.arrays)
+        self.run.agree(bucket)
+        with self.run.guard.step(f"sampling, {bucket}"):
+            params = merge_params(state)
+            with timers("sample"):
+                sampled = self.generator.sample(
+                    params,
+                    self.generator.sampler_params(params),
+                    loaded,
+                    seed=self.config.seed,
+                    step=self.run.step,
+                )
+            # Dispatched before grading: the host checks answers while the device computes.
+            logps = (None, None)
+            if with_logps:
+                logps = self.logps(state, sampled, old=self.cfg.updates_per_rollout > 1)
+            with timers("grade"):
+                graded = self.generator.grade(sampled)
+            with timers("logp"):
+                jax.block_until_ready(logps)
+            verdict = sharding.to_global(graded.verdict, parts.mesh)
+            scores = self.score_step(verdict, sampled.rollout, sampled.batch.valid)
+        weight = informative(graded.verdict, self.config.filter.low, self.config.filter.high)
+        return Round(sampled, graded, verdict, weight, scores, logps)
+
+    def logps(
+        self, state: TrainState, sampled: Sampled, *, old: bool
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Log-probs [P, G, R] under the policy before the update and under the reference."""
+        inputs = (sampled.batch, sampled.rollout, self.features_for(sampled))
+        old_logp = self.logp_step(merge_params(state), *inputs)[0] if old else None
+        ref_logp = None
+        if self.reference is not None:
+            ref_logp = self.logp_step(merge_params(state, self.reference), *inputs)[0]
+        return old_logp, ref_logp
+
+    def features_for(self, sampled: Sampled) -> jax.Array | None:
+        """Image features as constants, unless the tower that makes them is trained."""
+        return None if self.trains_vision else sampled.features
+
+    def update(
+        self,
+        state: TrainState,
+        sampled: Sampled,
+        verdict: Verdict,
+        weight: np.ndarray,
+        logps: tuple[jax.Array | None, jax.Array | None],
+    ) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+        """The updates of one rollout; one whose groups all have weight 0 is left out.
+
+        (Its gradient would be zero, but Adam's momentum would still move the parameters.)
+        """
+        count = self.cfg.updates_per_rollout
+        per_update = weight.reshape(-1, count, weight.size // count // self.local_shards)
+        useful = setup.agree_any(per_update.any(axis=(0, 2)))
+        weight_P = sharding.to_global(weight, self.parts.mesh)
+        done = []
+        with self.run.guard.step(f"update, {setup.bucket_of(sampled.batch)}"):
+            for k in range(count):
+                if useful[k]:
+                    indices = micro_indices(self.cfg, k) if count > 1 else None
+                    state, metrics = self.grpo_step(
+                        state, sampled.batch, sampled.rollout, verdict, self.features_for(sampled),
+                        *logps, weight_P, indices,
+                    )  # fmt: skip
+                    done.append(metrics)
+        return state, done

@@ -1,0 +1,231 @@
+"""The attention implementations against a naive loop, each other, and themselves in chunks."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from srpo_jax.model import attention as attention_lib
+from srpo_jax.model.attention import attention, choose_impl, decode_attention
+
+
+def draw(seed, B=2, T=6, S=6, H=4, K=2, E=8, dtype=np.float32):
+    """Queries, keys, values."""
+    rng = np.random.default_rng(seed)
+    shapes = ((B, T, H, E), (B, S, K, E), (B, S, K, E))
+    return tuple(jnp.asarray(rng.standard_normal(s), dtype) for s in shapes)
+
+
+def naive(q, k, v, q_segments, kv_segments, causal, q_offset=0):
+    """Attention written as loops over batch, heads and queries, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    B, T, H, E = q.shape
+    S, K = k.shape[1:3]
+    for b, t, h in itertools.product(range(B), range(T), range(H)):
+        seen = [
+            s
+            for s in range(S)
+            if q_segments[b][t] == kv_segments[b][s] and (not causal or s <= t + q_offset)
+        ]
+        scores = np.array([q[b, t, h] @ k[b, s, h * K // H] / np.sqrt(E) for s in seen])
+        weights = np.exp(scores - scores.max())
+        for weight, s in zip(weights / weights.sum(), seen, strict=True):
+            out[b, t, h] += weight * v[b, s, h * K // H]
+    return out
+
+
+def segments_of(*rows):
+    return jnp.asarray(rows, jnp.int32)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dense_attention_equals_loops(causal):
+    q, k, v = draw(0)
+    segments = segments_of([1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1])
+    out = attention(
+        q, k, v, q_segments_BT=segments, kv_segments_BS=segments, causal=causal, impl="xla"
+    )
+    np.testing.assert_allclose(out, naive(q, k, v, segments, segments, causal), atol=1e-6)
+
+
+def test_query_offset_counts_keys_before_the_first_query():
+    q, k, v = draw(1, T=3, S=7, H=3, K=3)
+    q_segments = segments_of([1, 1, -1], [1, 1, 1])
+    kv_segments = segments_of([1, 1, 0, 0, 1, 1, -1], [1, 1, 1, 1, 1, 1, 1])
+    out = attention(
+        q,
+        k,
+        v,
+        q_segments_BT=q_segments,
+        kv_segments_BS=kv_segments,
+        causal=True,
+        q_offset=4,
+        impl="xla",
+    )
+    np.testing.assert_allclose(out, naive(q, k, v, q_segments, kv_segments, True, 4), atol=1e-6)
+
+
+def loss_and_grads(impl, q, k, v, q_segments, kv_segments, causal, q_offset, weight=None):
+    """Weighted sum of the output, so that gradients see every element differently."""
+    weight = jax.random.normal(jax.random.key(9), q.shape) if weight is None else weight
+
+    def loss(q, k, v):
+        out = attention(
+            q,
+            k,
+            v,
+            q_segments_BT=q_segments,
+            kv_segments_BS=kv_segments,
+            causal=causal,
+            q_offset=q_offset,
+            impl=impl,
+        )
+        return jnp.sum(out * weight), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return out, *grads
+
+
+@pytest.mark.parametrize(("T", "S", "offset"), [(50, 50, 0), (37, 50, 13)])
+def test_chunks_of_queries_equal_one_chunk(monkeypatch, T, S, offset):
+    q, k, v = draw(2, T=T, S=S)
+    kv_segments = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 1]], [20, 20, 10], axis=1))
+    args = (q, k, v, kv_segments[:, S - T :], kv_segments, True, offset)
+    dense = loss_and_grads("xla", *args)
+    heads = q.shape[0] * q.shape[2]
+    monkeypatch.setattr(attention_lib, "CHUNK_LOGITS", 16 * S * heads)
+    assert attention_lib._chunk_size(T, S * heads) == 16
+    for ours, theirs in zip(loss_and_grads("xla", *args), dense, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_memory_grows_with_length_not_with_its_square(monkeypatch):
+    monkeypatch.setattr(attention_lib, "CHUNK_LOGITS", 2**20)
+
+    def temporaries(T):
+        q = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
+        segments = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+        def loss(q, segments):
+            out = attention(
+                q, q, q, q_segments_BT=segments, kv_segments_BS=segments, causal=True, impl="xla"
+            )
+            return jnp.sum(out)
+
+        return jax.jit(jax.grad(loss)).lower(q, segments).compile().memory_analysis()
+
+    short, long = (temporaries(T).temp_size_in_bytes for T in (2048, 8192))
+    assert long < 4.5 * short  # linear would be 4, quadratic 16
+    assert long < 8192**2  # less than a quarter of one head's float32 logits
+
+
+def test_rows_that_see_nothing_stay_finite():
+    q, k, v = draw(3)
+    ones = jnp.ones((2, 6), jnp.int32)
+    for grads in loss_and_grads("xla", q, k, v, ones * 7, ones, True, 0):
+        assert np.isfinite(grads).all()
+
+
+def test_bfloat16_is_near_float32_and_keeps_its_dtype():
+    q, k, v = draw(4, T=40, S=40)
+    ones = jnp.ones((2, 40), jnp.int32)
+    exact = loss_and_grads("xla", q, k, v, ones, ones, True, 0)
+    half = loss_and_grads("xla", *(x.astype(jnp.bfloat16) for x in (q, k, v)), ones, ones, True, 0)
+    assert all(x.dtype == jnp.bfloat16 for x in half)
+    for a, b in zip(half, exact, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.06)
+
+
+SPLASH_CASES = {
+    "causal, packed, odd length": dict(T=150, S=150, H=4, K=2, causal=True, offset=0),
+    "completions after a prompt": dict(T=40, S=140, H=3, K=1, causal=True, offset=100),
+    "image frames": dict(T=136, S=136, H=3, K=3, causal=False, offset=0),
+}
+
+
+@pytest.mark.parametrize("case", SPLASH_CASES)
+def test_splash_equals_xla_with_gradients(case):
+    c = SPLASH_CASES[case]
+    q, k, v = draw(5, T=c["T"], S=c["S"], H=c["H"], K=c["K"], E=20)
+    kv_segments = np.ones((2, c["S"]), np.int32)
+    kv_segments[0, 60:130] = 2
+    kv_segments[0, 130:] = -1
+    args = (q, k, v, kv_segments[:, c["S"] - c["T"] :], kv_segments, c["causal"], c["offset"])
+    args = jax.tree.map(jnp.asarray, args[:5]) + args[5:]
+    reference = loss_and_grads("xla", *args)
+    for ours, theirs in zip(loss_and_grads("splash", *args), reference, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_splash_on_a_mesh_equals_one_device(kv_heads):
+    """Heads over tensor, sequences over data x fsdp; one key/value head is repeated for two."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    q, k, v = draw(6, B=4, T=130, S=130, H=4, K=kv_heads)
+    segments = jnp.asarray(np.arange(130)[None] // 50 + np.zeros((4, 1), int), jnp.int32)
+    args = (q, k, v, segments, segments, True, 0)
+    reference = loss_and_grads("xla", *args)
+    with jax.set_mesh(mesh):
+        sharded = loss_and_grads("splash", *args)
+    assert len(sharded[0].sharding.device_set) == 8
+    for ours, theirs in zip(sharded, reference, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.parametrize(("T", "S", "offset"), [(5, 12, 7), (6, 9, 3)])
+def test_cudnn_gets_the_right_mask(monkeypatch, T, S, offset):
+    """cuDNN cannot run here: its portable twin takes the same arguments, even lengths required."""
+    seen = {}
+    original = jax.nn.dot_product_attention
+
+    def portable(q, k, v, mask, implementation):
+        seen.update(implementation=implementation, lengths=(q.shape[1], k.shape[1]))
+        return original(q, k, v, mask=mask, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", portable)
+    q, k, v = draw(7, T=T, S=S, dtype=jnp.bfloat16)
+    kv_segments = segments_of([1, 1, 0, *[1] * (S - 3)], [*[1] * (S - 2), 2, 2])
+    args = (q, k, v, kv_segments[:, S - T :], kv_segments, True, offset)
+    ours = loss_and_grads("cudnn", *args)
+    assert seen["implementation"] == "cudnn" and not any(n % 2 for n in seen["lengths"])
+    for a, b in zip(ours, loss_and_grads("xla", *args), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.05)
+
+
+def test_cudnn_refuses_what_it_cannot_compute():
+    q, k, v = draw(8)
+    ones = jnp.ones((2, 6), jnp.int32)
+    with pytest.raises(ValueError, match="float32.*attention=xla"):
+        attention(q, k, v, q_segments_BT=ones, kv_segments_BS=ones, causal=True, impl="cudnn")
+
+
+def test_auto_is_the_best_of_the_platform(monkeypatch):
+    half = jax.ShapeDtypeStruct((1, 4, 2, 128), jnp.bfloat16)
+    full = jax.ShapeDtypeStruct((1, 4, 2, 128), jnp.float32)
+    odd = jax.ShapeDtypeStruct((1, 4, 2, 20), jnp.bfloat16)
+    assert attention_lib.target_platform() == "cpu" and choose_impl("auto", half) == "xla"
+    monkeypatch.setattr(attention_lib, "target_platform", lambda: "tpu")
+    assert choose_impl("auto", full) == "splash" and choose_impl("xla", full) == "xla"
+    monkeypatch.setattr(attention_lib, "target_platform", lambda: "cuda")
+    assert [choose_impl("auto", q) for q in (half, full, odd)] == ["cudnn", "xla", "xla"]
+
+
+def test_decode_attention_equals_attention_over_both_caches():
+    rng = np.random.default_rng(10)
+    P, G, S, R, H, K, E = 2, 3, 5, 4, 6, 2, 8
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    q = normal(P, G, H, E)
+    prompt = (normal(P, S, K, E), normal(P, S, K, E))
+    own = (normal(P, G, R, K, E), normal(P, G, R, K, E))
+    prompt_visible = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    own_visible = rng.random((P, G, R)) < 0.5
+    out = decode_attention(q, prompt, own, jnp.asarray(prompt_visible), jnp.asarray(own_visible))
+    for p, g in itertools.product(range(P), range(G)):
+        keys, values = (np.concatenate([a[p], b[p, g]]) for a, b in zip(prompt, own, strict=True))
+        visible = np.concatenate([prompt_visible[p], own_visible[p, g]])
+        expected = naive(q[p, g][None, None], keys[None], values[None], [[1]], visible[None], False)
+        np.testing.assert_allclose(out[p, g], expected[0, 0], atol=1e-6)

@@ -1,0 +1,232 @@
+"""Checkpoints: exact, kept by policy, refused where they do not fit."""
+
+import json
+import os
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from srpo_jax import checkpoint
+from srpo_jax.checkpoint import CheckpointError, Checkpoints
+from srpo_jax.structs import TrainState
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+
+def mesh():
+    return jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def make_state(seed: int = 0, width: int = 8) -> TrainState:
+    rng = np.random.default_rng(seed)
+    sharded, whole = NamedSharding(mesh(), P("fsdp")), NamedSharding(mesh(), P())
+    params = {
+        "text/w/kernel": jax.device_put(rng.normal(size=(width, 4)).astype(np.float32), sharded),
+        "text/norm/scale": jax.device_put(rng.normal(size=3).astype(np.float32), whole),
+    }
+    frozen = {"vision/w/kernel": jax.device_put(jnp.asarray(rng.normal(size=5), "bfloat16"), whole)}
+    state = TrainState(
+        step=jax.device_put(jnp.int32(seed), whole),
+        params=params,
+        frozen=frozen,
+        opt_state=OPTIMIZER.init(params),
+        skipped=jax.device_put(jnp.int32(2), whole),
+    )
+    updates, opt_state = OPTIMIZER.update(params, state.opt_state, params)
+    opt_state = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, whole), opt_state)
+    return state.replace(params=optax.apply_updates(params, updates), opt_state=opt_state)
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def steps_on_disk(workdir) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def test_everything_comes_back_bit_for_bit_and_where_it_lay(tmp_path):
+    state = make_state(3)
+    saver = Checkpoints(tmp_path)
+    pending = {"completions": np.arange(6, dtype=np.int32).reshape(2, 3)}
+    saver.save(7, state, config={"lr": 1e-6}, host={"it": b"\0\xff", "n": [1, 2]}, arrays=pending)
+    saver.close()
+
+    got = Checkpoints(tmp_path).restore(checkpoint.abstract(make_state(0)))
+    assert got.step == 7 and got.meta["config"] == {"lr": 1e-6}
+    assert got.host == {"it": b"\0\xff", "n": [1, 2]}
+    np.testing.assert_array_equal(got.arrays["completions"], pending["completions"])
+    assert_same(got.state, state)
+    assert got.state.params["text/w/kernel"].sharding.spec == P("fsdp")
+    mu = got.state.opt_state[1][0].mu["text/w/kernel"]
+    assert mu.sharding == state.opt_state[1][0].mu["text/w/kernel"].sharding
+
+
+def test_state_may_be_donated_right_after_save_and_after_restore(tmp_path):
+    bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    state = make_state(1)
+    wanted = jax.tree.map(np.array, state)
+    saver = Checkpoints(tmp_path)
+    saver.save(1, state, config={})
+    bump(state)  # the write may still be going on
+    got = saver.restore(checkpoint.abstract(make_state(0)))
+    assert_same(jax.tree.map(np.asarray, got.state), wanted)
+    kept = got.state.params["text/w/kernel"]
+    bump(got.state)
+    assert kept.is_deleted()  # really donated, not copied
+    saver.close()
+
+
+def test_newest_best_and_every_k_are_kept(tmp_path):
+    saver = Checkpoints(tmp_path, keep=1, keep_every=4)
+    state = make_state()
+    for step, metric in ((1, 0.1), (2, 0.9), (3, 0.3), (4, None), (5, 0.5), (6, None)):
+        saver.save(step, state, config={}, metric=metric)
+    saver.wait()
+    assert steps_on_disk(tmp_path) == [2, 4, 6]
+    saver.close()
+
+    again = Checkpoints(tmp_path, keep=1)  # the best is known after a restart too
+    assert again.best_step() == 2
+    again.save(7, state, config={}, metric=0.95)
+    again.close()
+    assert steps_on_disk(tmp_path) == [7]
+
+
+def test_best_can_be_the_smallest(tmp_path):
+    saver = Checkpoints(tmp_path, keep=1, best_mode="min")
+    for step, metric in ((1, 0.4), (2, 0.9), (3, 0.5)):
+        saver.save(step, make_state(), config={}, metric=metric)
+    saver.close()
+    assert steps_on_disk(tmp_path) == [1, 3]
+
+
+def test_a_step_is_written_once(tmp_path):
+    saver = Checkpoints(tmp_path)
+    assert saver.save(1, make_state(1), config={}) is True
+    assert saver.save(1, make_state(2), config={}) is False
+    assert int(saver.restore(make_state()).state.step) == 1
+    saver.close()
+
+
+def test_half_written_step_is_not_taken(tmp_path):
+    saver = Checkpoints(tmp_path)
+    saver.save(1, make_state(1), config={})
+    saver.close()
+    name = "2.orbax-checkpoint-tmp"
+    os.makedirs(tmp_path / "checkpoints" / name / "params")
+    again = Checkpoints(tmp_path)
+    assert again.restore(make_state()).step == 1
+    assert checkpoint.find_params(tmp_path).name == "1"
+    again.close()
+
+
+def test_other_shapes_and_missing_parameters_are_listed_in_one_error(tmp_path):
+    saver = Checkpoints(tmp_path)
+    saver.save(1, make_state(), config={})
+    other = make_state(width=16)
+    other = other.replace(params={**other.params, "text/new": jnp.zeros(2)})
+    with pytest.raises(CheckpointError) as error:
+        saver.restore(other)
+    message = str(error.value)
+    assert "text/new" in message and "missing" in message
+    assert "(8, 4), wanted (16, 4)" in message
+    saver.close()
+
+
+def test_other_optimizer_is_refused(tmp_path):
+    saver = Checkpoints(tmp_path)
+    saver.save(1, make_state(), config={})
+    state = make_state()
+    sgd = state.replace(opt_state=optax.sgd(0.1, momentum=0.9).init(state.params))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        saver.restore(sgd)
+    saver.close()
+
+
+def test_missing_checkpoint_says_where_it_looked(tmp_path):
+    saver = Checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        saver.restore(make_state())
+    saver.close()
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        checkpoint.load_params(tmp_path)
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    saver = Checkpoints(tmp_path)
+    saver.save(1, make_state(), config={})
+    saver.wait()
+    meta = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "processes": 4}))
+    with pytest.raises(CheckpointError, match="written by 4 processes, this run has 1"):
+        saver.restore(make_state())
+    saver.close()
+
+
+def test_parameters_alone_come_back_sharded_cast_or_on_the_host(tmp_path):
+    state = make_state(5)
+    params = {**state.params, **state.frozen}
+    checkpoint.save_params(tmp_path / "p", params, {"model": {"width": 8}})
+    assert checkpoint.read_meta(tmp_path / "p")["config"] == {"model": {"width": 8}}
+    host = checkpoint.load_params(tmp_path / "p")
+    assert all(isinstance(x, np.ndarray) for x in host.values())
+    assert_same(host, jax.tree.map(np.asarray, params))
+    shardings = {name: x.sharding for name, x in params.items()}
+    cast = checkpoint.load_params(tmp_path / "p", shardings, dtype=jnp.bfloat16)
+    assert cast["text/w/kernel"].sharding.spec == P("fsdp")
+    assert_same(cast, jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), params))
+
+
+def test_parameters_load_from_a_run_its_newest_step_or_one_step(tmp_path):
+    saver = Checkpoints(tmp_path, keep=2)
+    for step in (1, 12):
+        saver.save(step, make_state(step), config={"n": step})
+    saver.close()
+    for path, step in ((tmp_path, 12), (tmp_path / "checkpoints" / "1", 1)):
+        params = checkpoint.load_params(path)
+        np.testing.assert_array_equal(
+            params["text/w/kernel"], np.asarray(make_state(step).params["text/w/kernel"])
+        )
+        assert "vision/w/kernel" in params
+        assert checkpoint.read_meta(path)["config"] == {"n": step}
+
+
+def test_parameter_names_must_be_the_models(tmp_path):
+    state = make_state()
+    checkpoint.save_params(tmp_path / "p", state.params, {})
+    shardings = {"text/w/kernel": state.step.sharding, "text/other": state.step.sharding}
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load_params(tmp_path / "p", shardings)
+    assert "missing ['text/other']" in str(error.value)
+    assert "superfluous ['text/norm/scale']" in str(error.value)
+
+
+def test_changed_config_is_refused_by_key_unless_the_key_is_free():
+    saved = {"optim": {"lr": 1e-6, "betas": (0.9, 0.95)}, "log": {"every": 1}, "steps": 5}
+    now = {"optim": {"lr": 1e-5, "betas": [0.9, 0.95]}, "log": {"every": 9}, "steps": 5}
+    with pytest.raises(CheckpointError, match=r"optim.lr was 1e-06, is 1e-05") as error:
+        checkpoint.check_config(saved, now, free=("log",))
+    assert "log.every" not in str(error.value) and "betas" not in str(error.value)
+    checkpoint.check_config(saved, now, free=("log", "optim.lr"))
+    with pytest.raises(CheckpointError, match="steps was 5, is None"):
+        checkpoint.check_config(saved, {"optim": saved["optim"], "log": {}}, free=("log",))
+
+
+def test_host_state_holds_bytes_and_arrays_and_nothing_pickled():
+    values, arrays = {"state": b"\x80\x04", "at": [1, {"k": None}]}, {"x": np.ones((2, 2), bool)}
+    packed = checkpoint.pack_host(values, arrays)
+    got, got_arrays = checkpoint.unpack_host(packed)
+    assert got == values and got_arrays["x"].dtype == bool
+    with pytest.raises(TypeError, match="object"):
+        checkpoint.pack_host({"x": object()}, {})
+    with pytest.raises((pickle.UnpicklingError, ValueError)):
+        checkpoint.unpack_host(pickle.dumps(values))

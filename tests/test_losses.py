@@ -1,0 +1,368 @@
+"""Losses against numbers worked by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srpo_jax import losses
+
+B, T, D, V = 2, 7, 8, 33
+
+
+def _inputs(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    h = jax.random.normal(keys[0], (B, T, D)).astype(dtype)
+    head = jax.random.normal(keys[1], (D, V)).astype(dtype)
+    return h, jax.random.randint(keys[2], (B, T), 7, V), head
+
+
+def _dense(h, targets, head, temperature=1.0, forbidden=()):
+    """Reference: the whole [B, T, V] array and jax.nn.log_softmax."""
+    logits = jnp.einsum("btd,dv->btv", h.astype(jnp.float32), head.astype(jnp.float32))
+    allowed = np.setdiff1d(np.arange(V), np.array(forbidden, int))
+    logp = jax.nn.log_softmax(logits[..., allowed] / temperature, -1)
+    index = jnp.searchsorted(jnp.asarray(allowed), targets)
+    picked = jnp.take_along_axis(logp, index[..., None], -1)[..., 0]
+    return picked, -jnp.sum(jnp.exp(logp) * logp, -1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("temperature,forbidden", [(1.0, ()), (0.7, (5, 6))])
+def test_token_logps_equal_dense_log_softmax(chunk, temperature, forbidden):
+    h, targets, head = _inputs()
+    kwargs = dict(temperature=temperature, forbidden_ids=forbidden, chunk=chunk)
+    got = losses.token_logps(h, targets, head, **kwargs)
+    want = _dense(h, targets, head, temperature, forbidden)
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == (B, T) and g.dtype == jnp.float32
+        np.testing.assert_allclose(g, w, atol=2e-6)
+
+
+def test_token_logps_gradients_equal_dense_log_softmax():
+    h, targets, head = _inputs()
+    c_BT = jax.random.normal(jax.random.key(9), (2, B, T))
+
+    def scalar(fn, h, head):
+        logp, entropy = fn(h, head)
+        return jnp.sum(c_BT[0] * logp + c_BT[1] * entropy)
+
+    def chunked(h, head):
+        return losses.token_logps(
+            h,
+            targets,
+            head,
+            temperature=0.7,
+            forbidden_ids=(5, 6),
+            chunk=3,
+            entropy_grad=True,
+        )
+
+    def dense(h, head):
+        return _dense(h, targets, head, 0.7, (5, 6))
+
+    got = jax.grad(lambda *a: scalar(chunked, *a), (0, 1))(h, head)
+    want = jax.grad(lambda *a: scalar(dense, *a), (0, 1))(h, head)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5)
+
+
+def test_token_logps_of_bfloat16_states_are_float32():
+    h, targets, head = _inputs(jnp.bfloat16)
+    got, _ = losses.token_logps(h, targets, head, chunk=4)
+    want, _ = _dense(h, targets, head)  # products of bfloat16 numbers, added up in float32
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_head_gradient_is_summed_over_chunks_in_the_dtype_of_the_head():
+    h, targets, head = _inputs()
+    t = jnp.tile(targets, (1, 40))
+    h = jnp.tile(h, (1, 40, 1)).astype(jnp.bfloat16)
+
+    def total(head, chunk):
+        return losses.token_logps(h, t, head, chunk=chunk)[0].sum()
+
+    one = jax.grad(total)(head, 280)
+    many = jax.grad(total)(head, 2)
+    assert many.dtype == jnp.float32
+    # bfloat16 sums of 140 chunks would be off by percents.
+    np.testing.assert_allclose(many, one, rtol=2e-2, atol=1e-2 * float(jnp.abs(one).max()))
+
+
+def _avals(jaxpr):
+    for eqn in jaxpr.eqns:
+        for var in (*eqn.invars, *eqn.outvars):
+            yield eqn.primitive.name, var.aval
+        for sub in jax.core.jaxprs_in_params(eqn.params):
+            yield from _avals(sub)
+
+
+def test_no_array_of_the_size_of_all_logits_exists():
+    b, t, d, v, chunk = 2, 64, 4, 512, 8
+    h, head = jnp.ones((b, t, d)), jnp.ones((d, v))
+    targets = jnp.zeros((b, t), jnp.int32)
+
+    def loss(h, head):
+        logp, entropy = losses.token_logps(h, targets, head, chunk=chunk, entropy_grad=True)
+        return logp.sum() + entropy.sum()
+
+    sizes = {
+        a.shape: a.size for _, a in _avals(jax.make_jaxpr(jax.grad(loss, (0, 1)))(h, head).jaxpr)
+    }
+    assert (b, chunk, v) in sizes  # the walk does see inside of scan and remat
+    assert max(sizes.values()) == b * chunk * v
+
+
+def test_forbidden_target_is_finite_and_masks_away():
+    h, targets, head = _inputs()
+    targets = targets.at[0, 0].set(5)
+
+    def loss(h):
+        logp, _ = losses.token_logps(h, targets, head, forbidden_ids=(5,), chunk=4)
+        return losses.aggregate(logp, jnp.ones((B, T)).at[0, 0].set(0.0)), logp
+
+    (value, logp), grad = jax.value_and_grad(loss, has_aux=True)(h)
+    assert logp[0, 0] < -1e29 and np.isfinite(logp[0, 0]) and np.isfinite(value)
+    assert np.isfinite(grad).all() and (grad[0, 0] == 0).all() and (grad[0, 1] != 0).any()
+
+
+# --- advantages ------------------------------------------------------------------------------
+
+
+def test_group_advantages_by_hand():
+    reward = jnp.array([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 1.0]])
+    # Row 1: mean 2.5, sample variance 5/3. Row 2: mean 1/4, variance (3/16 + 9/16) / 3 = 1/4.
+    std = np.sqrt([[5 / 3], [1 / 4]])
+    centred = np.array([[-1.5, -0.5, 0.5, 1.5], [-0.25, -0.25, -0.25, 0.75]])
+    np.testing.assert_allclose(losses.group_advantages(reward, eps=0.0), centred / std, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.group_advantages(reward, eps=1.0), centred / (std + 1.0), rtol=1e-6
+    )
+    np.testing.assert_allclose(losses.group_advantages(reward, scale_by_std=False), centred)
+
+
+def test_equal_rewards_give_exactly_zero_and_one_sample_is_safe():
+    # 0.1 added seven times and divided by seven is not 0.1 in float32.
+    for value in (0.1, 1.3, -0.7):
+        adv = losses.group_advantages(jnp.full((3, 7), value), eps=1e-9)
+        assert (adv == 0).all()
+    assert (losses.group_advantages(jnp.array([[0.3], [2.0]])) == 0).all()
+
+
+def test_eps_decides_how_loud_a_minor_difference_is():
+    reward = jnp.array([[1.0, 1.0 + 1e-3]])
+    loud = losses.group_advantages(reward, eps=1e-9)
+    quiet = losses.group_advantages(reward, eps=1e-1)
+    assert abs(loud[0, 1]) > 0.5 and abs(quiet[0, 1]) < 0.01
+
+
+def test_has_signal():
+    got = losses.has_signal(jnp.array([[1.0, 1.0], [1.0, 1.25], [0.1, 0.1]]))
+    assert got.tolist() == [False, True, False]
+
+
+# --- KL --------------------------------------------------------------------------------------
+
+
+def test_kl_estimators_by_hand():
+    logp, ref = jnp.log(jnp.array(0.5)), jnp.log(jnp.array(0.25))
+    ln2 = np.log(2.0)
+    want = {"k1": ln2, "k2": ln2**2 / 2, "k3": 0.5 - 1 + ln2}
+    for kind, value in want.items():
+        np.testing.assert_allclose(losses.kl_estimate(logp, ref, kind), value, rtol=1e-6)
+        assert losses.kl_estimate(logp, logp, kind) == 0
+    # The other way round: d = ln 2.
+    want = {"k1": -ln2, "k2": ln2**2 / 2, "k3": 2 - 1 - ln2}
+    for kind, value in want.items():
+        np.testing.assert_allclose(losses.kl_estimate(ref, logp, kind), value, rtol=1e-6)
+
+
+def test_k1_and_k3_average_to_the_kl_of_policy_from_reference():
+    p, q = np.array([0.7, 0.3]), np.array([0.4, 0.6])
+    true = 0.7 * np.log(0.7 / 0.4) + 0.3 * np.log(0.3 / 0.6)  # KL(p || q), not KL(q || p)
+    for kind in ("k1", "k3"):
+        estimate = losses.kl_estimate(jnp.log(p), jnp.log(q), kind)
+        np.testing.assert_allclose(np.sum(p * estimate), true, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_minimising_kl_lowers_tokens_the_policy_likes_more_than_the_reference(kind):
+    grad = jax.grad(lambda logp: losses.kl_estimate(logp, jnp.log(0.25), kind))(jnp.log(0.5))
+    want = {"k1": 1.0, "k2": np.log(2.0), "k3": 0.5}  # k3: 1 - exp(d)
+    np.testing.assert_allclose(grad, want[kind], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_minimising_kl_raises_tokens_the_reference_likes_more(kind):
+    grad = jax.grad(lambda logp: losses.kl_estimate(logp, jnp.log(0.5), kind))(jnp.log(0.25))
+    np.testing.assert_allclose(grad, {"k2": -np.log(2.0), "k3": -1.0}[kind], rtol=1e-6)
+
+
+def test_descending_on_k3_brings_two_distributions_together():
+    ref = jax.nn.log_softmax(jnp.array([2.0, 0.0, -1.0]))
+
+    def expected_kl(z):
+        logp = jax.nn.log_softmax(z)
+        probs = jax.lax.stop_gradient(jnp.exp(logp))
+        return jnp.sum(probs * losses.kl_estimate(logp, ref, "k3"))
+
+    z = jnp.array([-1.0, 1.0, 0.0])
+    start = expected_kl(z)
+    z = jax.lax.fori_loop(0, 200, lambda _, z: z - 0.3 * jax.grad(expected_kl)(z), z)
+    assert expected_kl(z) < 1e-3 < start
+
+
+def test_kl_is_clamped_and_unknown_kind_is_refused():
+    far = jnp.array([-1000.0, 1000.0])
+    for kind in ("k1", "k2", "k3"):
+        assert np.isfinite(losses.kl_estimate(jnp.zeros(2), far, kind)).all()
+    np.testing.assert_allclose(losses.kl_estimate(jnp.zeros(()), far[0], "k1"), 20.0)
+    with pytest.raises(ValueError, match="k1, k2 or k3"):
+        losses.kl_estimate(far, far, "k4")
+
+
+# --- clipped objective -----------------------------------------------------------------------
+
+
+def _clip(ratio, advantage, **kwargs):
+    def loss(logp):
+        value, stats = losses.clipped_objective(
+            logp, jnp.zeros(()), jnp.array(advantage), clip_low=0.2, clip_high=0.3, **kwargs
+        )
+        return value, stats
+
+    (value, stats), grad = jax.value_and_grad(loss, has_aux=True)(jnp.log(jnp.array(ratio)))
+    return float(value), float(grad), {k: float(v) for k, v in stats.items()}
+
+
+@pytest.mark.parametrize(
+    "ratio,advantage,loss,grad,held",
+    [
+        (1.5, 1.0, -1.3, 0.0, "clip_high"),  # enough of a good thing
+        (1.5, -1.0, 1.5, 1.5, None),  # a bad token that grew must still be pushed back
+        (0.5, 1.0, -0.5, -0.5, None),  # a good token that shrank must still be pulled up
+        (0.5, -2.0, 1.6, 0.0, "clip_low"),
+        (1.25, 2.0, -2.5, -2.5, None),  # between 1 + clip_low and 1 + clip_high
+        (1.0, 3.0, -3.0, -3.0, None),
+    ],
+)
+def test_clipping_on_both_sides(ratio, advantage, loss, grad, held):
+    got_loss, got_grad, stats = _clip(ratio, advantage)
+    np.testing.assert_allclose([got_loss, got_grad], [loss, grad], rtol=1e-6, atol=1e-7)
+    for name in ("clip_low", "clip_high", "clip_dual"):
+        assert stats[name] == (1.0 if name == held else 0.0)
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token_with_a_huge_ratio():
+    loss, grad, stats = _clip(5.0, -1.0, dual_clip=3.0)
+    assert (loss, grad, stats["clip_dual"]) == (3.0, 0.0, 1.0)
+    loss, grad, stats = _clip(2.0, -1.0, dual_clip=3.0)
+    np.testing.assert_allclose([loss, grad, stats["clip_dual"]], [2.0, 2.0, 0.0], rtol=1e-6)
+    assert _clip(5.0, 1.0, dual_clip=3.0)[2]["clip_dual"] == 0.0
+
+
+def test_ratio_of_equal_log_probs_is_exactly_one_and_huge_ratios_are_finite():
+    logp = jnp.array([-3.3, -0.001, -1e30])
+    loss, stats = losses.clipped_objective(logp, logp, jnp.ones(3))
+    assert (stats["ratio"] == 1).all() and (loss == -1).all()
+    loss, stats = losses.clipped_objective(jnp.zeros(1), jnp.full(1, -1e30), -jnp.ones(1))
+    assert np.isfinite(loss).all()
+
+
+def test_truncated_importance_weight():
+    got = losses.truncated_importance_weight(
+        jnp.log(jnp.array([0.5, 0.2, 0.9])), jnp.log(jnp.array([0.25, 0.4, 0.1])), cap=2.5
+    )
+    np.testing.assert_allclose(got, [2.0, 0.5, 2.5], rtol=1e-6)
+    grad = jax.grad(lambda x: losses.truncated_importance_weight(x, -jnp.ones(()), 9.0))(-0.5)
+    assert grad == 0
+
+
+# --- aggregation -----------------------------------------------------------------------------
+
+
+def _uneven():
+    """Lengths 10, 10, 10, 1000 with values 1, 1, 1, -1."""
+    mask = jnp.arange(1000)[None] < jnp.array([10, 10, 10, 1000])[:, None]
+    return jnp.broadcast_to(jnp.array([1.0, 1.0, 1.0, -1.0])[:, None], mask.shape), mask
+
+
+@pytest.mark.parametrize(
+    "mode,want",
+    [
+        ("sequence", (1 + 1 + 1 - 1) / 4),
+        ("token", (30 - 1000) / 1030),
+        ("constant", (30 - 1000) / (4 * 2000)),
+    ],
+)
+def test_aggregation_of_uneven_lengths(mode, want):
+    x, mask = _uneven()
+    weights = losses.token_weights(mask, jnp.ones(4), mode=mode, length_cap=2000)
+    np.testing.assert_allclose(losses.aggregate(x, weights), want, rtol=1e-5)
+    # Micro-batches of one sequence: shares add up to the same loss, with no further division.
+    parts = [losses.aggregate(x[i : i + 1], weights[i : i + 1]) for i in range(4)]
+    np.testing.assert_allclose(sum(parts), want, rtol=1e-5)
+
+
+def test_constant_uses_the_configured_cap_and_not_the_width_of_the_batch():
+    mask = jnp.array([[1, 1, 0]])
+    wide = jnp.pad(mask, ((0, 0), (0, 9)))
+    for m in (mask, wide):
+        weights = losses.token_weights(m, jnp.ones(1), mode="constant", length_cap=8)
+        np.testing.assert_allclose(weights.sum(), 2 / 8)
+    with pytest.raises(ValueError, match="length_cap"):
+        losses.token_weights(mask, jnp.ones(1), mode="constant")
+    with pytest.raises(ValueError, match="aggregation"):
+        losses.token_weights(mask, jnp.ones(1), mode="mean")
+
+
+@pytest.mark.parametrize("mode", ["sequence", "token", "constant"])
+def test_a_sequence_of_weight_zero_or_without_tokens_counts_as_absent(mode):
+    mask = jnp.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    x = jnp.array([[1.0, 2.0, 3.0, 99.0], [5.0, 5.0, 9.0, 9.0], [7.0] * 4, [4.0, 1.0, 1.0, 1.0]])
+    kwargs = dict(mode=mode, length_cap=10)
+    got = losses.aggregate(x, losses.token_weights(mask, jnp.array([1, 0, 1, 1.0]), **kwargs))
+    kept = jnp.array([0, 3])
+    alone = losses.aggregate(x[kept], losses.token_weights(mask[kept], jnp.ones(2), **kwargs))
+    # By hand: sequence (2 + 4) / 2; token (6 + 4) / 4; constant (6 + 4) / 20.
+    want = {"sequence": 3.0, "token": 2.5, "constant": 0.5}[mode]
+    np.testing.assert_allclose([got, alone], [want, want], rtol=1e-6)
+
+
+def test_sequence_weights_scale_a_sequence():
+    mask = jnp.ones((2, 2))
+    weights = losses.token_weights(mask, jnp.array([3.0, 1.0]), mode="sequence")
+    np.testing.assert_allclose(weights, [[3 / 8, 3 / 8], [1 / 8, 1 / 8]])
+
+
+@pytest.mark.parametrize("mode", ["sequence", "token", "constant"])
+def test_nothing_left_gives_zero_and_not_nan(mode):
+    weights = losses.token_weights(jnp.zeros((2, 3)), jnp.ones(2), mode=mode, length_cap=3)
+    assert (weights == 0).all()
+    assert losses.aggregate(jnp.full((2, 3), jnp.nan), weights) == 0
+    assert not np.isnan(np.asarray(losses.token_weights(jnp.ones((2, 3)), jnp.zeros(2)))).any()
+
+
+def test_masked_tokens_have_exactly_zero_gradient():
+    weights = losses.token_weights(jnp.array([[1, 0, 1]]), jnp.ones(1))
+    x = jnp.array([[1.0, jnp.inf, 2.0]])
+    assert jax.grad(losses.aggregate)(x, weights).tolist() == [[0.5, 0.0, 0.5]]
+
+
+# --- SFT -------------------------------------------------------------------------------------
+
+
+def test_sft_weights_shift_by_one_and_are_a_mean_over_the_whole_batch():
+    loss_mask = jnp.array([[0, 0, 1, 1], [0, 1, 0, 0], [0, 1, 1, 1]])
+    weights = losses.sft_weights(loss_mask, jnp.array([True, True, False]))
+    # Three loss tokens in the valid sequences; tokens 2, 3 of the first are predicted at 1, 2.
+    third = 1 / 3
+    want = [[0, third, third, 0], [third, 0, 0, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(weights, want, rtol=1e-6)
+    logp = -jnp.arange(12.0).reshape(3, 4)
+    np.testing.assert_allclose(losses.sft_loss(logp, weights), (1 + 2 + 4) / 3, rtol=1e-6)
+
+
+def test_sft_batch_of_fillers_has_zero_loss():
+    weights = losses.sft_weights(jnp.ones((2, 3)), jnp.zeros(2, bool))
+    assert losses.sft_loss(jnp.full((2, 3), -5.0), weights) == 0

@@ -1,0 +1,608 @@
+"""The model against itself: causality, isolation, caches, shared prompts, scans, meshes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from srpo_jax.data.vision_arrays import (
+    VisionGeometry,
+    mrope_positions,
+    stack_rows,
+    vision_arrays,
+)
+from srpo_jax.model import qwen2_5_vl
+from srpo_jax.model.attention import attention
+from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from srpo_jax.model.layers import text_mrope, vision_rope
+from srpo_jax.model.qwen2_5_vl import abstract_params, bind, init_params
+from srpo_jax.model.vision import full_block_pattern, window_attention
+from srpo_jax.sharding import make_mesh, param_specs
+from srpo_jax.structs import Batch
+
+# Sizes that nothing divides by accident: 3 vision heads, 5 query heads on 1 key/value head.
+CFG = ModelConfig(
+    vision=VisionConfig(
+        depth=4,
+        hidden_size=24,
+        intermediate_size=20,
+        num_heads=3,
+        out_hidden_size=40,
+        patch_size=2,
+        window_size=8,
+        fullatt_block_indexes=(1, 3),
+        tokens_per_second=2,
+    ),
+    text=TextConfig(
+        vocab_size=120,
+        hidden_size=40,
+        intermediate_size=36,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        mrope_section=(1, 1, 2),
+        rms_norm_eps=1e-6,
+    ),
+    image_token_id=110,
+    video_token_id=111,
+)
+GEOMETRY = VisionGeometry(patch_size=2, window_size=8)  # windows of 4 x 4 patches
+W = CFG.vision.window_slots
+
+
+@functools.cache
+def random_params(cfg, seed=0):
+    """Parameters in which every bias and scale matters, drawn by numpy (jax compiles for long)."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for path, leaf in abstract_params(cfg).items():
+        kind = path.rsplit("/", 1)[1]
+        spread = {"kernel": 0.15, "bias": 0.3, "scale": 0.3, "embedding": 1.0}[kind]
+        values = (kind == "scale") + spread * rng.standard_normal(leaf.shape)
+        params[path] = jnp.asarray(values, leaf.dtype)
+    return params
+
+
+def replace(cfg, vision=None, text=None, **top):
+    """``cfg`` with changed fields of its halves and of its top."""
+    return dataclasses.replace(
+        cfg,
+        vision=dataclasses.replace(cfg.vision, **(vision or {})),
+        text=dataclasses.replace(cfg.text, **(text or {})),
+        **top,
+    )
+
+
+def make_images(seed, *grids):
+    """VisionArrays of random pixels for the grids (frames, rows, columns) of one sequence."""
+    pixels = np.random.default_rng(seed).standard_normal(
+        (sum(t * h * w for t, h, w in grids), CFG.vision.patch_dim)
+    )
+    return vision_arrays(pixels.astype(np.float32), grids, GEOMETRY)
+
+
+def make_rows(*rows, patches):
+    """VisionInputs on device; each row is a list of VisionArrays."""
+    return jax.tree.map(jnp.asarray, stack_rows(rows, patches, GEOMETRY))
+
+
+@dataclasses.dataclass
+class Sample:
+    """One sequence: tokens with image placeholders, its positions and its images."""
+
+    ids: np.ndarray
+    mrope: np.ndarray
+    next_pos: int
+    images: object | None
+
+
+def make_sample(seed, length, *grids):
+    """``length`` random text tokens around the placeholders of the images, which come second."""
+    ids = np.random.default_rng(seed + 100).integers(0, 100, length).tolist()
+    for t, h, w in reversed(grids):
+        ids[1:1] = [CFG.image_token_id] * (t * h * w // 4) + [1]
+    mrope, next_pos = mrope_positions(
+        ids, grids, image_token_id=CFG.image_token_id, video_token_id=CFG.video_token_id
+    )
+    return Sample(np.array(ids), mrope, next_pos, make_images(seed, *grids) if grids else None)
+
+
+def make_batch(samples, length, per_row=1, patches=2 * W):
+    """Samples right-padded to ``length`` with padding that would show if it were ever seen."""
+    B = len(samples)
+    batch = Batch(
+        tokens=np.full((B, length), 99, np.int32),
+        segment_ids=np.zeros((B, length), np.int32),
+        mrope=np.full((B, 3, length), 7, np.int32),
+        vision_src=np.full((B, length), -1, np.int32),
+        lengths=np.array([len(s.ids) for s in samples], np.int32),
+        next_pos=np.array([s.next_pos for s in samples], np.int32),
+        loss_mask=np.zeros((B, length), np.float32),
+        valid=np.ones(B, bool),
+    )
+    rows = [[] for _ in range(B // per_row)]
+    for b, s in enumerate(samples):
+        n, row = len(s.ids), rows[b // per_row]
+        batch.tokens[b, :n], batch.segment_ids[b, :n], batch.mrope[b, :, :n] = s.ids, 1, s.mrope
+        is_image = s.ids == CFG.image_token_id
+        offset = sum(a.num_merged for a in row)
+        batch.vision_src[b, :n] = np.where(is_image, offset + np.cumsum(is_image) - 1, -1)
+        if s.images is not None:
+            row.append(s.images)
+    return jax.tree.map(jnp.asarray, batch.replace(vision=stack_rows(rows, patches, GEOMETRY)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(cfg, params, batch):
+    """Images and whole sequences -> hidden states."""
+    model = bind(cfg, params)
+    features = model.encode_images(batch.vision)
+    return model.hidden(batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(cfg, params, vision):
+    return bind(cfg, params).encode_images(vision)
+
+
+def close(a, b, atol=1e-5):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=atol)
+
+
+# --- what a token may see ----------------------------------------------------------------------
+
+
+def test_gradients_reach_exactly_the_tokens_before_in_the_same_segment():
+    """Causal by index, image tokens among themselves too, and never across segments."""
+    T, images = 16, slice(3, 9)
+    tokens = jnp.arange(T)[None]  # each token once, so that embedding rows are positions
+    segments = jnp.asarray([[1] * 11 + [2] * 4 + [0]])
+    src = np.full((1, T), -1)
+    src[0, images] = np.arange(6)
+    # All image tokens share one position: causality must come from the index.
+    mrope = np.arange(T)[None, None].repeat(3, 1)
+    mrope[:, :, images] = 3
+    features = jax.random.normal(jax.random.key(0), (1, 6, CFG.text.hidden_size))
+    params = random_params(CFG)
+
+    @jax.jit
+    def gradient(t):
+        def probe(embedding, features):
+            model = bind(CFG, params | {"text/embed/embedding": embedding})
+            h = model.hidden(tokens, jnp.asarray(mrope), segments, jnp.asarray(src), features)
+            return jnp.sum(jnp.sin(h[0, t]))
+
+        return jax.grad(probe, argnums=(0, 1))(params["text/embed/embedding"], features)
+
+    for t in range(T):
+        by_token, by_feature = gradient(t)
+        reached = np.abs(by_token[:T]).max(-1)
+        reached[images] = np.abs(by_feature[0]).max(-1)
+        expected = [s <= t and segments[0, s] == segments[0, t] for s in range(T)]
+        np.testing.assert_array_equal(reached > 0, expected, err_msg=f"position {t}")
+
+
+def test_content_of_other_segments_and_padding_never_changes_a_result():
+    sample = make_sample(0, 6, (1, 4, 6))
+    batch = make_batch([sample, make_sample(1, 9)], 24, patches=4 * W)
+    n = len(sample.ids)
+    batch = batch.replace(segment_ids=batch.segment_ids.at[0, n : n + 5].set(2))
+    before = forward(CFG, random_params(CFG), batch)
+    other = batch.replace(
+        tokens=batch.tokens.at[0, n:].set(3).at[1].set(5),
+        mrope=batch.mrope.at[0, :, n:].set(11),
+    )
+    after = forward(CFG, random_params(CFG), other)
+    np.testing.assert_array_equal(before[0, :n], after[0, :n])
+    assert not np.array_equal(before[0, n : n + 5], after[0, n : n + 5])
+    assert not np.array_equal(before[1, :9], after[1, :9])
+
+
+def test_pixels_of_other_frames_and_padding_never_change_a_frame():
+    arrays = make_images(2, (1, 4, 6), (2, 6, 2))  # an image, a video of two frames
+    vision = make_rows([arrays], [], patches=6 * W)
+    before = encode(CFG, random_params(CFG), vision)
+    noise = jax.random.normal(jax.random.key(1), vision.patches.shape)
+    frames = np.asarray(vision.frame_id)
+    frame_of_token = frames.reshape(2, -1, 4)[..., 0][0][np.asarray(vision.merge_src[0])]
+    frame_of_token = frame_of_token[: arrays.num_merged]
+    assert sorted(set(frame_of_token.tolist())) == [0, 1, 2]
+    for frame in (-1, 0, 1, 2):
+        patches = jnp.where((frames == frame)[..., None], noise, vision.patches)
+        after = encode(CFG, random_params(CFG), vision.replace(patches=patches))
+        changed = np.any(np.asarray(before != after), axis=-1)[0, : arrays.num_merged]
+        np.testing.assert_array_equal(changed, frame_of_token == frame)
+    assert encode._cache_size() == 1, "other content must not compile anew"
+
+
+def test_fully_padded_windows_give_finite_values_and_gradients():
+    vision = make_rows([make_images(3, (1, 2, 2))], patches=3 * W)
+
+    def loss(params):
+        features = bind(CFG, params).encode_images(vision)
+        return jnp.sum(features[:, :1]), features
+
+    grads, features = jax.jit(jax.grad(loss, has_aux=True))(random_params(CFG))
+    assert np.isfinite(features).all()
+    assert all(np.isfinite(g).all() for g in grads.values())
+
+
+# --- packed, padded, alone ---------------------------------------------------------------------
+
+
+def test_samples_packed_padded_and_alone_agree():
+    """Two rows of two sequences, images of three sizes; one sequence packs two samples."""
+    samples = [
+        make_sample(4, 5, (1, 4, 6)),
+        make_sample(5, 7, (1, 2, 8), (1, 6, 4)),
+        make_sample(6, 11),
+    ]
+    first, second, third = samples
+    packed = Sample(
+        np.concatenate([third.ids, first.ids]),
+        np.concatenate([third.mrope, first.mrope], axis=1),
+        0,
+        first.images,
+    )
+    batch = make_batch([second, third, packed, first], 40, per_row=2, patches=8 * W)
+    n = len(third.ids)
+    batch = batch.replace(
+        segment_ids=batch.segment_ids.at[2, n : len(packed.ids)].set(2),
+    )
+    together = forward(CFG, random_params(CFG), batch)
+    alone = [
+        forward(CFG, random_params(CFG), make_batch([s], len(s.ids), patches=8 * W))[0]
+        for s in samples
+    ]
+    close(together[0, : len(second.ids)], alone[1])
+    close(together[1, :n], alone[2])
+    close(together[2, :n], alone[2])
+    close(together[2, n : len(packed.ids)], alone[0])
+    close(together[3, : len(first.ids)], alone[0])
+
+
+def test_text_without_images_equals_a_batch_whose_images_nobody_uses():
+    batch = make_batch([make_sample(7, 12)], 12)
+    batch = batch.replace(vision=make_rows([make_images(3, (1, 4, 4))], patches=2 * W))
+    model = bind(CFG, random_params(CFG))
+    text_only = model.hidden(batch.tokens, batch.mrope, batch.segment_ids)
+    close(text_only, forward(CFG, random_params(CFG), batch), 1e-6)
+
+
+def test_sequences_that_do_not_fill_rows_are_refused():
+    model = bind(CFG, random_params(CFG))
+    batch = make_batch([make_sample(7, 4)] * 3, 4)
+    features = jnp.zeros((2, 4, CFG.text.hidden_size))
+    with pytest.raises(ValueError, match="3 sequences cannot lie in 2 rows"):
+        model.embed(batch.tokens, batch.vision_src, features)
+
+
+# --- caches and shared prompts -----------------------------------------------------------------
+
+
+def prompts_and_completions(R=6, G=2):
+    """Three prompts of different lengths in one batch, their completions, and whole sequences."""
+    prompts = [make_sample(8, 4, (1, 4, 4)), make_sample(9, 9), make_sample(10, 3, (1, 2, 6))]
+    batch = make_batch(prompts, 14, patches=2 * W)
+    completions = np.random.default_rng(11).integers(0, 100, (len(prompts), G, R))
+    whole = []
+    for p, prompt in enumerate(prompts):
+        for g in range(G):
+            own = np.arange(R)[None].repeat(3, 0) + prompt.next_pos
+            whole.append(
+                dataclasses.replace(
+                    prompt,
+                    ids=np.concatenate([prompt.ids, completions[p, g]]),
+                    mrope=np.concatenate([prompt.mrope, own], axis=1),
+                )
+            )
+    whole_batch = make_batch(whole, 20, patches=2 * W)
+    return batch, jnp.asarray(completions, jnp.int32), whole_batch
+
+
+def at_predictions(hidden_BTD, batch, R, G):
+    """Hidden states [P, G, R, D] that predict the completions, cut from whole sequences."""
+    starts = np.repeat(np.asarray(batch.lengths) - 1, G)
+    picked = jnp.stack([h[s : s + R] for h, s in zip(hidden_BTD, starts, strict=True)])
+    return picked.reshape(-1, G, R, hidden_BTD.shape[-1])
+
+
+def test_prefill_and_decode_on_a_ring_equal_one_full_forward():
+    R, G = 6, 2
+    batch, completions, whole = prompts_and_completions(R, G)
+    params = random_params(CFG)
+    expected = at_predictions(forward(CFG, params, whole), batch, R, G)
+
+    @jax.jit
+    def prefill(params, batch):
+        model = bind(CFG, params)
+        features = model.encode_images(batch.vision)
+        return model.prefill(
+            batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features
+        )
+
+    @jax.jit
+    def step(params, token, position, prompt_cache, cache, column, visible):
+        return bind(CFG, params).decode(
+            token, position, prompt_cache, batch.segment_ids, cache, column, visible
+        )
+
+    last, *prompt_cache = prefill(params, batch)
+    close(jnp.broadcast_to(last[:, None], expected[:, :, 0].shape), expected[:, :, 0])
+    text = CFG.text
+    shape = (text.num_hidden_layers, 3, G, R, text.num_key_value_heads, text.head_dim)
+    cache = (
+        jnp.full(shape, 50.0, jnp.float32),
+    ) * 2  # what columns not yet written hold must not matter
+    visible = np.zeros((3, G, R), bool)
+    for t in range(R - 1):
+        column = (t + 4) % R
+        visible[..., column] = True
+        position = jnp.broadcast_to(batch.next_pos[:, None] + t, (3, G))
+        h, cache = step(
+            params,
+            completions[..., t],
+            position,
+            prompt_cache,
+            cache,
+            column,
+            jnp.asarray(visible),
+        )
+        close(h, expected[:, :, t + 1])
+    assert step._cache_size() == 1
+
+
+def test_shared_prompt_equals_whole_sequences_with_gradients():
+    R, G = 6, 2
+    batch, completions, whole = prompts_and_completions(R, G)
+    params = random_params(CFG)
+    weight = jax.random.normal(jax.random.key(2), (3, G, R, CFG.text.hidden_size))
+    mask = jnp.asarray(np.arange(R)[None, None] < np.array([[6, 4], [1, 6], [5, 3]])[..., None])
+
+    def shared(params, completions):
+        model = bind(CFG, params)
+        features = model.encode_images(batch.vision)
+        h = model.completion_hidden(batch, features, completions, mask)
+        return jnp.sum(h * weight * mask[..., None]), h
+
+    def separate(params):
+        h = at_predictions(forward(CFG, params, whole), batch, R, G)
+        return jnp.sum(h * weight * mask[..., None]), h
+
+    shared_grad = jax.jit(jax.value_and_grad(shared, has_aux=True))
+    (_, h_shared), grads = shared_grad(params, completions)
+    (_, h_whole), grads_whole = jax.jit(jax.value_and_grad(separate, has_aux=True))(params)
+    close(jnp.where(mask[..., None], h_shared - h_whole, 0), 0)
+    for path in params:
+        scale = np.abs(grads_whole[path]).max()
+        close(grads[path] / (scale + 1e-9), grads_whole[path] / (scale + 1e-9), 2e-5)
+
+    # What stands in the padding of a completion changes nothing, bit for bit.
+    (_, h_other), grads_other = shared_grad(params, jnp.where(mask, completions, 77))
+    np.testing.assert_array_equal(h_shared[mask], h_other[mask])
+    text_paths = [path for path in params if path != "text/embed/embedding"]
+    assert all(np.array_equal(grads[path], grads_other[path]) for path in text_paths)
+
+
+# --- windows, patterns, scans ------------------------------------------------------------------
+
+
+def test_windows_by_reshape_equal_a_dense_window_mask():
+    vision = make_rows(
+        [make_images(12, (1, 6, 10), (1, 2, 2))], [make_images(13, (1, 4, 4))], patches=8 * W
+    )
+    q, k, v = jax.random.normal(jax.random.key(3), (3, 2, 8 * W, 3, 8))
+    window_id = jnp.broadcast_to(jnp.arange(8 * W)[None] // W, (2, 8 * W))
+    valid = vision.window_valid.reshape(2, 8 * W)
+    segments = jnp.where(valid, window_id, -1)
+
+    def by_reshape(q, k, v):
+        out = jnp.where(valid[..., None, None], window_attention(q, k, v, vision), 0)
+        return jnp.sum(jnp.sin(out)), out
+
+    def by_mask(q, k, v):
+        out = attention(
+            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, causal=False, impl="xla"
+        )
+        out = jnp.where(valid[..., None, None], out, 0)
+        return jnp.sum(jnp.sin(out)), out
+
+    results = [jax.grad(f, argnums=(0, 1, 2), has_aux=True)(q, k, v) for f in (by_reshape, by_mask)]
+    for ours, dense in zip(*map(jax.tree.leaves, results), strict=True):
+        close(ours, dense, 2e-6)
+
+
+def test_pattern_of_full_blocks_is_the_shortest_that_repeats():
+    assert full_block_pattern(32, (7, 15, 23, 31)) == (False,) * 7 + (True,)
+    assert full_block_pattern(4, (1, 3)) == (False, True)
+    assert full_block_pattern(4, (0, 1, 3)) == (True, True, False, True)
+    assert full_block_pattern(3, ()) == (False,)
+    assert full_block_pattern(3, (0, 1, 2)) == (True,)
+
+
+@pytest.mark.parametrize("full", [(1, 3), (0, 1, 3), ()])
+def test_scanned_blocks_equal_a_loop_over_blocks(full):
+    cfg = replace(CFG, vision=dict(fullatt_block_indexes=full))
+    vision = make_rows([make_images(14, (1, 6, 10))], patches=7 * W)
+    model = bind(cfg, random_params(cfg))
+    _, blocks = jax.jit(lambda v: model.encode_images(v, return_blocks=True))(vision)
+
+    @jax.jit
+    def loop(vision):
+        rope = vision_rope(vision.patch_hw, cfg.vision.head_dim, cfg.vision.rope_theta)
+        x, outputs = model.vision.patch_embed(vision.patches), []
+        for i in range(cfg.vision.depth):
+            block = jax.tree.map(lambda p, i=i: p[i], model.vision.blocks)
+            x = block(x, rope, vision, i in full, "xla")
+            outputs.append(x)
+        return jnp.stack(outputs)
+
+    assert blocks.shape == (4, 1, 7 * W, 24)
+    close(blocks, loop(vision), 5e-6)
+
+
+def test_scanned_layers_equal_a_loop_over_layers():
+    batch = make_batch([make_sample(15, 12)], 14)
+    model = bind(CFG, random_params(CFG))
+    args = (batch.tokens, batch.mrope, batch.segment_ids)
+    h, layers = model.hidden(*args, return_layers=True)
+    x, rope = model.embed(batch.tokens), model.text.rope(batch.mrope)
+    for i in range(CFG.text.num_hidden_layers):
+        layer = jax.tree.map(lambda p, i=i: p[i], model.text.layers)
+        q, k, v = layer.qkv(x, rope)
+        segments = dict(q_segments_BT=batch.segment_ids, kv_segments_BS=batch.segment_ids)
+        x = layer.finish(x, attention(q, k, v, causal=True, impl="xla", **segments))
+        close(layers[i], x, 5e-6)
+    close(h, model.text.norm(x), 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("full", "remat"), [((1, 3), "block"), ((0, 3), "block"), ((1, 3), "dots")]
+)
+def test_recomputing_keeps_gradients(full, remat):
+    """Groups of vision blocks, single blocks of a pattern without a period, decoder layers."""
+    batch = make_batch([make_sample(16, 6, (1, 4, 6))], 16)
+    cfg = replace(CFG, vision=dict(fullatt_block_indexes=full), text=dict(num_hidden_layers=2))
+    params = random_params(cfg)
+
+    def loss(params, remat):
+        return jnp.sum(forward(dataclasses.replace(cfg, remat=remat), params, batch)[:, :13] ** 2)
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, remat))
+    assert jaxpr.count("checkpoint[") + jaxpr.count("remat2[") > 0
+    grads, plain = (jax.jit(jax.grad(loss), static_argnums=1)(params, r) for r in (remat, "none"))
+    for path in params:
+        close(grads[path], plain[path], 1e-5 * (1 + np.abs(plain[path]).max()))
+
+
+# --- dtypes, heads, devices --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_bfloat16_runs_and_stays_near_float32(param_dtype):
+    batch = make_batch([make_sample(16, 6, (1, 4, 6)), make_sample(17, 9)], 16)
+    params = random_params(CFG)
+    exact = forward(CFG, params, batch)
+    cfg = dataclasses.replace(CFG, dtype="bfloat16", param_dtype=param_dtype)
+    half = forward(cfg, {k: v.astype(param_dtype) for k, v in params.items()}, batch)
+    assert half.dtype == jnp.bfloat16
+    valid = np.asarray(batch.segment_ids) > 0
+    difference = np.asarray(half.astype(jnp.float32) - exact)[valid]
+    assert 1e-4 < np.sqrt(np.mean(difference**2) / np.mean(exact[valid] ** 2)) < 0.05
+    logits = bind(cfg, params).logits(half)
+    assert logits.dtype == jnp.float32
+
+
+def test_logits_use_the_head_or_the_transposed_embedding():
+    tied = dataclasses.replace(CFG, tie_word_embeddings=True)
+    params = random_params(CFG)
+    h = jax.random.normal(jax.random.key(4), (2, 3, CFG.text.hidden_size))
+    head = params["text/lm_head/kernel"]
+    model = bind(CFG, params)
+    close(model.logits(h), np.asarray(h) @ np.asarray(head), 1e-5)
+    assert np.array_equal(model.head_kernel(), head)
+    assert "text/lm_head/kernel" not in abstract_params(tied)
+    params = {k: v for k, v in params.items() if k != "text/lm_head/kernel"}
+    model = bind(tied, params)
+    table = np.asarray(params["text/embed/embedding"])
+    close(model.logits(h), np.asarray(h) @ table.T, 1e-5)
+    assert np.array_equal(model.head_kernel(), table.T)
+
+
+def test_one_device_and_a_mesh_of_eight_agree():
+    """Images, whole sequences and shared prompts; rows over data x fsdp, heads over tensor."""
+    cfg = replace(
+        CFG,
+        vision=dict(num_heads=4, hidden_size=32),
+        text=dict(num_attention_heads=4, num_key_value_heads=2, mrope_section=(1, 2, 2)),
+    )
+    samples = [make_sample(20 + i, 5 + i, (1, 4, 2 + 2 * (i % 3))) for i in range(8)]
+    batch = make_batch(samples, 20, per_row=2, patches=4 * W)
+    params = random_params(cfg)
+    completions = jnp.asarray(np.random.default_rng(5).integers(0, 100, (8, 2, 4)))
+    mask = jnp.ones((8, 2, 4), bool)
+
+    def loss(params, batch, completions, mask):
+        model = bind(cfg, params)
+        features = model.encode_images(batch.vision)
+        args = (batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features)
+        whole = jnp.where((batch.segment_ids > 0)[..., None], model.hidden(*args), 0)
+        shared = model.completion_hidden(batch, features, completions, mask)
+        return jnp.mean(whole**2) + jnp.mean(model.logits(shared)[..., 0] ** 2)
+
+    step = jax.jit(jax.value_and_grad(loss))
+    expected, grads = step(params, batch, completions, mask)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        rows = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp")))
+        sharded = jax.device_put((batch, completions, mask), rows)
+        value, sharded_grads = step(
+            jax.device_put(params, param_specs(abstract_params(cfg), mesh)), *sharded
+        )
+    close(value, expected)
+    for path in params:
+        close(sharded_grads[path], grads[path], 1e-5 * (1 + np.abs(grads[path]).max()))
+
+
+def test_modules_work_as_plain_pytrees_too():
+    """Flax is about to make tree mode the default; nothing here may depend on graph mode."""
+    batch = make_batch([make_sample(17, 9)], 12)
+    args = (batch.tokens, batch.mrope, batch.segment_ids)
+    expected = bind(CFG, random_params(CFG)).hidden(*args)
+    qwen2_5_vl._structure.cache_clear()
+    try:
+        with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+            close(bind(CFG, random_params(CFG)).hidden(*args), expected, 1e-6)
+    finally:
+        qwen2_5_vl._structure.cache_clear()
+
+
+# --- rotary positions --------------------------------------------------------------------------
+
+
+def test_mrope_takes_each_section_from_its_axis():
+    """Head width 8, theta 16: frequencies 1, 1/2, 1/4, 1/8; sections 1, 1, 2."""
+    cos, sin = text_mrope(jnp.asarray([[[5], [6], [8]]]), 8, 16.0, (1, 1, 2), "float32")
+    angles = np.array([5 * 1, 6 / 2, 8 / 4, 8 / 8] * 2)
+    close(cos[0, 0], np.cos(angles), 1e-6)
+    close(sin[0, 0], np.sin(angles), 1e-6)
+
+
+def test_vision_rope_turns_rows_then_columns():
+    """Head width 8, theta 16: frequencies 1, 1/4 for rows and again for columns."""
+    cos, sin = vision_rope(jnp.asarray([[3, 8]]), 8, 16.0)
+    angles = np.array([3, 3 / 4, 8, 8 / 4] * 2)
+    close(cos[0], np.cos(angles), 1e-6)
+    close(sin[0], np.sin(angles), 1e-6)
+
+
+# --- parameters --------------------------------------------------------------------------------
+
+
+def test_initial_parameters_are_drawn_as_by_hugging_face():
+    cfg = replace(CFG, vision=dict(depth=2, fullatt_block_indexes=(1,)))
+    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
+    shapes = {k: (v.shape, v.dtype) for k, v in abstract_params(cfg).items()}
+    assert {k: (v.shape, v.dtype) for k, v in params.items()} == shapes
+    for path, value in params.items():
+        kind = path.rsplit("/", 1)[1]
+        if kind in ("bias", "scale"):
+            assert np.all(np.asarray(value) == (kind == "scale")), path
+        else:
+            assert abs(np.std(value) / 0.02 - 1) < 0.15 and abs(np.mean(value)) < 4e-3, path
+    kernels = [v for k, v in params.items() if "/layers/" in k and k.endswith("kernel")]
+    assert not any(np.array_equal(k[0], k[1]) for k in kernels), "layers must differ"
+
+
+def test_parameters_of_another_model_are_refused_by_name():
+    params = dict(random_params(CFG))
+    del params["text/norm/scale"]
+    params["text/norm/bias"] = jnp.zeros(3)
+    with pytest.raises(
+        ValueError, match="missing .*text/norm/scale.* superfluous .*text/norm/bias"
+    ):
+        bind(CFG, params)

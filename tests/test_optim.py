@@ -1,0 +1,141 @@
+"""Schedule, AdamW, freezing and the skipping of non-finite gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srpo_jax import optim
+from srpo_jax.optim import OptimConfig
+from srpo_jax.structs import TrainState
+
+PARAMS = {
+    "text/layers/attn/q/kernel": jnp.full((2, 3), 2.0),
+    "text/layers/attn/q/bias": jnp.full((3,), 2.0),
+    "text/norm/scale": jnp.full((3,), 2.0),
+    "text/embed/embedding": jnp.full((4, 3), 2.0),
+}
+
+
+def _state(cfg: OptimConfig, params=PARAMS, total_steps: int = 10):
+    optimizer = optim.make_optimizer(cfg, total_steps)
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(
+        step=zero, params=params, frozen={}, opt_state=optimizer.init(params), skipped=zero
+    )
+    step = jax.jit(lambda state, grads: optim.apply_gradients(state, grads, optimizer))
+    return state, step
+
+
+def _like(params, value):
+    return {path: jnp.full(x.shape, value, jnp.float32) for path, x in params.items()}
+
+
+def _values(tree):
+    return [np.asarray(x).copy() for x in jax.tree.leaves(tree)]
+
+
+def test_schedule_by_hand():
+    cfg = OptimConfig(lr=1.0, warmup_steps=4, final_fraction=0.1)
+    schedule = optim.make_schedule(cfg, 12)
+    got = [float(schedule(i)) for i in (0, 1, 3, 4, 8, 12, 99)]
+    # Warm-up 1/4, 2/4, 4/4; the cosine starts at 4, is half way down (0.55) at 8, ends at 12.
+    np.testing.assert_allclose(got, [0.25, 0.5, 1.0, 1.0, 0.55, 0.1, 0.1], rtol=1e-6)
+
+
+def test_warmup_ratio_and_constant_schedule():
+    cfg = OptimConfig(lr=2.0, warmup_ratio=0.1, schedule="constant")
+    schedule = optim.make_schedule(cfg, 20)
+    np.testing.assert_allclose([float(schedule(i)) for i in (0, 1, 19)], [1.0, 2.0, 2.0])
+    no_warmup = optim.make_schedule(OptimConfig(lr=2.0, warmup_steps=0), 20)
+    np.testing.assert_allclose(no_warmup(0), 2.0)
+
+
+def test_bad_schedules_are_refused():
+    with pytest.raises(ValueError, match="warm-up of 11 steps"):
+        optim.make_schedule(OptimConfig(warmup_steps=11), 10)
+    with pytest.raises(ValueError, match="linear"):
+        optim.make_schedule(OptimConfig(schedule="linear"), 10)
+
+
+def test_adamw_by_hand_decays_matrices_only_and_decoupled():
+    cfg = OptimConfig(
+        lr=0.1,
+        warmup_steps=0,
+        schedule="constant",
+        b1=0.9,
+        b2=0.99,
+        eps=0.0,
+        weight_decay=0.5,
+        grad_clip=None,
+    )
+    state, step = _state(cfg)
+    state, _ = step(state, _like(PARAMS, 3.0))
+    # Bias correction makes the first Adam step sign(g); decay subtracts lr * 0.5 * 2 on matrices.
+    for path, x in state.params.items():
+        decayed = path.endswith(("kernel", "embedding"))
+        np.testing.assert_allclose(x, 2.0 - 0.1 - (0.1 if decayed else 0.0), rtol=1e-6)
+    state, _ = step(state, _like(PARAMS, -1.0))
+    # m = .1 * (.9 * 3 - 1) = .17 over 1 - .81; v = .01 * (.99 * 9 + 1) = .0991 over 1 - .9801.
+    update = (0.17 / 0.19) / np.sqrt(0.0991 / 0.0199)
+    np.testing.assert_allclose(state.params["text/norm/scale"], 1.9 - 0.1 * update, rtol=1e-5)
+
+
+def test_clipping_by_global_norm_and_reported_norms():
+    params = {"a/kernel": jnp.zeros(1), "b/kernel": jnp.zeros(1)}
+    cfg = OptimConfig(lr=0.5, warmup_steps=0, schedule="constant", grad_clip=1.0, eps=1.0, b1=0.0)
+    state, step = _state(cfg, params)
+    state, metrics = step(state, {"a/kernel": jnp.array([3.0]), "b/kernel": jnp.array([4.0])})
+    np.testing.assert_allclose(metrics["grad_norm"], 5.0)  # before clipping
+    # Clipped to 0.6 and 0.8; with eps = 1: g / (|g| + 1).
+    want = 0.5 * np.array([0.6 / 1.6, 0.8 / 1.8])
+    got = [-float(state.params[k][0]) for k in ("a/kernel", "b/kernel")]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["update_norm"], np.linalg.norm(want), rtol=1e-5)
+    np.testing.assert_allclose(metrics["lr"], 0.5)
+
+
+def test_moment_dtypes_with_bfloat16_parameters():
+    params = {"a/kernel": jnp.ones((2,), jnp.bfloat16)}
+    state, step = _state(OptimConfig(moment_dtype="bfloat16"), params)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    adam = next(s for s in state.opt_state if hasattr(s, "nu"))
+    assert adam.mu["a/kernel"].dtype == jnp.bfloat16 and adam.nu["a/kernel"].dtype == jnp.float32
+    state, _ = step(state, _like(params, 1.0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before  # no recompile, donatable
+
+
+def test_split_frozen_by_prefix():
+    params = {"vision/blocks/x": 1, "vision/merger/y": 2, "text/z": 3}
+    assert optim.split_frozen(params) == (
+        {"text/z": 3},
+        {"vision/blocks/x": 1, "vision/merger/y": 2},
+    )
+    trained, frozen = optim.split_frozen(params, ("vision/blocks/",))
+    assert set(frozen) == {"vision/blocks/x"} and set(trained) == {"vision/merger/y", "text/z"}
+    assert optim.split_frozen(params, ()) == (params, {})
+
+
+def test_split_frozen_refuses_a_misspelt_prefix_and_freezing_everything():
+    with pytest.raises(ValueError, match="visual/"):
+        optim.split_frozen({"vision/x": 1}, ("visual/",))
+    with pytest.raises(ValueError, match="no parameter to train"):
+        optim.split_frozen({"vision/x": 1}, ("vision/",))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_non_finite_gradient_leaves_everything_but_the_counter(bad):
+    state, step = _state(OptimConfig(lr=0.1, warmup_steps=4, weight_decay=0.1))
+    state, first = step(state, _like(PARAMS, 1.0))
+    before = _values((state.step, state.params, state.opt_state))
+    grads = _like(PARAMS, 1.0)
+    grads["text/norm/scale"] = grads["text/norm/scale"].at[1].set(bad)
+    state, metrics = step(state, grads)
+    for x, y in zip(before, _values((state.step, state.params, state.opt_state)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert state.skipped == 1 and metrics["skipped"] == 1 and state.step == 1
+    assert metrics["update_norm"] == 0 and not np.isfinite(metrics["grad_norm"])
+    # The next good gradient continues as if the bad one had not been.
+    state, second = step(state, _like(PARAMS, 1.0))
+    np.testing.assert_allclose([first["lr"], second["lr"]], [0.025, 0.05], rtol=1e-6)
+    assert state.step == 2 and state.skipped == 1 and second["update_norm"] > 0

@@ -1,0 +1,309 @@
+"""Reward terms against the paper's constants and against what the authors' files measure."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srpo_jax import rewards
+from srpo_jax.grading import template
+from srpo_jax.grading.grade import grade, grade_sequences
+from srpo_jax.grading.template import TokenText
+from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards import compute_rewards, length_factor
+from srpo_jax.structs import Verdict
+
+OUTCOMES = {"rr": (True, True), "wr": (False, True), "rw": (True, False), "ww": (False, False)}
+
+
+def verdict(outcome: str, *, first_tokens=10, total_tokens=1000, **flags) -> Verdict:
+    """A [1, 1] verdict; everything holds unless a flag says otherwise, f_len is 0 by default."""
+    first, final = OUTCOMES[outcome]
+    flags = {
+        "has_first": True,
+        "has_second": True,
+        "format_ok": True,
+        "reflection_ok": True,
+        "first_correct": first,
+        "final_correct": final,
+    } | flags
+    return Verdict(
+        **{name: np.array([[value]]) for name, value in flags.items()},
+        first_tokens=np.array([[first_tokens]], np.int32),
+        total_tokens=np.array([[total_tokens]], np.int32),
+        block_tokens=np.zeros((1, 1, 5), np.int32),
+    )
+
+
+def terms(v: Verdict, profile: str, **kwargs) -> tuple[float, ...]:
+    out = compute_rewards(v, profile, **kwargs)
+    return tuple(
+        round(float(getattr(out, name)[0, 0]), 4)
+        for name in ("r_format", "r_acc", "i_eff", "i_ref", "f_len", "total")
+    )
+
+
+TOTALS = {  # spec 3.2, without f_len
+    "paper": (1.50, 1.25, 1.00, 0.75),
+    "openrlhf": (1.25, 1.50, 0.75, 0.50),
+    "verl_fixed": (0.625, 0.75, 0.125, 0.25),
+    "grpo": (1.5, 1.5, 0.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("profile", TOTALS)
+def test_totals_of_the_four_outcomes(profile):
+    found = [terms(verdict(outcome), profile)[-1] for outcome in ("rr", "wr", "rw", "ww")]
+    assert found == list(TOTALS[profile])
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+@pytest.mark.parametrize("format_ok", [True, False])
+@pytest.mark.parametrize("reflection_ok", [True, False])
+def test_paper_terms_with_tags_present_and_absent(outcome, format_ok, reflection_ok):
+    r_format = 0.5 if format_ok else 0.0
+    r_acc = {"rr": 0.5, "wr": 0.0, "rw": 0.5, "ww": 0.0}[outcome]
+    i_eff = {"rr": 0.25, "wr": 0.5, "rw": -0.25, "ww": 0.0}[outcome]
+    i_ref = 0.25 if reflection_ok else 0.0
+    v = verdict(outcome, format_ok=format_ok, reflection_ok=reflection_ok, total_tokens=20)
+    expected = (r_format, r_acc, i_eff, i_ref, 1.0, r_format + r_acc + i_eff + i_ref + 0.1)
+    assert terms(v, "paper") == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("first", "r_acc"), [("rr", 0.5), ("ww", 0.0)])
+def test_paper_without_a_second_answer_keeps_only_the_first_answers_reward(first, r_acc):
+    v = verdict(first, has_second=False, format_ok=False, total_tokens=20)
+    assert terms(v, "paper") == (0, r_acc, 0, 0, 0, r_acc)
+
+
+def test_paper_without_any_answer_block_is_zero_whatever_the_flags_say():
+    v = verdict("rr", has_first=False, has_second=False, total_tokens=20)
+    assert terms(v, "paper") == (0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "accuracy"), [("rr", 0.75), ("wr", 1.0), ("rw", 0.25), ("ww", 0.0)]
+)
+def test_openrlhf_pays_one_accuracy_and_nothing_without_the_second_round(outcome, accuracy):
+    v = verdict(outcome, total_tokens=20)
+    assert terms(v, "openrlhf") == pytest.approx((0.5, accuracy, 0, 0, 1, accuracy + 0.6))
+    v = verdict(outcome, format_ok=False)
+    assert terms(v, "openrlhf") == (0, accuracy, 0, 0, 0, accuracy)
+    v = verdict(outcome, has_second=False, total_tokens=20)
+    assert terms(v, "openrlhf") == (0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "half"), [("rr", 0.375), ("wr", 0.5), ("rw", -0.125), ("ww", 0.0)]
+)
+def test_verl_halves_accuracy_and_format(outcome, half):
+    v = verdict(outcome, total_tokens=20)
+    assert terms(v, "verl_fixed") == pytest.approx((0.25, half, 0, 0, 1, half + 0.35))
+    no_boxes = verdict(outcome, has_first=False, has_second=False, total_tokens=20)
+    assert terms(no_boxes, "verl_fixed") == pytest.approx((0.25, 0, 0, 0, 1, 0.35))
+
+
+def test_grpo_control_pays_format_and_the_final_answer_only():
+    assert terms(verdict("wr", total_tokens=20), "grpo") == (0.5, 1.0, 0, 0, 0, 1.5)
+    assert terms(verdict("rw", format_ok=False, total_tokens=20), "grpo") == (0, 0, 0, 0, 0, 0)
+    assert terms(verdict("rr", has_first=False), "grpo") == (0.5, 0, 0, 0, 0, 0.5)
+
+
+F_LEN = {  # L / k -> f_len, spec 3.1
+    1: 0.018, 1.5: 0.368, 1.75: 0.779, 2: 1.0, 2.25: 0.779, 2.5: 0.368, 2.75: 0.105, 3: 0.018,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", F_LEN)
+def test_length_factor_table(ratio):
+    for first in (4, 100, 1000):
+        value = float(length_factor(np.int32(ratio * first), np.int32(first)))
+        assert value == pytest.approx(F_LEN[ratio], abs=5e-4)
+
+
+def test_length_factor_is_zero_without_a_first_response_and_finite_at_extremes():
+    first = np.array([0, 0, 1, 1_000_000], np.int32)
+    total = np.array([0, 50, 1_000_000, 1], np.int32)
+    assert length_factor(total, first).tolist() == pytest.approx([0, 0, 0, np.exp(-16)], abs=1e-9)
+
+
+def test_alpha_weighs_the_length_factor_alone():
+    v = verdict("ww", total_tokens=20)
+    assert terms(v, "paper", alpha=0.3)[-1] == pytest.approx(0.75 + 0.3, abs=1e-4)
+    assert terms(v, "paper", alpha=0.0)[-1] == 0.75
+    assert terms(v, "paper", alpha=0.3)[-2] == 1.0
+
+
+@pytest.mark.parametrize("profile", rewards.PROFILES)
+def test_terms_add_up_in_float32_for_any_shape_under_jit(profile):
+    combinations = list(itertools.product([False, True], repeat=6))
+    flags = np.array(combinations, bool).T.reshape(6, 8, 8)
+    names = "first_correct final_correct has_first has_second format_ok reflection_ok".split()
+    rng = np.random.default_rng(0)
+    v = Verdict(
+        **dict(zip(names, flags, strict=True)),
+        first_tokens=rng.integers(0, 100, (8, 8)).astype(np.int32),
+        total_tokens=rng.integers(0, 300, (8, 8)).astype(np.int32),
+        block_tokens=np.zeros((8, 8, 5), np.int32),
+    )
+    out = jax.jit(compute_rewards, static_argnums=1)(v, profile)
+    for name in rewards.RewardTerms.__dataclass_fields__:
+        value = getattr(out, name)
+        assert value.shape == (8, 8) and value.dtype == jnp.float32, name
+    added = out.r_format + out.r_acc + out.i_eff + out.i_ref + 0.1 * out.f_len
+    np.testing.assert_allclose(added, out.total, atol=1e-6)
+    one = compute_rewards(jax.tree.map(lambda x: x[3, 5], v), profile)  # no leading axes
+    assert one.total.shape == () and float(one.total) == pytest.approx(float(out.total[3, 5]))
+
+
+def test_an_unknown_profile_is_refused():
+    with pytest.raises(ValueError, match="unknown profile 'ppo'"):
+        compute_rewards(verdict("rr"), "ppo")
+
+
+def test_grading_and_rewards_know_the_same_profiles():
+    assert rewards.PROFILES == template.PROFILES
+
+
+# ---------------------------------------------- from completions, as the authors' files see them
+
+BYTES = TokenText([bytes([i]) for i in range(256)])
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier(workers=1, time_limit_s=20) as pool:
+        yield pool
+
+
+def respond(answer1="2", answer2="2", reflection="r", before="", after="", think1="a"):
+    return (
+        f"{before}<think>{think1}</think><answer>{answer1}</answer><reflection>{reflection}"
+        f"</reflection><think>b</think><answer>{answer2}</answer>{after}"
+    )
+
+
+def score(verifier, text: str, gold: str, profile: str):
+    found, _ = grade_sequences(
+        [list(text.encode())], token_text=BYTES, golds=[gold], choices=[()],
+        verifier=verifier, profile=profile,
+    )  # fmt: skip
+    return jax.tree.map(lambda x: float(x[0]), compute_rewards(found, profile))
+
+
+ROUND = "<think>a</think><answer>2</answer>"
+
+# Spec 3.3: (accuracy, format) that the authors' file was measured to give, gold "2".
+MEASURED = {
+    "empty reflection": (respond(reflection=""), 0.75, 0),
+    "one-space reflection": (respond(reflection=" "), 0.75, 0.5),
+    "a full stop as reflection": (respond(reflection="."), 0.75, 0.5),
+    "one think and one right answer": (ROUND, 0, 0),
+    "SFT-style: one think, two right answers": (
+        ROUND + "<reflection>r</reflection><answer>2</answer>", 0, 0,
+    ),
+    "no answer tags": ("<think>a</think> it is 2", 0, 0),
+    "cut off before the last closing tag": (respond().removesuffix("</answer>"), 0, 0),
+    "three answers 3, 4, 2": (respond("3", "4") + "<answer>2</answer>", 1.0, 0),
+    "text before the first think": (respond(before="Well. "), 0.75, 0.5),
+    "text after the last answer": (respond(after=" So."), 0.75, 0),
+    "literal <think> inside a think": (respond(think1="a <think> b"), 0.75, 0),
+    "reflection first": ("<reflection>r</reflection>" + ROUND * 2, 0.75, 0),
+    "right, right": (respond(), 0.75, 0.5),
+    "wrong, right": (respond("3", "2"), 1.0, 0.5),
+    "right, wrong": (respond("2", "3"), 0.25, 0.5),
+    "wrong, wrong": (respond("3", "4"), 0, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_openrlhf_reproduces_the_measured_cases(verifier, name):
+    text, accuracy, r_format = MEASURED[name]
+    found = score(verifier, text, "2", "openrlhf")
+    assert (found.r_acc, found.r_format) == (accuracy, r_format)
+    assert found.total == pytest.approx(accuracy + r_format, abs=1e-3)  # f_len is next to nothing
+
+
+# Spec 3.3's defects of the answer check, each with the accuracy that is RIGHT (measured: comment).
+MENDED = {
+    "gold A, bare letters rr": ("A", "A", "A", 0.75),  # 1.0
+    "gold A, bare letters wr": ("A", "B", "A", 1.0),
+    "gold A, bare letters rw": ("A", "A", "B", 0.25),  # 0
+    "gold A, bare letters ww": ("A", "B", "C", 0.0),
+    "gold A, boxed rr": ("A", r"\boxed{A}", r"\boxed{A}", 0.75),
+    "gold A, boxed wr": ("A", r"\boxed{B}", r"\boxed{A}", 1.0),
+    "gold A, boxed rw": ("A", r"\boxed{A}", r"\boxed{B}", 0.25),
+    "gold A, boxed ww": ("A", r"\boxed{B}", r"\boxed{C}", 0.0),
+    "gold A, boxed text": ("A", r"\boxed{\text{A. 57}}", r"\boxed{\text{A. 57}}", 0.75),  # 0
+    "gold A, Paris": ("A", "Paris", "Paris", 0.0),  # 1.0
+    "gold A, (A) cat": ("A", "(A) cat", "(A) cat", 0.75),  # 0
+    "gold E, bare letter": ("E", "E", "E", 0.75),  # 0
+    "gold F, bare letter": ("F", "F", "F", 0.75),  # 0
+    "gold Yes": ("Yes", "Yes", "yes.", 0.75),  # 0
+    "gold Yes, No": ("Yes", "No", "No", 0.0),
+    "no gold": ("", "2", "2", 0.0),  # 1.0
+    "negative gold": ("-2", "2", "-2", 1.0),
+    "2 and 2.0": ("2", "2.0", r"\boxed{2}", 0.75),
+}
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_openrlhf_answer_check_is_right_where_the_authors_is_not(verifier, name):
+    gold, answer1, answer2, accuracy = MENDED[name]
+    assert score(verifier, respond(answer1, answer2), gold, "openrlhf").r_acc == accuracy
+
+
+VERL = {  # boxes anywhere, in tags or not; accuracy / 2
+    "boxes outside tags": (r"first \boxed{3}, then \boxed{2}", 0.5),
+    "three boxes": (r"\boxed{2} \boxed{2} \boxed{4}", -0.125),
+    "a lone box is both answers": (r"\boxed{2}", 0.375),
+    "no box": (respond(), 0.0),
+    "in the template": (respond(r"\boxed{2}", r"\boxed{2}"), 0.375),
+}
+
+
+@pytest.mark.parametrize("name", VERL)
+def test_verl_reads_the_first_and_last_box(verifier, name):
+    text, accuracy = VERL[name]
+    assert score(verifier, text, "2", "verl_fixed").r_acc == accuracy
+
+
+def test_verl_format_ignores_white_space_around_brackets_and_slashes(verifier):
+    spaced = respond().replace("</", " < / ").replace(">", " > ")
+    assert score(verifier, spaced, "2", "verl_fixed").r_format == 0.25
+    assert score(verifier, spaced, "2", "paper").total == 0.0
+
+
+def test_grade_keeps_prompts_and_samples_in_their_places(verifier):
+    texts = [[respond("2", "2"), respond("3", "2")], ["<think>x</think>", respond("B", "A")]]
+    length = max(len(t) for row in texts for t in row) + 1
+    ids = np.zeros((2, 2, length), np.int32)
+    mask = np.zeros((2, 2, length), bool)
+    for p, g in itertools.product(range(2), repeat=2):
+        data = list(texts[p][g].encode()) + [0]  # byte 0 as EOS
+        ids[p, g, : len(data)], mask[p, g, : len(data)] = data, True
+    found, details = grade(
+        ids, mask, token_text=BYTES, golds=["2", "right"], choices=[(), ("right", "left")],
+        verifier=verifier, eos_ids=(0,),
+    )  # fmt: skip
+    assert found.first_correct.tolist() == [[True, False], [False, False]]
+    assert found.final_correct.tolist() == [[True, True], [False, True]]
+    assert found.has_first.tolist() == [[True, True], [False, True]]
+    assert found.total_tokens.tolist() == [[len(t) for t in row] for row in texts]
+    assert found.block_tokens.shape == (2, 2, 5)
+    assert found.block_tokens[1].tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert [d["text"] for d in details] == [t for row in texts for t in row]
+    assert details[1]["first_answer"] == "3" and details[1]["final_answer"] == "2"
+    assert details[2]["first_answer"] is None
+    start, end = details[3]["spans"]["second_answer"]
+    assert texts[1][1][start:end] == "A"
+    totals = compute_rewards(found, "paper", alpha=0.0).total.tolist()
+    assert totals == [[1.5, 1.25], [0.0, 1.25]]
+
+
+def test_grade_refuses_golds_that_do_not_match_the_prompts(verifier):
+    ids = np.zeros((2, 1, 4), np.int32)
+    with pytest.raises(ValueError, match="2 prompts, but 1 golds"):
+        grade(ids, ids == 0, token_text=BYTES, golds=["2"], verifier=verifier)

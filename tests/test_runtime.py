@@ -1,0 +1,113 @@
+"""What holds a run together: the recompile guard, agreement of processes, stopping on a signal."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from srpo_jax.runtime import CompileGuard, RunError, StopRequest, check_agreement, init_distributed
+
+
+@pytest.fixture
+def guard():
+    one = CompileGuard()
+    yield one
+    one.close()
+
+
+def test_guard_lets_each_bucket_compile_once(guard):
+    double = guard.watch(jax.jit(lambda x: x * 2))
+    for bucket, size in (("a", 3), ("b", 4), ("a", 3), ("b", 4)):
+        with guard.step(bucket):
+            double(jnp.ones(size))
+
+
+def test_guard_names_function_bucket_and_shapes_when_a_seen_bucket_compiles_again(guard):
+    @jax.jit
+    def grpo_step(batch):
+        return batch["tokens"] + 1
+
+    step = guard.watch(grpo_step)
+    inputs = [{"tokens": jnp.ones((2, n))} for n in (3, 3, 5)]
+    for batch in inputs[:2]:
+        with guard.step("tokens 3"):
+            step(batch)
+    with pytest.raises(RunError) as error:
+        with guard.step("tokens 3"):
+            step(inputs[2])
+    assert "grpo_step" in str(error.value) and "bucket tokens 3" in str(error.value)
+    assert "tokens float32[2, 5]" in str(error.value)
+
+
+def test_guard_sees_a_changed_dtype_in_a_function_it_was_not_told_of(guard):
+    hidden = jax.jit(lambda x: x - 1)
+    inputs = [jnp.ones(7), jnp.ones(7, jnp.bfloat16)]
+    with guard.step("a"):
+        hidden(inputs[0])
+    with pytest.raises(RunError, match="recompiled after warm-up"):
+        with guard.step("a"):
+            hidden(inputs[1])
+
+
+def test_guard_ignores_what_is_compiled_between_steps_and_in_other_threads(guard):
+    f = jax.jit(lambda x: x / 3)
+    with guard.step("a"):
+        f(jnp.ones(5))
+    f(jnp.ones(6))
+    with guard.step("a"):
+        thread = threading.Thread(target=lambda: f(jnp.ones(8)))
+        thread.start()
+        thread.join()
+
+
+def test_guard_passes_an_error_of_the_step_on(guard):
+    with pytest.raises(KeyError, match="of the step"):
+        with guard.step("a"):
+            raise KeyError("of the step")
+
+
+def test_processes_that_disagree_are_named_with_key_and_values():
+    check_agreement([{"step": 3, "config": "ab"}] * 3)
+    with pytest.raises(
+        RunError, match="disagree on step: process 0: 3, process 1: 4, process 2: 3"
+    ):
+        check_agreement([{"config": "ab", "step": s} for s in (3, 4, 3)])
+    with pytest.raises(RunError, match="cursor.*process 1: None"):
+        check_agreement([{"cursor": 1}, {}])
+
+
+def test_distributed_settings_given_by_half_are_refused(monkeypatch):
+    monkeypatch.delenv("SRPO_COORDINATOR", raising=False)
+    init_distributed(False)  # nothing asked for, nothing done
+    with pytest.raises(RunError, match="give all three"):
+        init_distributed(True, coordinator="localhost:1", num_processes=2)
+
+
+def test_first_signal_asks_and_old_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    said = []
+    with StopRequest(said.append) as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and "SIGTERM" in said[0]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_second_signal_kills():
+    code = (
+        "import os, signal, time\n"
+        "from srpo_jax.runtime import StopRequest\n"
+        "with StopRequest():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(5)\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout.count("finishing this step") <= 1

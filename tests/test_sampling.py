@@ -1,0 +1,508 @@
+"""The sampler: what is drawn, with which probability, and that nothing else influences it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from srpo_jax.model.qwen2_5_vl import abstract_params, bind, init_params
+from srpo_jax.sampling import logits as sampling_logits
+from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
+from srpo_jax.sharding import make_mesh, param_specs, to_global
+from srpo_jax.structs import Batch, Rollout
+
+V, EOS, PAD = 48, (40, 41), 47
+CFG = ModelConfig(
+    vision=VisionConfig(
+        depth=1,
+        hidden_size=16,
+        intermediate_size=16,
+        num_heads=2,
+        out_hidden_size=32,
+        fullatt_block_indexes=(0,),
+    ),
+    text=TextConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mrope_section=(2, 1, 1),
+    ),
+    image_token_id=45,
+    video_token_id=46,
+    vision_start_token_id=42,
+    vision_end_token_id=43,
+    vision_token_id=44,
+)
+P, S, N4 = 8, 9, 6  # prompts, prompt budget, merged image tokens of a row
+KEYS = np.array([11, 7, 3, 900, 2**31 + 5, 1, 0, 2**32 - 1], np.uint32)
+
+
+# --- logits.py: one draw -----------------------------------------------------------------------
+
+
+def keys_of(count: int, seed: int = 0) -> jax.Array:
+    base = sampling_logits.base_key(seed, 0)
+    return sampling_logits.sample_keys(base, jnp.arange(count, dtype=jnp.uint32), 1)[:, 0]
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(np.asarray(x, np.float64) - np.max(x, axis=-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def assert_frequencies(tokens: np.ndarray, p: np.ndarray) -> None:
+    """Every count within 5 standard deviations, and nothing of probability 0 at all."""
+    n = len(tokens)
+    counts = np.bincount(tokens, minlength=len(p))
+    assert counts[p == 0].sum() == 0
+    bound = 5 * np.sqrt(n * p * (1 - p)) + 1e-9
+    assert (np.abs(counts - n * p) <= bound).all(), (counts - n * p) / bound
+
+
+@pytest.mark.parametrize("size", [5, 37, 152, 1024])  # one chunk, padded chunks, even chunks
+def test_draws_follow_the_probabilities(size):
+    row = np.random.default_rng(size).normal(0, 1.5, size).astype(np.float32)
+    row[[0, size // 2, size - 1]] = -np.inf
+    n = 20_000
+    tokens, logp = sampling_logits.draw(keys_of(n), jnp.broadcast_to(row, (n, size)))
+    assert_frequencies(np.asarray(tokens), softmax(row))
+    np.testing.assert_allclose(logp, np.log(softmax(row)[np.asarray(tokens)]), atol=2e-6)
+
+
+def test_a_token_of_probability_zero_is_never_drawn_whatever_the_sums_round_to():
+    size, n = 4096, 2000
+    row = np.full(size, -np.inf, np.float32)
+    row[[17, 1033, 4000]] = [0.0, -30.0, 3.0]  # sums full of equal neighbours
+    tokens, _ = sampling_logits.draw(keys_of(n), jnp.broadcast_to(row, (n, size)))
+    assert set(np.asarray(tokens)) == {17, 4000}
+    # The extreme uniforms too: 0 must not fall on the empty first entries, nor just below 1 on the
+    # empty last ones.
+    weight = jnp.array([[0.0, 0.0, 0.3, 0.7, 0.0]] * 2)
+    ends = sampling_logits._invert(weight, jnp.array([0.0, np.nextafter(1, 0, dtype=np.float32)]))
+    assert ends.tolist() == [2, 3]
+
+
+def reference_truncation(row: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """Which tokens are kept, by sorting; the rows of these tests have no equal values."""
+    order = np.argsort(-row)
+    p = softmax(row)
+    kept = np.zeros(len(row), bool)
+    kept[order[: top_k or len(row)]] = True
+    if top_p < 1:
+        q = np.where(kept, p, 0) / p[kept].sum()
+        before = np.cumsum(q[order]) - q[order]
+        kept[order[before >= top_p]] = False
+    if min_p > 0:
+        kept &= p >= min_p * p.max()
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(1, 1, 0), (7, 1, 0), (0, 0.05, 0), (0, 0.8, 0), (0, 0.99, 0), (0, 1, 0.1), (9, 0.7, 0.08)],
+)
+def test_truncation_keeps_the_tokens_that_sorting_would(top_k, top_p, min_p):
+    rows = np.random.default_rng(1).normal(0, 2, (20, 151)).astype(np.float32)
+    rows[:, 3] = -np.inf
+    kept = sampling_logits.truncate(jnp.array(rows), top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = np.stack([reference_truncation(r, top_k, top_p, min_p) for r in rows])
+    expected[:, 3] = False
+    np.testing.assert_array_equal(np.isfinite(kept), expected)
+    np.testing.assert_array_equal(np.asarray(kept)[expected], rows[expected])
+
+
+def test_truncation_keeps_all_of_several_equal_tokens_and_is_off_by_default():
+    row = jnp.array([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    kept = sampling_logits.truncate(row, top_k=2, top_p=1.0, min_p=0.0)
+    assert np.isfinite(kept)[0].tolist() == [False, True, True, True, False]
+    assert sampling_logits.truncate(row, top_k=0, top_p=1.0, min_p=0.0) is row
+    assert sampling_logits.truncate(row, top_k=5, top_p=1.0, min_p=0.0) is row
+
+
+def test_log_probabilities_are_of_the_truncated_and_of_the_whole_distribution():
+    n, temperature = 4000, 0.7
+    row = np.random.default_rng(2).normal(0, 1, 40).astype(np.float32)
+    token, sample_logp, policy_logp = sampling_logits.sample(
+        jnp.broadcast_to(row, (n, 40)),
+        keys_of(n),
+        temperature=temperature,
+        top_k=6,
+        top_p=0.9,
+        forbidden_ids=(int(row.argmax()),),
+    )
+    scaled = np.where(np.arange(40) == row.argmax(), -np.inf, row) / temperature
+    kept = reference_truncation(scaled, 6, 0.9, 0)
+    sampled = softmax(np.where(kept, scaled, -np.inf))
+    assert 1 < kept.sum() <= 6
+    assert_frequencies(np.asarray(token), sampled)
+    np.testing.assert_allclose(sample_logp, np.log(sampled[np.asarray(token)]), atol=1e-5)
+    np.testing.assert_allclose(policy_logp, np.log(softmax(scaled)[np.asarray(token)]), atol=1e-5)
+
+
+def test_greedy_takes_the_first_best_token_that_is_allowed():
+    rows = jnp.array([[0.0, 3.0, 1.0, 3.0, 2.0], [5.0, 4.0, 4.5, 4.5, 0.0]])
+    greedy = dict(temperature=0.0, forbidden_ids=(0,))
+    token, sample_logp, policy_logp = sampling_logits.sample(rows, keys_of(2), **greedy)
+    assert token.tolist() == [1, 2]
+    assert sample_logp.tolist() == [0.0, 0.0]
+    allowed = np.asarray(rows)[:, 1:]
+    expected = [np.log(softmax(allowed))[0, 0], np.log(softmax(allowed))[1, 1]]
+    np.testing.assert_allclose(policy_logp, expected, atol=1e-6)
+    long = np.random.default_rng(0).normal(size=(50, 299)).astype(np.float32)
+    np.testing.assert_array_equal(sampling_logits.greedy(jnp.array(long)), long.argmax(-1))
+
+
+def test_keys_are_the_documented_chain_of_fold_ins():
+    key = jax.random.key(5, impl="threefry2x32")
+    for part in (3, 900, 2):  # step, prompt key, sample
+        key = jax.random.fold_in(key, part)
+    base = sampling_logits.base_key(5, 3)
+    keys = sampling_logits.sample_keys(base, jnp.array([1, 900], jnp.uint32), 4)
+    np.testing.assert_array_equal(keys[1, 2], jax.random.key_data(key))
+    token_7 = sampling_logits.token_keys(keys[:, :2], jnp.full((2, 2), 7))
+    expected = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(keys[1, 1]), 7))
+    np.testing.assert_array_equal(token_7[1, 1], expected)
+
+
+# --- sampler.py: whole rollouts ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    made = jax.jit(init_params, static_argnums=0)(CFG, jax.random.key(1))
+    # Random weights say nearly the same everywhere; louder ones make every cached token matter.
+    return {k: v * 8 if v.ndim > 1 and k.startswith("text/") else v for k, v in made.items()}
+
+
+def make_batch(*, fillers: int = 0, prompt_budget: int = S) -> tuple[Batch, np.ndarray]:
+    """P prompts of different lengths, every other one with two image tokens, and row features.
+
+    One feature row per prompt; ``in_rows`` merges them.
+    """
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(4, S + 1, P)
+    valid = np.arange(P) < P - fillers
+    column = np.arange(prompt_budget)[None]
+    inside = column < lengths[:, None]
+    words = rng.integers(0, 40, (P, S))
+    tokens = np.where(inside, np.pad(words, ((0, 0), (0, prompt_budget - S))), 0)
+    vision_src = np.full((P, prompt_budget), -1)
+    vision_src[::2, 1:3] = [[2, 4]]
+    position = np.broadcast_to(column[:, None], (P, 3, prompt_budget))
+    batch = Batch(
+        tokens=tokens.astype(np.int32),
+        segment_ids=inside.astype(np.int32),
+        mrope=position.astype(np.int32),
+        vision_src=vision_src.astype(np.int32),
+        lengths=lengths.astype(np.int32),
+        next_pos=lengths.astype(np.int32),
+        loss_mask=np.zeros((P, prompt_budget), np.float32),
+        valid=valid,
+    )
+    return batch, rng.normal(size=(P, N4, 32)).astype(np.float32)
+
+
+def in_rows(batch: Batch, features: np.ndarray, rows: int) -> tuple[Batch, np.ndarray]:
+    """The same prompts in fewer rows: images of a row side by side, indices shifted."""
+    per_row = len(features) // rows
+    shift = (np.arange(len(features)) % per_row * N4)[:, None]
+    source = np.where(batch.vision_src >= 0, batch.vision_src + shift, -1).astype(np.int32)
+    return batch.replace(vision_src=source), features.reshape(rows, per_row * N4, -1)
+
+
+BASE = dict(
+    max_new_tokens=8,
+    group_size=3,
+    eos_ids=EOS,
+    pad_id=PAD,
+    forbidden_ids=vision_token_ids(CFG),
+    segment=3,
+)
+
+
+def make_sampler(shape=(1, 1, 1), **changes) -> Sampler:
+    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    return Sampler(CFG, SamplingConfig(**(BASE | changes)), mesh)
+
+
+def run(sampler, params, batch, features, keys=KEYS, *, rows=1, seed=0, step=0) -> Rollout:
+    """Sample on the sampler's mesh; the result on the host."""
+    batch, features = in_rows(batch, features, rows)
+    params = jax.device_put(params, param_specs(params, sampler.mesh, "sample"))
+    on_mesh = to_global((batch, features), sampler.mesh)
+    out = sampler.generate(params, *on_mesh, keys, seed=seed, step=step)
+    return jax.tree.map(np.asarray, out)
+
+
+@pytest.fixture(scope="module")
+def plain(params) -> tuple[Sampler, Rollout]:
+    """The rollout that others are compared with: one row, one device."""
+    sampler = make_sampler()
+    return sampler, run(sampler, params, *make_batch())
+
+
+def assert_same(a: Rollout, b: Rollout, prompts=slice(None)) -> None:
+    np.testing.assert_array_equal(a.completions, b.completions[prompts])
+    np.testing.assert_array_equal(a.completion_mask, b.completion_mask[prompts])
+    np.testing.assert_array_equal(a.finished, b.finished[prompts])
+    np.testing.assert_allclose(a.sample_logp, b.sample_logp[prompts], atol=1e-5)
+    np.testing.assert_allclose(a.policy_logp, b.policy_logp[prompts], atol=1e-5)
+
+
+def test_a_seed_gives_the_same_samples_and_everything_in_the_key_changes_them(plain, params):
+    sampler, first = plain
+    compiled = sampler.compile_count()
+    assert_same(run(sampler, params, *make_batch()), first)
+    for change in (dict(seed=1), dict(step=1), dict(keys=KEYS + np.uint32(1))):
+        other = run(sampler, params, *make_batch(), **change)
+        assert (other.completions != first.completions).any(axis=(1, 2)).all(), change
+    assert sampler.compile_count() == compiled == 4
+
+
+def test_the_samples_of_a_group_differ(plain):
+    completions = plain[1].completions
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (completions[:, i] != completions[:, j]).any(axis=1).all()
+
+
+def test_samples_end_at_either_eos_or_at_the_budget_and_are_padded_after(params):
+    sampler = make_sampler(max_new_tokens=24, group_size=6, segment=10)
+    out = run(sampler, params, *make_batch())
+    ends = set()
+    for tokens, mask, finished in zip(
+        out.completions.reshape(-1, 24),
+        out.completion_mask.reshape(-1, 24),
+        out.finished.reshape(-1),
+        strict=True,
+    ):
+        where = np.flatnonzero(np.isin(tokens, EOS))
+        length = where[0] + 1 if where.size else 24
+        assert finished == bool(where.size)
+        assert mask.tolist() == [True] * length + [False] * (24 - length)  # EOS is counted
+        assert (tokens[length:] == PAD).all() and where.size <= 1
+        ends.add(int(tokens[where[0]]) if where.size else None)
+    assert ends == {*EOS, None}
+    assert (out.policy_logp[~out.completion_mask] == 0).all()
+    assert (out.sample_logp[~out.completion_mask] == 0).all()
+    sampled = out.completions[out.completion_mask]
+    assert not np.isin(sampled, vision_token_ids(CFG)).any() and len(set(sampled)) > 30
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(concurrent_rows=1, rows=8),  # seven refills, wherever the ring stands
+        dict(concurrent_rows=3, rows=4, segment=1),
+        dict(rows=8, shape=(2, 2, 2)),
+        dict(rows=8, shape=(2, 1, 2), concurrent_rows=2, segment=50),
+    ],
+    ids=str,
+)
+def test_samples_depend_on_no_neighbour_size_refill_or_mesh(plain, params, change):
+    sampler = make_sampler(**{k: v for k, v in change.items() if k != "rows"})
+    assert_same(run(sampler, params, *make_batch(), rows=change["rows"]), plain[1])
+
+
+def test_samples_depend_on_no_order_padding_group_size_or_budget(plain, params):
+    batch, features = make_batch(prompt_budget=S + 4)
+    order = np.array([5, 0, 3])
+    chosen = jax.tree.map(lambda x: x[order], batch)
+    sampler = make_sampler(group_size=2, max_new_tokens=6)
+    out = run(sampler, params, chosen, features[order], KEYS[order])
+    np.testing.assert_array_equal(
+        np.where(out.completion_mask, out.completions, PAD),
+        np.where(plain[1].completion_mask, plain[1].completions, PAD)[order, :2, :6],
+    )
+
+
+def recomputed_logits(params, batch, features, out: Rollout) -> np.ndarray:
+    """[P, G, R, V] of the training pass over the finished completions, forbidden ids at -inf."""
+
+    @jax.jit
+    def logits(params, batch, features, completions, mask):
+        model = bind(CFG, params)
+        h = model.completion_hidden(batch, features, completions, mask)
+        return sampling_logits.forbid(model.logits(h), vision_token_ids(CFG))
+
+    return np.asarray(logits(params, batch, features, out.completions, out.completion_mask))
+
+
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [
+        (1, dict(temperature=0.7)),
+        (4, dict(temperature=1.3, top_k=20, top_p=0.8, min_p=0.02, concurrent_rows=1)),
+        (4, dict(temperature=0.0, concurrent_rows=2, segment=5)),
+    ],
+    ids=["whole distribution", "truncated and refilled", "greedy and refilled"],
+)
+def test_log_probs_equal_those_of_the_training_pass(params, rows, change):
+    batch, features = make_batch()
+    sampler = make_sampler(**change)
+    starts = []
+    collect = sampler.collect
+    sampler.collect = lambda *args: (starts.append(np.asarray(args[1].start)), collect(*args))[1]
+    out = run(sampler, params, batch, features, rows=rows)
+    if rows > 1:
+        assert len({int(s) % 8 for s in np.concatenate(starts)}) > 1  # the ring did turn
+        assert max(np.concatenate(starts)) > 8
+    logits = recomputed_logits(params, batch, features, out)
+    temperature = change["temperature"]
+    scaled = logits / (temperature or 1.0)
+    at = out.completions[..., None]
+    policy = np.log(np.take_along_axis(softmax(scaled), at, -1)[..., 0])
+    mask = out.completion_mask
+    np.testing.assert_allclose(out.policy_logp[mask], policy[mask], atol=1e-5)
+    if temperature == 0:
+        np.testing.assert_array_equal(out.completions[mask], logits.argmax(-1)[mask])
+        assert (out.sample_logp == 0).all()
+        assert (out.completions == out.completions[:, :1]).all()
+        return
+    truncation = [change.get(k, off) for k, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))]
+    kept = np.stack([reference_truncation(r, *truncation) for r in scaled.reshape(-1, V)])
+    sampled = softmax(np.where(kept.reshape(scaled.shape), scaled, -np.inf))
+    sampled = np.take_along_axis(sampled, at, -1)[..., 0][mask]
+    np.testing.assert_allclose(out.sample_logp[mask], np.log(sampled), atol=1e-5)
+    assert (np.log(sampled) > policy[mask] + 1e-3).any() == ("top_p" in change)
+
+
+def test_first_tokens_follow_the_model_s_probabilities(params):
+    batch, features = make_batch()
+    sampler = make_sampler(group_size=1500, max_new_tokens=1)
+    out = run(sampler, params, batch, features)
+    logits = recomputed_logits(params, batch, features, jax.tree.map(lambda x: x[:, :1], out))
+    for p in range(P):
+        assert_frequencies(out.completions[p, :, 0], softmax(logits[p, 0, 0]))
+
+
+def test_filler_prompts_get_empty_samples(plain, params):
+    out = run(plain[0], params, *make_batch(fillers=2))
+    assert not out.completion_mask[-2:].any() and (out.completions[-2:] == PAD).all()
+    assert out.finished[-2:].all()
+    assert_same(jax.tree.map(lambda x: x[:-2], out), plain[1], slice(0, P - 2))
+
+
+def test_text_only_prompts_need_no_features(plain, params):
+    batch, features = make_batch()
+    batch = batch.replace(vision_src=np.full_like(batch.vision_src, -1))
+    sampler = make_sampler((1, 2, 1), concurrent_rows=1)
+    on_mesh = to_global(batch, sampler.mesh)
+    out = sampler.generate(params, on_mesh, None, KEYS, seed=0, step=0, rows=4)
+    assert_same(jax.tree.map(np.asarray, out), run(plain[0], params, batch, features))
+
+
+def test_greedy_equals_hugging_face_generate(tmp_path):
+    pytest.importorskip("torch")
+    from srpo_jax.model import hf
+    from srpo_jax.model.config import load_config
+    from tests import hf_reference as reference
+
+    torch_model = reference.make_model("untied", seed=3)
+    cfg = load_config(reference.save_model(torch_model, tmp_path))
+    params = hf.load_params(tmp_path, cfg, shardings=None)
+    image, wide = reference.noise_image(84, 56), reference.noise_image(200, 30, seed=1)
+    budget, eos, width = 40, [130, 131], 48
+    inputs, expected = [], []
+    for seed, pieces in enumerate([[9], [2, image, 5], [3, wide, 1, image, 2]]):
+        one = reference.make_inputs([pieces], tokens=width, patches=256, seed=seed)
+        length = int(one.segments.sum())
+        sized = ("input_ids", "attention_mask", "mm_token_type_ids")
+        unpadded = {k: v[:, :length] if k in sized else v for k, v in one.torch.items()}
+        found = torch_model.generate(
+            **(unpadded | {"use_cache": True}),
+            do_sample=False,
+            max_new_tokens=budget,
+            eos_token_id=eos,
+            pad_token_id=131,
+            suppress_tokens=list(vision_token_ids(cfg)),
+        )
+        inputs.append(one)
+        expected.append(found[0, length:].tolist())
+    lengths = np.array([one.segments.sum() for one in inputs], np.int32)
+    batch = Batch(
+        tokens=np.concatenate([one.tokens for one in inputs]),
+        segment_ids=np.concatenate([one.segments for one in inputs]),
+        mrope=np.concatenate([one.mrope for one in inputs]),
+        vision_src=np.concatenate([one.vision_src for one in inputs]),
+        lengths=lengths,
+        next_pos=np.array([one.mrope.max() + 1 for one in inputs], np.int32),
+        loss_mask=np.zeros((3, width), np.float32),
+        valid=np.ones(3, bool),
+    )
+    vision = jax.tree.map(lambda *x: np.concatenate(x), *[one.vision for one in inputs])
+    features = jax.jit(lambda p, v: bind(cfg, p).encode_images(v))(params, vision)
+    sampling = SamplingConfig(
+        max_new_tokens=budget,
+        group_size=2,
+        temperature=0.0,
+        eos_ids=tuple(eos),
+        pad_id=131,
+        forbidden_ids=vision_token_ids(cfg),
+        concurrent_rows=2,
+        segment=7,
+    )
+    sampler = Sampler(cfg, sampling, make_mesh(devices=jax.devices()[:1]))
+    out = sampler.generate(params, batch, features, KEYS[:3], seed=0, step=0)
+    for p, tokens in enumerate(expected):
+        for sample in (0, 1):
+            mask = np.asarray(out.completion_mask[p, sample])
+            assert np.asarray(out.completions[p, sample])[mask].tolist() == tokens
+    assert len({len(tokens) for tokens in expected}) > 1  # one ended, one was cut off
+
+
+def test_programs_lower_from_shapes_and_decode_moves_no_cache_weights_or_logits(params):
+    sampler = make_sampler((2, 2, 2), concurrent_rows=2, top_p=0.9)
+    abstract = abstract_params(CFG)
+    specs = param_specs(abstract, sampler.mesh, "sample")
+    abstract = {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=specs[k]) for k, v in abstract.items()
+    }
+    lowered = sampler.lower(abstract, prompts=32, prompt_tokens=S, rows=16, merged_tokens=N4)
+    assert set(lowered) == {"prefill", "decode_segment", "collect"}
+    text = lowered["decode_segment"].compile().as_text()
+    collective = r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)"
+    sizes = [np.prod([int(n) for n in m.split(",") if n]) for m in re.findall(collective, text)]
+    # At most the residual stream of a shard's 2 rows x 2 prompts x 3 samples.
+    assert sizes and max(sizes) <= 4 * 3 * CFG.text.hidden_size
+    moved = r"(?:all-gather|all-reduce|all-to-all|collective-permute)"
+    assert not re.search(moved, lowered["collect"].compile().as_text())
+
+
+def test_caches_have_the_compute_type_and_are_split_over_devices():
+    mesh = make_mesh(2, 2, 2)
+    cfg = ModelConfig(**{**vars(CFG), "dtype": "bfloat16"})
+    sampler = Sampler(cfg, SamplingConfig(**BASE), mesh)
+    args = sampler.abstract_args({}, prompts=8, prompt_tokens=S, rows=4, merged_tokens=None)
+    prompts, slots = args["decode_segment"][1:]
+    assert prompts.k.dtype == slots.v.dtype == jnp.bfloat16
+    assert slots.k.sharding.shard_shape(slots.k.shape) == (2, 2, 3, 8, 1, 8)
+    assert prompts.k.sharding.shard_shape(prompts.k.shape) == (2, 2, S, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(eos_ids=(999,)), "999.*vocabulary of 48"),
+        (dict(forbidden_ids=(40,)), r"forbidden_ids: \[40\] are EOS"),
+        (dict(temperature=-1.0), "temperature"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(concurrent_rows=0), "concurrent_rows"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampler(**change)
+
+
+def test_rows_that_do_not_divide_are_named(params):
+    batch, _ = make_batch()
+    sampler = make_sampler((1, 2, 1))
+    with pytest.raises(ValueError, match="8 prompts in 3 rows.* 2 data shards"):
+        sampler.generate(params, batch, None, KEYS, seed=0, step=0, rows=3)

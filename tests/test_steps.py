@@ -1,0 +1,621 @@
+"""The jitted steps on a tiny real model: exactness of batching, freezing, meshes, and learning."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srpo_jax import grpo, sharding, state, steps
+from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, stack_rows, vision_arrays
+from srpo_jax.grpo import GrpoConfig
+from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from srpo_jax.model.qwen2_5_vl import abstract_params, bind
+from srpo_jax.optim import OptimConfig, Optimizer, make_optimizer
+from srpo_jax.steps import SftConfig
+from srpo_jax.structs import Batch, Rollout, Verdict
+
+IMAGE = 60  # image token id
+M, P, G, S, R = 4, 8, 4, 12, 5  # rows, prompts (two a row), samples, prompt and completion tokens
+GEOMETRY = VisionGeometry(patch_size=2, window_size=8)
+CFG = ModelConfig(
+    vision=VisionConfig(
+        depth=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        out_hidden_size=16,
+        patch_size=2,
+        window_size=8,
+        fullatt_block_indexes=(1,),
+    ),
+    text=TextConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        mrope_section=(1, 1, 2),
+        initializer_range=0.2,
+    ),
+    image_token_id=IMAGE,
+)
+GRPO = GrpoConfig(micro_batches=1, temperature=0.8, forbidden_ids=(IMAGE,), logit_chunk=3)
+
+# An optimizer that changes nothing and keeps the gradient where a test can read it.
+RECORD = Optimizer(
+    init=lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+    update=lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads),
+    schedule=lambda count: 0.0,
+)
+ADAM = make_optimizer(
+    OptimConfig(lr=3e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-5), 100
+)
+KL = dataclasses.replace(GRPO, micro_batches=2, kl_coef=0.3)
+
+
+@functools.cache
+def params():
+    """Random weights, every bias and scale moved off its starting value."""
+    rng = np.random.default_rng(3)
+    values = {}
+    for path, shape in abstract_params(CFG).items():
+        noise = rng.normal(size=shape.shape).astype(np.float32)
+        values[path] = jnp.asarray(1 + 0.1 * noise if path.endswith("scale") else 0.15 * noise)
+    return values
+
+
+def new_state(optimizer=RECORD, **kwargs):
+    """A state of its own, since steps donate theirs."""
+    own = jax.tree.map(jnp.copy, params())
+    return state.init_state(CFG, optimizer, params=own, **kwargs)
+
+
+@functools.cache
+def prompts() -> Batch:
+    """Eight prompts with one image of 2x2 or 1x2 merged tokens each, two a row; one filler."""
+    rng = np.random.default_rng(0)
+    out = {
+        "tokens": np.zeros((P, S), np.int32),
+        "segment_ids": np.zeros((P, S), np.int32),
+        "mrope": np.zeros((P, 3, S), np.int32),
+        "vision_src": np.full((P, S), -1, np.int32),
+        "lengths": np.zeros(P, np.int32),
+        "next_pos": np.zeros(P, np.int32),
+    }
+    rows, used = [[] for _ in range(M)], [0] * M
+    for p in range(P):
+        grid = [(1, 4, 4), (1, 2, 4)][p % 3 == 0]
+        merged = grid[1] * grid[2] // 4
+        pixels = rng.normal(size=(grid[1] * grid[2], GEOMETRY.patch_dim)).astype(np.float32)
+        before, after = 1 + p % 2, 2 + p % 4
+        ids = [*rng.integers(1, 50, before), *[IMAGE] * merged, *rng.integers(1, 50, after)]
+        n, row = len(ids), p * M // P
+        out["tokens"][p, :n] = ids
+        out["segment_ids"][p, :n] = 1
+        positions, out["next_pos"][p] = mrope_positions(
+            ids, [grid], image_token_id=IMAGE, video_token_id=61
+        )
+        out["mrope"][p, :, :n] = positions
+        out["vision_src"][p, before : before + merged] = np.arange(merged) + used[row]
+        out["lengths"][p] = n
+        rows[row].append(vision_arrays(pixels, [grid], GEOMETRY))
+        used[row] += merged
+    return Batch(
+        **out,
+        loss_mask=np.zeros((P, S), np.float32),
+        valid=np.arange(P) != 5,
+        vision=stack_rows(rows, 32, GEOMETRY),
+    )
+
+
+@functools.cache
+def conversations() -> Batch:
+    """The prompts as SFT samples, loss on the tokens after the image; one sequence is packed."""
+    batch = prompts()
+    last_image = S - np.argmax((batch.vision_src >= 0)[:, ::-1], axis=1)
+    t = np.arange(S)[None]
+    mask = (t >= last_image[:, None]) & (t < batch.lengths[:, None])
+    packed = batch.segment_ids.copy()
+    packed[2, batch.lengths[2] - 2 :] = 2
+    packed[2, batch.lengths[2] :] = 0
+    return batch.replace(loss_mask=mask.astype(np.float32), segment_ids=packed)
+
+
+@functools.cache
+def rollout() -> tuple[Rollout, Verdict]:
+    rng = np.random.default_rng(1)
+    length = rng.integers(1, R + 1, (P, G))
+    mask = np.arange(R)[None, None] < length[:, :, None]
+    samples = Rollout(
+        completions=np.where(mask, rng.integers(1, 50, (P, G, R)), 0).astype(np.int32),
+        completion_mask=mask,
+        finished=rng.random((P, G)) < 0.7,
+        sample_logp=np.where(mask, -3.0, 0.0).astype(np.float32),
+        policy_logp=np.where(mask, -3.0, 0.0).astype(np.float32),
+    )
+    coin = lambda: rng.random((P, G)) < 0.5  # noqa: E731
+    verdict = Verdict(
+        first_correct=coin(),
+        final_correct=coin(),
+        has_first=np.ones((P, G), bool),
+        has_second=coin(),
+        format_ok=coin(),
+        reflection_ok=coin(),
+        first_tokens=rng.integers(1, 9, (P, G)).astype(np.int32),
+        total_tokens=rng.integers(9, 30, (P, G)).astype(np.int32),
+        block_tokens=rng.integers(0, 9, (P, G, 5)).astype(np.int32),
+    )
+    return samples, verdict
+
+
+@functools.cache
+def sft_step(cfg: SftConfig = SftConfig(), optimizer=RECORD, freeze=state.FREEZE_VISION, mesh=None):  # noqa: B008
+    return steps.make_sft_step(CFG, cfg, optimizer, freeze=freeze, mesh=mesh)
+
+
+@functools.cache
+def grpo_step(cfg: GrpoConfig = GRPO, optimizer=RECORD, freeze=state.FREEZE_VISION, mesh=None):
+    return steps.make_grpo_step(CFG, cfg, optimizer, freeze=freeze, mesh=mesh)
+
+
+@functools.cache
+def features():
+    return steps.make_encode_step(CFG)(params(), prompts().vision)
+
+
+@functools.cache
+def logp_step():
+    return steps.make_logp_step(CFG, GRPO)
+
+
+@functools.cache
+def old_logp():
+    return logp_step()(params(), prompts(), rollout()[0], features())[0]
+
+
+def run_grpo(
+    cfg=GRPO,
+    *,
+    at=None,
+    batch=None,
+    samples=None,
+    verdict=None,
+    feats=True,
+    old=None,
+    ref=None,
+    weight=None,
+    indices=None,
+    freeze=state.FREEZE_VISION,
+):
+    """One step from the common start -> (gradient, metrics)."""
+    new, metrics = grpo_step(cfg, freeze=freeze)(
+        new_state(freeze=freeze) if at is None else at,
+        prompts() if batch is None else batch,
+        rollout()[0] if samples is None else samples,
+        rollout()[1] if verdict is None else verdict,
+        features() if feats is True else feats,
+        old,
+        ref,
+        weight,
+        indices,
+    )
+    return new.opt_state, metrics
+
+
+def with_(cfg, **changes):
+    return dataclasses.replace(cfg, **changes)
+
+
+def assert_close(got, want, atol):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=atol, rtol=0, err_msg=str(path))
+
+
+# --- SFT -------------------------------------------------------------------------------------
+
+
+def test_sft_loss_and_gradient_equal_a_plain_dense_cross_entropy():
+    batch = conversations()
+
+    def loss(trained):
+        model = bind(CFG, {**params(), **trained})
+        feats = model.encode_images(batch.vision)
+        h = model.hidden(batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, feats)
+        logp = jax.nn.log_softmax(model.logits(h), -1)
+        total, count = 0.0, 0.0
+        for b in range(P):
+            for t in range(1, S):
+                if batch.valid[b] and batch.loss_mask[b, t]:
+                    total, count = total - logp[b, t - 1, batch.tokens[b, t]], count + 1
+        return total / count
+
+    trained = new_state().params
+    want_loss, want = jax.jit(jax.value_and_grad(loss))(trained)
+    new, metrics = sft_step()(new_state(), batch, features())
+    np.testing.assert_allclose(metrics["loss"], want_loss, rtol=1e-5)
+    assert_close(new.opt_state, want, 1e-6)
+    assert metrics["tokens"] == (batch.loss_mask * batch.valid[:, None]).sum()
+    assert metrics["sequences"] == P - 1
+
+
+def test_sft_does_not_depend_on_the_number_of_micro_batches():
+    whole, metrics = sft_step()(new_state(), conversations(), features())
+    cfg = SftConfig(micro_batches=4, logit_chunk=5)
+    new, other = sft_step(cfg)(new_state(), conversations(), features())
+    assert_close(new.opt_state, whole.opt_state, 1e-6)
+    np.testing.assert_allclose(other["loss"], metrics["loss"], atol=1e-6)
+
+
+def test_sft_reaches_the_tower_when_it_trains_and_only_then():
+    new, metrics = sft_step(freeze=())(new_state(freeze=()), conversations(), None)
+    vision = {p: g for p, g in new.opt_state.items() if p.startswith("vision/")}
+    assert vision and all(jnp.abs(g).max() > 0 for g in vision.values())
+    assert new.frozen == {}
+    frozen, same = sft_step()(new_state(), conversations(), features())
+    assert not any(p.startswith("vision/") for p in frozen.opt_state)
+    assert set(frozen.frozen) == set(vision)
+    # Images inside the loss are worth the same as features computed before.
+    np.testing.assert_allclose(metrics["loss"], same["loss"], atol=1e-6)
+    assert_close(frozen.opt_state, {p: new.opt_state[p] for p in frozen.opt_state}, 1e-6)
+
+
+def test_precomputed_features_are_refused_when_the_tower_trains():
+    with pytest.raises(ValueError, match="features=None"):
+        sft_step(freeze=())(new_state(freeze=()), conversations(), features())
+
+
+def test_sft_learns_and_leaves_frozen_parameters_alone():
+    start = {path: np.asarray(x) for path, x in params().items()}
+    old = now = new_state(ADAM)
+    paths = [str(path) for path, _ in jax.tree_util.tree_leaves_with_path(old.opt_state)]
+    assert any("text/" in path for path in paths) and not any("vision/" in p for p in paths)
+    history = []
+    for _ in range(25):
+        step = sft_step(SftConfig(micro_batches=2), ADAM)
+        now, metrics = step(now, conversations(), features())
+        history.append(float(metrics["loss"]))
+    assert history[-1] < 0.7 * history[0] and now.step == 25
+    # Neither gradient nor weight decay has touched the tower.
+    for path, x in state.merge_params(now).items():
+        moved = bool((np.asarray(x) != start[path]).any())
+        assert moved == (not path.startswith("vision/")), path
+    # The state was donated: nothing of the old one is held in memory beside the new one.
+    assert all(x.is_deleted() for x in jax.tree.leaves(old.params))
+
+
+# --- encode and log-probs --------------------------------------------------------------------
+
+
+def test_encoding_row_by_row_equals_encoding_all_rows():
+    whole = jax.jit(lambda p, v: bind(CFG, p).encode_images(v))(params(), prompts().vision)
+    np.testing.assert_allclose(features(), whole, atol=1e-6)
+
+
+def test_logp_step_equals_each_sample_alone_through_the_whole_model():
+    samples, batch = rollout()[0], prompts()
+    logp, entropy = steps.make_logp_step(CFG, with_(GRPO, micro_batches=2))(
+        params(), batch, samples, None
+    )
+    np.testing.assert_allclose(logp, old_logp(), atol=1e-6)
+    assert (np.asarray(logp)[~samples.completion_mask] == 0).all()
+    assert (np.asarray(entropy)[samples.completion_mask] > 0).all()
+
+    @jax.jit
+    def alone(ids, mrope, src, feats):
+        model = bind(CFG, params())
+        h = model.hidden(ids, mrope, (ids > 0).astype(jnp.int32), src, feats)
+        return jax.nn.log_softmax((model.logits(h) / GRPO.temperature).at[..., IMAGE].set(-1e30))
+
+    for p, g in ((0, 1), (3, 2), (6, 0)):
+        n, r = int(batch.lengths[p]), int(samples.completion_mask[p, g].sum())
+        ids = np.zeros((1, S + R), np.int32)
+        ids[0, : n + r] = [*batch.tokens[p, :n], *samples.completions[p, g, :r]]
+        mrope = np.zeros((1, 3, S + R), np.int32)
+        mrope[0, :, :n] = batch.mrope[p, :, :n]
+        mrope[0, :, n:] = batch.next_pos[p] + np.arange(S + R - n)
+        src = np.full((1, S + R), -1)
+        src[0, :n] = batch.vision_src[p, :n]
+        all_logps = alone(ids, mrope, src, features()[p // 2][None])[0]
+        want = all_logps[np.arange(n - 1, n + r - 1), ids[0, n : n + r]]
+        np.testing.assert_allclose(logp[p, g, :r], want, atol=1e-5)
+
+
+# --- GRPO ------------------------------------------------------------------------------------
+
+
+def naive_grpo_loss(trained, ref):
+    """GRPO with k3 as the papers print it, dense: mean over tokens, then samples and prompts."""
+    samples, verdict = rollout()
+    batch = prompts()
+    model = bind(CFG, {**params(), **trained})
+    h = model.completion_hidden(batch, features(), samples.completions, samples.completion_mask)
+    logits = (model.logits(h) / KL.temperature).at[..., IMAGE].set(-1e30)
+    logp = jax.nn.log_softmax(logits, -1)
+    logp = jnp.take_along_axis(logp, samples.completions[..., None], -1)[..., 0]
+    reward = np.asarray(grpo.compute_rewards(verdict, "paper", alpha=0.1).total)
+    adv = (reward - reward.mean(1, keepdims=True)) / (reward.std(1, ddof=1, keepdims=True) + 1e-6)
+    d = ref - logp
+    kl = jnp.exp(d) - 1 - d
+    x = -jnp.exp(logp - jax.lax.stop_gradient(logp)) * adv[..., None] + KL.kl_coef * kl
+    of_sample = jnp.where(samples.completion_mask, x, 0).sum(-1) / samples.completion_mask.sum(-1)
+    return of_sample[batch.valid].mean()
+
+
+def test_grpo_loss_and_gradient_equal_a_naive_one():
+    shift = 0.3 * jnp.sin(jnp.arange(P * G * R, dtype=jnp.float32)).reshape(P, G, R)
+    ref = old_logp() + shift
+    want_loss, want = jax.jit(jax.value_and_grad(naive_grpo_loss))(new_state().params, ref)
+    got, metrics = run_grpo(KL, ref=ref)
+    np.testing.assert_allclose(metrics["loss"], want_loss, atol=1e-5)
+    assert_close(got, want, 2e-6)
+
+
+def test_grpo_does_not_depend_on_the_number_of_micro_batches():
+    want, metrics = run_grpo()
+    got, other = run_grpo(with_(GRPO, micro_batches=4))
+    assert_close(got, want, 1e-6)
+    for name in metrics:
+        np.testing.assert_allclose(other[name], metrics[name], atol=2e-6, err_msg=name)
+
+
+def test_first_update_has_ratio_exactly_one():
+    _, metrics = run_grpo()
+    for name in ("ratio/mean", "ratio/max", "ratio/min"):
+        assert metrics[name] == 1.0, name
+    assert metrics["clip/low"] == metrics["clip/high"] == 0
+    assert metrics["grad_norm"] > 0
+
+
+def test_old_logp_from_logp_step_equals_the_step_s_own():
+    want, base = run_grpo()
+    got, metrics = run_grpo(old=old_logp(), weight=np.ones(P, np.float32))
+    for name in ("ratio/mean", "ratio/max", "ratio/min"):
+        np.testing.assert_allclose(metrics[name], 1.0, atol=1e-5)
+    assert_close(got, want, 1e-6)
+    # The rollout claims -3 everywhere.
+    gap = np.abs(np.asarray(old_logp()) + 3.0)[
+        rollout()[0].completion_mask & prompts().valid[:, None, None]
+    ]
+    np.testing.assert_allclose(base["sampler/logp_diff_mean"], gap.mean(), rtol=1e-5)
+    np.testing.assert_allclose(base["sampler/logp_diff_max"], gap.max(), rtol=1e-5)
+
+
+def test_kl_is_zero_with_no_gradient_when_policy_is_the_reference():
+    want, _ = run_grpo()
+    got, metrics = run_grpo(KL, ref=old_logp())
+    assert metrics["kl"] < 1e-9
+    assert_close(got, want, 2e-6)
+
+
+def test_descending_on_the_kl_alone_brings_the_policy_to_the_reference():
+    now = new_state(ADAM)
+    wrong = jax.tree.map(np.zeros_like, rollout()[1])  # equal rewards: no other gradient
+    ref = jnp.where(rollout()[0].completion_mask, old_logp() + 0.5, 0.0)
+    history = []
+    for _ in range(10):
+        args = (prompts(), rollout()[0], wrong, features(), None, ref, None, None)
+        now, metrics = grpo_step(KL, ADAM)(now, *args)
+        assert metrics["loss/policy"] == 0
+        history.append(float(metrics["kl"]))
+    assert history[-1] < 0.5 * history[0]
+
+
+def test_equal_rewards_give_exactly_zero_gradient():
+    same = jax.tree.map(lambda x: np.broadcast_to(x[:, :1], x.shape), rollout()[1])
+    grads, metrics = run_grpo(verdict=same)
+    assert metrics["grad_norm"] == 0 and metrics["groups_without_signal"] == 1
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
+
+
+def test_tokens_after_the_end_do_not_matter():
+    samples = rollout()[0]
+    other = samples.replace(
+        completions=np.where(samples.completion_mask, samples.completions, 33),
+        policy_logp=np.where(samples.completion_mask, samples.policy_logp, 7.0),
+    )
+    want, metrics = run_grpo()
+    got, same = run_grpo(samples=other)
+    assert_close((got, same), (want, metrics), 0)
+
+
+def test_fillers_and_groups_of_weight_zero_do_not_matter():
+    filler = np.arange(P) == 5
+    samples, verdict = rollout()
+    other = np.where(filler[:, None, None], samples.completions % 49 + 1, samples.completions)
+    scrambled = jax.tree.map(
+        lambda x: np.where(filler.reshape(-1, *[1] * (x.ndim - 1)), x[:, ::-1], x), verdict
+    )
+    want, metrics = run_grpo()
+    got, same = run_grpo(samples=samples.replace(completions=other), verdict=scrambled)
+    assert_close((got, same), (want, metrics), 1e-7)
+    assert metrics["samples"] == (P - 1) * G
+    kept = (np.arange(P) != 2).astype(np.float32)
+    gone, _ = run_grpo(batch=prompts().replace(valid=prompts().valid & (kept > 0)))
+    weightless, _ = run_grpo(old=old_logp(), weight=kept)
+    assert_close(weightless, gone, 1e-6)
+
+
+def test_grpo_reaches_the_tower_when_it_trains():
+    want, metrics = run_grpo()
+    trained, other = run_grpo(feats=None, freeze=())
+    np.testing.assert_allclose(other["loss"], metrics["loss"], atol=1e-6)
+    assert_close({path: trained[path] for path in want}, want, 1e-6)
+    vision = {path: g for path, g in trained.items() if path.startswith("vision/")}
+    assert vision and all(jnp.abs(g).max() > 0 for g in vision.values())
+
+
+def test_several_updates_per_rollout_are_those_of_their_rows_alone():
+    cfg = with_(GRPO, micro_batches=4, updates_per_rollout=2, aggregation="token")
+    samples, verdict = rollout()
+    everything = (prompts(), samples, verdict, old_logp())
+    for k in (0, 1):
+        got, metrics = run_grpo(cfg, old=old_logp(), indices=steps.micro_indices(cfg, k))
+        half = lambda x, k=k: x[k * x.shape[0] // 2 : (k + 1) * x.shape[0] // 2]  # noqa: E731
+        batch, part, graded, old = jax.tree.map(half, everything)
+        want, alone = run_grpo(
+            with_(GRPO, aggregation="token"),
+            batch=batch,
+            samples=part,
+            verdict=graded,
+            old=old,
+            feats=half(features()),
+        )
+        assert_close(got, want, 1e-6)
+        for name in alone:
+            np.testing.assert_allclose(metrics[name], alone[name], atol=2e-6, err_msg=name)
+    assert grpo_step(cfg)._cache_size() == 1
+    with pytest.raises(ValueError, match="needs old_logp"):
+        run_grpo(cfg)
+    with pytest.raises(ValueError, match="update 2 of a rollout with 2"):
+        steps.micro_indices(cfg, 2)
+
+
+def test_missing_reference_and_batches_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="needs ref_logp"):
+        run_grpo(with_(GRPO, kl_coef=0.1))
+    with pytest.raises(ValueError, match="leading axis of 8 does not divide into 3"):
+        run_grpo(with_(GRPO, micro_batches=3))
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted():
+    bad = np.asarray(old_logp()).copy()
+    bad[0, 0, 0] = np.nan
+    now = new_state()
+    before = jax.tree.map(np.asarray, now)
+    args = (prompts(), *rollout(), features(), bad, None, np.ones(P, np.float32), None)
+    now, metrics = grpo_step()(now, *args)
+    assert_close(jax.tree.map(np.asarray, now.replace(skipped=before.skipped)), before, 0)
+    assert now.skipped == 1 and metrics["skipped"] == 1 and not np.isfinite(metrics["grad_norm"])
+
+
+def test_training_raises_the_probability_of_the_rewarded_sample():
+    samples, verdict = rollout()
+    best = np.zeros((P, G), bool)
+    best[:, 1] = True
+    verdict = jax.tree.map(np.zeros_like, verdict).replace(
+        first_correct=best, final_correct=best, has_first=np.ones_like(best), has_second=best
+    )
+    now = new_state(ADAM)
+    for _ in range(8):
+        args = (prompts(), samples, verdict, features(), None, old_logp(), None, None)
+        now, _ = grpo_step(KL, ADAM)(now, *args)
+    logp, _ = logp_step()(state.merge_params(now), prompts(), samples, features())
+    gain = np.asarray(logp - old_logp()).sum(-1)[prompts().valid]
+    assert (gain[:, 1] > 0).all()
+    assert gain[:, 1].mean() > 0.5 > gain[:, [0, 2, 3]].mean()
+
+
+# --- meshes, layouts, compilation ------------------------------------------------------------
+
+
+def shapes_on(shardings, tree):
+    """Shapes with shardings, as a program for absent hardware is compiled from."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(shape, tree, shardings)
+
+
+def three_steps(step, now, args):
+    history = []
+    for _ in range(3):
+        now, metrics = step(now, *args)
+        history.append(metrics)
+    return now, sharding.to_host(history)
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_eight_devices_compute_what_one_device_computes(kind):
+    mesh = sharding.make_mesh(2, 2, 2)
+    if kind == "sft":
+        args = (conversations(), np.asarray(features()))
+        one = sft_step(SftConfig(micro_batches=2), ADAM)
+        eight = sft_step(SftConfig(micro_batches=1), ADAM, mesh=mesh)
+    else:
+        ref = np.asarray(old_logp()) - 0.1
+        args = (prompts(), *rollout(), np.asarray(features()), None, ref, None, None)
+        one, eight = grpo_step(KL, ADAM), grpo_step(with_(KL, micro_batches=1), ADAM, mesh=mesh)
+    end_1, history_1 = three_steps(one, new_state(ADAM), args)
+
+    shapes = state.abstract_state(CFG, ADAM)
+    layout = state.state_shardings(shapes, mesh)
+    global_args = sharding.to_global(args, mesh)
+    lowered = eight.lower(
+        shapes_on(layout, shapes), *shapes_on(sharding.batch_sharding(mesh), global_args)
+    )
+    start = new_state(ADAM, mesh=mesh)
+    kernel = start.params["text/layers/mlp/up/kernel"]
+    assert kernel.addressable_data(0).size * 4 == kernel.size  # fsdp x tensor
+    end_8, history_8 = three_steps(lowered.compile(), start, global_args)
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, end_8, layout))
+
+    for a, b in zip(history_1, history_8, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], atol=1e-5, rtol=1e-5, err_msg=name)
+    assert_close(sharding.to_host(end_8.params), sharding.to_host(end_1.params), 1e-5)
+
+
+def test_encode_and_logps_on_eight_devices():
+    mesh = sharding.make_mesh(4, 1, 2)
+    placed = jax.device_put(params(), sharding.param_specs(params(), mesh))
+    batch, samples = sharding.to_global((prompts(), rollout()[0]), mesh)
+    feats = steps.make_encode_step(CFG, mesh=mesh)(placed, batch.vision)
+    np.testing.assert_allclose(feats, features(), atol=1e-5)
+    logp, _ = steps.make_logp_step(CFG, GRPO, mesh=mesh)(placed, batch, samples, feats)
+    np.testing.assert_allclose(logp, old_logp(), atol=1e-5)
+    assert logp.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
+
+
+def test_a_random_state_is_made_in_its_shards():
+    mesh = sharding.make_mesh(2, 2, 2)
+    now = state.init_state(CFG, ADAM, key=jax.random.key(7), mesh=mesh)
+    shapes = state.abstract_state(CFG, ADAM)
+    layout = state.state_shardings(shapes, mesh)
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, now, layout))
+    as_shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert as_shapes(now) == as_shapes(shapes)
+    assert 0.15 < now.params["text/embed/embedding"].std() < 0.25
+    with pytest.raises(ValueError, match="either key"):
+        state.init_state(CFG, ADAM)
+
+
+def test_relayout_moves_and_casts_and_passes_on_what_is_right_already():
+    mesh = sharding.make_mesh(1, 4, 2)
+    shapes = params()
+    placed = jax.device_put(shapes, sharding.param_specs(shapes, mesh, "train"))
+    out = state.relayout(placed, mesh, layout="sample", dtype="bfloat16")
+    wanted = sharding.param_specs(shapes, mesh, "sample")
+    for path, x in out.items():
+        assert x.dtype == jnp.bfloat16 and x.sharding.is_equivalent_to(wanted[path], x.ndim), path
+        np.testing.assert_array_equal(
+            np.asarray(x, np.float32), np.asarray(shapes[path].astype(jnp.bfloat16), np.float32)
+        )
+    state.relayout(placed, mesh, layout="sample", dtype="bfloat16")
+    assert state._cached_relayout.cache_info().hits >= 1
+    same = state.relayout(shapes, None, dtype="float32")
+    assert all(same[path] is shapes[path] for path in shapes)
+    assert all(
+        x.dtype == jnp.bfloat16 for x in state.relayout(shapes, None, dtype="bfloat16").values()
+    )
+
+
+def test_bfloat16_compute_with_float32_parameters_accumulates_float32_gradients():
+    cfg = dataclasses.replace(CFG, dtype="bfloat16")
+    step = steps.make_sft_step(cfg, SftConfig(micro_batches=2), RECORD)
+    new, metrics = step(new_state(), conversations(), None)
+    _, exact = sft_step()(new_state(), conversations(), features())
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(new.opt_state))
+    np.testing.assert_allclose(metrics["loss"], exact["loss"], rtol=2e-2)
+
+
+def test_the_forbidden_token_has_no_probability_and_gets_no_gradient():
+    head = np.asarray(run_grpo()[0]["text/lm_head/kernel"])
+    assert (head[:, IMAGE] == 0).all() and (head[:, 1:50] != 0).any()

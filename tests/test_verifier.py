@@ -1,0 +1,251 @@
+"""The pool of killable checkers: order, cache, hangs, crashes, start-up; math-verify's cases."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from srpo_jax.grading import verifier as verifier_module
+from srpo_jax.grading.verifier import Verifier
+
+HANG = ("$5$", "$9^{9^{9^9}}$")
+RIGHT, WRONG = (r"$\sqrt{12}$", r"$2\sqrt{3}$"), (r"$\sqrt{12}$", r"$2\sqrt{5}$")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Verifier(workers=2, time_limit_s=20) as out:
+        yield out
+
+
+def test_results_come_in_the_order_of_the_items(pool):
+    golds = [str(n) for n in range(1, 9)]
+    items = [(g, rf"\sqrt{{{int(g) ** 2}}}", ()) for g in golds]
+    items[2] = ("3", r"\sqrt{10}", ())
+    items[5] = ("A", "(A)", ())  # settled without a worker
+    items[6] = ("7", None, ())
+    assert pool.check(items) == [True, True, False, True, True, True, False, True]
+    assert pool.check([]) == [] and pool.verify_math([]) == []
+
+
+def test_equal_pairs_are_checked_once_and_remembered(pool, monkeypatch):
+    sent = []
+    send = verifier_module._Worker.send
+    monkeypatch.setattr(
+        verifier_module._Worker, "send", lambda self, *a: sent.append(a) or send(self, *a)
+    )
+    pair = ("$x^2-1$", "$(x-1)(x+1)$")
+    assert pool.verify_math([pair] * 5 + [WRONG]) == [True] * 5 + [False]
+    assert pool.verify_math([pair]) == [True]
+    assert len(sent) == 2
+    assert pool.verify_math([("$1.001$", "$1.002$")], float_rounding=2) == [True]
+    assert pool.verify_math([("$1.001$", "$1.002$")]) == [False]  # options are part of the key
+
+
+def test_gold_goes_first(pool):
+    inequality, interval = "$1 < x < 3$", "$(1,3)$"
+    assert pool.verify_math([(inequality, interval), (interval, inequality)]) == [True, False]
+
+
+def test_a_hung_check_costs_one_sample_its_time_limit():
+    with Verifier(workers=2, time_limit_s=2) as pool:
+        assert pool.verify_math([RIGHT]) == [True]  # up and running
+        start = time.monotonic()
+        assert pool.verify_math([HANG, RIGHT, WRONG, HANG]) == [False, True, False, False]
+        assert time.monotonic() - start < 12
+        assert (pool.timeouts, pool.crashes) == (1, 0)  # equal pairs are one check
+        assert pool.verify_math([("$2$", "$4/2$"), HANG]) == [True, False]  # replaced; remembered
+        assert pool.timeouts == 1
+        hanging = "<answer>" + HANG[1]
+        assert pool.check([("5", hanging, ())]) == [False]
+
+
+def kill_when_busy(pool: Verifier, with_signal: int) -> threading.Thread:
+    def kill():
+        while not any(w.task is not None for w in list(pool._workers)):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(next(w for w in pool._workers if w.task is not None).process.pid, with_signal)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_crashing_check_costs_one_sample():
+    with Verifier(workers=1, time_limit_s=30) as pool:
+        assert pool.verify_math([RIGHT]) == [True]
+        thread = kill_when_busy(pool, signal.SIGSEGV)
+        start = time.monotonic()
+        assert pool.verify_math([HANG, WRONG]) == [False, False]
+        assert time.monotonic() - start < 25  # well before the time limit
+        thread.join()
+        assert (pool.timeouts, pool.crashes) == (0, 1)
+        assert pool.verify_math([("$3$", "$6/2$")]) == [True]
+
+
+def test_a_worker_that_died_between_checks_costs_nothing():
+    with Verifier(workers=1, time_limit_s=20) as pool:
+        assert pool.verify_math([RIGHT]) == [True]
+        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+        pool._workers[0].process.wait()
+        assert pool.verify_math([("$4$", "$8/2$")]) == [True]
+        assert (pool.timeouts, pool.crashes) == (0, 0)
+
+
+def test_workers_ignore_the_signals_that_stop_a_run_and_leave_when_it_ends():
+    code = (
+        "import sys, time; from srpo_jax.grading.verifier import Verifier\n"
+        "pool = Verifier(1, 30); pool.verify_math([('$1$', '$2-1$')])\n"
+        "print(pool._workers[0].process.pid, flush=True); time.sleep(100)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "."},
+        cwd=verifier_module._ROOT,
+    )  # fmt: skip
+    try:
+        worker = int(parent.stdout.readline())
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, stop)
+        time.sleep(0.3)
+        os.kill(worker, 0)  # still there
+        parent.kill()  # without any chance to clean up
+        parent.wait()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and is_running(worker):
+            time.sleep(0.05)
+        assert not is_running(worker)
+    finally:
+        parent.kill()
+        parent.stdout.close()
+        parent.wait()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_interrupted_call_leaves_no_stale_result(monkeypatch):
+    with Verifier(workers=1, time_limit_s=20) as pool:
+        assert pool.verify_math([RIGHT]) == [True]
+        real_wait = verifier_module.wait
+
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(verifier_module, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pool.verify_math([("$6$", "$12/2$")])
+        monkeypatch.setattr(verifier_module, "wait", real_wait)
+        # Were the old reply still in the pipe, it would answer this wrong pair with True.
+        assert pool.verify_math([("$6$", "$14/2$")]) == [False]
+
+
+def test_workers_that_cannot_start_are_an_error_not_a_hang(monkeypatch):
+    monkeypatch.setattr(verifier_module.sys, "executable", "/bin/false")
+    with (
+        Verifier(workers=1) as pool,
+        pytest.raises(RuntimeError, match="cannot start: exit status"),
+    ):
+        pool.verify_math([RIGHT])
+
+
+def test_a_closed_pool_says_so():
+    pool = Verifier(workers=1)
+    process = pool._workers[0].process
+    pool.close()
+    pool.close()
+    assert process.poll() is not None
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.verify_math([RIGHT])
+
+
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"time_limit_s": 0}, {"memory_limit_mb": 0}])
+def test_limits_must_be_positive(bad):
+    with pytest.raises(ValueError, match="must be positive"):
+        Verifier(**bad)
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=verifier_module._ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds mappings on Linux only")
+def test_memory_is_bounded_and_threads_still_start():
+    code = """
+from srpo_jax.grading.verifier import _limit_memory
+import threading
+_limit_memory(300)
+for _ in range(8):
+    thread = threading.Thread(target=int); thread.start(); thread.join()
+try:
+    bytearray(600 << 20)
+except MemoryError:
+    print("bounded")
+"""
+    assert run_python(code) == "bounded"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernel limits as on Linux")
+def test_a_hung_orphan_is_ended_by_the_kernel():
+    code = """
+import os, signal
+from srpo_jax.grading.verifier import _limit_cpu
+pid = os.fork()
+if pid == 0:
+    _limit_cpu(0.5)
+    while True: pass
+_, status = os.waitpid(pid, 0)
+print(os.WTERMSIG(status) == signal.SIGXCPU)
+"""
+    assert run_python(code) == "True"
+
+
+def test_a_worker_imports_neither_jax_nor_numpy_nor_the_callers_main():
+    code = """
+import sys
+from srpo_jax.grading.verifier import math_equal
+assert math_equal("$0.5$", "$\\\\frac{1}{2}$")
+print(sorted({"jax", "numpy", "flax", "transformers"} & set(sys.modules)))
+"""
+    assert run_python(code) == "[]"
+
+
+def test_checks_from_several_threads_do_not_mix(pool):
+    found = {}
+
+    def ask(n: int) -> None:
+        found[n] = pool.verify_math([(f"${n}$", f"${2 * n}/2$"), (f"${n}$", f"${2 * n}/3$")])
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(11, 15)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(11, 15), [True, False])
+
+
+def test_math_verifys_own_cases(shared_data, pool):
+    path = shared_data / "scoring_parity" / "math_verify_cases.jsonl"
+    cases = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert len(cases) == 134
+    names = ("match_types", "float_rounding", "strict", "allow_set_relation_comp")
+    wrong = []
+    for case in cases:  # "default" cases give no options: ours are the library's
+        options = {n: case[n] for n in names} if case["match_types"] != "default" else {}
+        found = pool.verify_math([(case["gold"], case["pred"])], **options)
+        if found != [bool(case["expected"])]:
+            wrong.append(case["id"])
+    assert wrong == []
+    assert (pool.timeouts, pool.crashes) == (0, 0)

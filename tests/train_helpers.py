@@ -1,0 +1,121 @@
+"""A Hugging Face directory of a tiny model and small data files, for tests that train for real."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from configs import eval as eval_config
+from configs import grpo, sft
+from srpo_jax.prompts import PLAIN_SYSTEM_PROMPT, SYSTEM_PROMPT
+from tools.demo.tokenizer import SPECIAL_TOKENS, write_tokenizer
+from tools.make_hf import TOKEN_KEYS, make_config, write_random_hf
+
+VOCAB = 640  # enough merges that the system prompt takes some 350 tokens
+
+
+def make_hf_dir(folder: Path, seed: int = 0) -> Path:
+    """Random weights (width 16, 2 layers), a BPE tokenizer trained on the prompts themselves."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([SYSTEM_PROMPT, PLAIN_SYSTEM_PROMPT] * 3, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    ids = write_tokenizer(tokenizer, folder / "tokenizer")
+    config = make_config(
+        hidden=16,
+        layers=2,
+        heads=2,
+        kv_heads=2,
+        mlp=32,
+        vocab_size=VOCAB,
+        vision_hidden=16,
+        vision_depth=2,
+        vision_heads=2,
+        vision_mlp=32,
+        full_blocks=(1,),
+        tied=False,
+        token_ids={key: ids[token] for key, token in TOKEN_KEYS.items() if token in ids},
+    )
+    out = folder / "hf"
+    write_random_hf(out, config, folder / "tokenizer", seed=seed, dtype="float32", std=0.1)
+    return out
+
+
+def write_records(path: Path, count: int, seed: int = 0) -> Path:
+    """``count`` problems with a 56 x 56 picture each, and the fields of reflection data."""
+    rng = np.random.default_rng(seed)
+    images = path.parent / f"{path.stem}_images"
+    images.mkdir(parents=True)
+    with open(path, "w") as file:
+        for i in range(count):
+            name = f"{i}.png"
+            Image.fromarray(rng.integers(0, 255, (56, 56, 3), np.uint8)).save(images / name)
+            answer = str(rng.integers(0, 9))
+            record = {
+                "id": f"{path.stem}-{i}",
+                "problem": f"How many dots are in picture {i}?",
+                "answer": answer,
+                "images": [f"{images.name}/{name}"],
+                "first_think": "I guess 4.",
+                "first_answer": "4",
+                "reflection": "Count again.",
+                "second_think": f"There are {answer}.",
+                "second_answer": answer,
+                "first_correct": answer == "4",
+            }
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def world(folder: Path) -> dict[str, str]:
+    """An HF directory, 40 training and 6 held-out records under ``folder``; their paths."""
+    return {
+        "hf_dir": str(make_hf_dir(folder)),
+        "train": str(write_records(folder / "train.jsonl", 40)),
+        "held_out": str(write_records(folder / "held_out.jsonl", 6, seed=1)),
+    }
+
+
+def _small(config, paths):
+    config.hf_dir = paths["hf_dir"]
+    config.max_pixels = 56 * 56
+    config.data.patch_budgets = (64,)
+    config.data.prompt_tokens = 448
+    config.eval.batch_size = 4
+    config.eval.limit = 0
+    return config
+
+
+def sft_config(paths: dict[str, str], steps: int = 2, **mesh):
+    """configs/sft.py:size=tiny,mode=debug on the small data."""
+    config = _small(sft.get_config("size=tiny,mode=debug"), paths)
+    config.data.train = paths["train"]
+    config.data.tokens = 512
+    config.steps = steps
+    config.mesh.update(mesh)
+    return config
+
+
+def grpo_config(paths: dict[str, str], steps: int = 2, **mesh):
+    """configs/grpo.py:size=tiny,mode=debug on the small data."""
+    config = _small(grpo.get_config("size=tiny,mode=debug"), paths)
+    config.data.train = paths["train"]
+    config.steps = steps
+    config.mesh.update(mesh)
+    return config
+
+
+def evaluation_config(paths: dict[str, str], **mesh):
+    """configs/eval.py:size=tiny,mode=debug on the held-out records."""
+    config = _small(eval_config.get_config("size=tiny,mode=debug"), paths)
+    config.eval.file = paths["held_out"]
+    config.mesh.update(mesh)
+    return config

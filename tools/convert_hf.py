@@ -1,0 +1,275 @@
+"""Convert Qwen2.5-VL between Hugging Face directories and checkpoints of this project.
+
+import   an HF directory becomes a parameter checkpoint that training takes as config.init_from
+export   a checkpoint (of import, or a step or --workdir of training) becomes an HF directory
+
+Both stream: whatever the model's size, the host holds a few blocks of one tensor at a time.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave accelerators alone
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from srpo_jax import checkpoint
+from srpo_jax.model import hf
+from srpo_jax.model.config import load_config
+from tools import cli
+
+CHUNK_BYTES = 16 << 20  # of a stored chunk; a process that restores a shard reads whole chunks
+CHUNKS_AT_ONCE = 8
+CACHE_BYTES = 256 << 20  # of decoded chunks while exporting
+INDEX_CACHE_BYTES = 64 << 20  # of the key-value store that holds them
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+# --- import ----------------------------------------------------------------------------------
+
+
+class LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Lets Orbax save a leaf that is read in slices, chunk by chunk, as the array that it is."""
+
+    def __init__(self, progress: hf.Progress, total: int):
+        super().__init__()
+        self._progress, self._done, self._total = progress, 0, total
+
+    async def serialize(
+        self,
+        values: Sequence[hf.HFLeaf],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[Any] | None = None,
+    ) -> list[Any]:
+        """Start writing all leaves, once Orbax has made the directory."""
+        writing = self._write(values, infos)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="hf_leaves")]
+
+    async def _write(
+        self, values: Sequence[hf.HFLeaf], infos: Sequence[ocp.type_handlers.ParamInfo]
+    ) -> None:
+        for leaf, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                global_shape=leaf.shape,
+                local_shape=chunk_shape(leaf.shape, leaf.dtype.itemsize),
+                dtype=leaf.dtype,
+                process_index=0,
+            )
+            store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+            rest = chunks(leaf)
+            while batch := list(itertools.islice(rest, CHUNKS_AT_ONCE)):
+                parts = [(index, leaf[index]) for index in batch]
+                await asyncio.gather(*(store[index].write(part) for index, part in parts))
+                self._done += sum(part.nbytes for _, part in parts)
+                self._progress(info.name, self._done, self._total)
+
+
+def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """One layer, and of it a block of at most `CHUNK_BYTES` that is cut along the longest sides."""
+    out = [1, *shape[1:]] if len(shape) > 2 else list(shape)
+    while math.prod(out) * itemsize > CHUNK_BYTES:
+        longest = max(range(len(out)), key=lambda i: out[i])
+        out[longest] = -(-out[longest] // 2)
+    return tuple(out)
+
+
+def chunks(leaf: hf.HFLeaf) -> Iterator[tuple[slice, ...]]:
+    """The indices of a leaf's chunks, in order."""
+    steps = chunk_shape(leaf.shape, leaf.dtype.itemsize)
+    sides = [
+        [slice(i, min(i + step, size)) for i in range(0, size, step)]
+        for size, step in zip(leaf.shape, steps, strict=True)
+    ]
+    return itertools.product(*sides)
+
+
+def import_hf(
+    hf_dir: str | Path, out: str | Path, *, dtype: str | None = None, progress: hf.Progress
+) -> None:
+    """HF directory -> parameter checkpoint; `srpo_jax.checkpoint.load_params` reads it.
+
+    Args:
+        hf_dir: HF directory.
+        out: checkpoint directory to make.
+        dtype: dtype to store; None keeps that of the files.
+        progress: called with parameter, bytes done, bytes in all.
+
+    Raises:
+        ValueError: the directory does not hold the model of its config.json, or ``out`` exists.
+    """
+    out = Path(out).resolve()
+    if out.exists():
+        raise ValueError(f"{out}: exists; give --out a new name, or remove it")
+    leaves = hf.open_hf(hf_dir, load_config(hf_dir), dtype=dtype)
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (hf.HFLeaf, LeafHandler(progress, total))
+    )
+    record = {
+        "format": checkpoint.FORMAT,
+        "config": json.loads((Path(hf_dir) / "config.json").read_text()),
+        "processes": 1,
+    }
+    handler = ocp.CompositeCheckpointHandler(
+        params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        meta=ocp.JsonCheckpointHandler(),
+    )
+    with ocp.Checkpointer(handler) as writer:
+        params, meta = ocp.args.PyTreeSave(leaves), ocp.args.JsonSave(record)
+        writer.save(out, args=ocp.args.Composite(params=params, meta=meta))
+
+
+# --- export ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLeaf:
+    """A parameter in a checkpoint; indexing it reads that slice."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    store: ts.TensorStore
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.store[index].read().result()
+
+
+def open_checkpoint(path: str | Path) -> dict[str, StoredLeaf]:
+    """The parameters of a checkpoint, as leaves that read what they are indexed with.
+
+    Raises:
+        CheckpointError: no checkpoint there, or one of another format.
+    """
+    folder = checkpoint.find_params(path)
+    checkpoint.read_meta(folder)
+    folder = folder / "params"
+    handler = ocp.PyTreeCheckpointHandler()
+    metadata = handler.metadata(folder)
+    handler.close()
+    context = ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": CACHE_BYTES},
+            "cache_pool#ocdbt": {"total_bytes_limit": INDEX_CACHE_BYTES},
+        }
+    )
+    leaves = {}
+    for name, leaf in metadata.tree.items():
+        info = ocp.type_handlers.ParamInfo(
+            name=name, parent_dir=folder, use_zarr3=metadata.use_zarr3, ts_context=context
+        )
+        spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
+        store = ts.open(ts.Spec(spec), open=True, read=True, context=context).result()
+        leaves[name] = StoredLeaf(tuple(leaf.shape), np.dtype(leaf.dtype), store)
+    return leaves
+
+
+def export_hf(
+    path: str | Path,
+    hf_dir: str | Path,
+    reference: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: hf.Progress | None = None,
+) -> None:
+    """Checkpoint -> HF directory, with config, tokenizer and processor files of ``reference``.
+
+    Raises:
+        ValueError: checkpoint and reference are not the same model, or ``hf_dir`` is not empty.
+    """
+    leaves: Mapping[str, Any] = open_checkpoint(path)
+    hf.save_hf(
+        leaves,
+        load_config(reference),
+        hf_dir,
+        reference,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+
+
+# --- command line ----------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    examples = {
+        "import": "python -m tools.convert_hf import --hf_dir Qwen2.5-VL-7B-Instruct --out ckpt",
+        "export": "python -m tools.convert_hf export --checkpoint runs/grpo --hf_dir trained "
+        "--reference Qwen2.5-VL-7B-Instruct",
+    }
+    out = cli.parser(__doc__, "\n  ".join(examples.values()))
+    commands = out.add_subparsers(dest="command", required=True)
+
+    def command(name: str, does: str):
+        sub = commands.add_parser(
+            name,
+            help=does,
+            description=does,
+            epilog=f"example:\n  {examples[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        # Also after the command, where people look for it.
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+        return sub.add_argument
+
+    add = command("import", "HF directory -> checkpoint")
+    add("--hf_dir", required=True, help="HF directory with config.json and safetensors")
+    add("--out", required=True, help="checkpoint directory to make")
+    add("--dtype", choices=DTYPES, help="dtype to store (default: as in the files)")
+    add = command("export", "checkpoint -> HF directory")
+    add("--checkpoint", required=True, help="of import, a step's directory, or a --workdir")
+    add("--hf_dir", required=True, help="HF directory to make")
+    add("--reference", required=True, help="HF directory of the model that was trained")
+    add("--dtype", choices=DTYPES, help="dtype to write (default: as in the checkpoint)")
+    add("--max_shard_gb", type=float, default=5.0, help="size of one safetensors file")
+    return out
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run one of the two conversions."""
+    label = "importing" if args.command == "import" else "exporting"
+    with cli.progress(label, 100, "%") as advance:
+        shown = 0
+
+        def progress(name: str, done: int, total: int) -> None:
+            nonlocal shown
+            percent = 100 * done // total
+            if percent > shown:
+                advance(percent - shown)
+                shown = percent
+
+        if args.command == "import":
+            import_hf(args.hf_dir, args.out, dtype=args.dtype, progress=progress)
+            made = args.out
+        else:
+            export_hf(
+                args.checkpoint,
+                args.hf_dir,
+                args.reference,
+                dtype=args.dtype,
+                max_shard_bytes=int(args.max_shard_gb * 1e9),
+                progress=progress,
+            )
+            made = args.hf_dir
+    print(made)
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

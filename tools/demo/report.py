@@ -1,0 +1,132 @@
+"""From the evaluations' files to the demo's table, its gains, and what they mean."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srpo_jax.structs import BLOCKS
+
+MODELS = ("init", "SFT", "SRPO", "GRPO")
+MODES = {"sampled": "sampled at temperature 1", "greedy": "greedy"}
+COLUMNS = {  # of the table -> key of a row
+    "acc@1": "acc@1",
+    "acc@2": "acc@2",
+    "fix": "fix",
+    "harm": "harm",
+    "format": "format_rate",
+    "detect": "detect",
+    "false alarm": "false_alarm",
+}
+REQUIRED_GAIN = 0.10  # of SRPO over SFT, final answer, sampled
+BOOTSTRAP = 2000
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """The graded samples that an evaluation wrote."""
+    with open(workdir / "samples.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def measure(workdir: Path) -> dict[str, Any]:
+    """One row of the table: the summary's rates, and what the reflections' verdicts are worth.
+
+    ``detect`` is the share of wrong first answers of which the reflection says "no",
+    ``false_alarm`` that of right ones; both among samples that have a reflection.
+    """
+    summary = json.loads((workdir / "summary.json").read_text())
+    said = [
+        (row["first_correct"], row["blocks"]["reflection"].strip().endswith("no"))
+        for row in read_rows(workdir)
+        if row["blocks"]["reflection"]
+    ]
+    wrong = [no for first, no in said if not first]
+    right = [no for first, no in said if first]
+    keys = ("samples", "acc@1", "acc@2", "fix", "harm", "format_rate", "truncated", "tokens")
+    row = {key: summary[key] for key in keys}
+    row["blocks"] = [summary[f"tokens/{block}"] for block in BLOCKS]
+    row["detect"] = float(np.mean(wrong)) if wrong else 0.0
+    row["false_alarm"] = float(np.mean(right)) if right else 0.0
+    return row
+
+
+def paired_gain(base: Path, new: Path, key: str = "final_correct") -> dict[str, float]:
+    """Mean difference of ``key`` over the same problems, with a 95 % bootstrap interval."""
+    before = {row["id"]: float(row[key]) for row in read_rows(base)}
+    after = {row["id"]: float(row[key]) for row in read_rows(new)}
+    if before.keys() != after.keys():
+        raise ValueError(f"{base} and {new} were evaluated on different problems")
+    change = np.array([after[i] - before[i] for i in before])
+    draws = np.random.default_rng(0).integers(0, len(change), (BOOTSTRAP, len(change)))
+    low, high = np.percentile(change[draws].mean(1), [2.5, 97.5])
+    return {"gain": float(change.mean()), "low": float(low), "high": float(high)}
+
+
+def gains(folders: dict[tuple[str, str], Path]) -> dict[str, dict[str, float]]:
+    """The comparisons that the reading is about, by name."""
+    out = {}
+    for mode in MODES:
+        sft, srpo, grpo = (folders[name, mode] for name in ("SFT", "SRPO", "GRPO"))
+        out[f"SRPO - SFT, final, {mode}"] = paired_gain(sft, srpo)
+        out[f"GRPO - SFT, final, {mode}"] = paired_gain(sft, grpo)
+        out[f"SRPO - GRPO, final, {mode}"] = paired_gain(grpo, srpo)
+        out[f"SRPO - SFT, first, {mode}"] = paired_gain(sft, srpo, "first_correct")
+        out[f"GRPO - SFT, first, {mode}"] = paired_gain(sft, grpo, "first_correct")
+    return out
+
+
+def table(seeds: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one table a decoding mode; mean over the seeds, and their spread with several."""
+    parts = []
+    for mode, words in MODES.items():
+        head = ["", *COLUMNS, "tokens", "tokens per block"]
+        lines = [f"Final test, {words}:", "", _line(head), _line(["---"] * len(head))]
+        for name in MODELS:
+            rows = [seed["rows"][mode][name] for seed in seeds]
+            cells = [_mean([row[key] for row in rows]) for key in COLUMNS.values()]
+            tokens = f"{np.mean([row['tokens'] for row in rows]):.1f}"
+            blocks = np.mean([row["blocks"] for row in rows], axis=0)
+            lines.append(_line([name, *cells, tokens, " / ".join(f"{x:.1f}" for x in blocks)]))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mean(values: Sequence[float]) -> str:
+    """A rate in percent; with several seeds +- their standard deviation."""
+    text = f"{100 * np.mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ± {100 * np.std(values, ddof=1):.1f}"
+
+
+def gain_lines(seeds: Sequence[dict[str, Any]]) -> str:
+    """One line a comparison: points, and the interval (one seed) or each seed's value."""
+    lines = []
+    for name in seeds[0]["gains"]:
+        found = [seed["gains"][name] for seed in seeds]
+        mean = 100 * np.mean([g["gain"] for g in found])
+        if len(found) == 1:
+            detail = f"95 % interval {100 * found[0]['low']:+.1f} to {100 * found[0]['high']:+.1f}"
+        else:
+            detail = "seeds " + ", ".join(f"{100 * g['gain']:+.1f}" for g in found)
+        lines.append(f"  {name:<28} {mean:+6.1f} points ({detail})")
+    return "\n".join(lines)
+
+
+def verdict(seeds: Sequence[dict[str, Any]]) -> list[str]:
+    """What the demo promises and did not keep, one line each; empty when it kept it all."""
+    broken = []
+    sampled = np.mean([s["gains"]["SRPO - SFT, final, sampled"]["gain"] for s in seeds])
+    greedy = np.mean([s["gains"]["SRPO - SFT, final, greedy"]["gain"] for s in seeds])
+    if sampled < REQUIRED_GAIN:
+        broken.append(
+            f"SRPO gained {100 * sampled:.1f} points of final-answer accuracy at temperature 1 "
+            f"over SFT, less than {100 * REQUIRED_GAIN:.0f}"
+        )
+    if greedy < 0:
+        broken.append(f"SRPO lost {-100 * greedy:.1f} points of final-answer accuracy at greedy")
+    return broken

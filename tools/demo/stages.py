@@ -1,0 +1,179 @@
+"""Runs the demo's stages as the commands that a user would type, with their progress.
+
+Each stage is a process of its own; stages that run at the same time get one CPU core each, since
+a model this small gains little from a second core. A stage that was stopped goes on where it stood
+when the same command runs again.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT_SECONDS = 10.0  # between two lines of progress
+SHOWN = ("loss", "reward", "acc@1", "acc@2", "fix")  # of a training row, where it has them
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. ``done`` is the file or directory that exists once it has succeeded."""
+
+    name: str
+    module: str
+    config: str
+    workdir: Path
+    done: Path
+    steps: int = 0  # of training; 0: an evaluation
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows ``python``."""
+        return [
+            "-m",
+            self.module,
+            f"--config={self.config}",
+            f"--workdir={self.workdir}",
+            *(f"--config.{key}={value}" for key, value in self.overrides.items()),
+        ]
+
+    @property
+    def log(self) -> Path:
+        """Where the command's own output goes."""
+        return self.workdir.with_name(f"{self.workdir.name}.log")
+
+
+class Clock:
+    """Seconds since the start, and lines that begin with them."""
+
+    def __init__(self):
+        self.start = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def say(self, text: str) -> None:
+        """One line of progress."""
+        minutes, seconds = divmod(int(self.seconds()), 60)
+        print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+
+
+def run_stages(stages: Sequence[Stage], clock: Clock) -> None:
+    """Run stages at the same time, one core each where there are several of both.
+
+    Stages that are done are left out. RuntimeError, with the end of its log, when one fails; the
+    others are then stopped (and saved), as on Ctrl-C.
+    """
+    todo = [stage for stage in stages if not stage.done.exists()]
+    for stage in stages:
+        clock.say(f"{stage.name}: " + ("done before" if stage not in todo else _shown(stage)))
+    cores = _cores()
+    shared = len(todo) > 1 and len(cores) >= len(todo)
+    running: dict[Stage, subprocess.Popen] = {}
+    try:
+        for i, stage in enumerate(todo):
+            share = cores[i :: len(todo)] if shared else cores
+            running[stage] = _start(stage, share)
+        _watch(running, clock)
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def _shown(stage: Stage) -> str:
+    """The command as one may type it, paths relative to the checkout."""
+    words = (word.replace(f"{ROOT}{os.sep}", "") for word in stage.arguments)
+    return "python " + " ".join(shlex.quote(word) for word in words)
+
+
+def _cores() -> list[int]:
+    """The CPU cores this process may use; none where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def _start(stage: Stage, cores: list[int]) -> subprocess.Popen:
+    stage.workdir.mkdir(parents=True, exist_ok=True)
+    with open(stage.log, "a") as log:
+        process = subprocess.Popen(
+            [sys.executable, *stage.arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    if cores:
+        # Set before the interpreter has started a thread, so that all its threads inherit it.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(process.pid, cores)
+    return process
+
+
+def _watch(running: dict[Stage, subprocess.Popen], clock: Clock) -> None:
+    """Wait for all stages, with a line of progress now and then."""
+    last, told = time.monotonic(), ""
+    begun = {stage: time.monotonic() for stage in running}
+    open_stages = dict(running)
+    while open_stages:
+        time.sleep(0.2)
+        for stage, process in list(open_stages.items()):
+            if process.poll() is None:
+                continue
+            del open_stages[stage]
+            if process.returncode or not stage.done.exists():
+                raise RuntimeError(
+                    f"{stage.name} failed (exit code {process.returncode}), see {stage.log}: "
+                    + _tail(stage.log)
+                )
+            clock.say(f"{stage.name}: done in {time.monotonic() - begun[stage]:.0f} s")
+        if open_stages and time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            line = " | ".join(_progress(stage) for stage in open_stages)
+            if line != told:
+                clock.say(line)
+            told = line
+
+
+def _tail(log: Path, lines: int = 12) -> str:
+    return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _progress(stage: Stage) -> str:
+    """The last row of a training run, or the last line of an evaluation."""
+    if not stage.steps:
+        lines = stage.log.read_text(errors="replace").strip().splitlines()
+        return f"{stage.name}: {lines[-1][:100] if lines else 'starting'}"
+    rows = list(_train_rows(stage.workdir / "metrics.jsonl"))
+    if not rows:
+        return f"{stage.name}: starting (imports and compilation)"
+    row, back = rows[-1], rows[max(0, len(rows) - 20)]
+    text = f"{stage.name} {row['step']}/{stage.steps}"
+    for key in SHOWN:
+        values = [r[key] for r in rows[-20:] if isinstance(r.get(key), float)]
+        if values:  # one step of this demo is small: the mean of the last 20 is steadier
+            text += f"  {key} {sum(values) / len(values):.3f}"
+    if row["step"] > back["step"]:
+        pace = (row["time"] - back["time"]) / (row["step"] - back["step"])
+        left = pace * (stage.steps - row["step"])
+        text += f"  {pace:.2f} s/step, {left:.0f} s left"
+    return text
+
+
+def _train_rows(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines()[-200:]:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if row.get("split") == "train":
+                yield row

@@ -1,0 +1,239 @@
+"""Does this recipe fit that cluster? Compiles the real programs ahead of time, without the cluster.
+
+    python -m tools.plan --config=configs/grpo.py:size=7b --topology=tpu:v5p:2x2x2
+    python -m tools.plan --config=configs/sft.py:size=7b --topology=cuda:h100:1x8 --mesh=1,8,1
+
+Prints, for each program (vision encode, prefill, decode segment, log-probs, update), the memory per
+device and whether it fits. Exit code 0 only if everything compiles and fits.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from srpo_jax import optim, sharding, steps
+from srpo_jax.grpo import GrpoConfig
+from srpo_jax.model.config import ModelConfig
+from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.sampling.sampler import Sampler, SamplingConfig
+from srpo_jax.state import FREEZE_VISION, abstract_state, state_shardings
+from srpo_jax.structs import Batch, Rollout, Verdict, VisionInputs
+from tools.topologies import Topology, memory_gib
+
+# Share of a device's memory that a program may plan with; the rest is the run-time's own.
+USABLE = 0.92
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Budgets of one update: what the loader would hand to the steps."""
+
+    sequences: int  # P prompts, or SFT conversations, over all devices
+    tokens: int  # S, or T for SFT
+    rows: int  # M
+    patches: int  # N of each row
+    group_size: int = 1  # G
+    completion: int = 1  # R
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program and its memory per device in GiB."""
+
+    name: str
+    memory: dict[str, float]
+    seconds: float
+
+
+def abstract_batch(model: ModelConfig, shapes: Shapes, mesh: Mesh, *, vision: bool) -> Batch:
+    """The loader's arrays as ShapeDtypeStructs, leading axis over the data shards."""
+    over_rows = sharding.batch_sharding(mesh)
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=over_rows)
+
+    B, T, M, N = shapes.sequences, shapes.tokens, shapes.rows, shapes.patches
+    W = model.vision.window_slots
+    images = VisionInputs(
+        patches=array((M, N, model.vision.patch_dim), jnp.float32),
+        patch_hw=array((M, N, 2)),
+        window_valid=array((M, N // W, W), jnp.bool_),
+        frame_id=array((M, N)),
+        merge_src=array((M, N // model.vision.merge_unit)),
+    )
+    return Batch(
+        tokens=array((B, T)),
+        segment_ids=array((B, T)),
+        mrope=array((B, 3, T)),
+        vision_src=array((B, T)),
+        lengths=array((B,)),
+        next_pos=array((B,)),
+        loss_mask=array((B, T), jnp.float32),
+        valid=array((B,), jnp.bool_),
+        vision=images if vision else None,
+    )
+
+
+def _abstract_samples(shapes: Shapes, mesh: Mesh) -> tuple[Rollout, Verdict, jax.ShapeDtypeStruct]:
+    """A rollout, its verdict and one log-prob array."""
+    over_rows = sharding.batch_sharding(mesh)
+    P, G, R = shapes.sequences, shapes.group_size, shapes.completion
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=over_rows)
+
+    logp = array((P, G, R), jnp.float32)
+    rollout = Rollout(
+        completions=array((P, G, R), jnp.int32),
+        completion_mask=array((P, G, R), jnp.bool_),
+        finished=array((P, G), jnp.bool_),
+        sample_logp=logp,
+        policy_logp=logp,
+    )
+    fields = {f.name: array((P, G), jnp.bool_) for f in dataclasses.fields(Verdict)}
+    fields |= {name: array((P, G), jnp.int32) for name in ("first_tokens", "total_tokens")}
+    fields["block_tokens"] = array((P, G, 5), jnp.int32)
+    return rollout, Verdict(**fields), logp
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _train_inputs(model: ModelConfig, optimizer: optim.Optimizer, mesh: Mesh, freeze: tuple):
+    """Train state and all parameters in the layout of the update."""
+    state = abstract_state(model, optimizer, freeze=freeze)
+    state = _with_shardings(state, state_shardings(state, mesh))
+    return state, {**state.frozen, **state.params}
+
+
+def sft_programs(
+    model: ModelConfig,
+    shapes: Shapes,
+    mesh: Mesh,
+    *,
+    optimizer: optim.OptimConfig,
+    step: steps.SftConfig,
+    freeze: tuple[str, ...] = FREEZE_VISION,
+) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
+    """(name, function that lowers it) of every program of an SFT run."""
+    transform = optim.make_optimizer(optimizer, 1000)
+    state, params = _train_inputs(model, transform, mesh, freeze)
+    batch = abstract_batch(model, shapes, mesh, vision=True)
+    features = None
+    if any("vision/".startswith(f) or f.startswith("vision/") for f in freeze):
+        yield "encode", lambda: steps.make_encode_step(model, mesh=mesh).lower(params, batch.vision)
+        features = _features(model, shapes, mesh)
+        batch = batch.replace(vision=None)
+    make = steps.make_sft_step(model, step, transform, freeze=freeze, mesh=mesh)
+    yield "sft_step", lambda: make.lower(state, batch, features)
+
+
+def grpo_programs(
+    model: ModelConfig,
+    shapes: Shapes,
+    mesh: Mesh,
+    *,
+    optimizer: optim.OptimConfig,
+    step: GrpoConfig,
+    sampling: SamplingConfig,
+    sample_dtype: str | None = "bfloat16",
+    freeze: tuple[str, ...] = FREEZE_VISION,
+) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
+    """(name, function that lowers it) of every program of a GRPO run."""
+    transform = optim.make_optimizer(optimizer, 1000)
+    state, params = _train_inputs(model, transform, mesh, freeze)
+    prompts = abstract_batch(model, shapes, mesh, vision=True)
+    features = _features(model, shapes, mesh)
+    yield "encode", lambda: steps.make_encode_step(model, mesh=mesh).lower(params, prompts.vision)
+
+    sample_dtype = sample_dtype or model.param_dtype
+    held = abstract_params(dataclasses.replace(model, param_dtype=sample_dtype))
+    held = _with_shardings(held, sharding.param_specs(held, mesh, "sample"))
+    sampler = Sampler(dataclasses.replace(model, param_dtype=sample_dtype), sampling, mesh)
+
+    def lower_sampler(name: str) -> jax.stages.Lowered:
+        args = sampler.abstract_args(
+            held,
+            prompts=shapes.sequences,
+            prompt_tokens=shapes.tokens,
+            rows=shapes.rows,
+            merged_tokens=shapes.patches // model.vision.merge_unit,
+        )
+        with jax.set_mesh(mesh):
+            return getattr(sampler, name).lower(*args[name])
+
+    for name in ("prefill", "decode_segment"):
+        yield name, lambda name=name: lower_sampler(name)
+
+    rollout, verdict, logp = _abstract_samples(shapes, mesh)
+    text = prompts.replace(vision=None)
+    logps = steps.make_logp_step(model, step, mesh=mesh)
+    yield "logp_step", lambda: logps.lower(params, text, rollout, features)
+    update = steps.make_grpo_step(model, step, transform, freeze=freeze, mesh=mesh)
+    split = step.updates_per_rollout > 1
+    chosen = jax.ShapeDtypeStruct(
+        (step.micro_batches // step.updates_per_rollout,),
+        jnp.int32,
+        sharding=sharding.replicated(mesh),
+    )
+    weight = jax.ShapeDtypeStruct(
+        (shapes.sequences,), jnp.float32, sharding=sharding.batch_sharding(mesh)
+    )
+    yield (
+        "grpo_step",
+        lambda: update.lower(
+            state,
+            text,
+            rollout,
+            verdict,
+            features,
+            logp if split else None,
+            logp if step.needs_reference else None,
+            weight,
+            chosen if split else None,
+        ),
+    )
+
+
+def _features(model: ModelConfig, shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    shape = (shapes.rows, shapes.patches // model.vision.merge_unit, model.vision.out_hidden_size)
+    return jax.ShapeDtypeStruct(
+        shape, jnp.dtype(model.dtype), sharding=sharding.batch_sharding(mesh)
+    )
+
+
+def compile_programs(
+    programs: Iterator[tuple[str, Callable[[], jax.stages.Lowered]]],
+) -> Iterator[Program]:
+    """Compiles one program after the other and reads its memory."""
+    for name, lower in programs:
+        start = time.perf_counter()
+        compiled = lower().compile()
+        yield Program(name, memory_gib(compiled), time.perf_counter() - start)
+
+
+def report(programs: Iterator[Program], topology: Topology) -> bool:
+    """Prints one line per program; True if each fits its device."""
+    budget = topology.memory_gib * USABLE
+    print(f"{topology.name}: {len(topology.devices)} devices, {budget:.1f} GiB usable on each")
+    head = f"{'program':16} {'arguments':>10} {'outputs':>10} {'temporaries':>12} {'total':>8}"
+    print(f"{head}  fits  compiled in")
+    fits = True
+    for p in programs:
+        m = p.memory
+        good = m["total"] <= budget
+        fits &= good
+        print(
+            f"{p.name:16} {m['arguments']:10.2f} {m['outputs']:10.2f} {m['temporaries']:12.2f} "
+            f"{m['total']:8.2f}  {'yes' if good else 'NO':4}  {p.seconds:.0f} s",
+            flush=True,
+        )
+    return fits

@@ -1,0 +1,198 @@
+"""Every reward term of given responses.
+
+Input rows are JSON objects {"id", "response", "answer", "choices"?}. Output rows are the same with
+first_answer, final_answer, first_correct, final_correct, format_ok, r_format, r_acc, i_eff, i_ref,
+f_len, total, reflection_ok, the tokens of each block, first_tokens (think 1 and answer 1) and
+total_tokens; gold_problem where an answer cannot be graded (nothing is rewarded for it).
+total = r_format + r_acc + i_eff + i_ref + alpha * f_len.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Scoring needs no accelerator, and one that is busy training must be left alone.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import numpy as np
+
+from srpo_jax.data.processing import token_bytes
+from srpo_jax.grading.answers import answer_problem
+from srpo_jax.grading.grade import grade_sequences
+from srpo_jax.grading.template import PROFILES, TokenText
+from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards import ALPHA, compute_rewards
+from srpo_jax.structs import BLOCKS
+from tools import cli
+
+CHUNK = 64  # responses graded together
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.parser(
+        __doc__,
+        "python -m tools.score_responses --input responses.jsonl --output scored.jsonl "
+        "--tokenizer Qwen2.5-VL-7B-Instruct --profile paper",
+    )
+    parser.add_argument("--input", required=True, help="JSON Lines of responses")
+    parser.add_argument("--output", required=True, help="JSON Lines to write")
+    parser.add_argument(
+        "--tokenizer", required=True, help="Hugging Face directory (or one with a tokenizer.json)"
+    )
+    parser.add_argument("--profile", default="paper", choices=PROFILES, help="default: paper")
+    parser.add_argument("--alpha", type=float, default=ALPHA, help="weight of f_len (%(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that compare answers (%(default)s)",
+    )
+    parser.add_argument(
+        "--time_limit", type=float, default=5.0, help="seconds for one comparison (%(default)s)"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Score a file."""
+    rows = [_checked(row, f"{args.input}:{number}") for number, row in _numbered_rows(args.input)]
+    if not rows:
+        raise ValueError(f"{args.input}: no rows")
+    tokenizer = load_tokenizer(args.tokenizer)
+    token_text, eos_ids = TokenText(token_bytes(tokenizer)), end_ids(tokenizer, args.tokenizer)
+    scored: list[dict] = []
+    with (
+        Verifier(args.workers, args.time_limit) as verifier,
+        cli.progress("scoring", len(rows), "responses") as advance,
+    ):
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            ids = [
+                tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in chunk
+            ]
+            scored += _score(chunk, ids, token_text, eos_ids, verifier, args)
+            advance(len(chunk))
+    cli.write_jsonl(args.output, scored)
+    _summarise(scored, verifier, args)
+
+
+def load_tokenizer(directory: str):
+    """The tokenizer of a local directory; ValueError where it holds none."""
+    from transformers import AutoTokenizer  # seconds to import: after the input was checked
+
+    names = ("tokenizer.json", "vocab.json")
+    if not any((Path(directory) / name).is_file() for name in names):
+        raise ValueError(
+            f"{directory}: no {' or '.join(names)}; --tokenizer takes a Hugging Face directory"
+        )
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def end_ids(tokenizer, directory: str) -> tuple[int, ...]:
+    """The ids that end a completion: the tokenizer's, the chat format's, generation_config's."""
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    config = Path(directory) / "generation_config.json"
+    if config.is_file():
+        eos = json.loads(config.read_text("utf-8")).get("eos_token_id") or []
+        ids |= set(eos) if isinstance(eos, list) else {eos}
+    return tuple(sorted(ids))
+
+
+def _numbered_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """The objects of a JSON Lines file with their line numbers, blank lines skipped."""
+    with open(path, encoding="utf-8") as file:
+        lines = [number for number, line in enumerate(file, 1) if line.strip()]
+    return zip(lines, cli.read_jsonl(path), strict=True)
+
+
+def _checked(row: dict, origin: str) -> dict:
+    """The row, if its fields are what scoring needs; ValueError naming it and the field."""
+    for key in ("response", "answer"):
+        if key not in row:
+            raise ValueError(f"{origin}: no {key!r}; rows need id, response, answer")
+    if not isinstance(row["response"], str):
+        raise ValueError(f"{origin}: 'response' must be text, found {row['response']!r:.60}")
+    if isinstance(row["answer"], bool) or not isinstance(row["answer"], (str, int, float)):
+        raise ValueError(
+            f"{origin}: 'answer' must be text or a number, found {row['answer']!r:.60}"
+        )
+    choices = row.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise ValueError(f"{origin}: 'choices' must be a list of texts, found {choices!r:.60}")
+    return row
+
+
+def _score(
+    rows: list[dict],
+    ids: list[list[int]],
+    token_text: TokenText,
+    eos_ids: tuple[int, ...],
+    verifier: Verifier,
+    args: argparse.Namespace,
+) -> list[dict]:
+    """The rows with what scoring adds."""
+    choices = [tuple(row.get("choices") or ()) for row in rows]
+    golds = [str(row["answer"]) for row in rows]
+    verdict, details = grade_sequences(
+        ids,
+        token_text=token_text,
+        golds=golds,
+        choices=choices,
+        verifier=verifier,
+        profile=args.profile,
+        eos_ids=eos_ids,
+    )
+    terms = jax.tree.map(np.asarray, compute_rewards(verdict, args.profile, alpha=args.alpha))
+    scored = []
+    for i, row in enumerate(rows):
+        out = dict(row)
+        for name in ("first_answer", "final_answer"):
+            out[name] = details[i][name]
+        for name in ("first_correct", "final_correct", "format_ok"):
+            out[name] = bool(getattr(verdict, name)[i])
+        for name in ("r_format", "r_acc", "i_eff", "i_ref", "f_len", "total"):
+            out[name] = round(float(getattr(terms, name)[i]), 6)
+        out["reflection_ok"] = bool(verdict.reflection_ok[i])
+        out["block_tokens"] = dict(zip(BLOCKS, verdict.block_tokens[i].tolist(), strict=True))
+        out["first_tokens"] = int(verdict.first_tokens[i])
+        out["total_tokens"] = int(verdict.total_tokens[i])
+        problem = answer_problem(golds[i], choices[i])
+        if problem:
+            out["gold_problem"] = problem
+        scored.append(out)
+    return scored
+
+
+def _summarise(scored: list[dict], verifier: Verifier, args: argparse.Namespace) -> None:
+    """One line of means, and one for whatever needs the reader's attention."""
+    means = {
+        name: sum(row[name] for row in scored) / len(scored)
+        for name in ("total", "first_correct", "final_correct", "format_ok")
+    }
+    print(
+        f"{len(scored)} responses, profile {args.profile}: mean total {means['total']:.4f}, first "
+        f"answer right {means['first_correct']:.1%}, final {means['final_correct']:.1%}, format "
+        f"{means['format_ok']:.1%} -> {args.output}"
+    )
+    problems = sum("gold_problem" in row for row in scored)
+    if problems or verifier.timeouts or verifier.crashes:
+        print(
+            f"{problems} answers that cannot be graded (see gold_problem), {verifier.timeouts} "
+            f"comparisons over {args.time_limit:g} s and {verifier.crashes} crashed, all scored "
+            "as wrong",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

@@ -1,0 +1,128 @@
+"""Hardware that is not there: device topologies to compile for, on any CPU machine.
+
+`tpu:v5p:2x2x2` and `cuda:h100:1x8` (hosts x GPUs) name them. TPU needs `jax[tpu]`, CUDA needs
+`jax-cuda13-plugin`, `jax-cuda13-pjrt` and cuDNN; both come with requirements-aot.txt.
+"""
+
+import os
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices that can be compiled for, and what each holds."""
+
+    name: str
+    devices: tuple  # of jax device descriptions, host after host
+    memory_gib: float  # usable memory of one device
+
+
+# Memory of one device in GiB as its vendor gives it, TPU: per chip.
+TPU_MEMORY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """What XLA's GPU compiler asks about a device (GpuTargetConfigProto)."""
+
+    name: str
+    memory_bytes: int
+    bandwidth: float  # bytes a second
+    cores: int
+    shared_per_core: int
+    capability: tuple[int, int]
+    accelerated: bool
+    clock_ghz: float
+    l2_bytes: int
+
+
+_GPUS = {
+    "a100": _Gpu("NVIDIA A100-SXM4-80GB", 85_094_825_984, 2.0e12, 108, 167_936, (8, 0), False, 1.41,
+                 41_943_040),
+    "h100": _Gpu("NVIDIA H100 80GB HBM3", 84_930_068_480, 3.35e12, 132, 233_472, (9, 0), True, 1.98,
+                 52_428_800),
+    "h200": _Gpu("NVIDIA H200", 151_397_597_184, 4.8e12, 132, 233_472, (9, 0), True, 1.98,
+                 52_428_800),
+}  # fmt: skip
+
+
+def _target_config(gpu: _Gpu) -> str:
+    """GpuTargetConfigProto in text form: XLA's own view of the device, without the device."""
+    feature = "feature_extension: ACCELERATED_FEATURES" if gpu.accelerated else ""
+    return f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024
+      threads_per_warp: 32
+      shared_memory_per_block: 49152
+      shared_memory_per_core: {gpu.shared_per_core}
+      threads_per_core_limit: 2048
+      core_count: {gpu.cores}
+      fpus_per_core: {128 if gpu.capability[0] >= 9 else 64}
+      block_dim_limit_x: 2147483647
+      block_dim_limit_y: 65535
+      block_dim_limit_z: 65535
+      thread_dim_limit_x: 1024
+      thread_dim_limit_y: 1024
+      thread_dim_limit_z: 64
+      memory_bandwidth: {int(gpu.bandwidth)}
+      l2_cache_size: {gpu.l2_bytes}
+      clock_rate_ghz: {gpu.clock_ghz}
+      device_memory_size: {gpu.memory_bytes}
+      shared_memory_per_block_optin: {gpu.shared_per_core - 1024}
+      cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} {feature} }}
+      registers_per_core_limit: 65536
+      registers_per_block_limit: 65536
+    }}
+    platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+    runtime_version {{ major: 13 minor: 0 patch: 0 }}
+    device_description_str: "{gpu.name}"
+    """
+
+
+def describe(name: str) -> Topology:
+    """Topology for `tpu:KIND:AxBxC` or `cuda:KIND:HOSTSxGPUS`.
+
+    Raises:
+        ValueError: an unknown name, with the known kinds.
+        RuntimeError: the compiler for that platform is not installed, with the remedy.
+    """
+    from jax.experimental import topologies
+
+    platform, _, rest = name.partition(":")
+    kind, _, shape = rest.partition(":")
+    if platform == "tpu" and kind in TPU_MEMORY_GIB and shape:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        options = {"topology_name": f"{kind}:{shape}"}
+        memory = TPU_MEMORY_GIB[kind]
+    elif platform == "cuda" and kind in _GPUS and shape:
+        hosts, gpus = (int(n) for n in shape.split("x"))
+        options = {"target_config": _target_config(_GPUS[kind]), "topology": f"1x{hosts}x{gpus}"}
+        memory = _GPUS[kind].memory_bytes / GIB
+    else:
+        known = [f"tpu:{k}:AxB" for k in TPU_MEMORY_GIB] + [f"cuda:{k}:HOSTSxGPUS" for k in _GPUS]
+        raise ValueError(f"unknown topology {name!r}; known: {', '.join(known)}")
+    try:
+        found = topologies.get_topology_desc(platform=platform, **options)
+    except Exception as error:
+        raise RuntimeError(
+            f"cannot describe {name}: {error}. Install the compilers: "
+            "pip install -r requirements-aot.txt; "
+            "pip install --no-deps -r requirements-aot-nodeps.txt"
+        ) from error
+    return Topology(name, tuple(found.devices), memory)
+
+
+def memory_gib(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """GiB per device of a compiled program: arguments, outputs not aliased to them, temporaries."""
+    stats = compiled.memory_analysis()
+    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    parts = {"arguments": arguments, "outputs": max(outputs, 0), "temporaries": temporaries}
+    parts["total"] = sum(parts.values())
+    return {key: float(np.round(value / GIB, 3)) for key, value in parts.items()}
