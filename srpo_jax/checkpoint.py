@@ -224,7 +224,10 @@ def save_params(path: str | Path, params: Params, config_dict: dict[str, Any]) -
 
 
 def load_params(
-    path: str | Path, shardings: dict[str, jax.sharding.Sharding] | None = None, dtype: Any = None
+    path: str | Path,
+    shardings: dict[str, jax.sharding.Sharding] | None = None,
+    dtype: Any = None,
+    shapes: dict[str, Any] | None = None,
 ) -> Params:
     """Parameters of a parameter-only checkpoint, a step of a run, or a run's newest step.
 
@@ -232,18 +235,15 @@ def load_params(
         path: that directory, a step's directory, or a ``--workdir``; see `find_params`.
         shardings: parameter path -> sharding, for every parameter; None: host numpy arrays.
         dtype: dtype to read into; None keeps the stored one.
+        shapes: parameter path -> anything with ``shape``: those of the model.
 
     Raises:
-        CheckpointError: no checkpoint there, or its parameter names are not those of shardings.
+        CheckpointError: no checkpoint there, or its names or shapes are not those wanted.
     """
     folder = find_params(path)
     stored = _read_metadata(folder, "params")
-    if shardings is not None and set(stored) != set(shardings):
-        raise CheckpointError(
-            f"{folder}: parameters differ from the model's; missing "
-            f"{sorted(set(shardings) - set(stored))}, superfluous "
-            f"{sorted(set(stored) - set(shardings))}: is it the right model size?"
-        )
+    names = stored if shardings is None else shardings
+    _check_shapes(folder, stored, shapes or {n: stored.get(n, np.zeros(0)) for n in names})
     target = {
         name: jax.ShapeDtypeStruct(
             leaf.shape, dtype or leaf.dtype, sharding=None if shardings is None else shardings[name]
@@ -293,50 +293,6 @@ def read_meta(path: str | Path) -> dict[str, Any]:
             f"{folder}: checkpoint format {meta.get('format')}, this program reads {FORMAT}"
         )
     return meta
-
-
-# --- config --------------------------------------------------------------------------------
-
-
-def changed_keys(
-    saved: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]
-) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, without those equal to or below a name in ``free``."""
-    old, new = flat_config(saved), flat_config(current)
-    changed = {}
-    for key in sorted(old.keys() | new.keys()):
-        if below(key, free):
-            continue
-        if old.get(key) != new.get(key):
-            changed[key] = (old.get(key), new.get(key))
-    return changed
-
-
-def check_config(saved: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]) -> None:
-    """Raise CheckpointError naming each key that would make the resumed run another run."""
-    changed = changed_keys(saved, current, free)
-    if changed:
-        listed = "; ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in changed.items())
-        raise CheckpointError(
-            f"the checkpoint to resume was written under another config: {listed}. Set these back, "
-            "use a new --workdir, or pass --config.checkpoint.allow_changes=True"
-        )
-
-
-def below(key: str, names: Sequence[str]) -> bool:
-    """Whether a dotted config key is one of ``names`` or lies below one."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> one dict with dotted keys; tuples become lists, as in JSON."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(flat_config(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 # --- host state as bytes ---------------------------------------------------------------------
@@ -441,7 +397,10 @@ def _read_metadata(folder: Path, item: str) -> Any:
 def _check_shapes(path: Path, stored: Any, wanted: Any) -> None:
     """One error that lists every array that is missing, superfluous or of another shape."""
     old, new = (
-        {jax.tree_util.keystr(k): leaf.shape for k, leaf in jax.tree_util.tree_leaves_with_path(t)}
+        {
+            jax.tree_util.keystr(k, simple=True, separator="."): leaf.shape
+            for k, leaf in jax.tree_util.tree_leaves_with_path(t)
+        }
         for t in (_plain(stored), _plain(wanted))
     )
     wrong = [f"{k} missing" for k in sorted(new.keys() - old.keys())]
@@ -454,8 +413,8 @@ def _check_shapes(path: Path, stored: Any, wanted: Any) -> None:
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise CheckpointError(
-            f"{path} does not fit this model or optimizer: {shown}. Check model size, frozen "
-            "parameters and optimizer settings, or use a new --workdir"
+            f"{path} does not fit: {shown}. Check the model's size and, for a run that goes on, "
+            "frozen parameters and optimizer settings"
         )
 
 

@@ -20,14 +20,14 @@ import jax
 import numpy as np
 
 from srpo_jax import setup
-from srpo_jax.checkpoint import below, flat_config, gather_bytes
+from srpo_jax.checkpoint import gather_bytes
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.grading.answers import gold_problem
 from srpo_jax.grading.template import TokenText
 from srpo_jax.grading.verifier import Verifier
 from srpo_jax.metrics import write_jsonl
 from srpo_jax.rollout import Generator, Graded, Sampled, make_token_text, sampling_config
-from srpo_jax.runtime import CompileGuard, RunError, StopRequest
+from srpo_jax.runtime import CompileGuard, RunError, StopRequest, below, flat_config
 from srpo_jax.setup import Parts
 from srpo_jax.steps import make_encode_step
 from srpo_jax.structs import BLOCKS, Params
@@ -250,6 +250,11 @@ def make_evaluator(
     encode: Callable[..., Any] | None = None,
 ) -> Evaluator:
     """The evaluation that a config's ``eval``, ``data`` and ``sampling`` sections describe."""
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        raise RunError(
+            f"eval.samples={config.eval.samples} greedy samples are all the same: set "
+            "--config.eval.temperature, or eval.samples=1"
+        )
     sampling = sampling_config(
         parts,
         config.sampling,

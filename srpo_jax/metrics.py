@@ -169,6 +169,26 @@ def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]
     return [row for row in rows if split is None or row["split"] == split]
 
 
+def merge_metrics(rows: list[dict[str, Any]], weigh_by: str) -> dict[str, float]:
+    """Metrics of several rounds or updates as one: counts add up, the rest is a weighted mean."""
+    rows = [{k: float(v) for k, v in row.items()} for row in rows]
+    weights = np.array([max(row.get(weigh_by, 1.0), 1e-9) for row in rows])
+    merged = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows])
+        if name in ("samples", "tokens") or name.endswith(("/count", "/of")):
+            merged[name] = values.sum()
+        elif name.endswith(("/max", "_max")):
+            merged[name] = values.max()
+        elif name.endswith("/min"):
+            merged[name] = values.min()
+        elif name in ("lr", "skipped"):
+            merged[name] = values[-1]
+        else:
+            merged[name] = (values * weights).sum() / weights.sum()
+    return {name: float(value) for name, value in merged.items()}
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a whole JSONL file: under a temporary name, then renamed."""
     path = Path(path)

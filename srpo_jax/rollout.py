@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from srpo_jax import setup, sharding
+from srpo_jax import grpo, losses, setup, sharding
 from srpo_jax.data.loader import LoadedBatch
 from srpo_jax.data.processing import token_bytes
 from srpo_jax.data.records import Record
@@ -20,6 +20,7 @@ from srpo_jax.grading.template import TokenText
 from srpo_jax.grading.verifier import Verifier
 from srpo_jax.metrics import ModelFlops
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.rewards import compute_rewards
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
 from srpo_jax.setup import Parts
 from srpo_jax.state import relayout
@@ -141,6 +142,73 @@ class Generator:
             else self._token_text.completion(token_ids[slice(*spans[name])]).decode()
             for name in BLOCKS
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One batch of prompts, sampled and graded."""
+
+    sampled: Sampled
+    graded: Graded
+    verdict: Verdict  # global arrays
+    weight: np.ndarray  # [P] of this process: 0 for groups that the filter leaves out
+    scores: tuple[Any, ...]  # of score_step, on device
+    logps: tuple[jax.Array | None, jax.Array | None]  # old, reference
+
+
+def make_score_step(cfg: grpo.GrpoConfig, mesh: Any) -> Callable[..., Any]:
+    """-> ``score_step(verdict, rollout, valid) -> (terms, adv_PG, metrics)`` of all samples.
+
+    The same functions as inside of ``grpo_step``, for the rollout files and for metrics that do
+    not depend on which groups the update takes.
+    """
+
+    def score_step(verdict: Verdict, rollout: Rollout, valid_P: jax.Array):
+        terms = compute_rewards(verdict, cfg.reward_profile, alpha=cfg.reward_alpha)
+        adv_PG = losses.group_advantages(
+            terms.total, eps=cfg.adv_eps, scale_by_std=cfg.scale_by_std
+        )
+        return terms, adv_PG, grpo.rollout_metrics(terms, verdict, rollout, valid_P)
+
+    rows, one = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return jax.jit(score_step, out_shardings=(rows, rows, one))
+
+
+def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
+    """The rows of rollouts/ of one round."""
+    terms, adv_PG = setup.to_local(one.scores[:2])
+    verdict, rollout = one.graded.verdict, one.graded.rollout
+    group = adv_PG.shape[1]
+    rows = []
+    for record, p in zip(one.sampled.records, one.sampled.slots.tolist(), strict=True):
+        for g in range(group):
+            detail = one.graded.details[p * group + g]
+            reward = {n: float(getattr(terms, n)[p, g]) for n in terms.__dataclass_fields__}
+            rows.append(
+                {
+                    "step": step,
+                    "round": number,
+                    "id": record.id,
+                    "sample": g,
+                    "gold": record.answer,
+                    "completion": detail["text"],
+                    "tokens": int(rollout.completion_mask[p, g].sum()),
+                    "finished": bool(rollout.finished[p, g]),
+                    "block_tokens": dict(
+                        zip(BLOCKS, verdict.block_tokens[p, g].tolist(), strict=True)
+                    ),
+                    "first_answer": detail["first_answer"],
+                    "final_answer": detail["final_answer"],
+                    "first_correct": bool(verdict.first_correct[p, g]),
+                    "final_correct": bool(verdict.final_correct[p, g]),
+                    "format_ok": bool(verdict.format_ok[p, g]),
+                    "reflection_ok": bool(verdict.reflection_ok[p, g]),
+                    **reward,
+                    "advantage": float(adv_PG[p, g]),
+                    "weight": float(one.weight[p]),
+                }
+            )
+    return rows
 
 
 def make_token_text(parts: Parts) -> TokenText:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,50 @@ class StopRequest:
         self._say(
             f"{signal.Signals(number).name}: finishing this step, then saving; a second one kills"
         )
+
+
+# --- config --------------------------------------------------------------------------------
+
+
+def changed_keys(
+    saved: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, without those equal to or below a name in ``free``."""
+    old, new = flat_config(saved), flat_config(current)
+    changed = {}
+    for key in sorted(old.keys() | new.keys()):
+        if below(key, free):
+            continue
+        if old.get(key) != new.get(key):
+            changed[key] = (old.get(key), new.get(key))
+    return changed
+
+
+def check_config(saved: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]) -> None:
+    """Raise RunError naming each key that would make the resumed run another run."""
+    changed = changed_keys(saved, current, free)
+    if changed:
+        listed = "; ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in changed.items())
+        raise RunError(
+            f"the checkpoint to resume was written under another config: {listed}. Set these back, "
+            "use a new --workdir, or pass --config.checkpoint.allow_changes=True"
+        )
+
+
+def below(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted config key is one of ``names`` or lies below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict with dotted keys; tuples become lists, as in JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(flat_config(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 # --- compilation -----------------------------------------------------------------------------

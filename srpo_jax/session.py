@@ -14,7 +14,14 @@ from srpo_jax.evaluate import Evaluator
 from srpo_jax.grading.verifier import Verifier
 from srpo_jax.metrics import MetricWriter, Timers, to_plain, utilisation
 from srpo_jax.optim import Optimizer
-from srpo_jax.runtime import CompileGuard, StopRequest, agree
+from srpo_jax.runtime import (
+    CompileGuard,
+    StopRequest,
+    agree,
+    below,
+    check_config,
+    flat_config,
+)
 from srpo_jax.setup import Parts
 from srpo_jax.state import abstract_state, init_state, merge_params, state_shardings
 from srpo_jax.structs import TrainState
@@ -33,6 +40,7 @@ FREE = (
     "log",
     "rollouts",
 )
+PER_PROCESS = ("distributed", "compilation_cache_dir")  # may differ between processes
 BEST = "acc@2"  # of the held-out file: what the best checkpoint is best at
 
 
@@ -58,7 +66,7 @@ class Session:
     ):
         self._config, self._parts, self.total_steps = config, parts, total_steps
         self._plain = json.loads(json.dumps(config.to_dict()))
-        self._hash = hashlib.sha256(json.dumps(self._plain).encode()).hexdigest()[:16]
+        self._hash = config_hash(self._plain)
         keep = config.checkpoint
         self._checkpoints = Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every)
         done = self._checkpoints.latest_step() == total_steps
@@ -98,7 +106,7 @@ class Session:
         step = self._checkpoints.latest_step()
         if not self._config.checkpoint.allow_changes:  # before shapes: it says more
             saved = checkpoint.read_meta(self._checkpoints.folder / str(step))["config"]
-            checkpoint.check_config(saved, self._plain, FREE)
+            check_config(saved, self._plain, FREE)
         got = self._checkpoints.restore(like, step=step)
         self.state, self.step, self.host, self.arrays = got.state, got.step, got.host, got.arrays
         self.origin, self._best = got.meta["origin"], got.meta["best"]
@@ -218,3 +226,10 @@ class Session:
         row, _ = to_plain(self._last_row)
         ending = {"step": self.step, "finished": done}
         return row | ending | ({"eval": self._last_eval} if self._last_eval else {})
+
+
+def config_hash(plain: dict[str, Any]) -> str:
+    """What all processes must hold in common, in 16 hexadecimal digits."""
+    flat = flat_config(plain)
+    shared = {k: v for k, v in flat.items() if not below(k, PER_PROCESS)}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

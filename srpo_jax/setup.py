@@ -101,7 +101,7 @@ def load_weights(config: Any, parts: Parts, dtype: str, source: str = "") -> tup
     source = source or config.init_from
     if source and not (Path(source) / "config.json").is_file():
         folder = checkpoint.find_params(source)
-        return checkpoint.load_params(folder, shardings, dtype), str(folder)
+        return checkpoint.load_params(folder, shardings, dtype, parts.shapes), str(folder)
     source = source or config.hf_dir
     params = hf.load_params(source, parts.model, shardings=shardings, dtype=dtype)
     return checkpoint.own_buffers(params), str(source)
@@ -202,6 +202,13 @@ def agree_any(values: Sequence[bool]) -> list[bool]:
     return np.any(multihost_utils.process_allgather(np.asarray(values, bool)), axis=0).tolist()
 
 
+def add_up(values: Sequence[float]) -> list[float]:
+    """Element by element, the sum over all processes (collective)."""
+    if jax.process_count() == 1:
+        return [float(value) for value in values]
+    return np.sum(multihost_utils.process_allgather(np.asarray(values, np.float32)), 0).tolist()
+
+
 def bucket_of(batch: Batch) -> str:
     """The budgets of a batch in words: what a program is compiled for."""
     text = f"tokens {list(batch.tokens.shape)}"
@@ -248,8 +255,9 @@ def check_first_records(
     *,
     tokens: int,
     patches: int,
+    check: Callable[[Record], str | None] = lambda record: None,
 ) -> None:
-    """Encode the first records until one is usable; RunError where none is.
+    """Encode the first records until one is usable (and passes ``check``); RunError if none is.
 
     Single bad records are the loader's business; here it is about budgets that no record meets.
     """
@@ -257,7 +265,9 @@ def check_first_records(
     problem = "no records"
     for index in range(min(8, len(source))):
         try:
-            encoded = encode(source[index])
+            record = source[index]
+            encoded = encode(record)
+            problem = check(record)
         except ValueError as error:
             problem = str(error)
             continue
@@ -267,6 +277,9 @@ def check_first_records(
                 f"{encoded.origin}: {places} image tokens, but {encoded.vision.num_merged} merged "
                 "image patches: tokenizer and image processor do not belong together"
             )
+        if problem is not None:
+            problem = f"{encoded.origin}: {problem}"
+            continue
         if encoded.num_tokens <= tokens and encoded.num_slots <= patches:
             return
         problem = (

@@ -221,17 +221,24 @@ def to_global(tree: Any, mesh: Mesh) -> Any:
     Raises:
         ValueError: a leading axis that this process's shards do not divide.
     """
-    sharding, shards = batch_sharding(mesh), len(process_shards(mesh))
+    sharding = batch_sharding(mesh)
+    place = {shard: i for i, shard in enumerate(process_shards(mesh))}
 
     def put(leaf: Array) -> jax.Array:
         leaf = np.asarray(leaf)
-        if leaf.ndim == 0 or leaf.shape[0] % shards:
+        if leaf.ndim == 0 or leaf.shape[0] % len(place):
             raise ValueError(
-                f"an array of shape {leaf.shape} cannot be divided into the {shards} data shards "
-                "of this process: its leading axis must be a multiple of them"
+                f"an array of shape {leaf.shape} cannot be divided into the {len(place)} data "
+                "shards of this process: its leading axis must be a multiple of them"
             )
-        shape = (leaf.shape[0] // shards * num_data_shards(mesh), *leaf.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, leaf, shape)
+        each = leaf.shape[0] // len(place)
+        shape = (each * num_data_shards(mesh), *leaf.shape[1:])
+
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            start = each * place[(index[0].start or 0) // max(each, 1)]
+            return leaf[start : start + each]
+
+        return jax.make_array_from_callback(shape, sharding, rows)
 
     return jax.tree.map(put, tree)
 

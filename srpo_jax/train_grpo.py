@@ -15,7 +15,6 @@ and exports. A run that is stopped (SIGTERM, Ctrl-C) finishes its step, saves an
 code 0; the same command goes on from there, bit for bit.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,36 +23,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srpo_jax import grpo, losses, optim, setup, sharding
+from srpo_jax import grpo, optim, setup, sharding
 from srpo_jax.checkpoint import own_buffers
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.loader import LoadedBatch
 from srpo_jax.evaluate import make_evaluator
 from srpo_jax.grading.answers import gold_problem
 from srpo_jax.groups import Pool, informative
-from srpo_jax.metrics import write_jsonl
-from srpo_jax.rewards import compute_rewards
+from srpo_jax.metrics import merge_metrics, write_jsonl
 from srpo_jax.rollout import (
     Generator,
-    Graded,
+    Round,
     Sampled,
     forbidden_ids,
     make_flops,
+    make_score_step,
     make_token_text,
+    rollout_rows,
     sampling_config,
     vision_work,
 )
+from srpo_jax.runtime import RunError
 from srpo_jax.session import Session
 from srpo_jax.state import merge_params
 from srpo_jax.steps import make_encode_step, make_grpo_step, make_logp_step, micro_indices
-from srpo_jax.structs import BLOCKS, Batch, Params, Rollout, TrainState, Verdict
+from srpo_jax.structs import Params, TrainState, Verdict
 
 SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")
 
 
-def train(
-    config: Any, workdir: str, *, encode: Callable[..., Any] | None = None
-) -> dict[str, Any]:
+def train(config: Any, workdir: str, *, encode: Callable[..., Any] | None = None) -> dict[str, Any]:
     """Run stage 2, or go on with it where it was stopped.
 
     Args:
@@ -114,6 +112,7 @@ def open_data(
         parts,
         tokens=data.prompt_tokens,
         patches=max(budgets, default=0),
+        check=gold_problem,
     )
     return setup.open_loader(
         parts,
@@ -137,8 +136,12 @@ def grpo_config(config: Any, parts: setup.Parts, rows: int) -> grpo.GrpoConfig:
     section = dict(config.grpo)
     for key in ("dual_clip", "tis_cap"):  # 0 is off
         section[key] = section[key] or None
+    if config.sampling.group_size < 2:
+        raise RunError(
+            "sampling.group_size=1: an advantage compares at least 2 samples of a prompt"
+        )
     if rows % section["updates_per_rollout"]:
-        raise setup.RunError(
+        raise RunError(
             f"grpo.updates_per_rollout={section['updates_per_rollout']} must divide the {rows} "
             f"rows of a data shard (data.global_batch_size={config.data.global_batch_size} / "
             f"{parts.shards} data shards / data.prompts_per_row={config.data.prompts_per_row}): "
@@ -153,18 +156,6 @@ def grpo_config(config: Any, parts: setup.Parts, rows: int) -> grpo.GrpoConfig:
         forbidden_ids=forbidden_ids(parts),
         length_cap=config.sampling.max_new_tokens,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Round:
-    """One batch of prompts, sampled and graded."""
-
-    sampled: Sampled
-    graded: Graded
-    verdict: Verdict  # global arrays
-    weight: np.ndarray  # [P] of this process: 0 for groups that the filter leaves out
-    scores: tuple[Any, ...]  # of score_step, on device
-    logps: tuple[jax.Array | None, jax.Array | None]  # old, reference
 
 
 class Stage:
@@ -189,6 +180,7 @@ class Stage:
         self.encode_step = watch(make_encode_step(parts.model, mesh=mesh))
         self.logp_step = watch(make_logp_step(parts.model, cfg, mesh=mesh))
         self.score_step = watch(make_score_step(cfg, mesh))
+        self.choose_old = watch(make_choose_old(mesh))
         self.grpo_step = watch(
             make_grpo_step(parts.model, cfg, optimizer, freeze=tuple(config.freeze), mesh=mesh)
         )
@@ -226,18 +218,18 @@ class Stage:
         """Sample, grade, update, write the rollouts, log."""
         run, timers = self.run, self.run.timers
         if self.config.filter.resample:
-            rounds, batch_of_update = self.resample(state)
+            rounds, inputs = self.resample(state)
         else:
-            rounds = [self.sample_round(state, with_logps=True)]
-            batch_of_update = self.as_sampled(rounds[0])
+            one = self.sample_round(state, with_logps=True)
+            rounds, inputs = [one], (one.sampled, one.verdict, one.weight, one.logps)
         with timers("update"):
-            state, updates = self.update(state, *batch_of_update)
+            state, updates = self.update(state, *inputs)
         run.step += 1
         with timers("write"):  # while the device is busy with the update
             self.write_rollouts(rounds)
         with timers("update"):
             updates = jax.device_get(updates)
-        run.log(self.metrics(rounds, updates), **self.work(rounds, batch_of_update[0]))
+        run.log(self.metrics(rounds, updates), **self.work(rounds, inputs[0]))
         return state
 
     def sample_round(self, state: TrainState, *, with_logps: bool) -> Round:
@@ -298,8 +290,8 @@ class Stage:
         (Its gradient would be zero, but Adam's momentum would still move the parameters.)
         """
         count = self.cfg.updates_per_rollout
-        per_update = weight.reshape(-1, count, weight.size // count // self.local_shards)
-        useful = setup.agree_any(per_update.any(axis=(0, 2)))
+        by_shard = weight.reshape(len(sharding.process_shards(self.parts.mesh)), count, -1)
+        useful = setup.agree_any(by_shard.any(axis=(0, 2)))
         weight_P = sharding.to_global(weight, self.parts.mesh)
         done = []
         with self.run.guard.step(f"update, {setup.bucket_of(sampled.batch)}"):
@@ -312,3 +304,101 @@ class Stage:
                     )  # fmt: skip
                     done.append(metrics)
         return state, done
+
+    def resample(self, state: TrainState) -> tuple[list[Round], tuple[Any, ...]]:
+        """Rounds until this step's batch is full of informative groups, then that batch."""
+        data, parts, rounds = self.config.data, self.parts, []
+        per_row = data.prompts_per_row
+        rows = self.cfg.micro_batches * len(sharding.process_shards(parts.mesh))
+        while len(rounds) < self.config.filter.max_rounds:
+            if rounds and not setup.agree_any([len(self.pool.groups) < rows * per_row])[0]:
+                break
+            rounds.append(self.sample_round(state, with_logps=False))
+            self.pool.add(rounds[-1].sampled, rounds[-1].graded, rounds[-1].weight, self.run.step)
+        taken = self.pool.take(
+            self.run.step,
+            self.encode,
+            parts.processor,
+            rows=rows,
+            per_row=per_row,
+            tokens=data.prompt_tokens,
+            patch_budgets=tuple(data.patch_budgets),
+            budget_index=setup.agree_maximum,
+        )
+        with self.run.guard.step(f"composing, {setup.bucket_of(taken.batch)}"):
+            batch, rollout, verdict, carried = sharding.to_global(
+                (taken.batch, taken.rollout, taken.verdict, taken.carried), parts.mesh
+            )
+            features = None
+            if batch.vision is not None:
+                features = self.encode_step(merge_params(state), batch.vision)
+            sampled = Sampled((), np.zeros(0, np.int32), batch, features, rollout)
+            with self.run.timers("logp"):
+                old_logp, ref_logp = self.logps(state, sampled, old=True)
+                # Groups carried over from an earlier step have that step's policy as the old one.
+                old_logp = self.choose_old(carried, rollout.policy_logp, old_logp)
+                jax.block_until_ready((old_logp, ref_logp))
+        weight = taken.batch.valid.astype(np.float32)
+        return rounds, (sampled, verdict, weight, (old_logp, ref_logp))
+
+    # --- what is reported ---
+
+    def metrics(
+        self, rounds: list[Round], updates: list[dict[str, np.ndarray]]
+    ) -> dict[str, float]:
+        """One row: what the samples were like (before the filter), and what the updates did."""
+        samples = merge_metrics([dict(jax.device_get(r.scores[2])) for r in rounds], "samples")
+        for name in ("fix", "harm"):
+            samples[f"{name}_rate"] = samples[f"{name}/count"] / max(samples[f"{name}/of"], 1.0)
+        sampled_names = set(samples)
+        learned = merge_metrics(updates, "tokens") if updates else {}
+        kept = sum(float(r.weight[r.sampled.slots].sum()) for r in rounds)
+        valid = sum(len(r.sampled.slots) for r in rounds)
+        kept, valid, waiting = setup.add_up([kept, valid, len(self.pool.groups)])
+        return {
+            **samples,
+            **{k: v for k, v in learned.items() if k not in sampled_names},
+            "updates": len(updates),
+            "filter/kept_share": kept / max(valid, 1.0),
+            "filter/rounds": len(rounds),
+            "filter/pending_groups": waiting,
+        }
+
+    def work(self, rounds: list[Round], learned: Sampled) -> dict[str, float]:
+        """Tokens and model FLOPs of a step, this process's part."""
+        tokens = total = 0.0
+        passes = (self.cfg.updates_per_rollout > 1) + (self.reference is not None)
+        for one in rounds:
+            batch = setup.to_local(one.sampled.batch)
+            prompts = batch.lengths[batch.valid].astype(np.float64)
+            lengths = one.graded.rollout.completion_mask.sum(-1)[batch.valid].astype(np.float64)
+            once = self.flops.text(prompts) + self.flops.text(
+                lengths, prefix=prompts[:, None], head_tokens=lengths.sum()
+            )
+            vision = self.flops.vision(*vision_work(batch))
+            # Sampling is a forward pass too; the update is a forward and a backward pass.
+            total += once * (1 + passes + 3) + vision * (3 if self.trains_vision else 1)
+            tokens += prompts.sum() + lengths.sum()
+        return {"tokens": float(tokens), "flops": float(total)}
+
+    def write_rollouts(self, rounds: list[Round]) -> None:
+        """rollouts/<step>.jsonl: every completion with its verdict, reward terms, advantage."""
+        every = self.config.rollouts.every
+        if not every or self.run.step % every:
+            return
+        part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+        rows = [row for i, one in enumerate(rounds) for row in rollout_rows(one, self.run.step, i)]
+        write_jsonl(self.folder / f"{self.run.step:06d}{part}.jsonl", rows)
+
+
+def make_choose_old(mesh: Any) -> Callable[..., jax.Array]:
+    """-> ``choose_old(carried_P, sampled_logp_PGR, logp_PGR)``: the former where carried."""
+
+    def choose_old(carried_P, sampled_logp_PGR, logp_PGR):
+        return jnp.where(carried_P[:, None, None], sampled_logp_PGR, logp_PGR)
+
+    return jax.jit(choose_old, out_shardings=sharding.batch_sharding(mesh))
+
+
+if __name__ == "__main__":
+    setup.main(train)

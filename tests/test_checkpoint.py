@@ -206,19 +206,16 @@ def test_parameter_names_must_be_the_models(tmp_path):
     shardings = {"text/w/kernel": state.step.sharding, "text/other": state.step.sharding}
     with pytest.raises(CheckpointError) as error:
         checkpoint.load_params(tmp_path / "p", shardings)
-    assert "missing ['text/other']" in str(error.value)
-    assert "superfluous ['text/norm/scale']" in str(error.value)
+    assert "text/other missing" in str(error.value)
+    assert "text/norm/scale superfluous" in str(error.value)
 
 
-def test_changed_config_is_refused_by_key_unless_the_key_is_free():
-    saved = {"optim": {"lr": 1e-6, "betas": (0.9, 0.95)}, "log": {"every": 1}, "steps": 5}
-    now = {"optim": {"lr": 1e-5, "betas": [0.9, 0.95]}, "log": {"every": 9}, "steps": 5}
-    with pytest.raises(CheckpointError, match=r"optim.lr was 1e-06, is 1e-05") as error:
-        checkpoint.check_config(saved, now, free=("log",))
-    assert "log.every" not in str(error.value) and "betas" not in str(error.value)
-    checkpoint.check_config(saved, now, free=("log", "optim.lr"))
-    with pytest.raises(CheckpointError, match="steps was 5, is None"):
-        checkpoint.check_config(saved, {"optim": saved["optim"], "log": {}}, free=("log",))
+def test_parameter_shapes_must_be_the_models(tmp_path):
+    state = make_state()
+    checkpoint.save_params(tmp_path / "p", state.params, {})
+    shardings = {name: x.sharding for name, x in state.params.items()}
+    with pytest.raises(CheckpointError, match=r"kernel is \(8, 4\), wanted \(16, 4\)"):
+        checkpoint.load_params(tmp_path / "p", shardings, shapes=make_state(width=16).params)
 
 
 def test_host_state_holds_bytes_and_arrays_and_nothing_pickled():

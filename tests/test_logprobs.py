@@ -6,44 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from srpo_jax.sharding import make_mesh
-from tests.data_helpers import hf_processor, make_hf_dir, noise_image
+from tests.data_helpers import hf_processor, noise_image
+from tests.tool_helpers import SIZES, read_jsonl, write_hf
 from tools import loading, logprobs
-from tools.make_hf import make_config, write_random_hf
-
-SIZES = {
-    "odd heads": dict(
-        hidden=84, layers=3, heads=7, kv_heads=7, mlp=100, vision_hidden=60, vision_depth=5,
-        vision_heads=5, vision_mlp=52, full_blocks=(0, 3), tied=False,
-    ),
-    "one kv head, tied": dict(
-        hidden=60, layers=2, heads=5, kv_heads=1, mlp=72, vision_hidden=36, vision_depth=3,
-        vision_heads=3, vision_mlp=40, full_blocks=(2,), tied=True,
-    ),
-}  # fmt: skip
-
-
-def write_hf(folder: Path, size: str = "one kv head, tied", **spread: float) -> Path:
-    """A random HF directory with a small real tokenizer; loud weights, so that errors show."""
-    tokenizer_dir = make_hf_dir(folder / "tokenizer")
-    added = {
-        token["content"]: token["id"]
-        for token in json.loads((tokenizer_dir / "tokenizer.json").read_text())["added_tokens"]
-    }
-    ids = {
-        "image_token_id": added["<|image_pad|>"],
-        "video_token_id": added["<|video_pad|>"],
-        "vision_start_token_id": added["<|vision_start|>"],
-        "vision_end_token_id": added["<|vision_end|>"],
-        "vision_token_id": added["<|vision_pad|>"],
-        "eos_token_id": added["<|im_end|>"],
-        "bos_token_id": added["<|endoftext|>"],
-    }
-    config = make_config(**SIZES[size], vocab_size=max(added.values()) + 9, token_ids=ids)
-    spread = dict(std=0.1, norm_std=0.3, bias_std=0.3) | spread
-    write_random_hf(folder / "hf", config, tokenizer_dir, dtype="float32", **spread)
-    return folder / "hf"
 
 
 def image(path: str) -> dict:
@@ -89,10 +57,6 @@ def run(*arguments: str) -> None:
     logprobs.main(logprobs.make_parser().parse_args([str(a) for a in arguments]))
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def expected_logprobs(hf_dir: Path, folder: Path) -> list[tuple[list[int], np.ndarray]]:
     """transformers, one conversation at a time."""
     torch = pytest.importorskip("torch")
@@ -106,8 +70,6 @@ def expected_logprobs(hf_dir: Path, folder: Path) -> list[tuple[list[int], np.nd
     found = []
     for row in CONVERSATIONS:
         parts = [p for m in row["messages"] if isinstance(m["content"], list) for p in m["content"]]
-        from PIL import Image
-
         images = [Image.open(folder / p["image"]) for p in parts if p["type"] == "image"]
         rendered = processor.apply_chat_template(row["messages"], tokenize=False)
         inputs = dict(processor(text=[rendered], images=images or None, return_tensors="pt"))
@@ -129,7 +91,7 @@ def test_log_probabilities_equal_those_of_transformers(tmp_path, monkeypatch, si
     out = tmp_path / "out.jsonl"
     run("--hf_dir", hf_dir, "--input", conversations, "--output", out, "--batch_size", 3)
     assert logprobs.conversation_logps._cache_size() <= before + 2  # two batches, two buckets
-    rows = read(out)
+    rows = read_jsonl(out)
     assert [row["id"] for row in rows] == [1, "two", "three", 7]  # the last: its line
     for row, (token_ids, logps) in zip(rows, expected, strict=True):
         assert row["token_ids"] == token_ids

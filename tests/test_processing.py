@@ -6,7 +6,6 @@ import pickle
 import numpy as np
 import pytest
 from data_helpers import hf_processor, make_hf_dir, noise_image
-from PIL import Image
 
 from srpo_jax.data.processing import (
     Processor,
@@ -222,6 +221,9 @@ def test_ids_come_from_the_files_of_the_model(hf_dir, tmp_path, processor):
     bad = make_hf_dir(tmp_path / "bad", image_token_id=5)
     with pytest.raises(ValueError, match=r"config.json: image_token_id=5, but <\|image_pad\|>"):
         Processor(bad)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match="bare: no tokenizer.json or vocab.json; copy it"):
+        Processor(tmp_path / "bare")
     with pytest.raises(ValueError, match="no such directory"):
         Processor(tmp_path / "nothing")
     with pytest.raises(ValueError, match="need 0 < min <= max"):
@@ -409,11 +411,29 @@ def test_real_problems_encode(shared_data):
         assert encoded.mrope.max() + 1 == encoded.next_pos <= encoded.num_tokens
 
 
-def test_grey_and_transparent_images_give_hf_pixels(hf_dir, processor):
-    theirs = hf_processor(hf_dir, **PIXELS)
-    image = Image.new("RGBA", (60, 60), (200, 10, 10, 128))
-    from srpo_jax.data.images import to_rgb
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK"])
+def test_images_of_other_modes_give_hf_pixels(hf_dir, processor, mode):
+    image = noise_image(60, 60).convert(mode)
+    theirs = hf_processor(hf_dir, **PIXELS).image_processor
+    if mode == "RGBA":
+        image.putalpha(128)
+        opaque = theirs([image.convert("RGB")], return_tensors="np")["pixel_values"]
+        if (theirs([image], return_tensors="np")["pixel_values"] == opaque).all():
+            pytest.skip("this transformers drops transparency; ours follows 5.23")
+    encoded = processor.encode_prompt([_user(None)], [image])
+    expected = theirs([image], return_tensors="np")
+    assert (_raster(encoded) == expected["pixel_values"]).all()
 
-    encoded = processor.encode_prompt([_user(None)], [to_rgb(image)])
-    expected = theirs.image_processor([image], return_tensors="np")["pixel_values"]
-    assert (_raster(encoded) == expected).all()
+
+def test_files_as_transformers_5_saves_them_are_read(hf_dir, tmp_path, processor):
+    theirs = hf_processor(hf_dir)
+    theirs.tokenizer.save_pretrained(tmp_path)
+    theirs.image_processor.save_pretrained(tmp_path)
+    saved = tmp_path / "preprocessor_config.json"
+    nested = {"image_processor": json.loads(saved.read_text())}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    (tmp_path / "chat_template.jinja").write_text(theirs.chat_template)
+    saved.unlink()
+    one = Processor(tmp_path, **PIXELS).encode_prompt([_user(None, "q")], [noise_image(300, 200)])
+    two = processor.encode_prompt([_user(None, "q")], [noise_image(300, 200)])
+    assert (one.token_ids == two.token_ids).all() and (one.patches == two.patches).all()

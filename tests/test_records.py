@@ -452,6 +452,8 @@ def test_modes_convert_as_in_hf(mode):
     buffer = io.BytesIO()
     image.save(buffer, {"CMYK": "JPEG", "YCbCr": "TIFF"}.get(mode, "PNG"))
     decoded = Image.open(io.BytesIO(buffer.getvalue()))
+    if "A" in mode and (_hf_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 0))) == 0).all():
+        pytest.skip("this transformers drops transparency; ours follows 5.23")
     assert (_pixels(buffer.getvalue()) == _hf_rgb(decoded)).all()
     assert _pixels(buffer.getvalue()).shape == (21, 33, 3)
 

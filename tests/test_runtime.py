@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from srpo_jax.runtime import CompileGuard, RunError, StopRequest, check_agreement, init_distributed
+from srpo_jax.runtime import (
+    CompileGuard,
+    RunError,
+    StopRequest,
+    check_agreement,
+    check_config,
+    init_distributed,
+)
 
 
 @pytest.fixture
@@ -111,3 +118,14 @@ def test_second_signal_kills():
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == -signal.SIGTERM
     assert done.stdout.count("finishing this step") <= 1
+
+
+def test_changed_config_is_refused_by_key_unless_the_key_is_free():
+    saved = {"optim": {"lr": 1e-6, "betas": (0.9, 0.95)}, "log": {"every": 1}, "steps": 5}
+    now = {"optim": {"lr": 1e-5, "betas": [0.9, 0.95]}, "log": {"every": 9}, "steps": 5}
+    with pytest.raises(RunError, match=r"optim.lr was 1e-06, is 1e-05") as error:
+        check_config(saved, now, free=("log",))
+    assert "log.every" not in str(error.value) and "betas" not in str(error.value)
+    check_config(saved, now, free=("log", "optim.lr"))
+    with pytest.raises(RunError, match="steps was 5, is None"):
+        check_config(saved, {"optim": saved["optim"], "log": {}}, free=("log",))

@@ -178,6 +178,17 @@ def test_rows_go_to_their_shards_and_come_back():
     assert np.array_equal(back["a"], tree["a"]) and np.array_equal(back["b"], tree["b"])
 
 
+def test_rows_reach_their_shards_on_a_mesh_in_any_order():
+    """On a torus the devices of a process need not follow one another on the mesh."""
+    devices = np.array(jax.devices())[[3, 0, 6, 5, 1, 7, 2, 4]].reshape(4, 2, 1)
+    mesh = sharding.Mesh(devices, sharding.AXES)
+    rows = np.arange(32).reshape(16, 2)
+    there = sharding.to_global(rows, mesh)
+    for shard in there.addressable_shards:
+        place = int(np.flatnonzero(mesh.devices.ravel() == shard.device)[0])
+        assert np.array_equal(shard.data, rows[2 * place : 2 * place + 2])
+
+
 def test_rows_that_do_not_divide_are_refused():
     mesh = sharding.make_mesh(2, 2, 2)
     with pytest.raises(ValueError, match=r"shape \(6, 2\).*4 data shards"):

@@ -76,7 +76,7 @@ def resolve_path(ref: ImageRef) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> RGB as HF's image processor converts it: transparency goes over white.
+    """Any PIL mode -> RGB as HF's image processor does (5.23): transparency goes over white.
 
     One difference on purpose: HF clips 16-bit greys at 255, which leaves a white square; here
     their upper 8 bits are kept.

@@ -49,6 +49,7 @@ MAX_PIXELS = 640 * 28 * 28
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_MARKERS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Text of a record that held one of these would become a token with a meaning of its own.
 CONTROL_TOKENS = VISION_MARKERS + ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
@@ -97,15 +98,18 @@ class Processor:
             raise ValueError(
                 f"min_pixels={min_pixels}, max_pixels={max_pixels}: need 0 < min <= max"
             )
+        for names in (("tokenizer.json", "vocab.json"), _PROCESSOR_FILES):
+            if not any((hf_dir / name).is_file() for name in names):
+                raise ValueError(f"{hf_dir}: no {' or '.join(names)}; copy it from the base model")
         self.hf_dir, self.min_pixels, self.max_pixels = hf_dir, min_pixels, max_pixels
-        self.tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+        self.tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
         self._backend = self.tokenizer.backend_tokenizer
         # Called from several threads: padding or truncation would be shared mutable state.
         self._backend.no_padding()
         self._backend.no_truncation()
         # from_pretrained(size=...) is ignored when the file has min_pixels/max_pixels.
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(
-            hf_dir, min_pixels=min_pixels, max_pixels=max_pixels
+            hf_dir, min_pixels=min_pixels, max_pixels=max_pixels, local_files_only=True
         )
         self.chat_template = _chat_template(hf_dir, self.tokenizer)
         self._read_config()

@@ -211,7 +211,8 @@ def mrope_positions(
     merge_size: int = 2,
     tokens_per_second: float = 2,
 ) -> tuple[np.ndarray, int]:
-    """Multimodal rotary positions of one unpadded sequence, exactly HF's ``get_rope_index``.
+    """Multimodal rotary positions of one unpadded sequence, exactly HF's ``get_rope_index`` (5.23;
+    5.17 still cut ``second_per_grid_ts`` to whole seconds).
 
     Args:
         token_ids: [T], with one placeholder token per merged vision token.

@@ -22,7 +22,7 @@ REPORT_SECONDS = 10.0  # between two lines of progress
 SHOWN = ("loss", "reward", "acc@1", "acc@2", "fix")  # of a training row, where it has them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashable although its overrides are not
 class Stage:
     """One command. ``done`` is the file or directory that exists once it has succeeded."""
 
@@ -74,7 +74,7 @@ def run_stages(stages: Sequence[Stage], clock: Clock) -> None:
     """
     todo = [stage for stage in stages if not stage.done.exists()]
     for stage in stages:
-        clock.say(f"{stage.name}: " + ("done before" if stage not in todo else _shown(stage)))
+        clock.say(f"{stage.name}: " + ("started" if stage in todo else "done before"))
     cores = _cores()
     shared = len(todo) > 1 and len(cores) >= len(todo)
     running: dict[Stage, subprocess.Popen] = {}
@@ -105,6 +105,7 @@ def _cores() -> list[int]:
 def _start(stage: Stage, cores: list[int]) -> subprocess.Popen:
     stage.workdir.mkdir(parents=True, exist_ok=True)
     with open(stage.log, "a") as log:
+        print(f"$ {_shown(stage)}", file=log, flush=True)
         process = subprocess.Popen(
             [sys.executable, *stage.arguments],
             cwd=ROOT,

@@ -1,0 +1,369 @@
+"""Both loops for real on a tiny model, 8 devices as data x fsdp x tensor = 2 x 2 x 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import train_helpers as helpers
+
+from srpo_jax import checkpoint, evaluate, rollout, session, train_grpo, train_sft
+from srpo_jax.metrics import read_rows
+from srpo_jax.model import hf
+from srpo_jax.model.config import load_config
+from srpo_jax.runtime import RunError
+from srpo_jax.structs import Verdict
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """A tiny HF directory and data; compiled programs are shared by the runs of this module."""
+    folder = tmp_path_factory.mktemp("world")
+    before = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield helpers.world(folder) | {"cache": str(folder / "cache")}
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def fake_grade(completions_PGR, completion_mask_PGR, *, golds, **_):
+    """Verdicts that depend on the sampled tokens: random weights earn no real reward."""
+    ids = np.where(completion_mask_PGR, completions_PGR, 0).astype(np.int64)
+    number = (ids * np.arange(1, ids.shape[-1] + 1)).sum(-1)
+    bits = [(number >> k) % 2 == 1 for k in range(6)]
+    length = completion_mask_PGR.sum(-1).astype(np.int32)
+    verdict = Verdict(
+        first_correct=bits[0],
+        final_correct=bits[1],
+        has_first=np.ones_like(bits[0]),
+        has_second=np.ones_like(bits[0]),
+        format_ok=bits[2],
+        reflection_ok=bits[3],
+        first_tokens=np.maximum(length // 2, 1),
+        total_tokens=length,
+        block_tokens=np.zeros((*length.shape, 5), np.int32),
+    )
+    empty = dict.fromkeys(("first_think", "first_answer", "reflection"))
+    spans = empty | dict.fromkeys(("second_think", "second_answer"))
+    detail = {"spans": spans, "first_answer": None, "final_answer": None}
+    texts = [" ".join(map(str, row)) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
+    return verdict, [{"text": text, **detail} for text in texts]
+
+
+def interrupt(monkeypatch, step: int, how):
+    """Call ``how`` once, when the loop has done ``step`` and before it saves."""
+    log, called = session.Session.log, []
+
+    def wrapped(self, *args, **kwargs):
+        log(self, *args, **kwargs)
+        if self.step == step and not called:
+            called.append(step)
+            how()
+
+    monkeypatch.setattr(session.Session, "log", wrapped)
+
+
+def crash():
+    raise KeyboardInterrupt("power cut")
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def final(workdir) -> dict[str, np.ndarray]:
+    """Parameters and optimizer moments of the newest checkpoint, by name."""
+    folder = checkpoint.find_params(workdir)
+    import orbax.checkpoint as ocp
+
+    optimizer = ocp.PyTreeCheckpointer().restore(folder / "optimizer")
+    leaves = jax.tree_util.tree_leaves_with_path(optimizer)
+    moments = {jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves}
+    return checkpoint.load_params(folder) | moments
+
+
+def assert_bit_identical(one, other):
+    assert one.keys() == other.keys()
+    different = [k for k in one if one[k].tobytes() != other[k].tobytes()]
+    assert not different, different
+
+
+def numbers(workdir, names) -> list[tuple]:
+    rows = read_rows(Path(workdir) / "metrics.jsonl", "train")
+    return [(row["step"], *(row[name] for name in names)) for row in rows]
+
+
+# --- exact resume ------------------------------------------------------------------------------
+
+
+def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
+    paths, tmp_path, monkeypatch, capsys
+):
+    def config(**changes):
+        one = helpers.sft_config(paths, steps=5, **MESH)
+        one.compilation_cache_dir = paths["cache"]
+        one.optim.lr = 1e-2
+        one.update(changes)
+        return one
+
+    whole = train_sft.train(config(export_hf_dir=str(tmp_path / "hf")), tmp_path / "whole")
+    assert whole["finished"] and whole["step"] == 5 and np.isfinite(whole["loss"])
+
+    # The interrupted run also evaluates, on other steps than it saves: that must change nothing.
+    broken = config(eval={"file": paths["held_out"], "every": 3})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 4, crash)
+        train_sft.train(broken, tmp_path / "broken")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4, terminate)  # from the checkpoint of the evaluated step 3
+        stopped = train_sft.train(broken, tmp_path / "broken")
+    assert stopped["step"] == 4 and not stopped["finished"]
+    assert "run the same command again" in capsys.readouterr().out
+    ended = train_sft.train(broken, tmp_path / "broken")
+    assert ended["finished"] and 0 <= ended["eval"]["acc@2"] <= 1
+
+    assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
+    names = ("loss", "grad_norm", "tokens")
+    assert numbers(tmp_path / "whole", names) == numbers(tmp_path / "broken", names)
+    assert len({row[1] for row in numbers(tmp_path / "whole", names)}) == 5
+
+    # The export is the final state, in HF form.
+    exported = hf.load_params(tmp_path / "hf", load_config(tmp_path / "hf"))
+    params = checkpoint.load_params(tmp_path / "whole")
+    assert_bit_identical({k: np.asarray(v) for k, v in exported.items()}, params)
+    start = hf.load_params(paths["hf_dir"], load_config(paths["hf_dir"]))
+    changed = {k for k in params if not np.array_equal(params[k], np.asarray(start[k]))}
+    assert changed and not any(k.startswith("vision/") for k in changed)  # frozen by default
+
+
+def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference(
+    paths, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rollout, "grade", fake_grade)
+
+    def config():
+        one = helpers.grpo_config(paths, steps=4, **MESH)
+        one.compilation_cache_dir = paths["cache"]
+        one.optim.lr = 1e-2
+        one.grpo.kl_coef = 0.1
+        one.grpo.updates_per_rollout = 2
+        one.sampling.group_size = 3
+        one.filter.resample = True
+        one.filter.low, one.filter.high = 0.2, 0.8
+        one.checkpoint.every = 2
+        return one
+
+    whole = train_grpo.train(config(), tmp_path / "whole")
+    assert whole["finished"] and whole["kl"] > 0 and whole["updates"] == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 3, crash)
+        train_grpo.train(config(), tmp_path / "broken")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, terminate)
+        assert train_grpo.train(config(), tmp_path / "broken")["step"] == 3
+    train_grpo.train(config(), tmp_path / "broken")
+
+    assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
+    names = ("loss", "kl", "reward/mean", "filter/pending_groups", "filter/rounds")
+    rows = numbers(tmp_path / "whole", names)
+    assert rows == numbers(tmp_path / "broken", names)
+    assert any(row[4] > 0 for row in rows[:3])  # groups did wait in the checkpoints
+    for file in sorted((tmp_path / "whole" / "rollouts").iterdir()):
+        assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
+
+
+def test_sigterm_from_outside_ends_with_exit_code_0_and_the_command_goes_on(paths, tmp_path):
+    command = [
+        *(sys.executable, "-m", "srpo_jax.train_sft", "--config=configs/sft.py:size=tiny"),
+        *(f"--workdir={tmp_path / 'run'}", f"--config.hf_dir={paths['hf_dir']}"),
+        *(f"--config.data.train={paths['train']}", "--config.steps=60"),
+        *("--config.data.patch_budgets=(64,)", "--config.data.tokens=512"),
+        *("--config.max_pixels=3136", "--config.data.global_batch_size=4"),
+        *("--config.data.workers=0", "--config.log.tensorboard=False"),
+        *("--config.data.prompts_per_row=4", "--config.checkpoint.every=1000"),
+    ]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+    def start(*more):
+        return subprocess.Popen(
+            [*command, *more], cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    run = start()
+    rows = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (rows.exists() and rows.read_text()) and time.monotonic() < deadline:
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    out, error = run.communicate(timeout=240)
+    assert run.returncode == 0, error
+    assert "SIGTERM: finishing this step" in out and "run the same command again" in out
+    (saved,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert 1 <= saved < 60
+
+    # Another config is refused in one line, with exit code 1.
+    run = start("--config.optim.lr=1.0")
+    out, error = run.communicate(timeout=240)
+    assert run.returncode == 1 and "Traceback" not in error
+    assert "optim.lr was 1e-05, is 1.0" in error.splitlines()[-1]
+
+
+# --- what a step reports -------------------------------------------------------------------------
+
+
+def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
+    paths, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rollout, "grade", fake_grade)
+    config = helpers.grpo_config(paths, steps=2, **MESH)
+    config.compilation_cache_dir = paths["cache"]
+    config.sampling.group_size = 3
+    config.optim.lr = 1e-2
+    config.filter.low, config.filter.high = 0.9, 0.95  # no share of 3 samples lies in between
+    row = train_grpo.train(config, tmp_path)
+    promised = {
+        *("reward/mean", "reward/r_format", "reward/r_acc", "reward/i_eff", "reward/i_ref"),
+        *("reward/f_len", "accuracy/first", "accuracy/final", "fix_rate", "harm_rate"),
+        *("format_rate", "truncated_share", "groups_without_signal", "block_tokens/reflection"),
+        *("time/data", "time/sample", "time/grade", "time/logp", "time/update", "time/step"),
+        *("tokens_per_second", "mfu", "filter/kept_share"),
+    }
+    assert promised <= row.keys(), promised - row.keys()
+    assert row["mfu"] is None  # CPU: the peak is not known
+    assert row["updates"] == 0 and row["filter/kept_share"] == 0
+    start = hf.load_params(paths["hf_dir"], load_config(paths["hf_dir"]))
+    params = checkpoint.load_params(tmp_path)
+    assert all(np.array_equal(params[k], np.asarray(start[k])) for k in params)
+
+    lines = (tmp_path / "rollouts" / "000002.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 8 * 3 and {s["weight"] for s in samples} == {0.0}
+    assert len({s["id"] for s in samples}) == 8
+    for p in range(8):
+        group = samples[3 * p : 3 * p + 3]
+        totals = [s["total"] for s in group]
+        mean, std = np.mean(totals), np.std(totals, ddof=1)
+        for s, total in zip(group, totals, strict=True):
+            wanted = (total - mean) / (std + config.grpo.adv_eps) if std else 0.0
+            assert s["advantage"] == pytest.approx(wanted, abs=1e-3)
+    mean = np.mean([s["total"] for s in samples])
+    assert row["reward/mean"] == pytest.approx(mean, abs=1e-5)
+    fixed = sum(s["final_correct"] and not s["first_correct"] for s in samples)
+    wrong = sum(not s["first_correct"] for s in samples)
+    assert row["fix_rate"] == pytest.approx(fixed / wrong)
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+def test_evaluation_goes_on_where_it_was_stopped(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout, "grade", fake_grade)
+
+    def config():
+        one = helpers.evaluation_config(paths, **MESH)
+        one.compilation_cache_dir = paths["cache"]
+        one.eval.samples, one.eval.temperature = 2, 1.0
+        return one
+
+    whole = evaluate.evaluate(config(), tmp_path / "whole")
+    assert whole["records"] == 6 and whole["samples"] == 12 and whole["skipped_records"] == 0
+    low, high = whole["interval"]["acc@2"]
+    assert 0 <= low <= whole["acc@2"] <= high <= 1
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text()) == whole
+
+    append, calls = evaluate.RowLog.append, []
+
+    def stop_after_first(self, rows):
+        append(self, rows)
+        if not calls:
+            calls.append(terminate())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.RowLog, "append", stop_after_first)
+        assert evaluate.evaluate(config(), tmp_path / "broken") is None
+    partial = tmp_path / "broken" / "samples.partial.jsonl"
+    with open(partial, "a") as file:
+        file.write('[{"id": "torn')
+    changed = config()
+    changed.seed = 7
+    with pytest.raises(RunError, match="begun with other settings"):
+        evaluate.evaluate(changed, tmp_path / "broken")
+    assert evaluate.evaluate(config(), tmp_path / "broken") == whole
+    by_key = lambda row: (row["id"], row["sample"])  # noqa: E731
+    one, other = (
+        sorted(
+            map(json.loads, (tmp_path / d / "samples.jsonl").read_text().splitlines()), key=by_key
+        )
+        for d in ("whole", "broken")
+    )
+    assert one == other and not partial.exists()
+    assert {"prompt", "response", "blocks", "first_answer", "final_answer", "tokens"} <= set(one[0])
+    with pytest.raises(RunError, match="is there already"):
+        evaluate.evaluate(config(), tmp_path / "broken")
+
+
+# --- stops with a clear message ------------------------------------------------------------------
+
+
+def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp_path, monkeypatch):
+    to_global, calls = train_sft.sharding.to_global, []
+
+    def shorter_in_step_3(batch, mesh):
+        calls.append(1)
+        if len(calls) == 3:
+            cut = {k: getattr(batch, k)[..., :-8] for k in ("tokens", "segment_ids", "mrope")}
+            cut |= {k: getattr(batch, k)[..., :-8] for k in ("vision_src", "loss_mask")}
+            batch = batch.replace(**cut)
+        return to_global(batch, mesh)
+
+    monkeypatch.setattr(train_sft.sharding, "to_global", shorter_in_step_3)
+    config = helpers.sft_config(paths, steps=5, **MESH)
+    config.compilation_cache_dir = paths["cache"]
+    with pytest.raises(RunError) as error:
+        train_sft.train(config, tmp_path)
+    message = str(error.value)
+    assert "recompiled after warm-up" in message and "sft_step" in message
+    assert "tokens int32[8, 504]" in message and "tokens [8, 512]" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hf_dir": ""}, "hf_dir is empty: pass --config.hf_dir"),
+        ({"size": "7b"}, "hidden_size is 16, that of size=7b is 3584"),
+        ({"data.train": ""}, "data.train is empty: pass --config.data.train"),
+        (
+            {"data.global_batch_size": 6},
+            r"data.global_batch_size=6 must be a multiple of data shards x prompts_per_row = 4 x 1",
+        ),
+        ({"data.prompt_tokens": 100}, r"tokens and 64 patches, the budgets are 100 tokens"),
+        ({"data.patch_budgets": ()}, "the budgets are 448 tokens and 0 patches"),
+        ({"grpo.updates_per_rollout": 3}, "updates_per_rollout=3 must divide the 2 rows"),
+        ({"sampling.group_size": 1}, "at least 2 samples"),
+        ({"sampling.temperature": 0.0}, "temperature 0"),
+        ({"mesh.tensor": 3}, "does not fit 8 devices"),
+        ({"init_from": "nowhere"}, "nowhere: no checkpoint here"),
+        ({"export_hf_dir": str(ROOT)}, "exists and is not an empty directory"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_the_first_step(
+    paths, tmp_path, change, message
+):
+    config = helpers.grpo_config(paths, **MESH)
+    config.update_from_flattened_dict(change)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        train_grpo.train(config, tmp_path)
