@@ -48,11 +48,10 @@ def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
-def base(size: str, mode: str) -> ConfigDict:
+def base(size: str) -> ConfigDict:
     """The sections that training and evaluation share."""
     config = ConfigDict()
     config.size = size
-    config.mode = mode
     config.seed = 0
 
     # Where the model comes from. hf_dir always gives config, tokenizer and image processor; weights

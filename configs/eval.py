@@ -1,4 +1,4 @@
-"""Evaluation of a Hugging Face directory or a checkpoint on a file of problems.
+r"""Evaluation of a Hugging Face directory or a checkpoint on a file of problems.
 
     python -m srpo_jax.evaluate --config=configs/eval.py:size=7b --workdir=runs/eval \
         --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.init_from=runs/rl \
@@ -15,7 +15,7 @@ from configs import common
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
     args = common.parse_arg(arg, size=("7b", *common.SIZES), mode=common.MODES)
-    config = common.base(args.size, args.mode)
+    config = common.base(args.size)
     common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760, as in RL
     common.add_evaluation(config, periodic=False)
     common.add_sampling(config)

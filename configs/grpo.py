@@ -1,4 +1,4 @@
-"""SRPO stage 2: GRPO with the reflection reward.
+r"""SRPO stage 2: GRPO with the reflection reward.
 
     python -m srpo_jax.train_grpo --config=configs/grpo.py:size=7b --workdir=runs/rl \
         --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.init_from=runs/sft \
@@ -19,7 +19,7 @@ PROMPTS_PER_ROW = {"3b": 4, "7b": 2, "32b": 1, "72b": 1, "tiny": 4}
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
     args = common.parse_arg(arg, size=("7b", *common.SIZES), mode=common.MODES)
-    config = common.base(args.size, args.mode)
+    config = common.base(args.size)
     common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760 (R: train_ppo_ray.py)
     common.add_training(config)
     common.add_evaluation(config, periodic=True)

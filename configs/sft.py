@@ -1,4 +1,4 @@
-"""SRPO stage 1: supervised fine-tuning on reflection data.
+r"""SRPO stage 1: supervised fine-tuning on reflection data.
 
     python -m srpo_jax.train_sft --config=configs/sft.py:size=7b --workdir=runs/sft \
         --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.data.train=reflections.jsonl
@@ -18,7 +18,7 @@ SEQUENCES_PER_ROW = {"3b": 2, "7b": 1, "32b": 1, "72b": 1, "tiny": 4}
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
     args = common.parse_arg(arg, size=("7b", *common.SIZES), mode=common.MODES)
-    config = common.base(args.size, args.mode)
+    config = common.base(args.size)
     common.add_images(config, max_pixels=262_144)  # R: image_max_pixels
     common.add_training(config)
     common.add_evaluation(config, periodic=True)

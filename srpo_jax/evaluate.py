@@ -1,4 +1,4 @@
-"""Evaluate a model on a file of problems: both answers' accuracy, fix and harm, lengths.
+r"""Evaluate a model on a file of problems: both answers' accuracy, fix and harm, lengths.
 
     python -m srpo_jax.evaluate --config=configs/eval.py:size=7b --workdir=runs/eval \
         --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.init_from=runs/rl \

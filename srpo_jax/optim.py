@@ -133,7 +133,7 @@ def apply_gradients(
     metrics = {
         "grad_norm": grad_norm,
         "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
-        "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32),
-        "skipped": new_state.skipped.astype(jnp.float32),
+        "lr": jnp.asarray(optimizer.schedule(state.step)),
+        "skipped": new_state.skipped,
     }
-    return new_state, metrics
+    return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}

@@ -258,13 +258,14 @@ class CompileGuard:
             self._events.append(str(info.get("fun_name", "a function")))
 
 
-def describe(tree: Any, limit: int = 12) -> str:
-    """Shapes and dtypes of the leaves that are not parameters' own, in short."""
+def describe(tree: Any, limit: int = 10) -> str:
+    """Shapes and dtypes of the first leaves that are no parameters, in short."""
     leaves = [
         (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if hasattr(leaf, "shape")
     ]
-    inputs = [x for x in leaves if "params" not in x[0] and "opt_state" not in x[0]] or leaves
-    shown = [f"{name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in inputs[-limit:]]
+    state = ("params", "frozen", "opt_state")
+    inputs = [x for x in leaves if not any(word in x[0] for word in state)] or leaves
+    shown = [f"{name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in inputs[:limit]]
     return ", ".join(shown)

@@ -124,7 +124,9 @@ class Session:
             self._verifier.close()
         self.writer.close()
         self.guard.close()
-        if kind is None:
+        # After an error, let a checkpoint that is being written become complete; among several
+        # processes that could wait for one that is gone.
+        if kind is None or jax.process_count() == 1:
             self._checkpoints.close()
 
     @property

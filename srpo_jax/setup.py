@@ -315,7 +315,7 @@ def export(params: Params, parts: Parts, config: Any) -> None:
 
 def main(run: Callable[[Any, str], Any]) -> None:
     """The command line of an entry point: --config, --workdir, --debug; one-line errors."""
-    from absl import app, flags  # noqa: PLC0415  (flags exist only where a program is started)
+    from absl import app, flags, logging  # noqa: PLC0415  (flags exist only in a program)
     from ml_collections import config_flags  # noqa: PLC0415
 
     config = config_flags.DEFINE_config_file("config", None, "File of configs/, with arguments.")
@@ -323,9 +323,10 @@ def main(run: Callable[[Any, str], Any]) -> None:
     debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
     flags.mark_flags_as_required(["config", "workdir"])
     for name in ("config", "workdir", "debug"):
-        flags.declare_key_flag(name)
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # for --help
 
     def call(_: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
         try:
             run(config.value, workdir.value)
         except Exception as error:

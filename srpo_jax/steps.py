@@ -24,12 +24,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from srpo_jax import grpo, losses, optim, sharding
 from srpo_jax.grpo import GrpoConfig
 from srpo_jax.model.config import ModelConfig
-from srpo_jax.model.layers import shard
+from srpo_jax.model.layers import BATCH_AXES, shard
 from srpo_jax.model.qwen2_5_vl import Qwen2_5_VL, abstract_params, bind
 from srpo_jax.optim import Optimizer
 from srpo_jax.state import FREEZE_VISION, abstract_state, state_shardings
@@ -104,7 +104,7 @@ def make_sft_step(
                 rows.tokens, rows.mrope, rows.segment_ids, rows.vision_src, features
             )
             targets_BT = jnp.roll(rows.tokens, -1, axis=1)  # the last one has weight 0
-            logp_BT, _ = losses.token_logps(h_BTD, targets_BT, _head(model), chunk=cfg.logit_chunk)
+            logp_BT, _ = _token_logps(model, h_BTD, targets_BT, chunk=cfg.logit_chunk)
             loss = losses.sft_loss(logp_BT, weights)
             return loss, loss
 
@@ -230,10 +230,10 @@ def _completion_logps(
     if features is None and batch.vision is not None:
         features = model.encode_images(batch.vision)
     h_PGRD = model.completion_hidden(batch, features, rollout.completions, rollout.completion_mask)
-    logp_BR, entropy_BR = losses.token_logps(
+    logp_BR, entropy_BR = _token_logps(
+        model,
         grpo.merge_group(h_PGRD),
         grpo.merge_group(rollout.completions),
-        _head(model),
         temperature=cfg.temperature,
         forbidden_ids=cfg.forbidden_ids,
         chunk=cfg.logit_chunk,
@@ -243,9 +243,31 @@ def _completion_logps(
     return logp_BR.reshape(shape), entropy_BR.reshape(shape)
 
 
-def _head(model: Qwen2_5_VL) -> jax.Array:
-    # Collected over data and fsdp here, once, and not by every chunk of the scan over logits.
-    return shard(model.head_kernel(), None, "tensor")
+def _token_logps(
+    model: Qwen2_5_VL, h_BTD: jax.Array, targets_BT: jax.Array, **kwargs
+) -> tuple[jax.Array, jax.Array]:
+    """``losses.token_logps`` under the model's head, each data shard by itself.
+
+    Left to the compiler, the gradient of the head would be summed over all devices once per chunk.
+    Here the head is collected over data and fsdp once, each shard adds up its own chunks, and one
+    sum over devices follows. The vocabulary stays divided over ``tensor``.
+    """
+    head_DV = shard(model.head_kernel(), None, "tensor")
+    if jax.sharding.get_abstract_mesh().empty:
+        return losses.token_logps(h_BTD, targets_BT, head_DV, **kwargs)
+
+    def local(h, targets, head):
+        # "varying" from here on: otherwise the sum over devices moves into the scan again.
+        head = jax.lax.pcast(head, BATCH_AXES, to="varying")
+        return losses.token_logps(h, targets, head, **kwargs)
+
+    batch = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        local,
+        in_specs=(batch, batch, PartitionSpec()),
+        out_specs=(batch, batch),
+        axis_names=set(BATCH_AXES),
+    )(h_BTD, targets_BT, head_DV)
 
 
 def _check_features(trained: Params, features_MND: jax.Array | None) -> None:

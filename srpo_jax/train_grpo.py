@@ -1,4 +1,4 @@
-"""SRPO stage 2: GRPO with the reflection reward.
+r"""SRPO stage 2: GRPO with the reflection reward.
 
     python -m srpo_jax.train_grpo --config=configs/grpo.py:size=7b --workdir=runs/rl \
         --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.init_from=runs/sft \

@@ -1,4 +1,4 @@
-"""SRPO stage 1: supervised fine-tuning on conversations that reflect.
+r"""SRPO stage 1: supervised fine-tuning on conversations that reflect.
 
     python -m srpo_jax.train_sft --config=configs/sft.py:size=7b --workdir=runs/sft \
         --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.data.train=reflections.jsonl

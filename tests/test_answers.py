@@ -130,7 +130,10 @@ CHOICE_CASES = [
     ("A", "Paris", ("Paris", "London"), Y), ("B", "Paris", ("Paris", "London"), N),
     ("C", "C", LETTER_OPTIONS, Y), ("C", "c)", LETTER_OPTIONS, Y), ("C", "D", LETTER_OPTIONS, N),
     (">", ">", ("<", ">", "="), Y), (">", "B", ("<", ">", "="), Y), (">", "<", ("<", ">", "="), N),
-    ("e", "e", ("pi", "e", "1", "0", "2"), Y),  # an option's exact text before a letter
+    # an option's exact text goes before a letter
+    ("B", "e", ("pi", "e", "1", "0", "2"), Y), ("E", "e", ("pi", "e", "1", "0", "2"), N),
+    ("B", "B 58", OPTIONS, Y), ("B", "B 57", OPTIONS, N), ("C", "C. A", ("x", "y", "A"), Y),
+    ("C", "C. B", ("x", "y", "A"), N),
     ("A", "B", ("2", "2", "3"), Y), ("A", "C", ("2", "2", "3"), N),  # equal options are one
     ("A", "0.5", (r"$\frac{1}{2}$", "$2$"), Y), ("A", "2", (r"$\frac{1}{2}$", "$2$"), N),
     ("A", r"\frac{\sqrt{2}}{2}", (r"$\frac{1}{\sqrt{2}}$", "$2$"), Y),
@@ -146,7 +149,7 @@ def test_multiple_choice(verifier, gold, answer, choices, right):
 
 def test_letters_are_settled_without_math_verify():
     for gold, answer, choices, right in CHOICE_CASES:
-        if not (answer and re.search("sqrt|,", answer)):  # these are expressions
+        if not (answer and re.search("sqrt|,|B 57", answer)):  # these are expressions
             assert decide(gold, answer, choices) is right, (gold, answer, choices)
 
 
@@ -163,7 +166,8 @@ MATH_CASES = [
     ("2", "-2", N), ("-2", "2", N), ("-2", "-2", Y), ("-2", "−2", Y), ("-2", r"\boxed{-2}", Y),
     ("-0.5", r"-\frac{1}{2}", Y), ("2", "12", N), ("2", "22", N), ("2", "2 2", N), ("0", "-0", Y),
     ("0.5", ".5", Y), ("0.5", "1/2", Y), (r"\frac{3}{4}", r"\dfrac34", Y), ("3/4", "0.75", Y),
-    ("1/3", "0.333", N), ("1/3", "0.333333", Y), (r"\pi", "3.14", N), ("1e-8", "2e-8", N),
+    ("1/3", "0.333", N), ("1/3", "0.333333", Y), (r"\pi", "3.14", N),
+    ("0.00000001", "0.00000002", N),
     ("1000", "1,000", Y), ("1000", "1 000", Y), ("1000", "1{,}000", Y), ("1,000", "1000", Y),
     ("1,000", "1", N), ("100", "1e2", Y), (r"3\times10^8", "3e8", Y), ("5", r"\text{5}", Y),
     ("1.75", r"1\frac{3}{4}", Y), ("1.75", "1 3/4", Y), ("3", "three", Y), ("three", "3", Y),
@@ -211,6 +215,7 @@ def test_plain_comparisons_never_reach_a_worker(gold, answer):
 def test_expressions_reach_a_worker_whole_gold_first():
     assert decide(r"2\sqrt{3}", r"\boxed{\sqrt{12}}") == (r"$2\sqrt{3}$", r"$\sqrt{12}$")
     assert decide(r"2\sqrt{3}", "x" * 2001 + "+1") is False
+    assert decide(r"2\sqrt{3}", r"\sqrt{12}}") is False  # braces that do not match
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ model.config model.layers model.attention model.vision model.text model.qwen2_5_
 sharding prompts
 data.images data.records data.vision_arrays data.batching data.processing data.encoders
 data.quarantine data.stream data.loader
-sampling.logits sampling.sampler
+sampling.logits sampling.slots sampling.sampler
 grading.template grading.answers grading.worker grading.verifier grading.grade
-rewards losses optim steps
-checkpoint metrics runtime setup
-evaluate train_sft train_grpo
+rewards losses optim grpo state steps
+checkpoint metrics runtime setup rollout
+evaluate session groups train_sft train_grpo
 """.split()
 
 # Folder or module -> third-party packages that may appear there.

@@ -424,6 +424,9 @@ def test_too_many_bad_records_stop_the_run(tmp_path):
     ):
         list(loader)
     assert loader.seen >= 100  # one bad record at the start is no reason to stop
+    early = _loader(Numbers(1000, bad=tuple(range(20))), shuffle=False, max_bad_share=0.05)
+    with pytest.raises(RunError, match="20 of 100 records are bad"):
+        _take(early, 100)
     with pytest.raises(StopIteration):
         next(loader)
 

@@ -41,7 +41,7 @@ CONVERSATIONS = [
             SAID,
         ],
     },
-    {"messages": [user(text("the picture"), image("a.png")), {**SAID, "content": "12"}]},
+    {"messages": [user(text("the picture"), image("a.png"))]},  # nobody has answered
 ]
 
 

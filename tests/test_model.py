@@ -8,155 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
-from srpo_jax.data.vision_arrays import (
-    VisionGeometry,
-    mrope_positions,
-    stack_rows,
-    vision_arrays,
+from model_helpers import (
+    CFG,
+    Sample,
+    W,
+    assert_same_gradients,
+    close,
+    encode,
+    forward,
+    make_batch,
+    make_images,
+    make_rows,
+    make_sample,
+    random_params,
+    replace,
+    text_hidden,
 )
+
 from srpo_jax.model import qwen2_5_vl
 from srpo_jax.model.attention import attention
-from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
-from srpo_jax.model.layers import text_mrope, vision_rope
+from srpo_jax.model.layers import text_mrope
 from srpo_jax.model.qwen2_5_vl import abstract_params, bind, init_params
-from srpo_jax.model.vision import full_block_pattern, window_attention
 from srpo_jax.sharding import batch_sharding, make_mesh, param_specs
-from srpo_jax.structs import Batch
-
-# Sizes that nothing divides by accident: 3 vision heads, 5 query heads on 1 key/value head.
-CFG = ModelConfig(
-    vision=VisionConfig(
-        depth=4,
-        hidden_size=24,
-        intermediate_size=20,
-        num_heads=3,
-        out_hidden_size=40,
-        patch_size=2,
-        window_size=8,
-        fullatt_block_indexes=(1, 3),
-        tokens_per_second=2,
-    ),
-    text=TextConfig(
-        vocab_size=120,
-        hidden_size=40,
-        intermediate_size=36,
-        num_hidden_layers=3,
-        num_attention_heads=5,
-        num_key_value_heads=1,
-        mrope_section=(1, 1, 2),
-        rms_norm_eps=1e-6,
-    ),
-    image_token_id=110,
-    video_token_id=111,
-)
-GEOMETRY = VisionGeometry(patch_size=2, window_size=8)  # windows of 4 x 4 patches
-W = CFG.vision.window_slots
-
-
-@functools.cache
-def random_params(cfg, seed=0):
-    """Parameters in which every bias and scale matters, drawn by numpy (jax compiles for long)."""
-    rng = np.random.default_rng(seed)
-    params = {}
-    for path, leaf in abstract_params(cfg).items():
-        kind = path.rsplit("/", 1)[1]
-        spread = {"kernel": 0.15, "bias": 0.3, "scale": 0.3, "embedding": 1.0}[kind]
-        values = (kind == "scale") + spread * rng.standard_normal(leaf.shape)
-        params[path] = jnp.asarray(values, leaf.dtype)
-    return params
-
-
-def replace(cfg, vision=None, text=None, **top):
-    """``cfg`` with changed fields of its halves and of its top."""
-    return dataclasses.replace(
-        cfg,
-        vision=dataclasses.replace(cfg.vision, **(vision or {})),
-        text=dataclasses.replace(cfg.text, **(text or {})),
-        **top,
-    )
-
-
-def make_images(seed, *grids):
-    """VisionArrays of random pixels for the grids (frames, rows, columns) of one sequence."""
-    pixels = np.random.default_rng(seed).standard_normal(
-        (sum(t * h * w for t, h, w in grids), CFG.vision.patch_dim)
-    )
-    return vision_arrays(pixels.astype(np.float32), grids, GEOMETRY)
-
-
-def make_rows(*rows, patches):
-    """VisionInputs on device; each row is a list of VisionArrays."""
-    return jax.tree.map(jnp.asarray, stack_rows(rows, patches, GEOMETRY))
-
-
-@dataclasses.dataclass
-class Sample:
-    """One sequence: tokens with image placeholders, its positions and its images."""
-
-    ids: np.ndarray
-    mrope: np.ndarray
-    next_pos: int
-    images: object | None
-
-
-def make_sample(seed, length, *grids):
-    """``length`` random text tokens around the placeholders of the images, which come second."""
-    ids = np.random.default_rng(seed + 100).integers(0, 100, length).tolist()
-    for t, h, w in reversed(grids):
-        ids[1:1] = [CFG.image_token_id] * (t * h * w // 4) + [1]
-    mrope, next_pos = mrope_positions(
-        ids, grids, image_token_id=CFG.image_token_id, video_token_id=CFG.video_token_id
-    )
-    return Sample(np.array(ids), mrope, next_pos, make_images(seed, *grids) if grids else None)
-
-
-def make_batch(samples, length, per_row=1, patches=2 * W):
-    """Samples right-padded to ``length`` with padding that would show if it were ever seen."""
-    B = len(samples)
-    batch = Batch(
-        tokens=np.full((B, length), 99, np.int32),
-        segment_ids=np.zeros((B, length), np.int32),
-        mrope=np.full((B, 3, length), 7, np.int32),
-        vision_src=np.full((B, length), -1, np.int32),
-        lengths=np.array([len(s.ids) for s in samples], np.int32),
-        next_pos=np.array([s.next_pos for s in samples], np.int32),
-        loss_mask=np.zeros((B, length), np.float32),
-        valid=np.ones(B, bool),
-    )
-    rows = [[] for _ in range(B // per_row)]
-    for b, s in enumerate(samples):
-        n, row = len(s.ids), rows[b // per_row]
-        batch.tokens[b, :n], batch.segment_ids[b, :n], batch.mrope[b, :, :n] = s.ids, 1, s.mrope
-        is_image = s.ids == CFG.image_token_id
-        offset = sum(a.num_merged for a in row)
-        batch.vision_src[b, :n] = np.where(is_image, offset + np.cumsum(is_image) - 1, -1)
-        if s.images is not None:
-            row.append(s.images)
-    return jax.tree.map(jnp.asarray, batch.replace(vision=stack_rows(rows, patches, GEOMETRY)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def encode(cfg, params, vision):
-    """Images -> features in raster order."""
-    return bind(cfg, params).encode_images(vision)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def text_hidden(cfg, params, batch, features=None):
-    """Whole sequences -> hidden states."""
-    args = (batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features)
-    return bind(cfg, params).hidden(*args)
-
-
-def forward(cfg, params, batch):
-    """Images and whole sequences -> hidden states."""
-    return text_hidden(cfg, params, batch, encode(cfg, params, batch.vision))
-
-
-def close(a, b, atol=1e-5):
-    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=atol)
-
 
 # --- what a token may see ----------------------------------------------------------------------
 
@@ -205,35 +78,6 @@ def test_content_of_other_segments_and_padding_never_changes_a_result():
     np.testing.assert_array_equal(before[0, :n], after[0, :n])
     assert not np.array_equal(before[0, n : n + 5], after[0, n : n + 5])
     assert not np.array_equal(before[1, :9], after[1, :9])
-
-
-def test_pixels_of_other_frames_and_padding_never_change_a_frame():
-    arrays = make_images(2, (1, 4, 6), (2, 6, 2))  # an image, a video of two frames
-    vision = make_rows([arrays], [], patches=6 * W)
-    before = encode(CFG, random_params(CFG), vision)
-    noise = jax.random.normal(jax.random.key(1), vision.patches.shape)
-    frames = np.asarray(vision.frame_id)
-    frame_of_token = frames.reshape(2, -1, 4)[..., 0][0][np.asarray(vision.merge_src[0])]
-    frame_of_token = frame_of_token[: arrays.num_merged]
-    assert sorted(set(frame_of_token.tolist())) == [0, 1, 2]
-    for frame in (-1, 0, 1, 2):
-        patches = jnp.where((frames == frame)[..., None], noise, vision.patches)
-        after = encode(CFG, random_params(CFG), vision.replace(patches=patches))
-        changed = np.any(np.asarray(before != after), axis=-1)[0, : arrays.num_merged]
-        np.testing.assert_array_equal(changed, frame_of_token == frame)
-    assert encode._cache_size() == 1, "other content must not compile anew"
-
-
-def test_fully_padded_windows_give_finite_values_and_gradients():
-    vision = make_rows([make_images(3, (1, 2, 2))], patches=3 * W)
-
-    def loss(params):
-        features = bind(CFG, params).encode_images(vision)
-        return jnp.sum(features[:, :1]), features
-
-    grads, features = jax.jit(jax.grad(loss, has_aux=True))(random_params(CFG))
-    assert np.isfinite(features).all()
-    assert all(np.isfinite(g).all() for g in grads.values())
 
 
 # --- packed, padded, alone ---------------------------------------------------------------------
@@ -398,61 +242,6 @@ def test_shared_prompt_equals_whole_sequences_with_gradients():
 # --- windows, patterns, scans ------------------------------------------------------------------
 
 
-def test_windows_by_reshape_equal_a_dense_window_mask():
-    vision = make_rows(
-        [make_images(12, (1, 6, 10), (1, 2, 2))], [make_images(13, (1, 4, 4))], patches=8 * W
-    )
-    q, k, v = jax.random.normal(jax.random.key(3), (3, 2, 8 * W, 3, 8))
-    window_id = jnp.broadcast_to(jnp.arange(8 * W)[None] // W, (2, 8 * W))
-    valid = vision.window_valid.reshape(2, 8 * W)
-    segments = jnp.where(valid, window_id, -1)
-
-    def by_reshape(q, k, v):
-        out = jnp.where(valid[..., None, None], window_attention(q, k, v, vision), 0)
-        return jnp.sum(jnp.sin(out)), out
-
-    def by_mask(q, k, v):
-        out = attention(
-            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, causal=False, impl="xla"
-        )
-        out = jnp.where(valid[..., None, None], out, 0)
-        return jnp.sum(jnp.sin(out)), out
-
-    grads = functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
-    results = [jax.jit(grads(f))(q, k, v) for f in (by_reshape, by_mask)]
-    for ours, dense in zip(*map(jax.tree.leaves, results), strict=True):
-        close(ours, dense, 2e-6)
-
-
-def test_pattern_of_full_blocks_is_the_shortest_that_repeats():
-    assert full_block_pattern(32, (7, 15, 23, 31)) == (False,) * 7 + (True,)
-    assert full_block_pattern(4, (1, 3)) == (False, True)
-    assert full_block_pattern(4, (0, 1, 3)) == (True, True, False, True)
-    assert full_block_pattern(3, ()) == (False,)
-    assert full_block_pattern(3, (0, 1, 2)) == (True,)
-
-
-@pytest.mark.parametrize("full", [(1, 3), (0, 1, 3), ()])
-def test_scanned_blocks_equal_a_loop_over_blocks(full):
-    cfg = replace(CFG, vision=dict(fullatt_block_indexes=full))
-    vision = make_rows([make_images(14, (1, 6, 10))], patches=7 * W)
-    model = bind(cfg, random_params(cfg))
-    _, blocks = jax.jit(lambda v: model.encode_images(v, return_blocks=True))(vision)
-
-    @jax.jit
-    def loop(vision):
-        rope = vision_rope(vision.patch_hw, cfg.vision.head_dim, cfg.vision.rope_theta)
-        x, outputs = model.vision.patch_embed(vision.patches), []
-        for i in range(cfg.vision.depth):
-            block = jax.tree.map(lambda p, i=i: p[i], model.vision.blocks)
-            x = block(x, rope, vision, i in full, "xla")
-            outputs.append(x)
-        return jnp.stack(outputs)
-
-    assert blocks.shape == (4, 1, 7 * W, 24)
-    close(blocks, loop(vision), 5e-6)
-
-
 def test_scanned_layers_equal_a_loop_over_layers():
     batch = make_batch([make_sample(15, 12)], 14)
 
@@ -488,29 +277,6 @@ def test_recomputing_layers_keeps_gradients(remat):
         return jnp.sum(text_hidden(cfg, random_params(CFG) | text, batch)[:, :9] ** 2)
 
     assert_same_gradients(loss, params, remat)
-
-
-@pytest.mark.parametrize("full", [(1, 3), (0, 3)])
-def test_recomputing_vision_groups_and_single_blocks_keeps_gradients(full):
-    """Groups where the pattern repeats, single blocks where it does not."""
-    cfg = replace(CFG, vision=dict(fullatt_block_indexes=full))
-    vision = make_rows([make_images(14, (1, 4, 6))], patches=2 * W)
-    params = {k: v for k, v in random_params(cfg).items() if k.startswith("vision/")}
-
-    def loss(tower, policy):
-        policy = dataclasses.replace(cfg, remat=policy)
-        return jnp.sum(encode(policy, random_params(cfg) | tower, vision)[:, :6] ** 2)
-
-    assert_same_gradients(loss, params, "block")
-
-
-def assert_same_gradients(loss, params, remat):
-    """With recomputation as without, and there is recomputation."""
-    jaxpr = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, remat))
-    assert "remat" in jaxpr or "checkpoint" in jaxpr
-    grads, plain = (jax.jit(jax.grad(loss), static_argnums=1)(params, r) for r in (remat, "none"))
-    for path in params:
-        close(grads[path], plain[path], 1e-5 * (1 + np.abs(plain[path]).max()))
 
 
 # --- dtypes, heads, devices --------------------------------------------------------------------
@@ -619,14 +385,6 @@ def test_mrope_takes_each_section_from_its_axis():
     angles = np.array([5 * 1, 6 / 2, 8 / 4, 8 / 8] * 2)
     close(cos[0, 0], np.cos(angles), 1e-6)
     close(sin[0, 0], np.sin(angles), 1e-6)
-
-
-def test_vision_rope_turns_rows_then_columns():
-    """Head width 8, theta 16: frequencies 1, 1/4 for rows and again for columns."""
-    cos, sin = vision_rope(jnp.asarray([[3, 8]]), 8, 16.0)
-    angles = np.array([3, 3 / 4, 8, 8 / 4] * 2)
-    close(cos[0], np.cos(angles), 1e-6)
-    close(sin[0], np.sin(angles), 1e-6)
 
 
 # --- parameters --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch: pip install -r requirements-test.txt")
 
 import hf_reference as ref  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from srpo_jax import sharding  # noqa: E402
@@ -169,6 +170,22 @@ def test_gradients_equal_torch_autograd(loaded, tmp_path):
         worst[path] = np.abs(have - want).max() / np.abs(want).max()
     path = max(worst, key=worst.get)
     assert worst[path] <= 1e-3, f"{path}: relative difference {worst[path]:.3g}"
+
+
+def test_transformers_loads_what_we_write_and_we_read_both_its_layouts(loaded, tmp_path):
+    model, cfg, params, _ = loaded
+    ref.save_model(model, tmp_path / "in")
+    hf.save_hf(params, cfg, tmp_path / "out", tmp_path / "in", max_shard_bytes=100_000)
+    again, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    wanted, found = model.state_dict(), again.state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    model.save_pretrained(tmp_path / "nested", save_original_format=False)
+    with safe_open(tmp_path / "nested" / "model.safetensors", framework="np") as file:
+        assert "model.language_model.norm.weight" in file.keys()
+    nested = hf.load_params(tmp_path / "nested", cfg)
+    assert all(np.array_equal(nested[path], params[path]) for path in params)
 
 
 def test_positions_equal_get_rope_index(loaded):

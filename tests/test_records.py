@@ -376,13 +376,10 @@ def test_unreadable_images_are_record_errors(tmp_path, path, reason):
     assert error.value.origin == "d.jsonl:4" and "\n" not in str(error.value)
 
 
-def test_the_reason_is_the_same_each_time():
-    reasons = set()
-    for _ in range(3):
-        with pytest.raises(RecordError) as error:
-            _pixels(b"not an image")
-        reasons.add(error.value.reason)
-    assert len(reasons) == 1
+def test_the_reason_holds_nothing_that_changes_between_runs():
+    with pytest.raises(RecordError) as error:
+        _pixels(b"not an image")
+    assert "0x" not in error.value.reason and "PNG" in error.value.reason
 
 
 def test_a_path_without_a_root_is_refused():

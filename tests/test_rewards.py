@@ -270,6 +270,16 @@ def test_verl_reads_the_first_and_last_box(verifier, name):
     assert score(verifier, text, "2", "verl_fixed").r_acc == accuracy
 
 
+def test_a_lone_box_stands_for_both_answers_of_verl(verifier):
+    found, details = grade_sequences(
+        [list(rb"\boxed{2}"), list(b"2")], token_text=BYTES, golds=["2", "2"],
+        choices=[(), ()], verifier=verifier, profile="verl_fixed",
+    )  # fmt: skip
+    assert found.has_first.tolist() == found.has_second.tolist() == [True, False]
+    assert found.first_tokens.tolist() == [0, 0]  # no blocks: no f_len
+    assert details[0]["first_answer"] == details[0]["final_answer"] == "2"
+
+
 def test_verl_format_ignores_white_space_around_brackets_and_slashes(verifier):
     spaced = respond().replace("</", " < / ").replace(">", " > ")
     assert score(verifier, spaced, "2", "verl_fixed").r_format == 0.25

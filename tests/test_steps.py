@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax import sharding, state, steps
+from srpo_jax import losses, sharding, state, steps
 from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, stack_rows, vision_arrays
 from srpo_jax.grpo import GrpoConfig
 from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
@@ -73,6 +75,8 @@ def params():
 @functools.cache
 def first_state(optimizer, freeze, mesh):
     own = jax.tree.map(jnp.copy, params())
+    if mesh is not None:
+        own = jax.device_put(own, sharding.param_specs(own, mesh))
     return state.init_state(CFG, optimizer, params=own, freeze=freeze, mesh=mesh)
 
 
@@ -583,6 +587,33 @@ def test_encode_and_logps_on_eight_devices():
     logp, _ = steps.make_logp_step(CFG, GRPO, mesh=mesh)(placed, batch, samples, feats)
     np.testing.assert_allclose(logp, old_logp(), atol=1e-5)
     assert logp.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
+
+
+def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
+    mesh = sharding.make_mesh(2, 2, 2)
+    rows = sharding.batch_sharding(mesh)
+    h_BTD, head_DV = jnp.ones((8, 32, 16)), jnp.ones((16, 64))
+    targets_BT = jnp.zeros((8, 32), jnp.int32)
+
+    def loss(h, head):
+        model = types.SimpleNamespace(head_kernel=lambda: head)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return steps._token_logps(model, h, targets_BT, chunk=8)[0].sum()
+
+    head_layout = sharding.param_specs({"text/lm_head/kernel": head_DV}, mesh)
+    layouts = (rows, head_layout["text/lm_head/kernel"])
+    grads = jax.jit(jax.grad(loss, (0, 1)), in_shardings=layouts, out_shardings=layouts)
+    program = grads.lower(h_BTD, head_DV).compile().as_text()
+    computation, inside = "", []
+    for line in program.splitlines():
+        computation = line if line.endswith("{") else computation
+        found = re.search(r"= f32\[([\d,]+)\]\S* (all-reduce|reduce-scatter)\(", line)
+        if found and not computation.startswith("ENTRY"):
+            inside.append(np.prod([int(n) for n in found[1].split(",")]))
+    assert inside  # partial sums over the divided vocabulary are in the loop
+    assert max(inside) < head_DV.size // 2  # the gradient of a device's half of the head is not
+    want = jax.grad(lambda head: losses.token_logps(h_BTD, targets_BT, head)[0].sum())(head_DV)
+    np.testing.assert_allclose(grads(h_BTD, head_DV)[1], want, rtol=1e-5)
 
 
 def test_a_random_state_is_made_in_its_shards():

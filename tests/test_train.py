@@ -18,7 +18,6 @@ from srpo_jax.metrics import read_rows
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
 from srpo_jax.runtime import RunError
-from srpo_jax.structs import Verdict
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,30 +35,6 @@ def paths(tmp_path_factory):
     yield helpers.world(folder) | {"cache": str(folder / "cache")}
     jax.config.update("jax_compilation_cache_dir", before[0])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-
-
-def fake_grade(completions_PGR, completion_mask_PGR, *, golds, **_):
-    """Verdicts that depend on the sampled tokens: random weights earn no real reward."""
-    ids = np.where(completion_mask_PGR, completions_PGR, 0).astype(np.int64)
-    number = (ids * np.arange(1, ids.shape[-1] + 1)).sum(-1)
-    bits = [(number >> k) % 2 == 1 for k in range(6)]
-    length = completion_mask_PGR.sum(-1).astype(np.int32)
-    verdict = Verdict(
-        first_correct=bits[0],
-        final_correct=bits[1],
-        has_first=np.ones_like(bits[0]),
-        has_second=np.ones_like(bits[0]),
-        format_ok=bits[2],
-        reflection_ok=bits[3],
-        first_tokens=np.maximum(length // 2, 1),
-        total_tokens=length,
-        block_tokens=np.zeros((*length.shape, 5), np.int32),
-    )
-    empty = dict.fromkeys(("first_think", "first_answer", "reflection"))
-    spans = empty | dict.fromkeys(("second_think", "second_answer"))
-    detail = {"spans": spans, "first_answer": None, "final_answer": None}
-    texts = [" ".join(map(str, row)) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
-    return verdict, [{"text": text, **detail} for text in texts]
 
 
 def interrupt(monkeypatch, step: int, how):
@@ -111,18 +86,20 @@ def numbers(workdir, names) -> list[tuple]:
 def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
     paths, tmp_path, monkeypatch, capsys
 ):
+    seen = set()
+
     def config(**changes):
         one = helpers.sft_config(paths, steps=5, **MESH)
         one.compilation_cache_dir = paths["cache"]
         one.optim.lr = 1e-2
         one.update(changes)
-        return one
+        return helpers.Recorder(one, seen)
 
     whole = train_sft.train(config(export_hf_dir=str(tmp_path / "hf")), tmp_path / "whole")
     assert whole["finished"] and whole["step"] == 5 and np.isfinite(whole["loss"])
 
     # The interrupted run also evaluates, on other steps than it saves: that must change nothing.
-    broken = config(eval={"file": paths["held_out"], "every": 3})
+    broken = config(eval={"file": paths["held_out"], "every": 3, "at_start": True})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 4, crash)
         train_sft.train(broken, tmp_path / "broken")
@@ -139,6 +116,8 @@ def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
     assert numbers(tmp_path / "whole", names) == numbers(tmp_path / "broken", names)
     assert len({row[1] for row in numbers(tmp_path / "whole", names)}) == 5
 
+    assert broken.unread() == {"epochs"}  # steps are given
+
     # The export is the final state, in HF form.
     exported = hf.load_params(tmp_path / "hf", load_config(tmp_path / "hf"))
     params = checkpoint.load_params(tmp_path / "whole")
@@ -151,7 +130,8 @@ def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
 def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference(
     paths, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(rollout, "grade", fake_grade)
+    monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
+    seen = set()
 
     def config():
         one = helpers.grpo_config(paths, steps=4, **MESH)
@@ -163,7 +143,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         one.filter.resample = True
         one.filter.low, one.filter.high = 0.2, 0.8
         one.checkpoint.every = 2
-        return one
+        return helpers.Recorder(one, seen)
 
     whole = train_grpo.train(config(), tmp_path / "whole")
     assert whole["finished"] and whole["kl"] > 0 and whole["updates"] == 2
@@ -173,7 +153,10 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     with monkeypatch.context() as patch:
         interrupt(patch, 3, terminate)
         assert train_grpo.train(config(), tmp_path / "broken")["step"] == 3
-    train_grpo.train(config(), tmp_path / "broken")
+    last = config()
+    last.eval.file = paths["held_out"]
+    train_grpo.train(last, tmp_path / "broken")
+    assert last.unread() == set()
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
     names = ("loss", "kl", "reward/mean", "filter/pending_groups", "filter/rounds")
@@ -189,7 +172,7 @@ def test_sigterm_from_outside_ends_with_exit_code_0_and_the_command_goes_on(path
         *(sys.executable, "-m", "srpo_jax.train_sft", "--config=configs/sft.py:size=tiny"),
         *(f"--workdir={tmp_path / 'run'}", f"--config.hf_dir={paths['hf_dir']}"),
         *(f"--config.data.train={paths['train']}", "--config.steps=60"),
-        *("--config.data.patch_budgets=(64,)", "--config.data.tokens=512"),
+        *("--config.data.patch_budgets=(256,)", "--config.data.tokens=256"),
         *("--config.max_pixels=3136", "--config.data.global_batch_size=4"),
         *("--config.data.workers=0", "--config.log.tensorboard=False"),
         *("--config.data.prompts_per_row=4", "--config.checkpoint.every=1000"),
@@ -228,7 +211,7 @@ def test_sigterm_from_outside_ends_with_exit_code_0_and_the_command_goes_on(path
 def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
     paths, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(rollout, "grade", fake_grade)
+    monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
     config = helpers.grpo_config(paths, steps=2, **MESH)
     config.compilation_cache_dir = paths["cache"]
     config.sampling.group_size = 3
@@ -271,15 +254,17 @@ def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
 
 
 def test_evaluation_goes_on_where_it_was_stopped(paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout, "grade", fake_grade)
+    monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
+    seen = set()
 
     def config():
         one = helpers.evaluation_config(paths, **MESH)
         one.compilation_cache_dir = paths["cache"]
         one.eval.samples, one.eval.temperature = 2, 1.0
-        return one
+        return helpers.Recorder(one, seen)
 
     whole = evaluate.evaluate(config(), tmp_path / "whole")
+    assert config().unread() == set()
     assert whole["records"] == 6 and whole["samples"] == 12 and whole["skipped_records"] == 0
     low, high = whole["interval"]["acc@2"]
     assert 0 <= low <= whole["acc@2"] <= high <= 1
@@ -322,22 +307,29 @@ def test_evaluation_goes_on_where_it_was_stopped(paths, tmp_path, monkeypatch):
 def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp_path, monkeypatch):
     to_global, calls = train_sft.sharding.to_global, []
 
-    def shorter_in_step_3(batch, mesh):
+    def wider_in_step_3(batch, mesh):
         calls.append(1)
         if len(calls) == 3:
-            cut = {k: getattr(batch, k)[..., :-8] for k in ("tokens", "segment_ids", "mrope")}
-            cut |= {k: getattr(batch, k)[..., :-8] for k in ("vision_src", "loss_mask")}
-            batch = batch.replace(**cut)
+            batch = batch.replace(tokens=np.pad(batch.tokens, ((0, 0), (0, 8))))
         return to_global(batch, mesh)
 
-    monkeypatch.setattr(train_sft.sharding, "to_global", shorter_in_step_3)
-    config = helpers.sft_config(paths, steps=5, **MESH)
-    config.compilation_cache_dir = paths["cache"]
+    def make_fake_step(*_, **__):
+        def sft_step(state, batch, features):
+            return state, {"loss": batch.tokens.sum()}
+
+        return jax.jit(sft_step)
+
+    monkeypatch.setattr(train_sft.sharding, "to_global", wider_in_step_3)
+    monkeypatch.setattr(train_sft, "make_sft_step", make_fake_step)
     with pytest.raises(RunError) as error:
-        train_sft.train(config, tmp_path)
+        train_sft.train(helpers.sft_config(paths, steps=5, **MESH), tmp_path / "guarded")
     message = str(error.value)
     assert "recompiled after warm-up" in message and "sft_step" in message
-    assert "tokens int32[8, 504]" in message and "tokens [8, 512]" in message
+    assert "tokens int32[8, 264]" in message and "tokens [8, 256]" in message
+    calls.clear()
+    unguarded = helpers.sft_config(paths, steps=5, **MESH)
+    unguarded.compile_guard = False
+    assert train_sft.train(unguarded, tmp_path / "unguarded")["finished"]
 
 
 @pytest.mark.parametrize(
@@ -350,8 +342,8 @@ def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp
             {"data.global_batch_size": 6},
             r"data.global_batch_size=6 must be a multiple of data shards x prompts_per_row = 4 x 1",
         ),
-        ({"data.prompt_tokens": 100}, r"tokens and 64 patches, the budgets are 100 tokens"),
-        ({"data.patch_budgets": ()}, "the budgets are 448 tokens and 0 patches"),
+        ({"data.prompt_tokens": 20}, r"tokens and 64 patches, the budgets are 20 tokens"),
+        ({"data.patch_budgets": ()}, "the budgets are 64 tokens and 0 patches"),
         ({"grpo.updates_per_rollout": 3}, "updates_per_rollout=3 must divide the 2 rows"),
         ({"sampling.group_size": 1}, "at least 2 samples"),
         ({"sampling.temperature": 0.0}, "temperature 0"),

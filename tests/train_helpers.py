@@ -4,20 +4,23 @@ import json
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs import eval as eval_config
 from configs import grpo, sft
-from srpo_jax.prompts import PLAIN_SYSTEM_PROMPT, SYSTEM_PROMPT
+from srpo_jax.runtime import flat_config
+from srpo_jax.structs import Verdict
 from tools.demo.tokenizer import SPECIAL_TOKENS, write_tokenizer
 from tools.make_hf import TOKEN_KEYS, make_config, write_random_hf
 
-VOCAB = 640  # enough merges that the system prompt takes some 350 tokens
+VOCAB = 320
+TEXTS = ["user assistant\nHow many dots are in picture", "<think>I guess There are </think>"]
 
 
 def make_hf_dir(folder: Path, seed: int = 0) -> Path:
-    """Random weights (width 16, 2 layers), a BPE tokenizer trained on the prompts themselves."""
+    """Random weights (width 16, 2 layers), a small tokenizer without system turns."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -26,7 +29,7 @@ def make_hf_dir(folder: Path, seed: int = 0) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([SYSTEM_PROMPT, PLAIN_SYSTEM_PROMPT] * 3, trainer)
+    tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ids = write_tokenizer(tokenizer, folder / "tokenizer")
     config = make_config(
@@ -84,11 +87,39 @@ def world(folder: Path) -> dict[str, str]:
     }
 
 
+class Recorder:
+    """A config that notes in ``seen`` which keys are read; writing goes to the config itself."""
+
+    def __init__(self, config, seen: set[str], prefix: str = ""):
+        vars(self).update(_config=config, _seen=seen, _prefix=prefix)
+
+    def __getattr__(self, name):
+        value = getattr(self._config, name)
+        if isinstance(value, ConfigDict):
+            return Recorder(value, self._seen, f"{self._prefix}{name}.")
+        if name in self._config:
+            self._seen.add(self._prefix + name)
+        return value
+
+    def __setattr__(self, name, value):
+        setattr(self._config, name, value)
+
+    def __getitem__(self, name):
+        return getattr(self, name)
+
+    def keys(self):
+        return self._config.keys()
+
+    def unread(self) -> set[str]:
+        """Dotted names of the keys that nobody has read."""
+        return set(flat_config(self._config.to_dict())) - self._seen
+
+
 def _small(config, paths):
     config.hf_dir = paths["hf_dir"]
     config.max_pixels = 56 * 56
     config.data.patch_budgets = (64,)
-    config.data.prompt_tokens = 448
+    config.data.prompt_tokens = 64
     config.eval.batch_size = 4
     config.eval.limit = 0
     return config
@@ -98,7 +129,7 @@ def sft_config(paths: dict[str, str], steps: int = 2, **mesh):
     """configs/sft.py:size=tiny,mode=debug on the small data."""
     config = _small(sft.get_config("size=tiny,mode=debug"), paths)
     config.data.train = paths["train"]
-    config.data.tokens = 512
+    config.data.tokens = 256
     config.steps = steps
     config.mesh.update(mesh)
     return config
@@ -119,3 +150,27 @@ def evaluation_config(paths: dict[str, str], **mesh):
     config.eval.file = paths["held_out"]
     config.mesh.update(mesh)
     return config
+
+
+def fake_grade(completions_PGR, completion_mask_PGR, *, golds, **_):
+    """Verdicts that depend on the sampled tokens: random weights earn no real reward."""
+    ids = np.where(completion_mask_PGR, completions_PGR, 0).astype(np.int64)
+    number = (ids * np.arange(1, ids.shape[-1] + 1)).sum(-1)
+    bits = [(number >> k) % 2 == 1 for k in range(6)]
+    length = completion_mask_PGR.sum(-1).astype(np.int32)
+    verdict = Verdict(
+        first_correct=bits[0],
+        final_correct=bits[1],
+        has_first=np.ones_like(bits[0]),
+        has_second=np.ones_like(bits[0]),
+        format_ok=bits[2],
+        reflection_ok=bits[3],
+        first_tokens=np.maximum(length // 2, 1),
+        total_tokens=length,
+        block_tokens=np.zeros((*length.shape, 5), np.int32),
+    )
+    empty = dict.fromkeys(("first_think", "first_answer", "reflection"))
+    spans = empty | dict.fromkeys(("second_think", "second_answer"))
+    detail = {"spans": spans, "first_answer": None, "final_answer": None}
+    texts = [" ".join(map(str, row)) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
+    return verdict, [{"text": text, **detail} for text in texts]

@@ -54,7 +54,9 @@ def main(args: argparse.Namespace) -> None:
         def encode(row: loading.Row) -> Encoded:
             messages = row.fields.get("messages")
             images = loading.load_images(messages, args, row.origin)
-            return model.processor.encode_conversation(messages, images, origin=row.origin)
+            return model.processor.encode_prompt(
+                messages, images, generation_prompt=False, origin=row.origin
+            )
 
         with cli.progress("conversations", len(left)) as advance:
             for start in range(0, len(left), args.batch_size):

@@ -78,6 +78,7 @@ class Loader:
         self._iterator, self._done = None, False
         self._position, self._waiting = 0, deque()
         self.seen, self.bad, self._bad_run = 0, 0, 0
+        self._last_error: RecordError | None = None
 
     # --- the stream of usable records ---
 
@@ -124,25 +125,28 @@ class Loader:
             error = self._fault(item)
             if error is None:
                 self._bad_run = 0
+            else:
+                self.bad += 1
+                self._bad_run += 1
+                self._last_error = error
+                self.quarantine.add(error, item.record.id if item.record else None)
+            self._check_share()
+            if error is None:
                 return item
-            self.bad += 1
-            self._bad_run += 1
-            self.quarantine.add(error, item.record.id if item.record else None)
-            self._check_share(error)
         return None
 
-    def _check_share(self, error: RecordError) -> None:
+    def _check_share(self) -> None:
         """RunError when too many records are bad, or all of them."""
         shard = -(-len(self._source) // self.config.process_count)
         enough = self.seen >= min(_MIN_SEEN, shard)
-        if self._bad_run < shard and not (
-            enough and self.bad > self.config.max_bad_share * self.seen
-        ):
+        too_many = enough and self.bad > self.config.max_bad_share * self.seen
+        if not too_many and self._bad_run < shard:
             return
         listed = f" (listed in {self.quarantine.path})" if self.quarantine.path else ""
+        last = f"; the last one: {self._last_error}" if self._last_error else ""
         raise RunError(
             f"{self.bad} of {self.seen} records are bad{listed}, more than the share of "
-            f"{self.config.max_bad_share:g} that max_bad_share allows; the last one: {error}"
+            f"{self.config.max_bad_share:g} that max_bad_share allows{last}"
         )
 
     # --- batches ---

@@ -190,17 +190,23 @@ class Processor:
         )
 
     def encode_prompt(
-        self, messages: Sequence[dict], images: Sequence[Image.Image] = (), *, origin: str = ""
+        self,
+        messages: Sequence[dict],
+        images: Sequence[Image.Image] = (),
+        *,
+        generation_prompt: bool = True,
+        origin: str = "",
     ) -> Encoded:
         """Messages in HF's form (image parts as {"type": "image"}) -> Encoded, ready to sample.
 
-        The generation prompt is appended; ids and image-token counts equal HF's processor's.
+        The generation prompt is appended (without it: a conversation as it stands, no loss); ids
+        and image-token counts equal HF's processor's.
         Raises RecordError for control tokens in the text, a wrong number of images, and images
         that cannot be resized.
         """
         check_messages(messages, origin)
         pixel_values, grid = self.images_to_arrays(images, origin)
-        text = self._expand(self._render(messages, True), grid, origin)
+        text = self._expand(self._render(messages, generation_prompt), grid, origin)
         token_ids = self._backend.encode(text, add_special_tokens=False).ids
         return encode_arrays(
             token_ids,

@@ -250,8 +250,7 @@ def _parse_example(data: bytes, origin: str) -> dict[str, Any]:
         values = list(getattr(feature, feature.WhichOneof("kind") or "bytes_list").value)
         if feature.WhichOneof("kind") == "bytes_list" and name not in ("images", "image"):
             values = [_decoded(v) for v in values]
-        many = name in ("images", "choices") or len(values) != 1
-        fields[name] = values if many else values[0]
+        fields[name] = values[0] if len(values) == 1 else values
     return fields
 
 

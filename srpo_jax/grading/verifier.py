@@ -291,7 +291,8 @@ def serve(fd: int, time_limit_s: float, memory_limit_mb: int) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)  # math-verify warns that its alarms are off
-    math_equal(r"$\frac{1}{2}$", "$0.5$")  # imports, and the parser's tables, before the clock runs
+    for pair in ((r"$\frac{1}{2}$", "$0.5$"), (r"$2\sqrt{3}$", r"$\sqrt{12}$")):
+        math_equal(*pair)  # imports, the parser's tables, sympy's caches: before the clock runs
     _limit_memory(memory_limit_mb)
     connection.send_bytes(_READY)
     while True:

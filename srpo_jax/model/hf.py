@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ from srpo_jax.model.hf_table import (
     Index,
     Progress,
     Row,
+    assign,
     hf_tensors,
 )
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.structs import Params
+
+READERS = 8  # layers of a parameter that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +71,17 @@ class HFLeaf:
         ranges = [range(n)[i] for n, i in zip(self.shape, index, strict=True)]
         out = np.empty([len(r) for r in ranges], self.dtype)
         if not self.row.stacked:
-            _assign(out, _read_layer(self.row, self.shape, self.layers[0], ranges))
+            assign(out, _read_layer(self.row, self.shape, self.layers[0], ranges))
             return out
-        for i, layer in enumerate(ranges[0]):
-            _assign(out[i], _read_layer(self.row, self.shape, self.layers[layer], ranges[1:]))
+
+        def read(i: int) -> None:
+            stored = self.layers[ranges[0][i]]
+            assign(out[i], _read_layer(self.row, self.shape, stored, ranges[1:]))
+
+        # Threads: numpy and safetensors let go of the interpreter while they copy.
+        with ThreadPoolExecutor(max(1, min(READERS, len(out)))) as pool:
+            list(pool.map(read, range(len(out))))
         return out
-
-
-def _assign(out: np.ndarray, value: np.ndarray) -> None:
-    """``out[...] = value`` with a cast where dtypes differ; numpy copies raw bits faster."""
-    if out.dtype == value.dtype == DTYPES["BF16"]:
-        out, value = out.view(np.uint16), value.view(np.uint16)
-    out[...] = value
 
 
 def _read_layer(

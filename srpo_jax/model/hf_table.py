@@ -17,6 +17,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
+TILE = 256  # side of the squares in which a weight is transposed; two of them fit into a cache
 BLOCK_BYTES = 64 << 20  # what is held of a tensor on its way through the host
 
 Index = tuple[slice, ...]  # a slice of a parameter
@@ -138,3 +139,22 @@ def hf_tensors(cfg: ModelConfig) -> list[Tensor]:
                 shape = row.hf_shape(shapes[row.path], cfg)
                 found.append(Tensor(row.hf_name(layer), row, layer, shape))
     return found
+
+
+def assign(out: np.ndarray, value: np.ndarray) -> None:
+    """``out[...] = value``, cast where dtypes differ; square by square where memory order differs.
+
+    Whole weights are transposed on their way: numpy alone would miss the cache at every element.
+    """
+    if out.dtype == value.dtype == DTYPES["BF16"]:
+        out, value = out.view(np.uint16), value.view(np.uint16)  # raw bits copy faster
+    last = out.ndim - 1
+    near = min(range(out.ndim), key=lambda i: (value.shape[i] == 1, value.strides[i]), default=last)
+    if near == last:
+        out[...] = value
+        return
+    for i in range(0, out.shape[near], TILE):
+        for j in range(0, out.shape[last], TILE):
+            at = [slice(None)] * out.ndim
+            at[near], at[last] = slice(i, i + TILE), slice(j, j + TILE)
+            out[tuple(at)] = value[tuple(at)]

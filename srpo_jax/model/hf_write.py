@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from srpo_jax.model.hf_table import BLOCK_BYTES, DTYPES, Index, Progress, Tensor
+from srpo_jax.model.hf_table import BLOCK_BYTES, DTYPES, Index, Progress, Tensor, assign
 
 INDEX_FILE = "model.safetensors.index.json"
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
@@ -65,7 +65,8 @@ def write_files(
             for tensor in tensors:
                 for block in _blocks(params[tensor.row.path], tensor):
                     if out:
-                        data = np.ascontiguousarray(block.astype(dtypes[tensor.row.path]))
+                        data = np.empty(block.shape, dtypes[tensor.row.path])
+                        assign(data, block)
                         out.write(data.reshape(-1).view(np.uint8))
                 done += sizes[tensor.name]
                 if progress:

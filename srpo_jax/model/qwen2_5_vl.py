@@ -36,7 +36,7 @@ class Qwen2_5_VL(nnx.Module):
         With ``return_blocks`` also the hidden states after each block, [L, M, N, width], in window
         order. Slots of padding hold finite values without meaning.
         """
-        features_MND, blocks_LMND = self.vision(vision)
+        features_MND, blocks_LMND = self.vision(vision, return_blocks)
         return (features_MND, blocks_LMND) if return_blocks else features_MND
 
     def hidden(

@@ -83,20 +83,24 @@ class VisionModel(nnx.Module):
         self.merger = PatchMerger(cfg, rngs=rngs)
         self.cfg = cfg
 
-    def __call__(self, vision: VisionInputs) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, vision: VisionInputs, keep_blocks: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
         """-> merged tokens in raster order [M, N/4, out_hidden], each block's output [L, M, N, D].
 
-        XLA drops the second where nothing reads it.
+        The second is None unless ``keep_blocks``.
         """
         config = self.cfg.vision
         rope = vision_rope(vision.patch_hw, config.head_dim, config.rope_theta)
         x = shard(self.patch_embed(vision.patches), "batch", None, None)
-        x, blocks_LMND = self._run_blocks(x, rope, vision)
+        x, blocks_LMND = self._run_blocks(x, rope, vision, keep_blocks)
         merged = self.merger(x)
         raster = jax.vmap(lambda row, source: row[source])(merged, vision.merge_src)
         return shard(raster, "batch", None, None), blocks_LMND
 
-    def _run_blocks(self, x_MND, rope, vision: VisionInputs) -> tuple[jax.Array, jax.Array]:
+    def _run_blocks(
+        self, x_MND, rope, vision: VisionInputs, keep: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Scans over the shortest repeating group of windowed and full blocks."""
         pattern = full_block_pattern(self.cfg.vision.depth, self.cfg.vision.fullatt_block_indexes)
         size, policy = len(pattern), self.cfg.remat
@@ -111,17 +115,17 @@ class VisionModel(nnx.Module):
 
                 def run_block(x, block, full=full):
                     x = block(x, rope, vision, full, self.cfg.attention)
-                    return x, x
+                    return x, x if keep else None
 
                 # A pattern that never repeats is one group: recompute it block by block instead.
                 x, out = jax.lax.scan(remat(run_block, policy if single else "none"), x, blocks)
                 outputs.append(out)
                 start = stop
-            return x, jnp.concatenate(outputs)
+            return x, jnp.concatenate(outputs) if keep else None
 
         body = run_group if single else remat(run_group, policy)
         x, blocks = jax.lax.scan(body, x_MND, groups)
-        return x, blocks.reshape(-1, *x_MND.shape)
+        return x, blocks.reshape(-1, *x_MND.shape) if keep else None
 
 
 def window_attention(q_MNHE, k_MNHE, v_MNHE, vision: VisionInputs) -> jax.Array:

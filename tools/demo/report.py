@@ -77,12 +77,14 @@ def gains(folders: dict[tuple[str, str], Path]) -> dict[str, dict[str, float]]:
     return out
 
 
-def table(seeds: Sequence[dict[str, Any]]) -> str:
+def table(seeds: Sequence[dict[str, Any]], split: str = "test") -> str:
     """Markdown: one table a decoding mode; mean over the seeds, and their spread with several."""
     parts = []
     for mode, words in MODES.items():
         head = ["", *COLUMNS, "tokens", "tokens per block"]
-        lines = [f"Final test, {words}:", "", _line(head), _line(["---"] * len(head))]
+        count = seeds[0]["rows"][mode]["SFT"]["samples"]
+        title = f"{count:,} {split} problems, {words}:"
+        lines = [title, "", _line(head), _line(["---"] * len(head))]
         for name in MODELS:
             rows = [seed["rows"][mode][name] for seed in seeds]
             cells = [_mean([row[key] for row in rows]) for key in COLUMNS.values()]
@@ -130,3 +132,40 @@ def verdict(seeds: Sequence[dict[str, Any]]) -> list[str]:
     if greedy < 0:
         broken.append(f"SRPO lost {-100 * greedy:.1f} points of final-answer accuracy at greedy")
     return broken
+
+
+def reading(seeds: Sequence[dict[str, Any]]) -> str:
+    """What the numbers show, what they do not, and what is so by construction."""
+
+    def gain(name: str) -> float:
+        return 100 * float(np.mean([s["gains"][name]["gain"] for s in seeds]))
+
+    def rate(mode: str, model: str, key: str) -> float:
+        return 100 * float(np.mean([s["rows"][mode][model][key] for s in seeds]))
+
+    apart = gain("SRPO - GRPO, final, sampled")
+    intervals = [s["gains"]["SRPO - GRPO, final, sampled"] for s in seeds]
+    clear = all(g["low"] > 0 for g in intervals) or all(g["high"] < 0 for g in intervals)
+    difference = "more than chance" if clear else "no more than chance"
+    lines = [
+        "How to read it (rates in percent; acc@1 first answer, acc@2 final answer; fix: wrong first "
+        "answers made right; harm: right ones made wrong; detect and false alarm: reflections that "
+        "say 'no' to a wrong and to a right first answer):",
+        "- By construction acc@2 is above acc@1: the first round is a guess without any reading "
+        "written down, the second computes from the readings. Half of the first attempts that SFT "
+        "imitates are wrong on purpose, which keeps its sampled acc@1 low.",
+        f"- Part of what RL gains at temperature 1 is sharpening: SFT has "
+        f"{rate('greedy', 'SFT', 'acc@2'):.1f} greedy and {rate('sampled', 'SFT', 'acc@2'):.1f} "
+        f"sampled, SRPO {rate('sampled', 'SRPO', 'acc@2'):.1f} sampled. What is new shows at "
+        f"greedy: {gain('SRPO - SFT, final, greedy'):+.1f} points.",
+        f"- The plain-GRPO control, paid for the final answer alone, ends within "
+        f"{abs(apart):.1f} points of SRPO on the final answer ({difference}): this task shows that "
+        "RL works, not that SRPO beats GRPO on the final answer.",
+        f"- What the reflection reward moves is the first answer: sampled "
+        f"{gain('SRPO - SFT, first, sampled'):+.1f} points under SRPO, "
+        f"{gain('GRPO - SFT, first, sampled'):+.1f} under GRPO.",
+        f"- Nothing pays for the reflection's verdict itself; after SRPO it says 'no' to "
+        f"{rate('sampled', 'SRPO', 'detect'):.0f} % of the wrong and "
+        f"{rate('sampled', 'SRPO', 'false_alarm'):.0f} % of the right first answers.",
+    ]
+    return "\n".join(lines)

@@ -173,7 +173,10 @@ def prepare(folder: Path, seed: int, plan: Plan, clock: Clock) -> None:
 
 def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> dict[str, Any]:
     """The whole way for one seed; the rows and gains that were measured."""
-    started = clock.seconds()
+    path, started = folder / f"results_{split}.json", clock.seconds()
+    if path.exists():
+        clock.say("done before")
+        return json.loads(path.read_text())
     prepare(folder, seed, plan, clock)
     run_stages([sft_stage(folder, seed, plan)], clock)
     run_stages([rl_stage(folder, seed, plan, name) for name in ("SRPO", "GRPO")], clock)
@@ -185,7 +188,7 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
     for name in report.MODELS:  # the two decoding modes side by side
         run_stages([stages[name, mode] for mode in report.MODES], clock)
     folders = {key: stage.workdir for key, stage in stages.items()}
-    return {
+    results = {
         "seed": seed,
         "seconds": round(clock.seconds() - started, 1),
         "rows": {
@@ -194,6 +197,9 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
         },
         "gains": report.gains(folders),
     }
+    with cli.atomic(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    return results
 
 
 def open_folder(out: Path, settings: dict[str, Any]) -> None:
@@ -229,7 +235,7 @@ def main(args: argparse.Namespace) -> int:
     results = {**settings, "split": split, "seeds": seeds}
     with cli.atomic(out / f"results_{split}.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{report.table(seeds)}\n\n{report.gain_lines(seeds)}\n\n{report.READING}")
+    print(f"\n{report.table(seeds, split)}\n\n{report.gain_lines(seeds)}\n\n{report.reading(seeds)}")
     clock.say(f"all in {out}; the trained model: {out / f'seed{args.seed}/srpo/hf'}")
     if args.quick:
         print("--quick: far too short to learn anything; the gain was not checked")

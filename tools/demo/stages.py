@@ -19,7 +19,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT_SECONDS = 10.0  # between two lines of progress
-SHOWN = ("loss", "reward", "acc@1", "acc@2", "fix")  # of a training row, where it has them
+SHOWN = {  # of a training row, where it has them
+    "loss": "loss",
+    "reward/mean": "reward",
+    "accuracy/first": "first",
+    "accuracy/final": "final",
+}
 
 
 @dataclass(frozen=True, eq=False)  # hashable although its overrides are not
@@ -152,17 +157,17 @@ def _tail(log: Path, lines: int = 12) -> str:
 def _progress(stage: Stage) -> str:
     """The last row of a training run, or the last line of an evaluation."""
     if not stage.steps:
-        lines = stage.log.read_text(errors="replace").strip().splitlines()
-        return f"{stage.name}: {lines[-1][:100] if lines else 'starting'}"
+        lines = [x for x in stage.log.read_text(errors="replace").splitlines() if "records" in x]
+        return f"{stage.name}: {lines[-1][:60] if lines else 'starting'}"
     rows = list(_train_rows(stage.workdir / "metrics.jsonl"))
     if not rows:
         return f"{stage.name}: starting (imports and compilation)"
-    row, back = rows[-1], rows[max(0, len(rows) - 20)]
+    row, back = rows[-1], rows[-20:][0]
     text = f"{stage.name} {row['step']}/{stage.steps}"
-    for key in SHOWN:
-        values = [r[key] for r in rows[-20:] if isinstance(r.get(key), float)]
-        if values:  # one step of this demo is small: the mean of the last 20 is steadier
-            text += f"  {key} {sum(values) / len(values):.3f}"
+    for key, word in SHOWN.items():
+        values = [r[key] for r in rows[-10:] if isinstance(r.get(key), float)]
+        if values:  # one step of this demo is small: the mean of the last ten is steadier
+            text += f"  {word} {sum(values) / len(values):.3f}"
     if row["step"] > back["step"]:
         pace = (row["time"] - back["time"]) / (row["step"] - back["step"])
         left = pace * (stage.steps - row["step"])

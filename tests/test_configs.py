@@ -1,0 +1,117 @@
+"""Configs: every size and mode instantiates, arguments are checked, the recipe's values stand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from train_helpers import Recorder
+
+from configs import common, grpo, sft
+from configs import eval as evaluation
+from srpo_jax.grpo import GrpoConfig
+from srpo_jax.model.config import size_config
+from srpo_jax.optim import OptimConfig, make_optimizer
+from srpo_jax.setup import optim_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {"sft": sft, "grpo": grpo, "eval": evaluation}
+
+
+@pytest.mark.parametrize("mode", common.MODES)
+@pytest.mark.parametrize("size", common.SIZES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_size_and_mode_gives_valid_settings(name, size, mode):
+    config = CONFIGS[name].get_config(f"size={size},mode={mode}")
+    assert config.size == size
+    if size != "tiny":
+        size_config(size, **config.model)  # raises for an unknown key or value
+        heads = size_config(size).text.num_attention_heads
+        assert heads % config.mesh.tensor == 0
+    if name != "eval":
+        make_optimizer(optim_config(config.optim), 100)
+    if name == "grpo":
+        section = {
+            k: v or None if k in ("dual_clip", "tis_cap") else v for k, v in config.grpo.items()
+        }
+        GrpoConfig(**section, micro_batches=16, length_cap=config.sampling.max_new_tokens)
+    # One image of the largest size, with every window padded, fits into some patch budget.
+    side = int(config.max_pixels**0.5) // 112 + 1
+    assert max(config.data.patch_budgets) >= side * side * 64
+    assert all(budget % 64 == 0 for budget in config.data.patch_budgets)
+    if mode == "debug" and name != "eval":
+        assert config.steps == 2 and config.data.global_batch_size <= 8
+
+
+def test_the_default_is_the_full_7b_recipe():
+    config = grpo.get_config()
+    assert config == grpo.get_config("size=7b,mode=full")
+    assert (config.data.global_batch_size, config.sampling.group_size) == (128, 8)
+    assert (config.data.prompt_tokens, config.sampling.max_new_tokens) == (1024, 2048)
+    assert (config.sampling.temperature, config.sampling.top_p) == (1.0, 1.0)
+    assert (config.min_pixels, config.max_pixels) == (3136, 501_760)
+    assert optim_config(config.optim) == OptimConfig(
+        lr=1e-6, warmup_ratio=0.03, final_fraction=0.1, b1=0.9, b2=0.95, weight_decay=0.0,
+        grad_clip=1.0,
+    )  # fmt: skip
+    assert (config.filter.low, config.filter.high) == (0.1, 0.9)
+    assert config.grpo.kl_coef == 0.0 and config.freeze == ("vision/",)
+    stage1 = sft.get_config()
+    assert (stage1.optim.lr, stage1.optim.warmup_ratio, stage1.epochs) == (1e-5, 0.1, 1)
+    assert stage1.data.global_batch_size == 16 and stage1.data.tokens == 4096
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("colour=red", "'colour=red': known are size=, mode="),
+        ("7b", "'7b': known are size=, mode="),
+        ("size=8b", "size is one of 7b, 3b, 32b, 72b, tiny"),
+        ("size=7b,mode=fast", "mode is one of full, debug"),
+    ],
+)
+def test_unknown_arguments_are_refused_with_what_is_known(arg, message):
+    for module in CONFIGS.values():
+        with pytest.raises(ValueError, match=message):
+            module.get_config(arg)
+
+
+def test_arguments_are_typed_by_their_defaults():
+    known = {"n": 3, "x": 0.5, "on": False, "name": ("a", "b")}
+    config = common.parse_arg("n=4,x=1e-3,on=True,name=b", **known)
+    assert (config.n, config.x, config.on, config.name) == (4, 1e-3, True, "b")
+    assert common.parse_arg("", **known).name == "a"
+    for wrong in ("n=half", "x=many", "on=yes", "name=c"):
+        with pytest.raises(ValueError, match=wrong.split("=")[0]):
+            common.parse_arg(wrong, **known)
+
+
+def test_unknown_keys_are_refused_on_the_command_line():
+    command = [sys.executable, "-m", "srpo_jax.train_sft", "--config=configs/sft.py:size=3b"]
+    done = subprocess.run(
+        [*command, "--workdir=/nowhere", "--config.optim.learning_rate=1"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0 and "learning_rate" in done.stderr
+
+
+def test_help_shows_an_example_and_a_wrong_setting_is_one_line():
+    command = [sys.executable, "-m", "srpo_jax.train_grpo"]
+    shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "--config=configs/grpo.py:size=7b --workdir=runs/rl" in shown and "--debug" in shown
+    done = subprocess.run(
+        [*command, "--config=configs/grpo.py:size=7b", "--workdir=/nowhere"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: hf_dir is empty")
+
+
+def test_recorder_finds_keys_that_nobody_reads():
+    config = common.base("7b")
+    seen = set()
+    recorder = Recorder(config, seen)
+    _ = recorder.hf_dir, dict(recorder.mesh), {**recorder.model}
+    assert "hf_dir" not in recorder.unread() and "mesh.fsdp" not in recorder.unread()
+    assert "model.remat" not in recorder.unread()
+    assert {"seed", "distributed.enabled"} <= recorder.unread()
