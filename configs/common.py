@@ -130,8 +130,14 @@ def add_sampling(config: ConfigDict) -> None:
 def add_grading(config: ConfigDict) -> None:
     """Worker processes that compare answers."""
     config.grading = ConfigDict()
-    config.grading.workers = 8  # processes; math-verify takes 5 to 80 ms a check
+    # math-verify takes 5 to 80 ms a check
+    config.grading.workers = 2 if config.size == "tiny" else 8
     config.grading.timeout = 5.0  # seconds a check may take before its worker is replaced
+
+
+def data_workers(size: str) -> int:
+    """Processes that read and encode records; 0: threads, which small images do not outgrow."""
+    return 0 if size == "tiny" else 4
 
 
 def shrink(config: ConfigDict) -> None:

@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.prompt_tokens = 1024  # budget, images included
     config.data.prompts_per_row = 4  # prompts whose images one data shard encodes at a time
     config.data.patch_budgets = tuple(config.data.prompts_per_row * n for n in (1024, 2048, 3584))
-    config.data.workers = 4
+    config.data.workers = common.data_workers(args.size)
     config.data.max_bad_share = 0.01
 
     if args.mode == "debug":

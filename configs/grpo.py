@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # patches (max_pixels / 14**2) plus the padding of its windows.
     config.data.patch_budgets = tuple(config.data.prompts_per_row * n for n in (1024, 2048, 3584))
     config.data.shuffle = True
-    config.data.workers = 4  # processes that read and encode
+    config.data.workers = common.data_workers(args.size)
     config.data.max_bad_share = 0.01  # more unreadable records than this stop the run
 
     common.add_sampling(config)

@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.prompt_tokens = 1024  # budget of a prompt in the evaluation
     config.data.patch_budgets = tuple(config.data.prompts_per_row * n for n in (1024, 2048))
     config.data.shuffle = True
-    config.data.workers = 4
+    config.data.workers = common.data_workers(args.size)
     config.data.max_bad_share = 0.01
 
     common.add_sampling(config)  # of the evaluation

@@ -29,13 +29,19 @@ from srpo_jax.structs import BLOCKS, Batch, Params, Rollout, Verdict
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """A batch of prompts with its completions: global arrays, and this process's records."""
+    """A batch of prompts with its completions: this process's part, and global arrays."""
 
     records: Sequence[Record]
     slots: np.ndarray  # [len(records)] which of this process's prompts record i is
-    batch: Batch
+    local: Batch  # host arrays
+    batch: Batch  # without pixels, unless the tower that reads them is trained
     features: jax.Array | None
     rollout: Rollout
+
+    @property
+    def bucket(self) -> str:
+        """The budgets of the batch, in words."""
+        return setup.bucket_of(self.local)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +87,11 @@ class Generator:
         token_text: TokenText,
         verifier: Verifier,
         profile: str,
+        *,
+        keep_pixels: bool = False,
     ):
+        """``keep_pixels`` leaves ``Sampled.batch.vision`` for an update that trains the tower."""
+        self._keep_pixels = keep_pixels
         self.parts, self.sampling = parts, sampling
         self._encode_step = encode_step
         self._token_text, self._verifier, self._profile = token_text, verifier, profile
@@ -102,18 +112,22 @@ class Generator:
     ) -> Sampled:
         """Encode the images of a batch and sample its group of completions."""
         local = loaded.arrays
-        batch = sharding.to_global(local, self.parts.mesh)
-        features, rows = None, None
-        if batch.vision is not None:
-            features = self._encode_step(params, batch.vision)
-        else:
-            rows = self.parts.shards
+        batch, features = self.encode(params, local)
         keys = setup.prompt_keys(loaded.records, loaded.slots, local.tokens.shape[0])
         keys = sharding.to_global(keys, self.parts.mesh)
+        rows = self.parts.shards if features is None else None
         rollout = self._sampler.generate(
             sampler_params, batch, features, keys, seed=seed, step=step, rows=rows
         )
-        return Sampled(loaded.records, loaded.slots, batch, features, rollout)
+        return Sampled(loaded.records, loaded.slots, local, batch, features, rollout)
+
+    def encode(self, params: Params, local: Batch) -> tuple[Batch, jax.Array | None]:
+        """This process's host arrays -> the global batch and the features of its images."""
+        batch = sharding.to_global(local, self.parts.mesh)
+        if batch.vision is None:
+            return batch, None
+        features = self._encode_step(params, batch.vision)
+        return (batch if self._keep_pixels else batch.replace(vision=None)), features
 
     def grade(self, sampled: Sampled) -> Graded:
         """Grade this process's completions on the host; fillers get a verdict of all wrong."""

@@ -67,6 +67,7 @@ class Session:
         self._config, self._parts, self.total_steps = config, parts, total_steps
         self._plain = json.loads(json.dumps(config.to_dict()))
         self._hash = config_hash(self._plain)
+        agree({"config": self._hash, "steps": total_steps})
         keep = config.checkpoint
         self._checkpoints = Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every)
         done = self._checkpoints.latest_step() == total_steps
@@ -216,7 +217,7 @@ class Session:
         """After the loop: wait for the checkpoint, export, say how it ended; the results."""
         self.writer.flush()
         self._checkpoints.wait()
-        done = self.step >= self.total_steps
+        done, best = self.step >= self.total_steps, self._checkpoints.best_step()
         if not done:
             self.writer.say(
                 f"stopped after step {self.step} of {self.total_steps}, saved; run the same "
@@ -225,8 +226,10 @@ class Session:
         elif self._export:
             setup.export(merge_params(state), self._parts, self._config)
             self.writer.say(f"exported to {self._config.export_hf_dir}")
+        if best is not None:
+            self.writer.say(f"best {BEST} {self._best:.4f}: {self._checkpoints.folder / str(best)}")
         row, _ = to_plain(self._last_row)
-        ending = {"step": self.step, "finished": done}
+        ending = {"step": self.step, "finished": done, "best_step": best}
         return row | ending | ({"eval": self._last_eval} if self._last_eval else {})
 
 

@@ -26,7 +26,7 @@ from srpo_jax.model import hf
 from srpo_jax.model.config import ModelConfig, load_config, size_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.optim import OptimConfig
-from srpo_jax.runtime import RunError, init_distributed, use_compilation_cache
+from srpo_jax.runtime import RunError, agree, init_distributed, use_compilation_cache
 from srpo_jax.structs import Batch, Params
 
 
@@ -174,6 +174,7 @@ def without_origins(source: Any, origins: frozenset[str]) -> list[int]:
 
 def open_loader(parts: Parts, source: Any, encode: Callable, **settings: Any) -> Loader:
     """`make_loader` for this mesh: which part of the data is this process's, pads, geometry."""
+    agree({"data": str(getattr(source, "fingerprint", len(source)))})
     index, count = data_place(parts.mesh)
     return make_loader(
         source,

@@ -190,8 +190,9 @@ class Stage:
         )
         self.token_text = make_token_text(parts)
         self.generator = Generator(
-            parts, sampling, self.encode_step, self.token_text, run.verifier, cfg.reward_profile
-        )
+            parts, sampling, self.encode_step, self.token_text, run.verifier, cfg.reward_profile,
+            keep_pixels=self.trains_vision,
+        )  # fmt: skip
         self.flops = make_flops(parts)
         self.reference = self.load_reference() if cfg.needs_reference else None
         self.pool = Pool()
@@ -229,7 +230,7 @@ class Stage:
             self.write_rollouts(rounds)
         with timers("update"):
             updates = jax.device_get(updates)
-        run.log(self.metrics(rounds, updates), **self.work(rounds, inputs[0]))
+        run.log(self.metrics(rounds, updates), **self.work(rounds))
         return state
 
     def sample_round(self, state: TrainState, *, with_logps: bool) -> Round:
@@ -294,7 +295,7 @@ class Stage:
         useful = setup.agree_any(by_shard.any(axis=(0, 2)))
         weight_P = sharding.to_global(weight, self.parts.mesh)
         done = []
-        with self.run.guard.step(f"update, {setup.bucket_of(sampled.batch)}"):
+        with self.run.guard.step(f"update, {sampled.bucket}"):
             for k in range(count):
                 if useful[k]:
                     indices = micro_indices(self.cfg, k) if count > 1 else None
@@ -326,13 +327,12 @@ class Stage:
             budget_index=setup.agree_maximum,
         )
         with self.run.guard.step(f"composing, {setup.bucket_of(taken.batch)}"):
-            batch, rollout, verdict, carried = sharding.to_global(
-                (taken.batch, taken.rollout, taken.verdict, taken.carried), parts.mesh
+            rollout, verdict, carried = sharding.to_global(
+                (taken.rollout, taken.verdict, taken.carried), parts.mesh
             )
-            features = None
-            if batch.vision is not None:
-                features = self.encode_step(merge_params(state), batch.vision)
-            sampled = Sampled((), np.zeros(0, np.int32), batch, features, rollout)
+            batch, features = self.generator.encode(merge_params(state), taken.batch)
+            nobody = np.zeros(0, np.int32)
+            sampled = Sampled((), nobody, taken.batch, batch, features, rollout)
             with self.run.timers("logp"):
                 old_logp, ref_logp = self.logps(state, sampled, old=True)
                 # Groups carried over from an earlier step have that step's policy as the old one.
@@ -364,12 +364,12 @@ class Stage:
             "filter/pending_groups": waiting,
         }
 
-    def work(self, rounds: list[Round], learned: Sampled) -> dict[str, float]:
+    def work(self, rounds: list[Round]) -> dict[str, float]:
         """Tokens and model FLOPs of a step, this process's part."""
         tokens = total = 0.0
         passes = (self.cfg.updates_per_rollout > 1) + (self.reference is not None)
         for one in rounds:
-            batch = setup.to_local(one.sampled.batch)
+            batch = one.sampled.local
             prompts = batch.lengths[batch.valid].astype(np.float64)
             lengths = one.graded.rollout.completion_mask.sum(-1)[batch.valid].astype(np.float64)
             once = self.flops.text(prompts) + self.flops.text(

@@ -219,13 +219,14 @@ def test_decode_attention_equals_attention_over_both_caches():
     P, G, S, R, H, K, E = 2, 3, 5, 4, 6, 2, 8
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     q = normal(P, G, H, E)
-    prompt = (normal(P, S, K, E), normal(P, S, K, E))
-    own = (normal(P, G, R, K, E), normal(P, G, R, K, E))
+    prompt = (normal(P, K, S, E), normal(P, K, S, E))
+    own = (normal(P, G, K, R, E), normal(P, G, K, R, E))
     prompt_visible = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
     own_visible = rng.random((P, G, R)) < 0.5
     out = decode_attention(q, prompt, own, jnp.asarray(prompt_visible), jnp.asarray(own_visible))
     for p, g in itertools.product(range(P), range(G)):
-        keys, values = (np.concatenate([a[p], b[p, g]]) for a, b in zip(prompt, own, strict=True))
+        both = (np.concatenate([a[p], b[p, g]], axis=1) for a, b in zip(prompt, own, strict=True))
+        keys, values = (x.swapaxes(0, 1) for x in both)
         visible = np.concatenate([prompt_visible[p], own_visible[p, g]])
         expected = naive(q[p, g][None, None], keys[None], values[None], [[1]], visible[None], False)
         np.testing.assert_allclose(out[p, g], expected[0, 0], atol=1e-6)

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "srpo_jax"
 # A module imports only what stands above it; names in one string share a level's order.
 ORDER = """
 structs
-model.config model.layers model.attention model.vision model.text model.qwen2_5_vl model.hf
+model.config model.layers model.attention model.vision model.text model.qwen2_5_vl
+model.hf_table model.hf_write model.hf
 sharding prompts
 data.images data.records data.vision_arrays data.batching data.processing data.encoders
 data.quarantine data.stream data.loader

@@ -27,7 +27,7 @@ from model_helpers import (
 
 from srpo_jax.model import qwen2_5_vl
 from srpo_jax.model.attention import attention
-from srpo_jax.model.layers import text_mrope
+from srpo_jax.model.layers import RMSNorm, SwiGLU, rotate, text_mrope
 from srpo_jax.model.qwen2_5_vl import abstract_params, bind, init_params
 from srpo_jax.sharding import batch_sharding, make_mesh, param_specs
 
@@ -182,7 +182,7 @@ def test_prefill_and_decode_on_a_ring_equal_one_full_forward():
     last, *prompt_cache = prefill(params, batch)
     close(jnp.broadcast_to(last[:, None], expected[:, :, 0].shape), expected[:, :, 0])
     text = CFG.text
-    shape = (text.num_hidden_layers, 3, G, R, text.num_key_value_heads, text.head_dim)
+    shape = (text.num_hidden_layers, 3, G, text.num_key_value_heads, R, text.head_dim)
     cache = (
         jnp.full(shape, 50.0, jnp.float32),
     ) * 2  # what columns not yet written hold must not matter
@@ -385,6 +385,24 @@ def test_mrope_takes_each_section_from_its_axis():
     angles = np.array([5 * 1, 6 / 2, 8 / 4, 8 / 8] * 2)
     close(cos[0, 0], np.cos(angles), 1e-6)
     close(sin[0, 0], np.sin(angles), 1e-6)
+
+
+def test_rotation_turns_pairs_half_a_head_apart():
+    """Pair 0 is (1, 0), turned by 90 degrees (0, 1); pair 1 is (0, 1), turned by 180 (0, -1)."""
+    x = jnp.asarray([1.0, 0, 0, 1]).reshape(1, 1, 1, 4)
+    angles = jnp.asarray([np.pi / 2, np.pi] * 2).reshape(1, 1, 4)
+    close(rotate(x, jnp.cos(angles), jnp.sin(angles)).ravel(), [0, 0, 1, -1], 1e-6)
+
+
+def test_norm_and_mlp_by_hand():
+    norm = RMSNorm(2, eps=0.5, dtype="float32", param_dtype="float32")
+    norm.scale[...] = jnp.asarray([1.0, 10])
+    close(norm(jnp.asarray([[1.0, 2]])), np.array([[1, 20]]) / np.sqrt(2.5 + 0.5), 1e-6)
+    mlp = SwiGLU(1, 1, bias=True, std=0.0, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    mlp.gate.kernel[...], mlp.up.kernel[...], mlp.down.kernel[...] = ([[2.0]], [[3.0]], [[5.0]])
+    mlp.down.bias[...] = jnp.asarray([7.0])
+    sigmoid = 1 / (1 + np.exp(-2.0))
+    close(mlp(jnp.asarray([[1.0]])), [[5 * (2 * sigmoid) * 3 + 7]], 1e-5)
 
 
 # --- parameters --------------------------------------------------------------------------------

@@ -498,8 +498,8 @@ def test_caches_have_the_compute_type_and_are_split_over_devices():
     args = sampler.abstract_args({}, prompts=8, prompt_tokens=S, rows=4, merged_tokens=None)
     prompts, slots = args["decode_segment"][1:]
     assert prompts.k.dtype == slots.v.dtype == jnp.bfloat16
-    assert slots.k.sharding.shard_shape(slots.k.shape) == (2, 2, 3, 8, 1, 8)
-    assert prompts.k.sharding.shard_shape(prompts.k.shape) == (2, 2, S, 1, 8)
+    assert slots.k.sharding.shard_shape(slots.k.shape) == (2, 2, 3, 1, 8, 8)
+    assert prompts.k.sharding.shard_shape(prompts.k.shape) == (2, 2, 1, S, 8)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from srpo_jax.model.config import load_config
 from tools import cli
 
 CHUNK_BYTES = 16 << 20  # of a stored chunk; a process that restores a shard reads whole chunks
-CHUNKS_AT_ONCE = 8
+CHUNKS_AT_ONCE = 4
 CACHE_BYTES = 256 << 20  # of decoded chunks while exporting
 INDEX_CACHE_BYTES = 64 << 20  # of the key-value store that holds them
 DTYPES = ("float32", "bfloat16", "float16")

@@ -10,6 +10,7 @@ where --max_new_tokens cut the sample off. A sample depends on seed, id and samp
 """
 
 import argparse
+import functools
 import itertools
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +22,11 @@ import numpy as np
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.processing import Encoded
 from srpo_jax.data.records import to_record
+from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
 from srpo_jax.sharding import to_global
-from srpo_jax.structs import Rollout
+from srpo_jax.structs import Params, Rollout, VisionInputs
 from tools import cli, loading
 
 
@@ -58,29 +60,26 @@ def make_sampler(model: loading.Model, args: argparse.Namespace) -> Sampler:
     return Sampler(model.cfg, sampling, model.mesh)
 
 
-class Generator:
-    """Samples batches of encoded prompts."""
+@functools.partial(jax.jit, static_argnums=0)
+def encode_images(cfg: ModelConfig, params: Params, vision: VisionInputs) -> jax.Array:
+    """Features [M, N/4, D] of the images of each row."""
+    return bind(cfg, params).encode_images(vision)
 
-    def __init__(self, model: loading.Model, sampler: Sampler, batch_size: int, seed: int):
-        self.model, self.sampler, self.seed = model, sampler, seed
-        self.size = -(-batch_size // model.shards) * model.shards
-        self._encode_images = jax.jit(
-            lambda params, vision: bind(model.cfg, params).encode_images(vision)
-        )
 
-    def __call__(self, samples: list[Encoded], ids: list[str]) -> Rollout:
-        """The samples of at most ``size`` prompts, on the host."""
-        model = self.model
-        batch, features = loading.make_batch(model, samples, self.size), None
-        if batch.vision is not None:
-            with jax.set_mesh(model.mesh):
-                features = self._encode_images(model.params, batch.vision)
-        keys = np.zeros(self.size, np.uint32)
-        keys[: len(ids)] = [zlib.crc32(name.encode()) for name in ids]
-        rollout = self.sampler.generate(
-            model.params, batch, features, to_global(keys, model.mesh), seed=self.seed, step=0
-        )
-        return jax.tree.map(np.asarray, rollout)
+def sample(
+    model: loading.Model, sampler: Sampler, samples: list[Encoded], ids: list[str], args: Any
+) -> Rollout:
+    """The samples of at most ``args.batch_size`` encoded prompts, on the host."""
+    batch, features = loading.make_batch(model, samples, args.batch_size), None
+    if batch.vision is not None:
+        with jax.set_mesh(model.mesh):
+            features = encode_images(model.cfg, model.params, batch.vision)
+    keys = np.zeros(batch.tokens.shape[0], np.uint32)
+    keys[: len(ids)] = [zlib.crc32(name.encode()) for name in ids]
+    rollout = sampler.generate(
+        model.params, batch, features, to_global(keys, model.mesh), seed=args.seed, step=0
+    )
+    return jax.tree.map(np.asarray, rollout)
 
 
 def output_rows(
@@ -112,9 +111,8 @@ def main(args: argparse.Namespace) -> None:
     left = [row for row in rows if row.id not in output.done]
     if left:
         model = loading.load_model(args)
-        generator = Generator(model, make_sampler(model, args), args.batch_size, args.seed)
-        size, processor = generator.size, model.processor
-        parts = [left[start : start + size] for start in range(0, len(left), size)]
+        sampler, processor = make_sampler(model, args), model.processor
+        parts = [left[i : i + args.batch_size] for i in range(0, len(left), args.batch_size)]
         progress = cli.progress("prompts", len(left))
         with ThreadPoolExecutor(1) as reader, progress as advance:
 
@@ -125,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
             upcoming = read(parts[0])
             for part, following in itertools.zip_longest(parts, parts[1:], fillvalue=[]):
                 samples, upcoming = upcoming.result(), read(following)
-                rollout = generator(samples, [row.id for row in part])
+                rollout = sample(model, sampler, samples, [row.id for row in part], args)
                 for p, row in enumerate(part):
                     lines = output_rows(row, rollout, p, processor.tokenizer, processor.eos_ids)
                     output.write(row.id, lines)

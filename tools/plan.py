@@ -7,24 +7,33 @@ Prints, for each program (vision encode, prefill, decode segment, log-probs, upd
 device and whether it fits. Exit code 0 only if everything compiles and fits.
 """
 
+import argparse
+import ast
 import dataclasses
+import functools
+import importlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave accelerators alone
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from srpo_jax import optim, sharding, steps
+from srpo_jax import optim, setup, sharding, steps
 from srpo_jax.grpo import GrpoConfig
-from srpo_jax.model.config import ModelConfig
+from srpo_jax.model.config import ModelConfig, size_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
-from srpo_jax.sampling.sampler import Sampler, SamplingConfig
+from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
 from srpo_jax.state import FREEZE_VISION, abstract_state, state_shardings
 from srpo_jax.structs import Batch, Rollout, Verdict, VisionInputs
-from tools.topologies import Topology, memory_gib
+from tools import cli
+from tools.topologies import Topology, describe, memory_gib
 
+SIZES = ("3b", "7b", "32b", "72b")
 # Share of a device's memory that a program may plan with; the rest is the run-time's own.
 USABLE = 0.92
 
@@ -125,15 +134,10 @@ def sft_programs(
 ) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
     """(name, function that lowers it) of every program of an SFT run."""
     transform = optim.make_optimizer(optimizer, 1000)
-    state, params = _train_inputs(model, transform, mesh, freeze)
+    state, _ = _train_inputs(model, transform, mesh, freeze)
     batch = abstract_batch(model, shapes, mesh, vision=True)
-    features = None
-    if any("vision/".startswith(f) or f.startswith("vision/") for f in freeze):
-        yield "encode", lambda: steps.make_encode_step(model, mesh=mesh).lower(params, batch.vision)
-        features = _features(model, shapes, mesh)
-        batch = batch.replace(vision=None)
     make = steps.make_sft_step(model, step, transform, freeze=freeze, mesh=mesh)
-    yield "sft_step", lambda: make.lower(state, batch, features)
+    yield "sft_step", lambda: make.lower(state, batch, None)
 
 
 def grpo_programs(
@@ -237,3 +241,108 @@ def report(programs: Iterator[Program], topology: Topology) -> bool:
             flush=True,
         )
     return fits
+
+
+# --- from a recipe's configuration -------------------------------------------------------------
+
+
+def recipe_programs(config: Any, mesh: Mesh) -> Iterator[tuple[str, Callable]]:
+    """The programs that `train_sft` or `train_grpo` would run with this configuration.
+
+    Shapes are those of the largest patch budget. Raises ValueError where sizes do not divide.
+    """
+    if config.size not in SIZES:
+        raise ValueError(f"size={config.size}: known are {', '.join(SIZES)}")
+    model = size_config(config.size, **config.model)
+    data, shards = config.data, sharding.num_data_shards(mesh)
+    rows = setup.rows_per_shard(
+        "data.global_batch_size", data.global_batch_size, data.prompts_per_row, shards
+    )
+    reinforce = "grpo" in config
+    shapes = Shapes(
+        sequences=data.global_batch_size,
+        tokens=data.prompt_tokens if reinforce else data.tokens,
+        rows=rows * shards,
+        patches=max(data.patch_budgets),
+        group_size=config.sampling.group_size if reinforce else 1,
+        completion=config.sampling.max_new_tokens,
+    )
+    settings = dict(optimizer=setup.optim_config(config.optim), freeze=tuple(config.freeze))
+    if not reinforce:
+        step = steps.SftConfig(micro_batches=rows, logit_chunk=config.logit_chunk)
+        return sft_programs(model, shapes, mesh, step=step, **settings)
+    forbidden = vision_token_ids(model)
+    section = config.sampling
+    sampling = SamplingConfig(
+        max_new_tokens=section.max_new_tokens,
+        group_size=section.group_size,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        min_p=section.min_p,
+        segment=section.segment,
+        concurrent_rows=section.concurrent_rows or None,
+        forbidden_ids=forbidden,
+    )
+    step = GrpoConfig(
+        **{k: v or None if k in ("dual_clip", "tis_cap") else v for k, v in config.grpo.items()},
+        micro_batches=rows,
+        reward_profile=config.reward_profile,
+        reward_alpha=config.reward_alpha,
+        temperature=section.temperature,
+        forbidden_ids=forbidden,
+        length_cap=section.max_new_tokens,
+    )
+    return grpo_programs(
+        model, shapes, mesh, step=step, sampling=sampling, sample_dtype=model.dtype, **settings
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compile every program of the recipe for the topology and print the table."""
+    path, _, arg = args.config.partition(":")
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    config = module.get_config(arg or None)
+    for change in args.set:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set {change}: write it as key=value, e.g. sampling.group_size=8")
+        config.update_from_flattened_dict({key: _parsed(config, key, text)})
+    topology = describe(args.topology)
+    if args.mesh:
+        sizes = [int(n) for n in args.mesh.split(",")]
+    else:
+        sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    mesh = sharding.make_mesh(*sizes, devices=topology.devices)
+    print(f"{args.config} on a mesh of {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}")
+    programs = recipe_programs(config, mesh)
+    if args.only:
+        names = args.only.split(",")
+        programs = ((name, lower) for name, lower in programs if name in names)
+    if not report(compile_programs(programs), topology):
+        raise RuntimeError(
+            "a program does not fit: more devices, a larger mesh.fsdp or mesh.tensor, fewer "
+            "data.prompts_per_row, a smaller sampling.concurrent_rows, or bfloat16 parameters"
+        )
+
+
+def _parsed(config: Any, key: str, text: str) -> Any:
+    """``text`` as the type that the configuration holds under ``key``."""
+    try:
+        now = functools.reduce(lambda section, name: section[name], key.split("."), config)
+    except KeyError:
+        raise ValueError(f"--set {key}: the configuration has no such key") from None
+    if isinstance(now, bool | tuple | list):
+        return type(now)(ast.literal_eval(text))
+    return type(now)(text)
+
+
+if __name__ == "__main__":
+    example = "python -m tools.plan --config=configs/grpo.py:size=7b --topology=cuda:h100:1x8"
+    parser = cli.parser(__doc__, example)
+    parser.add_argument("--config", required=True, help="a file of configs/, with its arguments")
+    parser.add_argument("--topology", required=True, help="tpu:KIND:AxBxC or cuda:KIND:HOSTSxGPUS")
+    parser.add_argument("--mesh", default="", help="data,fsdp,tensor instead of the config's")
+    parser.add_argument("--set", action="append", default=[], help="key=value of the config")
+    parser.add_argument("--only", default="", help="names of programs, separated by commas")
+    cli.run(main, parser)

@@ -9,6 +9,7 @@ installed also that transformers loads the export and that its greedy output equ
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo_jax.metrics import read_rows
+from srpo_jax.model.qwen2_5_vl import abstract_params
 from tools import cli, transformers_check
 from tools.make_hf import TOKEN_KEYS, added_tokens, make_config, write_random_hf
 
@@ -117,8 +119,8 @@ def write_model(tokenizer: Path, out_dir: Path, width: int) -> int:
         tied=True,
         token_ids={key: ids[token] for key, token in TOKEN_KEYS.items()},
     )
-    write_random_hf(out_dir, config, tokenizer, seed=0, dtype="float32", std=0.05)
-    return (out_dir / "model.safetensors").stat().st_size // 4
+    cfg = write_random_hf(out_dir, config, tokenizer, seed=0, dtype="float32", std=0.05)
+    return sum(math.prod(leaf.shape) for leaf in abstract_params(cfg).values())
 
 
 class Commands:

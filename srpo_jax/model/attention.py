@@ -79,21 +79,24 @@ def decode_attention(
 ) -> jax.Array:
     """One new token of each of the G samples of P prompts -> [P, G, H, E].
 
-    ``prompt_kv`` are [P, S, K, E] and serve all samples of a prompt without being repeated;
-    ``own_kv`` are [P, G, R, K, E], in any order. One float32 softmax over both.
+    ``prompt_kv`` are [P, K, S, E] and serve all samples of a prompt without being repeated;
+    ``own_kv`` are [P, G, K, R, E], in any order. One float32 softmax over both.
+
+    Heads stand before positions, as the batched products want them: in the other order XLA
+    transposes the whole cache at every call.
     """
     P, G, H, E = q_PGHE.shape
-    S, K = prompt_kv[0].shape[1:3]
+    K, S = prompt_kv[0].shape[1:3]
     q = q_PGHE.reshape(P, G, K, H // K, E)
     scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits_prompt = scores("pgkne,pske->pgkns", q, prompt_kv[0])
-    logits_own = scores("pgkne,pgrke->pgknr", q, own_kv[0])
+    logits_prompt = scores("pgkne,pkse->pgkns", q, prompt_kv[0])
+    logits_own = scores("pgkne,pgkre->pgknr", q, own_kv[0])
     logits = jnp.concatenate([logits_prompt, logits_own], axis=-1) * E**-0.5
     visible_prompt = jnp.broadcast_to(prompt_visible_PS[:, None, :], (P, G, S))
     visible = jnp.concatenate([visible_prompt, own_visible_PGR], axis=-1)
     weights = _softmax(logits, visible[:, :, None, None, :]).astype(q.dtype)
-    out = jnp.einsum("pgkns,pske->pgkne", weights[..., :S], prompt_kv[1])
-    out += jnp.einsum("pgknr,pgrke->pgkne", weights[..., S:], own_kv[1])
+    out = jnp.einsum("pgkns,pkse->pgkne", weights[..., :S], prompt_kv[1])
+    out += jnp.einsum("pgknr,pgkre->pgkne", weights[..., S:], own_kv[1])
     return out.reshape(P, G, H, E)
 
 

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from srpo_jax.model.config import ModelConfig
@@ -14,7 +14,7 @@ from srpo_jax.model.qwen2_5_vl import abstract_params
 # The dtypes of weights that are read and written, by their safetensors names.
 DTYPES = {
     "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
 }
 TILE = 256  # side of the squares in which a weight is transposed; two of them fit into a cache

@@ -67,10 +67,10 @@ class Qwen2_5_VL(nnx.Module):
         vision_src_PS: jax.Array | None = None,
         features_MND: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """-> (hidden state [P, D] at each prompt's last token, keys and values [L, P, S, K, E])."""
+        """-> (hidden state [P, D] at each prompt's last token, keys and values [L, P, K, S, E])."""
         x = self.embed(tokens_PS, vision_src_PS, features_MND)
-        x, (k_LPSKE, v_LPSKE) = self.text.run(x, mrope_P3S, segment_ids_PS, "cache")
-        return self.text.norm(_last_token(x, segment_ids_PS)), k_LPSKE, v_LPSKE
+        x, (k_LPKSE, v_LPKSE) = self.text.run(x, mrope_P3S, segment_ids_PS, "cache")
+        return self.text.norm(_last_token(x, segment_ids_PS)), k_LPKSE, v_LPKSE
 
     def completion_hidden(
         self,
@@ -115,7 +115,7 @@ class Qwen2_5_VL(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """One step of every sample -> (hidden states [P, G, D], sample cache with it written).
 
-        ``prompt_cache`` are [L, P, S, K, E] from ``prefill``, ``sample_cache`` [L, P, G, R, K, E].
+        ``prompt_cache`` are [L, P, K, S, E] from ``prefill``, ``sample_cache`` [L, P, G, K, R, E].
         The token is written at ``column``, the same for all samples; ``own_valid_PGR`` marks the
         columns that it sees, the written one included. Keys are rotated before they are stored, so
         the order of columns means nothing and the cache may be used as a ring.

@@ -88,7 +88,7 @@ class TextModel(nnx.Module):
     ) -> tuple[jax.Array, Cache | jax.Array | None]:
         """All layers over whole sequences -> (residual stream [B, T, D], what ``keep`` asks for).
 
-        ``keep``: "" nothing, "cache" keys and values [L, B, T, K, E], "layers" the residual stream
+        ``keep``: "" nothing, "cache" keys and values [L, B, K, T, E], "layers" the residual stream
         after each layer [L, B, T, D].
         """
         rope = self.rope(mrope_B3T)
@@ -96,7 +96,7 @@ class TextModel(nnx.Module):
         def body(x, layer):
             q, k, v = layer.qkv(x, rope)
             x = layer.finish(x, self._attend(q, k, v, segment_ids_BT, segment_ids_BT))
-            return x, {"": None, "cache": (k, v), "layers": x}[keep]
+            return x, {"": None, "cache": (k.swapaxes(1, 2), v.swapaxes(1, 2)), "layers": x}[keep]
 
         return jax.lax.scan(remat(body, self.cfg.remat), x_BTD, self.layers)
 
@@ -152,9 +152,9 @@ class TextModel(nnx.Module):
             x, cache = carry
             layer, index, *prompt_kv = xs
             q, k, v = layer.qkv(x, rope)
-            start = (index, 0, 0, column, 0, 0)
+            start = (index, 0, 0, 0, column, 0)
             cache = tuple(
-                jax.lax.dynamic_update_slice(c, new[None, :, :, None].astype(c.dtype), start)
+                jax.lax.dynamic_update_slice(c, new[None, :, :, :, None].astype(c.dtype), start)
                 for c, new in zip(cache, (k, v), strict=True)
             )
             own_kv = tuple(jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)

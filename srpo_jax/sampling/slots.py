@@ -26,8 +26,8 @@ REPLICATED = PartitionSpec()
 class Prompts:
     """What prefill leaves in the blocks; decode only reads it."""
 
-    k: jax.Array  # [L, P, S, K, E] compute dtype
-    v: jax.Array  # [L, P, S, K, E]
+    k: jax.Array  # [L, P, K, S, E] compute dtype
+    v: jax.Array  # [L, P, K, S, E]
     segment_ids: jax.Array  # [P, S] int32, 0 in padding
     next_pos: jax.Array  # [P] int32 position of the first sampled token
     start: jax.Array  # [P] int32 global step at which the prompt's samples started
@@ -38,8 +38,8 @@ class Prompts:
 class Slots:
     """What decode updates. In the rings, token j of a prompt lies in column (start + j) % R."""
 
-    k: jax.Array  # [L, P, G, R, K, E] ring, compute dtype
-    v: jax.Array  # [L, P, G, R, K, E] ring
+    k: jax.Array  # [L, P, G, K, R, E] ring, compute dtype
+    v: jax.Array  # [L, P, G, K, R, E] ring
     tokens: jax.Array  # [P, G, R] int32 ring
     sample_logp: jax.Array  # [P, G, R] float32 ring
     policy_logp: jax.Array  # [P, G, R] float32 ring
@@ -57,8 +57,8 @@ PER_SLOT = ("last", "length", "done", "finished")
 def specs(cfg: ModelConfig, mesh: Mesh) -> tuple[Prompts, Slots, Rollout]:
     """PartitionSpecs: prompts over data x fsdp, key/value heads over tensor where they divide."""
     heads = "tensor" if cfg.text.num_key_value_heads % mesh.shape["tensor"] == 0 else None
-    prompt_cache = PartitionSpec(None, ROWS[0], None, heads, None)
-    sample_cache = PartitionSpec(None, ROWS[0], None, None, heads, None)
+    prompt_cache = PartitionSpec(None, ROWS[0], heads, None, None)
+    sample_cache = PartitionSpec(None, ROWS[0], None, heads, None, None)
     prompts = Prompts(k=prompt_cache, v=prompt_cache, **dict.fromkeys(_PROMPT_FIELDS, ROWS))
     slots = Slots(
         k=sample_cache,
@@ -77,9 +77,9 @@ def empty(
 ) -> tuple[Prompts, Slots, Rollout]:
     """Blocks without work (every slot done) and a result that nothing was written to yet."""
     P, text = slot_prompts, cfg.text
-    heads = (text.num_key_value_heads, text.head_dim)
-    prompt_cache = jnp.zeros((text.num_hidden_layers, P, S, *heads), cfg.dtype)
-    sample_cache = jnp.zeros((text.num_hidden_layers, P, G, R, *heads), cfg.dtype)
+    L, K, E = text.num_hidden_layers, text.num_key_value_heads, text.head_dim
+    prompt_cache = jnp.zeros((L, P, K, S, E), cfg.dtype)
+    sample_cache = jnp.zeros((L, P, G, K, R, E), cfg.dtype)
     prompts = Prompts(
         k=prompt_cache,
         v=prompt_cache,

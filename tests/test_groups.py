@@ -1,0 +1,152 @@
+"""Which groups teach something, and groups that wait for a later update."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import train_helpers as helpers
+
+from srpo_jax import checkpoint
+from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.processing import Processor
+from srpo_jax.data.records import open_records
+from srpo_jax.groups import Pool, informative
+from srpo_jax.structs import Rollout, Verdict
+
+G, R = 4, 6
+FINAL = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0]], bool)
+
+
+def verdict(final_PG: np.ndarray) -> Verdict:
+    numbers = np.arange(final_PG.size, dtype=np.int32).reshape(final_PG.shape)
+    same = dict.fromkeys(("first_correct", "has_first", "has_second", "format_ok"), ~final_PG)
+    return Verdict(
+        final_correct=final_PG,
+        reflection_ok=final_PG,
+        first_tokens=numbers,
+        total_tokens=numbers + 1,
+        block_tokens=np.zeros((*final_PG.shape, 5), np.int32),
+        **same,
+    )
+
+
+def test_groups_outside_of_the_band_of_final_correctness_get_weight_0():
+    assert informative(verdict(FINAL), 0.1, 0.9).tolist() == [0, 0, 1, 1, 1]
+    assert informative(verdict(FINAL), 0.3, 0.7).tolist() == [0, 0, 0, 0, 1]
+    assert informative(verdict(FINAL), 0.25, 1.0).tolist() == [1, 0, 1, 1, 1]  # bounds included
+    assert informative(verdict(FINAL), 0.0, 1.0).tolist() == [1] * 5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    paths = helpers.world(folder)
+    processor = Processor(paths["hf_dir"], min_pixels=3136, max_pixels=3136)
+    return SimpleNamespace(
+        records=open_records(paths["train"]),
+        processor=processor,
+        encode=PromptEncoder(processor),
+        folder=Path(folder),
+    )
+
+
+def fill(pool: Pool, world, first: int, step: int) -> None:
+    """Records first to first + 4 with the verdicts FINAL; tokens hold the record's number."""
+    P = len(FINAL)
+    tokens = np.broadcast_to(np.arange(first, first + P)[:, None, None], (P, G, R)).astype(np.int32)
+    rollout = Rollout(
+        completions=tokens,
+        completion_mask=np.ones((P, G, R), bool),
+        finished=np.ones((P, G), bool),
+        sample_logp=-tokens.astype(np.float32),
+        policy_logp=-tokens.astype(np.float32),
+    )
+    sampled = SimpleNamespace(
+        records=[world.records[first + i] for i in range(P)], slots=np.arange(P)
+    )
+    graded = SimpleNamespace(verdict=verdict(FINAL), rollout=rollout)
+    pool.add(sampled, graded, informative(graded.verdict, 0.1, 0.9), step)
+
+
+def take(pool: Pool, world, step: int, rows: int, per_row: int, budgets=(64, 128)):
+    return pool.take(
+        step, world.encode, world.processor, rows=rows, per_row=per_row, tokens=64,
+        patch_budgets=budgets,
+    )  # fmt: skip
+
+
+def test_pool_gives_the_oldest_groups_with_their_own_prompts_and_keeps_the_rest(world):
+    pool = Pool()
+    fill(pool, world, 0, step=5)  # keeps records 2, 3, 4
+    fill(pool, world, 10, step=6)  # keeps records 12, 13, 14
+    update = take(pool, world, 6, rows=2, per_row=2)
+    assert update.count == 4 and update.batch.valid.all()
+    assert update.rollout.completions[:, 0, 0].tolist() == [2, 3, 4, 12]
+    assert update.carried.tolist() == [True, True, True, False]
+    assert update.verdict.final_correct.tolist() == [*FINAL[2:5].tolist(), FINAL[2].tolist()]
+    assert update.batch.vision.patches.shape[:2] == (2, 128)  # two pictures of 16 patches a row
+    for p, number in enumerate((2, 3, 4, 12)):
+        wanted = world.encode(world.records[number])
+        got = update.batch.tokens[p, : update.batch.lengths[p]]
+        np.testing.assert_array_equal(got, wanted.token_ids)
+    assert [group.record.id for group in pool.groups] == ["train-13", "train-14"]
+
+    rest = take(pool, world, 7, rows=2, per_row=2)
+    assert rest.count == 2 and rest.batch.valid.tolist() == [True, True, False, False]
+    assert rest.rollout.completion_mask[2:].sum() == 0 and not pool.groups
+    empty = take(pool, world, 8, rows=2, per_row=2)
+    assert empty.count == 0 and empty.rollout.completions.shape == (4, G, R)
+
+
+def test_group_that_does_not_fit_a_rows_patches_waits(world):
+    pool = Pool()
+    fill(pool, world, 0, step=0)
+    update = take(pool, world, 0, rows=2, per_row=2, budgets=(64,))  # one picture a row
+    assert update.batch.valid.tolist() == [True, False, True, False]
+    assert [group.record.id for group in pool.groups] == ["train-4"]
+
+
+def test_pool_survives_the_checkpoint(world):
+    pool, again = Pool(), Pool()
+    fill(pool, world, 0, step=3)
+    values, arrays = checkpoint.unpack_host(checkpoint.pack_host(*_wrapped(pool)))
+    again.load(values["pending"], arrays)
+    assert [g.step for g in again.groups] == [3, 3, 3]
+    one, other = (take(p, world, 4, rows=1, per_row=3, budgets=(256,)) for p in (pool, again))
+    for a, b in zip(vars(one).values(), vars(other).values(), strict=True):
+        for x, y in zip(_leaves(a), _leaves(b), strict=True):
+            np.testing.assert_array_equal(x, y)
+    empty = Pool()
+    empty.load(*Pool().state())
+    assert empty.groups == []
+
+
+def _wrapped(pool: Pool):
+    values, arrays = pool.state()
+    return {"pending": values}, arrays
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def test_image_bytes_and_odd_fields_of_a_record_go_through_the_checkpoint(world):
+    import dataclasses
+
+    pool, again = Pool(), Pool()
+    fill(pool, world, 0, step=0)
+    data = Path(world.folder / "train_images" / "2.png").read_bytes()
+    old = pool.groups[0]
+    image = dataclasses.replace(old.record.images[0], data=data, path="")
+    extra = {"kept": [1], "odd": np.zeros(2)}
+    record = dataclasses.replace(old.record, images=(image,), extra=extra)
+    pool.groups[0] = dataclasses.replace(old, record=record)
+    values, arrays = checkpoint.unpack_host(checkpoint.pack_host(*_wrapped(pool)))
+    again.load(values["pending"], arrays)
+    got = again.groups[0].record
+    assert got.images[0].data == data and got.extra == {"kept": [1]}
+    assert json.dumps(got.answer) == json.dumps(record.answer)
