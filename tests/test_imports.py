@@ -19,7 +19,7 @@ sharding prompts
 data.images data.records data.vision_arrays data.batching data.processing data.encoders
 data.quarantine data.stream data.loader
 sampling.logits sampling.slots sampling.sampler
-grading.template grading.answers grading.worker grading.verifier grading.grade
+grading.template grading.quantities grading.answers grading.verifier grading.grade
 rewards losses optim grpo state steps
 checkpoint metrics runtime setup rollout
 evaluate session groups train_sft train_grpo
