@@ -9,8 +9,8 @@ Arrays carry their axes in their names: ``logits_BTV``, ``adv_PG``. The letters,
     D width, F mlp width, H query heads, K key/value heads, E head width, V vocabulary, L layers
 
 Rows: prompts and sequences are stored row after row, so ``P == M * prompts_per_row``, and every
-leading axis is sharded over the mesh axes ``data`` x ``fsdp``. Indices inside a row (``vision_src``,
-``merge_src``) are local to it, so that no gather crosses devices. Rows are shard-major: row
+leading axis is sharded over the mesh axes ``data`` x ``fsdp``. Indices inside a row are local to it
+(``vision_src``, ``merge_src``), so that no gather crosses devices. Rows are shard-major: row
 ``shard * micro_batches + i`` is micro-batch ``i`` of that shard.
 """
 

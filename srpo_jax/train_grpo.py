@@ -46,7 +46,7 @@ from srpo_jax.runtime import RunError
 from srpo_jax.session import Session
 from srpo_jax.state import merge_params
 from srpo_jax.steps import make_encode_step, make_grpo_step, make_logp_step, micro_indices
-from srpo_jax.structs import Params, TrainState, Verdict
+from srpo_jax.structs import Batch, Params, TrainState, Verdict
 
 SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")
 
@@ -219,10 +219,11 @@ class Stage:
         """Sample, grade, update, write the rollouts, log."""
         run, timers = self.run, self.run.timers
         if self.config.filter.resample:
-            rounds, inputs = self.resample(state)
+            rounds, inputs, mask_PGR = self.resample(state)
         else:
             one = self.sample_round(state, with_logps=True)
             rounds, inputs = [one], (one.sampled, one.verdict, one.weight, one.logps)
+            mask_PGR = one.graded.rollout.completion_mask
         with timers("update"):
             state, updates = self.update(state, *inputs)
         run.step += 1
@@ -230,7 +231,7 @@ class Stage:
             self.write_rollouts(rounds)
         with timers("update"):
             updates = jax.device_get(updates)
-        run.log(self.metrics(rounds, updates), **self.work(rounds))
+        run.log(self.metrics(rounds, updates), **self.work(rounds, inputs[0].local, mask_PGR))
         return state
 
     def sample_round(self, state: TrainState, *, with_logps: bool) -> Round:
@@ -306,8 +307,12 @@ class Stage:
                     done.append(metrics)
         return state, done
 
-    def resample(self, state: TrainState) -> tuple[list[Round], tuple[Any, ...]]:
-        """Rounds until this step's batch is full of informative groups, then that batch."""
+    def resample(self, state: TrainState) -> tuple[list[Round], tuple[Any, ...], np.ndarray]:
+        """Rounds until this step's batch is full of informative groups, then that batch.
+
+        Returns:
+            the rounds, the arguments of `update`, and the batch's completion mask on the host.
+        """
         data, parts, rounds = self.config.data, self.parts, []
         per_row = data.prompts_per_row
         rows = self.cfg.micro_batches * len(sharding.process_shards(parts.mesh))
@@ -339,7 +344,8 @@ class Stage:
                 old_logp = self.choose_old(carried, rollout.policy_logp, old_logp)
                 jax.block_until_ready((old_logp, ref_logp))
         weight = taken.batch.valid.astype(np.float32)
-        return rounds, (sampled, verdict, weight, (old_logp, ref_logp))
+        mask_PGR = taken.rollout.completion_mask
+        return rounds, (sampled, verdict, weight, (old_logp, ref_logp)), mask_PGR
 
     # --- what is reported ---
 
@@ -364,22 +370,30 @@ class Stage:
             "filter/pending_groups": waiting,
         }
 
-    def work(self, rounds: list[Round]) -> dict[str, float]:
-        """Tokens and model FLOPs of a step, this process's part."""
-        tokens = total = 0.0
+    def work(
+        self, rounds: list[Round], learned: Batch, learned_mask_PGR: np.ndarray
+    ) -> dict[str, float]:
+        """Tokens sampled and model FLOPs of a step, this process's part."""
         passes = (self.cfg.updates_per_rollout > 1) + (self.reference is not None)
+        # Log-probs are forward passes; the update is a forward and a backward pass.
+        flops = (passes + 3) * self.forward_work(learned, learned_mask_PGR)[1]
+        tokens = 0.0
         for one in rounds:
-            batch = one.sampled.local
-            prompts = batch.lengths[batch.valid].astype(np.float64)
-            lengths = one.graded.rollout.completion_mask.sum(-1)[batch.valid].astype(np.float64)
-            once = self.flops.text(prompts) + self.flops.text(
-                lengths, prefix=prompts[:, None], head_tokens=lengths.sum()
-            )
-            vision = self.flops.vision(*vision_work(batch))
-            # Sampling is a forward pass too; the update is a forward and a backward pass.
-            total += once * (1 + passes + 3) + vision * (3 if self.trains_vision else 1)
-            tokens += prompts.sum() + lengths.sum()
-        return {"tokens": float(tokens), "flops": float(total)}
+            mask_PGR = one.graded.rollout.completion_mask
+            count, sampling = self.forward_work(one.sampled.local, mask_PGR)
+            vision = self.flops.vision(*vision_work(one.sampled.local))
+            tokens += count
+            flops += sampling + vision * (3 if self.trains_vision else 1)
+        return {"tokens": tokens, "flops": flops}
+
+    def forward_work(self, batch: Batch, mask_PGR: np.ndarray) -> tuple[float, float]:
+        """Tokens, and FLOPs of the decoder, for one pass over prompts and their completions."""
+        prompts = batch.lengths[batch.valid].astype(np.float64)
+        lengths = mask_PGR.sum(-1)[batch.valid].astype(np.float64)
+        flops = self.flops.text(prompts) + self.flops.text(
+            lengths, prefix=prompts[:, None], head_tokens=lengths.sum()
+        )
+        return float(prompts.sum() + lengths.sum()), flops
 
     def write_rollouts(self, rounds: list[Round]) -> None:
         """rollouts/<step>.jsonl: every completion with its verdict, reward terms, advantage."""

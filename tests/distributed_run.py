@@ -50,11 +50,11 @@ def stop_after(step: int) -> None:
 def run(train, config, workdir: Path) -> None:
     log = session.Session.log
     if COUNT > 1:
-        stop_after(2)
+        stop_after(config.steps - 1)
         stopped = train(config, workdir)
-        assert stopped["step"] == 2 and not stopped["finished"], stopped
+        assert stopped["step"] == config.steps - 1 and not stopped["finished"], stopped
     ended = train(config, workdir)
-    assert ended["step"] == 3 and ended["finished"], ended
+    assert ended["step"] == config.steps and ended["finished"], ended
     session.Session.log = log
 
 
@@ -69,16 +69,24 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     config = prepare(helpers.sft_config(paths, steps=3, **mesh), world)
     config.export_hf_dir = str(workdir / "hf")
+    if "differ" in sys.argv:
+        config.optim.lr = float(INDEX)
     run(train_sft.train, config, workdir / "sft")
 
     rollout.grade = helpers.fake_grade
     config = prepare(helpers.grpo_config(paths, steps=3, **mesh), world)
     config.grpo.kl_coef = 0.1
-    config.grpo.updates_per_rollout = 2
     config.sampling.group_size = 3
-    config.filter.resample = True
     config.filter.low, config.filter.high = 0.2, 0.8
     run(train_grpo.train, config, workdir / "grpo")
+    if COUNT > 1:
+        # Which groups share an update, and which wait, depends on the number of processes: here it
+        # is only about going on with what each process had waiting.
+        config.steps = 2
+        config.eval.file = ""
+        config.grpo.updates_per_rollout = 2
+        config.filter.resample = True
+        run(train_grpo.train, config, workdir / "resample")
     assert jax.process_count() == COUNT and jax.device_count() == 8
     print("done", flush=True)
 

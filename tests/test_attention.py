@@ -140,6 +140,16 @@ def test_bfloat16_is_near_float32_and_keeps_its_dtype():
         np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.06)
 
 
+def test_softmax_of_large_logits_is_float32_in_bfloat16():
+    """Logits near 40: in bfloat16 they would be off by 0.1, and their weights by a tenth."""
+    q, k, v = draw(11, T=20, S=20, dtype=jnp.bfloat16)
+    ones = jnp.ones((2, 20), jnp.int32)
+    args = dict(q_segments_BT=ones, kv_segments_BS=ones, causal=False, impl="xla")
+    half = attention(q * 16, k, v, **args)
+    exact = attention(*(x.astype(jnp.float32) for x in (q * 16, k, v)), **args)
+    np.testing.assert_allclose(np.asarray(half, np.float32), exact, atol=0.015)
+
+
 SPLASH_CASES = {
     "causal, packed, odd length": dict(T=150, S=150, H=4, K=2, causal=True, offset=0),
     "completions after a prompt": dict(T=40, S=140, H=3, K=1, causal=True, offset=100),

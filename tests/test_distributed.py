@@ -18,7 +18,7 @@ from srpo_jax.model.config import load_config
 DRIVER = Path(__file__).resolve().parent / "distributed_run.py"
 
 
-def run(count: int, world: Path, workdir: Path) -> None:
+def run(count: int, world: Path, workdir: Path, *more: str) -> None:
     """All processes of one run; the output of one that failed is the message."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -27,7 +27,7 @@ def run(count: int, world: Path, workdir: Path) -> None:
     processes = []
     for index in range(count):
         log = open(workdir / f"log{index}", "w")
-        arguments = [str(a) for a in (index, count, port, world, workdir)]
+        arguments = [str(a) for a in (index, count, port, world, workdir, *more)]
         processes.append(
             subprocess.Popen([sys.executable, DRIVER, *arguments], stdout=log, stderr=log)
         )
@@ -49,7 +49,7 @@ def test_two_processes_stopped_and_resumed_give_the_losses_of_one(tmp_path):
 
     for stage, names in (
         ("sft", ("loss", "grad_norm", "tokens")),
-        ("grpo", ("loss", "kl", "reward/mean", "filter/rounds", "filter/pending_groups")),
+        ("grpo", ("loss", "kl", "reward/mean", "grad_norm", "filter/kept_share")),
     ):
         one, two = (
             read_rows(tmp_path / d / stage / "metrics.jsonl", "train") for d in ("one", "two")
@@ -59,7 +59,7 @@ def test_two_processes_stopped_and_resumed_give_the_losses_of_one(tmp_path):
             for name in names:
                 assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-7), (stage, name)
         first, second = (checkpoint.load_params(tmp_path / d / stage) for d in ("one", "two"))
-        assert read_meta_processes(tmp_path / "two" / stage) == 2
+        assert checkpoint.read_meta(tmp_path / "two" / stage)["processes"] == 2
         for name, value in first.items():
             np.testing.assert_allclose(second[name], value, atol=1e-5, err_msg=name)
         one, two = (
@@ -85,5 +85,8 @@ def test_two_processes_stopped_and_resumed_give_the_losses_of_one(tmp_path):
         np.testing.assert_array_equal(np.asarray(value), params[name])
 
 
-def read_meta_processes(workdir: Path) -> int:
-    return checkpoint.read_meta(workdir)["processes"]
+@pytest.mark.slow
+def test_processes_started_with_different_configs_say_so_instead_of_hanging(tmp_path):
+    helpers.world(tmp_path)
+    with pytest.raises(AssertionError, match="processes disagree on config: process 0: .* 1: "):
+        run(2, tmp_path, tmp_path / "run", "differ")

@@ -102,7 +102,7 @@ def test_values_stand_where_the_axes_say(tmp_path):
     up = stored["model.layers.0.mlp.up_proj.weight"]
     assert get("text/layers/mlp/up/kernel")[0, 9, 30] == up[30, 9]
     qkv = stored["visual.blocks.2.attn.qkv.weight"]
-    assert get("vision/blocks/attn/qkv/kernel")[2, 7, 2, 1, 5] == qkv[2 * 24 + 1 * 12 + 5, 7]
+    assert get("vision/blocks/attn/qkv/kernel")[2, 7, 1, 0, 5] == qkv[1 * 24 + 0 * 12 + 5, 7]
     patch = stored["visual.patch_embed.proj.weight"]
     assert patch.shape == (24, 3, 2, 14, 14)
     # A pixel row runs over channel, frame, row, column.

@@ -314,6 +314,24 @@ def test_dtypes_follow_the_configuration(param_dtype):
     assert {v.dtype for v in jax.tree.leaves(out)} == {jnp.dtype("bfloat16")}
 
 
+def test_norms_and_rotations_stay_float32_inside_bfloat16():
+    """Each result is the float32 result, rounded once."""
+    x = 3 * jax.random.normal(jax.random.key(6), (4, 64), jnp.bfloat16)
+    exact = np.asarray(x, np.float32)
+    exact = exact / np.sqrt(np.mean(exact**2, axis=-1, keepdims=True) + 1e-6)
+    norm = RMSNorm(64, eps=1e-6, dtype="bfloat16", param_dtype="float32")
+    np.testing.assert_allclose(np.asarray(norm(x), np.float32), exact, rtol=2**-8)
+    # Position 4,001 is not a bfloat16 number.
+    cos, _ = text_mrope(jnp.full((1, 3, 1), 4001), 8, 16.0, (1, 1, 2), "bfloat16")
+    expected = np.cos(4001 / np.array([1, 2, 4, 8] * 2))
+    np.testing.assert_allclose(np.asarray(cos[0, 0], np.float32), expected, rtol=2**-8)
+    angles = jax.random.normal(jax.random.key(7), (4, 1, 64))
+    turned = rotate(x[:, None, None], jnp.cos(angles), jnp.sin(angles))
+    assert turned.dtype == jnp.bfloat16
+    wide = rotate(x[:, None, None].astype(jnp.float32), jnp.cos(angles), jnp.sin(angles))
+    assert np.array_equal(turned, wide.astype(jnp.bfloat16))
+
+
 def test_logits_use_the_head_or_the_transposed_embedding():
     tied = dataclasses.replace(CFG, tie_word_embeddings=True)
     params = random_params(CFG)

@@ -578,13 +578,23 @@ def test_eight_devices_compute_what_one_device_computes(kind):
     assert_close(sharding.to_host(end_8.params), sharding.to_host(end_1.params), 1e-5)
 
 
-def test_encode_and_logps_on_eight_devices():
-    mesh = sharding.make_mesh(4, 1, 2)
+def test_rows_are_shard_major():
+    x = jnp.arange(8)  # two shards of two micro-batches of two rows
+    parts = [steps.micro_batch({"x": x}, i, shards=2, count=2)["x"] for i in (0, 1)]
+    assert [p.tolist() for p in parts] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert steps._join_micro_batches(jnp.stack(parts), shards=2).tolist() == x.tolist()
+    second = steps._in_micro_batches(jnp.array([1]), 8, shards=2, count=2)
+    assert jnp.flatnonzero(second).tolist() == [2, 3, 6, 7]
+
+
+def test_encode_and_logps_on_two_shards_of_two_micro_batches():
+    mesh = sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])
     placed = jax.device_put(params(), sharding.param_specs(params(), mesh))
     batch, samples = sharding.to_global((prompts(), rollout()[0]), mesh)
     feats = steps.make_encode_step(CFG, mesh=mesh)(placed, batch.vision)
     np.testing.assert_allclose(feats, features(), atol=1e-5)
-    logp, _ = steps.make_logp_step(CFG, GRPO, mesh=mesh)(placed, batch, samples, feats)
+    step = steps.make_logp_step(CFG, with_(GRPO, micro_batches=2), mesh=mesh)
+    logp, _ = step(placed, batch, samples, feats)
     np.testing.assert_allclose(logp, old_logp(), atol=1e-5)
     assert logp.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
 

@@ -48,7 +48,7 @@ class Plan:
 
 
 SHORT = Plan(
-    sft_steps=4, rl_steps=4, stop_after=1, prompts=2, max_new_tokens=8, width=64, eval_limit=4,
+    sft_steps=4, rl_steps=6, stop_after=1, prompts=2, max_new_tokens=8, width=64, eval_limit=4,
     compared=2,
 )  # fmt: skip
 
@@ -60,10 +60,11 @@ class Checks:
         self.passed = 0
 
     def __call__(self, what: str, ok: bool, found: Any = "") -> None:
+        """Print that ``what`` holds; RuntimeError, with what was found, if it does not."""
         if not ok:
             raise RuntimeError(f"check failed: {what}: {found}")
         self.passed += 1
-        print(f"  ok: {what}" + (f" ({found})" if found != "" else ""), flush=True)
+        print(f"  ok: {what}" + (f" ({found})" if found else ""), flush=True)
 
 
 def write_records(data: Path, out: Path) -> tuple[int, int]:
@@ -126,8 +127,8 @@ def write_model(tokenizer: Path, out_dir: Path, width: int) -> int:
 class Commands:
     """Runs the package's commands with output into log files."""
 
-    def __init__(self, out: Path):
-        self._out = out
+    def __init__(self, out: Path, check: Checks):
+        self._out, self._check = out, check
 
     def start(self, name: str, module: str, *arguments: str) -> subprocess.Popen:
         """The process of ``python -m module arguments``; its output goes to ``<name>.log``."""
@@ -141,20 +142,27 @@ class Commands:
                 stderr=subprocess.STDOUT,
             )
 
-    def finish(self, name: str, process: subprocess.Popen) -> int:
-        """Wait for it, and print its last line now and then."""
+    def wait(self, name: str, process: subprocess.Popen, until: Callable[[], bool]) -> None:
+        """Until ``until`` holds or the process has ended, with its last line now and then."""
+        told = time.monotonic()
+        while process.poll() is None and not until():
+            time.sleep(0.1)
+            if time.monotonic() - told > 15:
+                told = time.monotonic()
+                print(f"    {name}: {self.tail(name, 1)[:110]}", flush=True)
+
+    def finish(self, name: str, process: subprocess.Popen, what: str) -> None:
+        """Wait for it and check that its exit code is 0; it is stopped on Ctrl-C."""
         try:
-            told = time.monotonic()
-            while process.poll() is None:
-                time.sleep(0.2)
-                if time.monotonic() - told > 15:
-                    told = time.monotonic()
-                    print(f"    {name}: {self.tail(name, 1)[:110]}", flush=True)
+            self.wait(name, process, lambda: False)
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-        return process.returncode
+        code = process.returncode
+        self._check(
+            f"{what} ends with exit code 0", code == 0, code and f"{code}\n{self.tail(name)}"
+        )
 
     def tail(self, name: str, lines: int = 15) -> str:
         """The end of a log."""
@@ -178,8 +186,6 @@ def common(plan: Plan, data: Path, out: Path) -> list[str]:
         "--config.log.tensorboard=False",
         f"--config.sampling.max_new_tokens={plan.max_new_tokens}",
         f"--config.sampling.segment={min(16, plan.max_new_tokens)}",
-        "--config.optim.lr=2e-3",
-        "--config.freeze=()",
     ]
 
 
@@ -192,6 +198,7 @@ def sft_arguments(plan: Plan, data: Path, out: Path) -> list[str]:
         f"--config.data.train={out / 'train.jsonl'}",
         *common(plan, data, out),
         f"--config.steps={plan.sft_steps}",
+        "--config.optim.lr=3e-3",
         "--config.data.global_batch_size=8",
         "--config.data.tokens=1024",
         f"--config.export_hf_dir={out / 'sft_hf'}",
@@ -207,7 +214,6 @@ def rl_arguments(plan: Plan, data: Path, out: Path) -> list[str]:
         f"--config.data.train={out / 'train.jsonl'}",
         *common(plan, data, out),
         "--config.optim.lr=1e-4",
-        "--config.freeze=('vision/',)",
         f"--config.steps={plan.rl_steps}",
         f"--config.data.global_batch_size={plan.prompts}",
         "--config.data.prompt_tokens=1024",
@@ -222,9 +228,8 @@ def rl_arguments(plan: Plan, data: Path, out: Path) -> list[str]:
 
 def run_sft(plan: Plan, data: Path, out: Path, commands: Commands, check: Checks) -> None:
     """Stage 1, and that it learned."""
-    arguments = sft_arguments(plan, data, out)
-    code = commands.finish("sft", commands.start("sft", "srpo_jax.train_sft", *arguments))
-    check("SFT ends with exit code 0", code == 0, code or commands_tail(commands, "sft", code))
+    process = commands.start("sft", "srpo_jax.train_sft", *sft_arguments(plan, data, out))
+    commands.finish("sft", process, "SFT")
     rows = read_rows(out / "sft/metrics.jsonl", "train")
     losses = [row["loss"] for row in rows]
     check("every SFT step is logged", [r["step"] for r in rows] == [*range(1, plan.sft_steps + 1)])
@@ -232,26 +237,20 @@ def run_sft(plan: Plan, data: Path, out: Path, commands: Commands, check: Checks
     check("SFT exported", (out / "sft_hf/model.safetensors").exists())
 
 
-def commands_tail(commands: Commands, name: str, code: int) -> str:
-    """The end of a failed command's log, nothing otherwise."""
-    return "\n" + commands.tail(name) if code else ""
-
-
 def run_rl(plan: Plan, data: Path, out: Path, commands: Commands, check: Checks) -> None:
     """Stage 2 with a SIGTERM in mid-run, and that nothing was lost by it."""
     arguments, metrics = rl_arguments(plan, data, out), out / "rl/metrics.jsonl"
     process = commands.start("rl", "srpo_jax.train_grpo", *arguments)
-    wait_for(lambda: _logged(metrics) >= plan.stop_after, process, commands)
+    commands.wait("rl", process, lambda: _logged(metrics) >= plan.stop_after)
     print("$ kill -TERM", flush=True)
     process.send_signal(signal.SIGTERM)
-    code = commands.finish("rl", process)
-    check("GRPO stops on SIGTERM with exit code 0", code == 0, commands_tail(commands, "rl", code))
+    commands.finish("rl", process, "GRPO, stopped by SIGTERM,")
     stopped = _logged(metrics)
     check("it stopped in mid-run", plan.stop_after <= stopped < plan.rl_steps, f"step {stopped}")
     check("nothing was exported yet", not (out / "rl_hf").exists())
 
-    code = commands.finish("rl", commands.start("rl", "srpo_jax.train_grpo", *arguments))
-    check("the same command ends with exit code 0", code == 0, commands_tail(commands, "rl", code))
+    process = commands.start("rl", "srpo_jax.train_grpo", *arguments)
+    commands.finish("rl", process, "the same command again")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     second = [row["step"] for row in lines if row["run"] == 2 and row["split"] == "train"]
     check(
@@ -261,25 +260,14 @@ def run_rl(plan: Plan, data: Path, out: Path, commands: Commands, check: Checks)
     )
     rows = read_rows(metrics, "train")
     check("every step saw groups of 8", plan.group_size == 8 and len(rows) == plan.rl_steps)
-    rewards = [row["reward"] for row in rows]
-    check("rewards are finite", all(isinstance(r, float) for r in rewards), rewards)
+    rewards = [row["reward/mean"] for row in rows]
+    spread = f"mean {min(rewards):.3f} to {max(rewards):.3f}"
+    check("every step has a reward", all(isinstance(r, float) for r in rewards), spread)
     check("GRPO exported", (out / "rl_hf/model.safetensors").exists())
 
 
 def _logged(metrics: Path) -> int:
     return len(read_rows(metrics, "train")) if metrics.exists() else 0
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, commands: Commands) -> None:
-    """Until ``condition`` holds; RuntimeError if the process ends before."""
-    told = time.monotonic()
-    while not condition():
-        if process.poll() is not None:
-            raise RuntimeError(f"ended early with {process.returncode}:\n{commands.tail('rl')}")
-        time.sleep(0.1)
-        if time.monotonic() - told > 15:
-            told = time.monotonic()
-            print(f"    rl: {commands.tail('rl', 1)[:110]}", flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -292,7 +280,8 @@ def main(args: argparse.Namespace) -> None:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    check, commands = Checks(), Commands(out)
+    check = Checks()
+    commands = Commands(out, check)
     train, held = write_records(data, out)
     print(f"{train} problems to train on, {held} held out", flush=True)
     count = write_model(tokenizer, out / "init", plan.width)
@@ -302,7 +291,9 @@ def main(args: argparse.Namespace) -> None:
     if transformers_check.torch_is_there():
         records = cli.read_jsonl(out / "held_out.jsonl")[: plan.compared]
         tokens = transformers_check.compare(out / "rl_hf", records, data, plan.max_new_tokens)
-        check("transformers loads the export; its greedy output equals ours", True, f"{tokens} tokens")
+        check(
+            "transformers loads the export; its greedy output equals ours", True, f"{tokens} tokens"
+        )
     else:
         print("  not checked: torch is not installed, so transformers cannot load the export")
     print(f"{check.passed} checks passed; everything is in {out}")

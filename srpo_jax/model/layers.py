@@ -97,9 +97,19 @@ class Embed(nnx.Module):
         self.embedding = nnx.Param(_normal(rngs, (vocab_size, width), std, param_dtype))
         self.dtype = dtype
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, divided: bool = False) -> jax.Array:
+        """[...] -> [..., D]. ``divided``: the table's width lies over fsdp, as in training.
+
+        Each device then looks all tokens of its fsdp group up in its part of the width, and the
+        caller's constraint exchanges width for batch. Without the hint XLA gathers the whole
+        batch of activations on every device.
+        """
+        rest = (None,) * (tokens.ndim - 1)
+        if divided:
+            tokens = shard(tokens, "data", *rest)
         # "clip": jnp.take's default writes NaN for ids outside the table at the price of a select.
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(self.dtype)
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(self.dtype)
+        return shard(x, "data", *rest, "fsdp") if divided else x
 
 
 class RMSNorm(nnx.Module):

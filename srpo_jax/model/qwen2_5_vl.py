@@ -53,7 +53,7 @@ class Qwen2_5_VL(nnx.Module):
         Tokens attend causally by index inside their segment. ``features_MND`` None: text only.
         With ``return_layers`` also the residual stream after each layer, [L, B, T, D].
         """
-        x = self.embed(tokens_BT, vision_src_BT, features_MND)
+        x = self.embed(tokens_BT, vision_src_BT, features_MND, divided=True)
         keep = "layers" if return_layers else ""
         x, layers_LBTD = self.text.run(x, mrope_B3T, segment_ids_BT, keep)
         h_BTD = self.text.norm(x)
@@ -86,14 +86,15 @@ class Qwen2_5_VL(nnx.Module):
         position ``next_pos + j`` on all three axes.
         """
         P, G, R = completions_PGR.shape
-        prompt = self.embed(batch.tokens, batch.vision_src, features_MND)
+        prompt = self.embed(batch.tokens, batch.vision_src, features_MND, divided=True)
         completions_BR = completions_PGR.reshape(P * G, R)
         segments = jnp.where(completion_mask_PGR, PROMPT_SEGMENT, COMPLETION_PADDING)
         positions_PR = batch.next_pos[:, None] + jnp.arange(R, dtype=jnp.int32)[None]
         mrope = jnp.broadcast_to(positions_PR[:, None, None, :], (P, G, 3, R))
+        own = self.embed(completions_BR, divided=True)
         x_PSD, y_BRD = self.text.run_shared_prompt(
             (prompt, batch.mrope, batch.segment_ids),
-            (self.embed(completions_BR), mrope.reshape(P * G, 3, R), segments.reshape(P * G, R)),
+            (own, mrope.reshape(P * G, 3, R), segments.reshape(P * G, R)),
             G,
         )
         D = x_PSD.shape[-1]
@@ -136,9 +137,13 @@ class Qwen2_5_VL(nnx.Module):
         tokens_BT: jax.Array,
         vision_src_BT: jax.Array | None = None,
         features_MND: jax.Array | None = None,
+        divided: bool = False,
     ) -> jax.Array:
-        """Token embeddings [B, T, D], image tokens replaced by their row's features."""
-        x_BTD = self.text.embed(tokens_BT)
+        """Token embeddings [B, T, D], image tokens replaced by their row's features.
+
+        ``divided``: the embedding table lies as in training (see `layers.Embed`).
+        """
+        x_BTD = shard(self.text.embed(tokens_BT, divided), "batch", None, None)
         if features_MND is not None:
             x_BTD = _place_features(x_BTD, vision_src_BT, features_MND)
         return shard(x_BTD, "batch", None, None)

@@ -94,7 +94,7 @@ class VisionModel(nnx.Module):
         rope = vision_rope(vision.patch_hw, config.head_dim, config.rope_theta)
         x = shard(self.patch_embed(vision.patches), "batch", None, None)
         x, blocks_LMND = self._run_blocks(x, rope, vision, keep_blocks)
-        merged = self.merger(x)
+        merged = shard(self.merger(x), "batch", None, None)  # whole rows: the gather stays local
         raster = jax.vmap(lambda row, source: row[source])(merged, vision.merge_src)
         return shard(raster, "batch", None, None), blocks_LMND
 

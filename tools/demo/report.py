@@ -148,12 +148,12 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
     clear = all(g["low"] > 0 for g in intervals) or all(g["high"] < 0 for g in intervals)
     difference = "more than chance" if clear else "no more than chance"
     lines = [
-        "How to read it (rates in percent; acc@1 first answer, acc@2 final answer; fix: wrong first "
-        "answers made right; harm: right ones made wrong; detect and false alarm: reflections that "
-        "say 'no' to a wrong and to a right first answer):",
-        "- By construction acc@2 is above acc@1: the first round is a guess without any reading "
-        "written down, the second computes from the readings. Half of the first attempts that SFT "
-        "imitates are wrong on purpose, which keeps its sampled acc@1 low.",
+        "How to read it (in percent; acc@1 first answer, acc@2 final answer; fix: wrong first "
+        "answers made right; harm: right ones made wrong; detect and false alarm: reflections "
+        "that say 'no' to a wrong and to a right first answer):",
+        "- By construction acc@2 is above acc@1: the first round writes one tile down and answers, "
+        "the second computes from both. Half of the first attempts that SFT imitates are wrong on "
+        "purpose, which keeps its sampled acc@1 low.",
         f"- Part of what RL gains at temperature 1 is sharpening: SFT has "
         f"{rate('greedy', 'SFT', 'acc@2'):.1f} greedy and {rate('sampled', 'SFT', 'acc@2'):.1f} "
         f"sampled, SRPO {rate('sampled', 'SRPO', 'acc@2'):.1f} sampled. What is new shows at "

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import cli
+from tools import cli, transformers_check
 from tools.demo import data, report, tiles
 from tools.demo.stages import ROOT, Clock, Stage, run_stages
 
@@ -45,7 +45,9 @@ class Plan:
         }
 
 
-QUICK = Plan(sft_steps=6, sft_batch=8, rl_steps=2, rl_prompts=4, group_size=4, test=16, validation=8)
+QUICK = Plan(
+    sft_steps=6, sft_batch=8, rl_steps=2, rl_prompts=4, group_size=4, test=16, validation=8
+)
 PROMPT_TOKENS = 16  # 15 are used
 COMPLETION_TOKENS = 36  # a whole response has 31 to 33
 TOKENS = PROMPT_TOKENS + COMPLETION_TOKENS
@@ -202,6 +204,20 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
     return results
 
 
+def check_export(folder: Path, clock: Clock) -> None:
+    """Where torch is installed: transformers loads the export and says what we say."""
+    hf_dir, given = folder / "srpo/hf", folder / "data/test.jsonl"
+    if not transformers_check.torch_is_there():
+        clock.say(
+            "torch is not installed, so transformers was not tried on the export; with it: python "
+            f"-m tools.transformers_check --hf_dir {hf_dir} --input {given}"
+        )
+        return
+    records = cli.read_jsonl(given)[:8]
+    tokens = transformers_check.compare(hf_dir, records, given.parent, COMPLETION_TOKENS)
+    clock.say(f"transformers loads the export; all {tokens} greedy tokens equal ours")
+
+
 def open_folder(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or go on in one that was begun with the same settings."""
     path = out / "settings.json"
@@ -235,7 +251,10 @@ def main(args: argparse.Namespace) -> int:
     results = {**settings, "split": split, "seeds": seeds}
     with cli.atomic(out / f"results_{split}.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{report.table(seeds, split)}\n\n{report.gain_lines(seeds)}\n\n{report.reading(seeds)}")
+    print(
+        f"\n{report.table(seeds, split)}\n\n{report.gain_lines(seeds)}\n\n{report.reading(seeds)}"
+    )
+    check_export(out / f"seed{args.seed}", clock)
     clock.say(f"all in {out}; the trained model: {out / f'seed{args.seed}/srpo/hf'}")
     if args.quick:
         print("--quick: far too short to learn anything; the gain was not checked")

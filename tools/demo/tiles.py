@@ -121,38 +121,43 @@ def render(problems: list[Problem], rng: np.random.Generator) -> np.ndarray:
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def misread(problem: Problem, rng: np.random.Generator) -> int:
-    """A wrong answer as a hurried look gives it: one tile misread, or a slip of arithmetic."""
+def wrong_look(problem: Problem, rng: np.random.Generator) -> tuple[int, int]:
+    """(what it says of the first tile, its answer) of a first look that goes wrong.
+
+    Either tile is misread, by one or two dots or as another tile's number, or the arithmetic slips.
+    The answer is never the right one.
+    """
     a, b = problem.counts
+    gold = problem.answer
     if rng.random() >= MISREAD_SHARE:
-        slips = [problem.answer + d for d in (-2, -1, 1, 2)]
-        return int(rng.choice([s for s in slips if 0 <= s <= 18]))
-    wrong = set()
-    others = [k for _, k in problem.tiles]
-    for read in {a - 2, a - 1, a + 1, a + 2, *others}:
-        wrong.add(combine(problem.op, read, b) if 1 <= read <= 9 else problem.answer)
-    for read in {b - 2, b - 1, b + 1, b + 2, *others}:
-        wrong.add(combine(problem.op, a, read) if 1 <= read <= 9 else problem.answer)
-    return int(rng.choice(sorted(wrong - {problem.answer})))
+        slips = [gold + d for d in (-2, -1, 1, 2)]
+        return a, int(rng.choice([s for s in slips if 0 <= s <= 18]))
+    first_tile = rng.random() < 0.5
+    true = a if first_tile else b
+    reads = {true - 2, true - 1, true + 1, true + 2, *(dots for _, dots in problem.tiles)}
+    looks = [(r, combine(problem.op, r, b)) if first_tile else (a, combine(problem.op, a, r))
+             for r in sorted(reads - {true}) if 1 <= r <= 9]  # fmt: skip
+    looks = [look for look in looks if look[1] != gold]
+    return looks[rng.integers(len(looks))]
 
 
 def reflection_fields(problem: Problem, rng: np.random.Generator) -> dict[str, Any]:
     """The five blocks of a response, written by a program that knows the counts.
 
-    The first round is a hurried look (an answer and nothing else); the reflection reads the two
-    tiles again and gives a verdict on the first answer; the second round computes from those
+    The first round is a hurried look: it writes one tile down and answers. The reflection reads
+    both tiles again and gives a verdict on the first answer; the second round computes from those
     readings. Half of the first answers are wrong.
     """
     a, b = problem.counts
     gold = problem.answer
-    first = misread(problem, rng) if rng.random() < WRONG_SHARE else gold
+    seen, first = wrong_look(problem, rng) if rng.random() < WRONG_SHARE else (a, gold)
     large, small = (a, b) if problem.op == "sum" else (max(a, b), min(a, b))
     sign = "+" if problem.op == "sum" else "-"
-    verdict = "yes" if first == gold else "no"
+    one, two = problem.asked
     return {
-        "first_think": f"guess={first}",
+        "first_think": f"{one}={seen}",
         "first_answer": str(first),
-        "reflection": f"{problem.asked[0]}={a} {problem.asked[1]}={b} {verdict}",
+        "reflection": f"{one}={a} {two}={b} {'yes' if first == gold else 'no'}",
         "second_think": f"{large}{sign}{small}={gold}",
         "second_answer": str(gold),
         "first_correct": first == gold,
