@@ -184,7 +184,7 @@ class Session:
         last = self.step == self.total_steps
         stop = bool(setup.agree_maximum(int(self._stop.requested)))
         metric = None
-        if evaluator is not None and not stop and (last or self._due(self._config.eval.every)):
+        if evaluator is not None and not stop and (self._due(self._config.eval.every) or last):
             metric = self.evaluate(state, evaluator)[BEST]
         is_best = metric is not None and (self._best is None or metric > self._best)
         if last or stop or is_best or self._due(self._config.checkpoint.every):

@@ -32,7 +32,7 @@ def run(count: int, world: Path, workdir: Path, *more: str) -> None:
             subprocess.Popen([sys.executable, DRIVER, *arguments], stdout=log, stderr=log)
         )
     try:
-        codes = [process.wait(timeout=900) for process in processes]
+        codes = [process.wait(timeout=3600) for process in processes]
     finally:
         for process in processes:
             process.kill()
