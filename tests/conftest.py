@@ -29,3 +29,9 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no ../shared/data beside the checkout: real tokenizer and data sets missing")
     return SHARED_DATA
+
+
+@pytest.fixture
+def one_device_env() -> dict[str, str]:
+    """Environment of a command as a user starts it: without the eight devices of these tests."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

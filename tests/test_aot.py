@@ -19,6 +19,7 @@ def _run(platform: str, *command: str) -> str:
     if importlib.util.find_spec(NEEDS[platform]) is None:
         pytest.skip(f"{NEEDS[platform]} is not installed: bash tools/test.sh --slow installs it")
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
+    env["TF_CPP_MIN_LOG_LEVEL"] = "1"  # the partitioner only warns of what it replicates
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
     )

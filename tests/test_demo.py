@@ -359,11 +359,12 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_demo_in_its_quick_form(tmp_path):
+def test_the_whole_demo_in_its_quick_form(tmp_path, one_device_env):
     """Every stage as a real command; what it exports is what transformers loads."""
     out = tmp_path / "demo"
     command = [sys.executable, "-m", "tools.demo.run", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    settings = dict(cwd=ROOT, env=one_device_env, capture_output=True, text=True)
+    done = subprocess.run(command, **settings)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| SRPO |" in done.stdout and "not checked" in done.stdout
     results = json.loads((out / "results_test.json").read_text())
@@ -377,5 +378,5 @@ def test_the_whole_demo_in_its_quick_form(tmp_path):
     pytest.importorskip("torch")
     assert "transformers loads the export" in done.stdout
     # A second run finds everything done.
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run(command, **settings)
     assert again.returncode == 0 and "seed 0\n" in again.stdout and "started" not in again.stdout

@@ -1,7 +1,6 @@
 """The run on real input, in its short form: real vocabulary, real diagrams, SIGTERM and resume."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,12 +40,11 @@ def test_a_failed_check_ends_the_run(capsys):
 
 
 @pytest.mark.slow
-def test_the_short_run_passes_all_its_checks(tmp_path, shared_data):
+def test_the_short_run_passes_all_its_checks(tmp_path, shared_data, one_device_env):
     done = subprocess.run(
         [sys.executable, "-m", "tools.real_input", "--short", "--out", str(tmp_path / "out")],
         cwd=ROOT,
-        # One device, as a user has it: not the eight of these tests.
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        env=one_device_env,
         capture_output=True,
         text=True,
     )

@@ -161,9 +161,9 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
         f"- The plain-GRPO control, paid for the final answer alone, ends within "
         f"{abs(apart):.1f} points of SRPO on the final answer ({difference}): this task shows that "
         "RL works, not that SRPO beats GRPO on the final answer.",
-        f"- What the reflection reward moves is the first answer: sampled "
-        f"{gain('SRPO - SFT, first, sampled'):+.1f} points under SRPO, "
-        f"{gain('GRPO - SFT, first, sampled'):+.1f} under GRPO.",
+        f"- The first answer moves by {gain('SRPO - SFT, first, sampled'):+.1f} points (sampled) "
+        f"under SRPO, whose reward pays for it, and by "
+        f"{gain('GRPO - SFT, first, sampled'):+.1f} under GRPO, whose reward does not.",
         f"- Nothing pays for the reflection's verdict itself; after SRPO it says 'no' to "
         f"{rate('sampled', 'SRPO', 'detect'):.0f} % of the wrong and "
         f"{rate('sampled', 'SRPO', 'false_alarm'):.0f} % of the right first answers.",

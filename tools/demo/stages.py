@@ -164,7 +164,8 @@ def _progress(stage: Stage) -> str:
         return f"{stage.name}: starting (imports and compilation)"
     row, back = rows[-1], rows[-20:][0]
     text = f"{stage.name} {row['step']}/{stage.steps}"
-    for key, word in SHOWN.items():
+    shown = SHOWN if "reward/mean" not in row else {k: v for k, v in SHOWN.items() if k != "loss"}
+    for key, word in shown.items():
         values = [r[key] for r in rows[-10:] if isinstance(r.get(key), float)]
         if values:  # one step of this demo is small: the mean of the last ten is steadier
             text += f"  {word} {sum(values) / len(values):.3f}"
