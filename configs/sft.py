@@ -30,10 +30,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data = ConfigDict()
     config.data.train = ""  # records with reflections: .jsonl, .parquet, .array_record, tfds
     config.data.root = ""  # folder that images must lie in; empty: the file's
-    # "srpo": five blocks, as RL wants them; "paper": the paper's one think and two answers;
+    # "rl_aligned": five blocks, as RL wants them; "paper": the paper's one think and two answers;
     # "plain": one round; "gold": the gold answer in five blocks, where nobody wrote reasoning.
-    config.data.target = "srpo"
-    config.data.mask_wrong_first = False  # no loss on a wrong first attempt (P, R: loss on all)
+    config.data.target = "rl_aligned"
+    # No loss on a wrong first attempt: "true", "false", or "auto": so for rl_aligned, while paper
+    # imitates all (P, R).
+    config.data.mask_wrong_first = "auto"
     config.data.global_batch_size = 16  # R: 8 GPUs x 1 x accumulation 2
     config.data.prompts_per_row = SEQUENCES_PER_ROW[args.size]
     config.data.tokens = 4096  # budget of a conversation (R: cutoff_len)

@@ -144,6 +144,14 @@ def srpo_response(
     return "\n".join(block(name, text) for name, text in zip(TEMPLATE, contents, strict=True))
 
 
+def first_round(think: str, answer: str) -> str:
+    """The first two blocks of a response and the opening of its third: where a review goes on.
+
+    ValueError as in ``srpo_response``.
+    """
+    return "\n".join([block("think", think), block("answer", boxed(answer)), TAGS["reflection"][0]])
+
+
 def paper_sft_response(think: str, first_answer: str, reflection: str, gold: str) -> str:
     """The paper's own SFT target (appendix B.4): one think, two answers, the second the bare gold.
 
@@ -159,3 +167,7 @@ def plain_response(think: str, answer: str) -> str:
     if not answer.strip():
         raise ValueError("the answer block is empty")
     return "\n".join([block("think", think), block("answer", boxed(answer))])
+
+
+# How a template's prompt is called in configurations and on command lines.
+MESSAGES = {"srpo": srpo_messages, "plain": plain_messages}

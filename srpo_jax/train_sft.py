@@ -53,7 +53,9 @@ def train(
         config.data.prompts_per_row,
         parts.shards,
     )
-    encode = encode or SftEncoder(parts.processor, config.data.target, config.data.mask_wrong_first)
+    encode = encode or SftEncoder(
+        parts.processor, config.data.target, masks_wrong_first(config.data)
+    )
     loader, records = open_data(config, workdir, parts, rows, encode)
     if config.data.pack and not config.steps:
         raise RunError("data.pack: a packed batch holds as many records as fit; set config.steps")
@@ -98,6 +100,15 @@ def train(
             if run.end_step(state, evaluator, lambda: ({"data": loader.get_state()}, {})):
                 break
         return run.finish(state)
+
+
+def masks_wrong_first(data: Any) -> bool:
+    """``data.mask_wrong_first`` as yes or no; "auto" depends on the target. RunError otherwise."""
+    answers = {"auto": data.target == "rl_aligned", "true": True, "false": False}
+    text = str(data.mask_wrong_first).lower()
+    if text not in answers:
+        raise RunError(f"data.mask_wrong_first={text}: choose {', '.join(answers)}")
+    return answers[text]
 
 
 def open_data(

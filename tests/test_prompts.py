@@ -126,15 +126,15 @@ REFLECTION = {
 
 def test_sft_targets():
     record = _record(**REFLECTION)
-    assert sft_response(record, "srpo") == srpo_response("a", "7", "wrong", "b", "12")
+    assert sft_response(record, "rl_aligned") == srpo_response("a", "7", "wrong", "b", "12")
     assert sft_response(record, "paper") == paper_sft_response("a", "7", "wrong", "12")
     assert sft_response(record, "plain") == plain_response("b", "12")
     found = FIVE.fullmatch(sft_response(_record(), "gold"))
     assert found["b1"] == found["b4"] == "$\\boxed{12}$"
     with pytest.raises(RecordError, match=r"d.jsonl:3: no text in the fields \['first_think'"):
-        sft_response(_record(), "srpo")
+        sft_response(_record(), "rl_aligned")
     with pytest.raises(RecordError, match="d.jsonl:3: the reflection block is empty"):
-        sft_response(_record(**{**REFLECTION, "reflection": " "}), "srpo")
+        sft_response(_record(**{**REFLECTION, "reflection": " "}), "rl_aligned")
     with pytest.raises(ValueError, match="choose srpo, paper, plain or gold"):
         sft_response(record, "other")
 

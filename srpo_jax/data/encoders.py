@@ -7,15 +7,9 @@ from srpo_jax.data.batching import Encoded
 from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import Record, RecordError, image_ref, load_image
-from srpo_jax.prompts import (
-    paper_sft_response,
-    plain_messages,
-    plain_response,
-    srpo_messages,
-    srpo_response,
-)
+from srpo_jax.prompts import MESSAGES, paper_sft_response, plain_response, srpo_response
 
-MESSAGES = {"srpo": srpo_messages, "plain": plain_messages}
+TARGETS = ("rl_aligned", "paper", "plain", "gold")
 _SRPO_FIELDS = ("first_think", "first_answer", "reflection", "second_think", "second_answer")
 
 
@@ -30,13 +24,14 @@ def _fields(record: Record, names: tuple[str, ...]) -> list[str]:
 
 
 def sft_response(record: Record, target: str) -> str:
-    """What the assistant should say: target "srpo", "paper", "plain" or "gold".
+    """What the assistant should say: target "rl_aligned", "paper", "plain" or "gold".
 
-    "srpo" and "paper" need reflection fields. "plain" takes the last thinking and the answer.
+    "rl_aligned" (the five blocks that RL rewards) and "paper" need reflection fields. "plain" takes
+    the last thinking and the answer.
     "gold" puts the gold answer into the template where nobody wrote reasoning.
     """
     try:
-        if target == "srpo":
+        if target == "rl_aligned":
             return srpo_response(*_fields(record, _SRPO_FIELDS))
         if target == "paper":
             names = ("first_think", "first_answer", "reflection")
@@ -52,7 +47,7 @@ def sft_response(record: Record, target: str) -> str:
         raise
     except ValueError as error:
         raise RecordError(record.origin, str(error)) from None
-    raise ValueError(f"target {target!r}: choose srpo, paper, plain or gold")
+    raise ValueError(f"target {target!r}: choose one of {', '.join(TARGETS)}")
 
 
 def conversation_images(messages: list[dict], root: str, origin: str) -> list[ImageRef]:
@@ -95,7 +90,7 @@ class SftEncoder:
     """
 
     processor: Processor
-    target: str = "srpo"
+    target: str = "rl_aligned"
     mask_wrong_first: bool = False
 
     def __call__(self, record: Record) -> Encoded:

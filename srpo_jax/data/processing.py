@@ -195,18 +195,20 @@ class Processor:
         images: Sequence[Image.Image] = (),
         *,
         generation_prompt: bool = True,
+        prefix: str = "",
         origin: str = "",
     ) -> Encoded:
         """Messages in HF's form (image parts as {"type": "image"}) -> Encoded, ready to sample.
 
-        The generation prompt is appended (without it: a conversation as it stands, no loss); ids
-        and image-token counts equal HF's processor's.
+        The generation prompt is appended (without it: a conversation as it stands, no loss), and
+        ``prefix`` after it: how the assistant's turn is to begin. Ids and image-token counts equal
+        HF's processor's.
         Raises RecordError for control tokens in the text, a wrong number of images, and images
         that cannot be resized.
         """
-        check_messages(messages, origin)
+        check_messages([*messages, {"role": "assistant", "content": prefix}], origin)
         pixel_values, grid = self.images_to_arrays(images, origin)
-        text = self._expand(self._render(messages, generation_prompt), grid, origin)
+        text = self._expand(self._render(messages, generation_prompt), grid, origin) + prefix
         token_ids = self._backend.encode(text, add_special_tokens=False).ids
         return encode_arrays(
             token_ids,

@@ -87,6 +87,8 @@ def sft_stage(folder: Path, seed: int, plan: Plan) -> Stage:
             "data.prompts_per_row": plan.sft_batch,
             "data.tokens": TOKENS,
             "data.patch_budgets": budgets(plan.sft_batch),
+            # From random weights even a wrong first attempt teaches reading and the template.
+            "data.mask_wrong_first": "false",
             "steps": plan.sft_steps,
             "freeze": "()",
             "optim.lr": plan.sft_lr,

@@ -1,0 +1,69 @@
+"""Whether a reply becomes training data; every reason is a short phrase, so that it can be counted."""
+
+from collections.abc import Callable
+from typing import Any
+
+from srpo_jax.data.processing import CONTROL_TOKENS
+from srpo_jax.data.records import Record
+from srpo_jax.prompts import block, boxed, paper_sft_response, srpo_response
+from srpo_jax.reflection import check
+from srpo_jax.reflection.settings import Settings
+
+
+def target_problem(think: str, answer: str) -> str | None:
+    """Why a first round cannot stand in a training target; None where it can."""
+    if any(token in text for text in (think, answer) for token in CONTROL_TOKENS):
+        return "control token in the text"
+    try:
+        block("think", think)
+        block("answer", boxed(answer))
+    except ValueError:
+        return "not the template"
+    return None if answer.strip() else "not the template"
+
+
+def reply_problem(
+    record: Record,
+    first: dict[str, Any],
+    reply: dict[str, Any],
+    right: bool,
+    settings: Settings,
+    count_tokens: Callable[[str], int],
+) -> str | None:
+    """Why a reply is rejected; None where it is accepted.
+
+    Args:
+      first: the attempt {"think", "answer", "correct"}.
+      reply: {"reflection", "second_think"?, "second_answer"?}.
+      right: the second answer was graded right.
+    """
+    reflection = reply["reflection"]
+    texts = [reply[name] for name in ("reflection", "second_think") if reply.get(name)]
+    if not right:
+        return "second answer wrong"
+    if any(token in text for text in texts for token in CONTROL_TOKENS):
+        return "control token in the text"
+    try:
+        if settings.target == "paper":
+            paper_sft_response(first["think"], first["answer"], reflection, record.answer)
+        else:
+            srpo_response(
+                *(first["think"], first["answer"], reflection),
+                *(reply["second_think"], reply["second_answer"]),
+            )
+    except ValueError:
+        return "not the template"
+    if len(reflection.split()) < settings.min_reflection_words and len(reflection) < 12:
+        return "reflection too short"
+    if count_tokens(reflection) > settings.max_reflection_tokens:
+        return "reflection too long"
+    if count_tokens(reply.get("second_think", "")) > settings.max_think_tokens:
+        return "second think too long"
+    if not settings.any_language and not all(
+        check.same_language(record.question, text) for text in texts
+    ):
+        return "another language"
+    leak = check.leak(
+        reflection, record.answer, record.choices, first["answer"], first["correct"]
+    )
+    return None if leak is None else "leaked gold"

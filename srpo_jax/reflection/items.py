@@ -1,0 +1,137 @@
+"""The records of a building run by item number, and their fingerprints."""
+
+import bisect
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from srpo_jax.data.records import Record, RecordError, Records, load_image, open_records
+from srpo_jax.grading.answers import answer_problem
+from srpo_jax.reflection.duplicates import Print, fingerprint
+from srpo_jax.reflection.settings import Settings
+from srpo_jax.reflection.store import Store
+
+CHUNK = 1_000
+_THREADS = 4
+
+
+class Items:
+    """The records of all files, one after the other: ``items[number]``."""
+
+    def __init__(self, files: Iterable[str], data_root: str = ""):
+        """Open all files; ValueError without any, FileNotFoundError for a missing one."""
+        self.files = list(files)
+        if not self.files:
+            raise ValueError("no records: give --records FILE [FILE ...]")
+        self._parts: list[Records] = [open_records(f, data_root or None) for f in self.files]
+        self._ends = list(itertools.accumulate(len(part) for part in self._parts))
+        self.fingerprint = [part.fingerprint for part in self._parts]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, item: int) -> Record:
+        """Record ``item``, its source filled in; RecordError where it cannot be used."""
+        which = bisect.bisect_right(self._ends, item)
+        record = self._parts[which][item - (self._ends[which - 1] if which else 0)]
+        if record.source:
+            return record
+        return dataclasses.replace(record, source=Path(self.files[which]).stem)
+
+
+def register(store: Store, items: Items, say: Callable[[str], None]) -> None:
+    """Enter every record into the store, with what makes it unusable where something does.
+
+    ValueError where the files are not those that the store was begun with.
+    """
+    known = store.meta("data")
+    if known is not None and known != items.fingerprint:
+        raise ValueError(
+            f"{store.workdir}: the record files have changed since it was begun; use another "
+            "--workdir, or restore them"
+        )
+    store.set_meta("data", items.fingerprint)
+    have = store.count("SELECT COUNT(*) FROM items")
+    for start in range(have, len(items), CHUNK):
+        rows = [_row(items, i) for i in range(start, min(start + CHUNK, len(items)))]
+        store.add_items(rows)
+    if have < len(items):
+        bad = store.count("SELECT COUNT(*) FROM items WHERE problem IS NOT NULL")
+        say(f"{len(items)} records, {bad} of them unusable (status shows why)")
+
+
+def _row(items: Items, item: int) -> tuple[int, str, str, str, str | None]:
+    try:
+        record = items[item]
+    except RecordError as error:
+        return item, f"item {item}", "", error.origin, error.reason
+    problem = answer_problem(record.answer, record.choices)
+    return item, record.id, record.source, record.origin, problem
+
+
+def make_prints(store: Store, items: Items, say: Callable[[str], None]) -> None:
+    """Fingerprint every usable item that has none yet; unreadable images become problems."""
+    sql = "SELECT item FROM items WHERE problem IS NULL AND print IS NULL"
+    todo = [item for (item,) in store.query(sql)]
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(todo), CHUNK):
+            part = todo[start : start + CHUNK]
+            found = pool.map(lambda item: _print(items, item), part)
+            store.set_prints((p, problem, i) for i, (p, problem) in zip(part, found, strict=True))
+            if len(todo) > CHUNK:
+                say(f"fingerprints {start + len(part)}/{len(todo)}")
+
+
+def _print(items: Items, item: int) -> tuple[str, str | None]:
+    try:
+        return pack(print_of(items[item])), None
+    except RecordError as error:
+        return "", error.reason
+
+
+def print_of(record: Record) -> Print:
+    """The fingerprint of a record; RecordError where an image cannot be read."""
+    images = [load_image(ref) for ref in record.images]
+    return fingerprint(record.question, record.choices, images)
+
+
+def pack(found: Print) -> str:
+    """A fingerprint as text."""
+    return json.dumps([found.question, [f"{image:x}" for image in found.images]])
+
+
+def unpack(text: str) -> Print:
+    """The fingerprint that ``pack`` wrote."""
+    question, images = json.loads(text)
+    return Print(question, tuple(int(image, 16) for image in images))
+
+
+def prints(store: Store) -> Iterator[tuple[int, Print]]:
+    """(item, fingerprint) of every usable item, in order."""
+    rows = store.query(
+        "SELECT item, print FROM items WHERE problem IS NULL AND print IS NOT NULL ORDER BY item"
+    )
+    return ((item, unpack(text)) for item, text in rows)
+
+
+def evaluation_prints(
+    files: Iterable[str], say: Callable[[str], None]
+) -> dict[str, list[tuple[str, Print]]]:
+    """Fingerprints of evaluation files; a row that cannot be read is said and left out."""
+    found: dict[str, list[tuple[str, Print]]] = {}
+    for file in files:
+        records = open_records(file, require_answer=False)
+        rows = found.setdefault(file, [])
+        bad = 0
+        for index in range(len(records)):
+            try:
+                record = records[index]
+                rows.append((record.id, print_of(record)))
+            except RecordError:
+                bad += 1
+        say(f"{file}: {len(rows)} evaluation items" + (f", {bad} unreadable" if bad else ""))
+    return found
