@@ -1,0 +1,301 @@
+"""Chat completions from any OpenAI-compatible server, through the official ``openai`` client.
+
+    async with Client(Endpoint("gpt-x")) as client:
+        reply = await client.complete(Request([{"role": "user", "content": "Hi"}], max_tokens=9))
+
+Retries are ours (the official client's are off): backoff with full jitter, Retry-After, limits per
+minute and one circuit breaker over all requests. What comes back is a ``Reply`` or one of three
+errors, which say what to do with the item: ``Unavailable`` (later), ``Rejected`` (never again),
+``Fatal`` (stop the run). No error text holds the key or any part of a prompt that was sent.
+
+Requests go through the client's ``post`` with bytes in and a bare response out, over its aiohttp
+transport: 0.6 ms of CPU for each instead of 1.9 ms for ``chat.completions.create`` over httpx.
+"""
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import httpx2
+import openai
+
+from srpo_jax.remote.limits import Breaker, Clock, Pace, Sleep, backoff, retry_after
+from srpo_jax.remote.protocol import (
+    REMEDIES,
+    Endpoint,
+    Fatal,
+    Rejected,
+    Reply,
+    Request,
+    Unavailable,
+    classify,
+    estimate_tokens,
+    find_base_url,
+    hide_prompt,
+    parse_reply,
+    read_key,
+    request_body,
+    scrub,
+)
+
+# The names that callers need, so that they import from one place.
+__all__ = ["Client", "Endpoint", "Fatal", "Rejected", "Reply", "Request", "Stats", "Unavailable"]
+
+
+@dataclass
+class Stats:
+    """Counts of one ``Client`` since it was made."""
+
+    requests: int = 0  # HTTP requests sent
+    replies: int = 0
+    retries: int = 0
+    errors: Counter[str] = field(default_factory=Counter)  # by kind; HTTP statuses as text
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0  # USD
+    in_flight: int = 0
+    max_in_flight: int = 0
+    waiting: int = 0  # requests that sleep before a retry
+    last_error: str = ""
+    paused: bool = False  # by the circuit breaker
+    paused_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """One try that brought no reply."""
+
+    kind: str  # for the counts
+    text: str
+    action: str  # "retry", "reject", "stop"
+    server: bool = False  # the server is to blame: counts for the breaker
+    wait: float | None = None  # seconds that the server asked for
+    cost: float = 0.0
+
+
+class Client:
+    """Requests to one endpoint; an async context manager.
+
+    ``clock``, ``sleep`` and ``rng`` replace ``time.monotonic``, ``asyncio.sleep`` and a fresh
+    random source in tests; ``breaker_failures`` server failures in a row pause everything.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        clock: Clock = time.monotonic,
+        sleep: Sleep = asyncio.sleep,
+        rng: random.Random | None = None,
+        breaker_failures: int = 8,
+    ):
+        """Raises Fatal where the key is missing or the base URL is none."""
+        self.endpoint = endpoint
+        self._clock, self._sleep = clock, sleep
+        self._rng = rng or random.Random()
+        self._stats = Stats()
+        self._breaker = Breaker(clock, sleep, breaker_failures)
+        self._requests = Pace(endpoint.requests_per_minute, clock, sleep)
+        self._tokens = Pace(endpoint.tokens_per_minute, clock, sleep)
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._key = read_key(endpoint)
+        self.openai = connect(endpoint, self._key)
+        self.vendor = urlsplit(str(self.openai.base_url)).hostname == "api.openai.com"
+        self._options = {"headers": {"Content-Type": "application/json"}}
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.openai.close()
+
+    @property
+    def stats(self) -> Stats:
+        """The counts so far; one object, kept up to date."""
+        self._stats.paused = self._breaker.open
+        self._stats.paused_seconds = self._breaker.paused_seconds
+        return self._stats
+
+    async def complete(self, request: Request) -> Reply:
+        """The reply to ``request``; waits for the limits, retries and pauses as long as it takes.
+
+        Raises Unavailable, Rejected or Fatal.
+        """
+        content = json.dumps(request_body(self.endpoint, request, self.vendor)).encode()
+        attempts = probes = 0
+        while True:
+            async with self._slots:
+                probe = await self._admit(request)
+                result = await self._attempt(request, content, probe)
+            if isinstance(result, Reply):
+                return result
+            where = f"{self.endpoint.model}: {result.text}"
+            if result.action == "stop":
+                raise Fatal(where)
+            if result.action == "reject":
+                raise Rejected(where, result.kind, result.cost)
+            # A failed probe says little about its request, but not nothing: a request that makes
+            # the server fail would be the only probe for ever when no other request is left.
+            probes, attempts = probes + probe, attempts + (not probe)
+            if max(attempts, probes) > self.endpoint.max_retries:
+                raise Unavailable(f"{where} (after {attempts + probes} tries)")
+            self._stats.retries += 1
+            if not probe:
+                await self._pause(attempts, result.wait)
+
+    async def _pause(self, attempt: int, wait: float | None) -> None:
+        """Sleep before the next try; what the server asks for, and jitter on top."""
+        self._stats.waiting += 1
+        try:
+            await self._sleep((wait or 0.0) + backoff(attempt, self._rng))
+        finally:
+            self._stats.waiting -= 1
+
+    async def _admit(self, request: Request) -> bool:
+        """Wait until a request may go out; True where it is the breaker's probe."""
+        while True:
+            probe = await self._breaker.enter()
+            try:
+                await self._requests.wait()
+                if self._tokens.rate:
+                    await self._tokens.wait(estimate_tokens(request) + request.max_tokens)
+            except BaseException:
+                if probe:
+                    self._breaker.release()
+                raise
+            if probe or not self._breaker.open:  # it may have opened meanwhile
+                return probe
+
+    async def _attempt(self, request: Request, content: bytes, probe: bool) -> Reply | _Failure:
+        """One HTTP request, counted."""
+        stats = self._stats
+        stats.requests += 1
+        stats.in_flight += 1
+        stats.max_in_flight = max(stats.max_in_flight, stats.in_flight)
+        told = False
+        try:
+            result = await self._send(request, content)
+            told = True
+        finally:
+            stats.in_flight -= 1
+            if probe and not told:
+                self._breaker.release()
+        if isinstance(result, _Failure):
+            stats.errors[result.kind] += 1
+            stats.last_error = result.text
+            if result.server:
+                self._breaker.failure(probe)
+                return result
+        self._breaker.success(probe)
+        return result
+
+    async def _send(self, request: Request, content: bytes) -> Reply | _Failure:
+        """One HTTP request: its reply or what went wrong."""
+        start = self._clock()
+        status, headers = 200, {}
+        try:
+            async with asyncio.timeout(self.endpoint.timeout):
+                response = await self.openai.post(
+                    "/chat/completions",
+                    cast_to=httpx2.Response,
+                    content=content,
+                    options=self._options,
+                )
+                data = response.content
+        except openai.APIStatusError as error:
+            status, headers = error.status_code, error.response.headers
+            data = error.response.content
+        except TimeoutError:
+            return self._failure("timeout", f"no answer in {self.endpoint.timeout:g} s")
+        # aiohttp's errors are not all translated by the transport.
+        except (openai.APIConnectionError, httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
+            return self._failure(*_connection_failure(error))
+        return self._read(request, status, headers, data, self._clock() - start)
+
+    def _read(
+        self, request: Request, status: int, headers: Any, data: bytes, seconds: float
+    ) -> Reply | _Failure:
+        """A reply, or the failure that status and body mean."""
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            body = None
+            if status == 200:
+                return self._failure("not_json", "the body is not JSON")
+        if status == 200 and isinstance(body, dict) and body.get("error") and "choices" not in body:
+            # Some gateways report an error of the model behind them with status 200.
+            code = body["error"].get("code") if isinstance(body["error"], dict) else None
+            status = code if isinstance(code, int) and 400 <= code < 600 else 502
+        if status != 200:
+            return self._http_failure(request, status, headers, body)
+        try:
+            reply = parse_reply(self.endpoint, request, body, seconds)
+        except ValueError as error:
+            return self._failure("not_json", str(error))
+        self._count(request, reply)
+        if reply.finish_reason == "content_filter":
+            text = "the server's content filter stopped the answer"
+            return _Failure("content_filter", text, "reject", cost=reply.cost)
+        return reply
+
+    def _count(self, request: Request, reply: Reply) -> None:
+        stats = self._stats
+        stats.replies += 1
+        stats.prompt_tokens += reply.prompt_tokens
+        stats.completion_tokens += reply.completion_tokens
+        stats.cost += reply.cost
+        if self._tokens.rate:
+            estimate = estimate_tokens(request) + request.max_tokens
+            self._tokens.correct(reply.prompt_tokens + reply.completion_tokens - estimate)
+
+    def _failure(self, kind: str, text: str) -> _Failure:
+        """A failure that is the server's or the network's."""
+        return _Failure(kind, text, "retry", server=True)
+
+    def _http_failure(self, request: Request, status: int, headers: Any, body: Any) -> _Failure:
+        """What an error status means, in words that hold neither the key nor the prompt."""
+        kind, text, action = classify(status, body)
+        text = scrub(hide_prompt(text, request), self._key)
+        text = f"HTTP {status}" + (f": {text}" if text else "")
+        if action == "stop":
+            text += f"; {REMEDIES.get(kind, 'see what the server says')}"
+            if kind in ("401", "403", "invalid_api_key") and self._key:
+                text += f" (environment variable {self.endpoint.key_env})"
+        wait = retry_after(headers) if action == "retry" else None
+        return _Failure(kind, text, action, status >= 500 or status == 408, wait)
+
+
+def _connection_failure(error: BaseException) -> tuple[str, str]:
+    """(kind, text) of a connection error, from the innermost cause's type alone.
+
+    Its own text may hold addresses with credentials, or headers.
+    """
+    cut = False
+    while error.__cause__ is not None:
+        error = error.__cause__
+        cut |= isinstance(error, aiohttp.ClientPayloadError)
+    if isinstance(error, TimeoutError):
+        return "timeout", "no answer in time"
+    if cut:
+        return "cut", "the answer was cut short"
+    return "connection", f"no connection ({type(error).__name__})"
+
+
+def connect(endpoint: Endpoint, key: str) -> openai.AsyncOpenAI:
+    """The official client, quiet and without retries of its own."""
+    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they log every request
+    return openai.AsyncOpenAI(
+        base_url=find_base_url(endpoint),
+        api_key=key or "none",
+        max_retries=0,
+        timeout=endpoint.timeout,
+        http_client=openai.DefaultAioHttpClient(timeout=endpoint.timeout),
+    )
