@@ -8,7 +8,8 @@
 Chat completions, files and batches over real sockets. It runs in a thread of its own, or as a
 program that outlives its clients and tells its counts at ``GET /stats``. ``answer(body)`` gets the
 decoded request and returns the text of the reply, or a dict of message fields (``refusal``,
-``content``, ...; ``finish_reason`` and ``usage`` go where they belong), or raises ``HTTPError``.
+``content``, ...; ``finish_reason`` and ``usage`` go where they belong; ``raw`` is the whole body),
+or raises ``HTTPError``.
 
 ``faults`` maps a kind to its probability for each HTTP request, or is a list: the kinds of the
 first requests in turn ("ok": none). Kinds: "429", "429_retry_after", "timeout" (no answer for
@@ -173,6 +174,8 @@ class Server:
             self.bodies.append(request)
         message = self.answer(request)
         message = {"content": message} if isinstance(message, str) else dict(message)
+        if "raw" in message:
+            return json.dumps(message["raw"]).encode()
         finish = message.pop("finish_reason", "stop")
         words = len(message.get("content") or "") // 4 + 1
         usage = {"prompt_tokens": len(body) // 4, "completion_tokens": words}

@@ -238,13 +238,17 @@ def find_base_url(endpoint: Endpoint) -> str | None:
     Raises Fatal where it is no URL.
     """
     url = (endpoint.base_url or os.environ.get("OPENAI_BASE_URL") or "").strip()
+    if not url:
+        return None
     try:
-        good = not url or (urlsplit(url).hostname and url.startswith(("http://", "https://")))
+        parts = urlsplit(url)
+        # aiohttp refuses a user in the address beside a key in the header.
+        good = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
     except ValueError:
         good = False
     if not good:  # not shown: it may hold a password
-        raise Fatal("the base URL must look like http://host:8000/v1")
-    return url or None
+        raise Fatal("the base URL must look like http://host:8000/v1, without user and password")
+    return url
 
 
 def read_key(endpoint: Endpoint) -> str:
