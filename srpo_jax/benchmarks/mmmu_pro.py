@@ -1,0 +1,117 @@
+"""MMMU-Pro's rule (MMMU-Benchmark/MMMU, mmmu-pro/evaluate.py): an option letter by patterns.
+
+Where nothing in a response names an option, the official code draws one at random without a seed.
+Such a row has no answer here, counts as wrong, and is reported apart.
+"""
+
+from collections.abc import Sequence
+
+from srpo_jax.benchmarks.common import (
+    LETTERS,
+    Groups,
+    Row,
+    RowError,
+    Scored,
+    choices,
+    given_extraction,
+    gold,
+    response,
+)
+
+NAME = "mmmu_pro"
+COUNTS = {1730: "one setting"}
+DRAWS = "nothing names an option; the official code draws one at random, without a seed"
+
+DOMAINS = {
+    "Art and Design": ["Art", "Art_Theory", "Design", "Music"],
+    "Business": ["Accounting", "Economics", "Finance", "Manage", "Marketing"],
+    "Science": ["Biology", "Chemistry", "Geography", "Math", "Physics"],
+    "Health and Medicine": [
+        "Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine",
+        "Pharmacy", "Public_Health",
+    ],
+    "Humanities and Social Science": ["History", "Literature", "Sociology", "Psychology"],
+    "Tech and Engineering": [
+        "Agriculture", "Architecture_and_Engineering", "Computer_Science", "Electronics",
+        "Energy_and_Power", "Materials", "Mechanical_Engineering",
+    ],
+}  # fmt: skip
+_DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
+
+
+def official(rows: list[Row], pool=None) -> list[Scored]:
+    """The official outcome of each row: the option letter, twice, and the verdict."""
+    return [_official(row) for row in rows]
+
+
+def groups(row: Row) -> Groups:
+    """The official tables: domains, subjects, and the settings where rows name theirs."""
+    tables: Groups = {}
+    subject = subject_of(row)
+    if subject is not None:
+        if subject in _DOMAIN_OF:
+            tables["domain"] = [_DOMAIN_OF[subject]]
+        tables["subject"] = [subject]
+    if row.get("setting") is not None:
+        tables["setting"] = [str(row["setting"])]
+    return tables
+
+
+def subject_of(row: Row) -> str | None:
+    """The row's subject, read from an id such as "test_Art_Theory_12" where no field names it."""
+    subject = row.get("subject")
+    if subject is None:
+        middle = str(row.get("id", "")).split("_")[1:-1]
+        subject = "_".join(middle) if "_".join(middle) in _DOMAIN_OF else None
+    return subject if subject is None else str(subject).replace(" ", "_")
+
+
+def _official(row: Row) -> Scored:
+    options = choices(row)
+    if not options:
+        raise RowError("no 'choices' (or 'options'); MMMU-Pro's rule needs them")
+    letter = given_extraction(row)
+    if letter is None:
+        letter = after_answer(response(row), options) or parse_choice(
+            response(row), options, spaced=False
+        )
+    if letter is None:
+        return Scored(None, None, False, DRAWS)
+    return Scored(str(letter), str(letter), str(letter) == gold(row))
+
+
+def after_answer(text: str, options: Sequence[str]) -> str | None:
+    """The only option letter that occurs after the last "Answer:", None without just one."""
+    head, mark, tail = text.rpartition("Answer:")
+    letters = [letter for letter in LETTERS[: len(options)] if letter in tail]
+    return letters[0] if mark and len(letters) == 1 else None
+
+
+def parse_choice(text: str, options: Sequence[str], *, spaced: bool) -> str | None:
+    """The option letter that a response names, None where it names none.
+
+    "(B)" first, then a letter beside white space, then the text of an option if the response has
+    more than five words; of several the last in the text. ``spaced`` says how MMMU reads a letter,
+    " B "; MMMU-Pro reads "B " and then "B.".
+    """
+    for char in ",.!?;:'":
+        text = text.strip(char)
+    text = f" {text} "
+    letters = LETTERS[: len(options)]
+    shapes = ("({})", " {} ") if spaced else ("({})", "{} ", "{}.")
+    for shape in shapes:
+        found = [letter for letter in letters if shape.format(letter) in text]
+        if found:
+            # The official code looks for " B " again, whatever it found: one it does not find
+            # stands at -1, so that the first letter wins where all are like that.
+            place = "({})" if shape == "({})" else " {} "
+            return max(found, key=lambda letter: text.rfind(place.format(letter)))
+    if len(text.split()) <= 5:
+        return None
+    lowered = text.lower()
+    places = {
+        letter: lowered.rfind(option.lower())
+        for letter, option in zip(letters, options, strict=False)
+    }
+    named = [letter for letter, place in places.items() if place >= 0]
+    return max(named, key=places.get) if named else None
