@@ -18,6 +18,7 @@ from srpo_jax.remote.protocol import (
     IMAGE_TOKENS,
     estimate_tokens,
     hide_prompt,
+    is_vendor,
     parse_reply,
     request_body,
     scrub,
@@ -109,9 +110,10 @@ def test_the_vendors_own_server_gets_the_new_name_of_the_token_limit(monkeypatch
     body = request_body(Endpoint("m"), ask(), vendor=True)
     assert body["max_completion_tokens"] == 50
     assert "max_tokens" not in body
-    assert Client(Endpoint("m")).vendor
+    assert is_vendor(Endpoint("m"))
+    assert is_vendor(Endpoint("m", "https://api.openai.com/v1"))
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
-    assert not Client(Endpoint("m")).vendor
+    assert not is_vendor(Endpoint("m"))
 
 
 def test_a_refusal_is_a_reply():

@@ -20,29 +20,27 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import httpx2
 import openai
 
-from srpo_jax.remote.limits import Breaker, Clock, Pace, Sleep, backoff, retry_after
+from srpo_jax.remote.limits import Breaker, Clock, Pace, Sleep, backoff
 from srpo_jax.remote.protocol import (
-    REMEDIES,
     Endpoint,
+    Failure,
     Fatal,
     Rejected,
     Reply,
     Request,
     Unavailable,
-    classify,
     estimate_tokens,
     find_base_url,
-    hide_prompt,
+    http_failure,
+    is_vendor,
     parse_reply,
     read_key,
     request_body,
-    scrub,
 )
 
 # The names that callers need, so that they import from one place.
@@ -66,18 +64,6 @@ class Stats:
     last_error: str = ""
     paused: bool = False  # by the circuit breaker
     paused_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """One try that brought no reply."""
-
-    kind: str  # for the counts
-    text: str
-    action: str  # "retry", "reject", "stop"
-    server: bool = False  # the server is to blame: counts for the breaker
-    wait: float | None = None  # seconds that the server asked for
-    cost: float = 0.0
 
 
 class Client:
@@ -106,8 +92,8 @@ class Client:
         self._tokens = Pace(endpoint.tokens_per_minute, clock, sleep)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._key = read_key(endpoint)
+        self._vendor = is_vendor(endpoint)
         self.openai = connect(endpoint, self._key)
-        self.vendor = urlsplit(str(self.openai.base_url)).hostname == "api.openai.com"
         self._options = {"headers": {"Content-Type": "application/json"}}
 
     async def __aenter__(self) -> "Client":
@@ -128,7 +114,7 @@ class Client:
 
         Raises Unavailable, Rejected or Fatal.
         """
-        content = json.dumps(request_body(self.endpoint, request, self.vendor)).encode()
+        content = json.dumps(request_body(self.endpoint, request, self._vendor)).encode()
         attempts = probes = 0
         while True:
             async with self._slots:
@@ -173,7 +159,7 @@ class Client:
             if probe or not self._breaker.open:  # it may have opened meanwhile
                 return probe
 
-    async def _attempt(self, request: Request, content: bytes, probe: bool) -> Reply | _Failure:
+    async def _attempt(self, request: Request, content: bytes, probe: bool) -> Reply | Failure:
         """One HTTP request, counted."""
         stats = self._stats
         stats.requests += 1
@@ -187,7 +173,7 @@ class Client:
             stats.in_flight -= 1
             if probe and not told:
                 self._breaker.release()
-        if isinstance(result, _Failure):
+        if isinstance(result, Failure):
             stats.errors[result.kind] += 1
             stats.last_error = result.text
             if result.server:
@@ -196,7 +182,7 @@ class Client:
         self._breaker.success(probe)
         return result
 
-    async def _send(self, request: Request, content: bytes) -> Reply | _Failure:
+    async def _send(self, request: Request, content: bytes) -> Reply | Failure:
         """One HTTP request: its reply or what went wrong."""
         start = self._clock()
         status, headers = 200, {}
@@ -212,37 +198,34 @@ class Client:
         except openai.APIStatusError as error:
             status, headers = error.status_code, error.response.headers
             data = error.response.content
-        except TimeoutError:
-            return self._failure("timeout", f"no answer in {self.endpoint.timeout:g} s")
-        # aiohttp's errors are not all translated by the transport.
-        except (openai.APIConnectionError, httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
-            return self._failure(*_connection_failure(error))
+        except CONNECTION_ERRORS as error:
+            return connection_failure(error)
         return self._read(request, status, headers, data, self._clock() - start)
 
     def _read(
         self, request: Request, status: int, headers: Any, data: bytes, seconds: float
-    ) -> Reply | _Failure:
+    ) -> Reply | Failure:
         """A reply, or the failure that status and body mean."""
         try:
             body = json.loads(data)
         except (ValueError, RecursionError):
             body = None
             if status == 200:
-                return self._failure("not_json", "the body is not JSON")
+                return Failure("not_json", "the body is not JSON", "retry", server=True)
         if status == 200 and isinstance(body, dict) and body.get("error") and "choices" not in body:
             # Some gateways report an error of the model behind them with status 200.
             code = body["error"].get("code") if isinstance(body["error"], dict) else None
             status = code if isinstance(code, int) and 400 <= code < 600 else 502
         if status != 200:
-            return self._http_failure(request, status, headers, body)
+            return http_failure(self.endpoint, self._key, status, headers, body, request)
         try:
             reply = parse_reply(self.endpoint, request, body, seconds)
         except ValueError as error:
-            return self._failure("not_json", str(error))
+            return Failure("not_json", str(error), "retry", server=True)
         self._count(request, reply)
         if reply.finish_reason == "content_filter":
             text = "the server's content filter stopped the answer"
-            return _Failure("content_filter", text, "reject", cost=reply.cost)
+            return Failure("content_filter", text, "reject", cost=reply.cost)
         return reply
 
     def _count(self, request: Request, reply: Reply) -> None:
@@ -255,37 +238,25 @@ class Client:
             estimate = estimate_tokens(request) + request.max_tokens
             self._tokens.correct(reply.prompt_tokens + reply.completion_tokens - estimate)
 
-    def _failure(self, kind: str, text: str) -> _Failure:
-        """A failure that is the server's or the network's."""
-        return _Failure(kind, text, "retry", server=True)
 
-    def _http_failure(self, request: Request, status: int, headers: Any, body: Any) -> _Failure:
-        """What an error status means, in words that hold neither the key nor the prompt."""
-        kind, text, action = classify(status, body)
-        text = scrub(hide_prompt(text, request), self._key)
-        text = f"HTTP {status}" + (f": {text}" if text else "")
-        if action == "stop":
-            text += f"; {REMEDIES.get(kind, 'see what the server says')}"
-            if kind in ("401", "403", "invalid_api_key") and self._key:
-                text += f" (environment variable {self.endpoint.key_env})"
-        wait = retry_after(headers) if action == "retry" else None
-        return _Failure(kind, text, action, status >= 500 or status == 408, wait)
+# aiohttp's errors are not all translated by the transport; OSError holds TimeoutError.
+CONNECTION_ERRORS = (openai.APIConnectionError, httpx2.HTTPError, aiohttp.ClientError, OSError)
 
 
-def _connection_failure(error: BaseException) -> tuple[str, str]:
-    """(kind, text) of a connection error, from the innermost cause's type alone.
+def connection_failure(error: BaseException) -> Failure:
+    """What a connection error means, told from types alone.
 
     Its own text may hold addresses with credentials, or headers.
     """
-    cut = False
-    while error.__cause__ is not None:
-        error = error.__cause__
-        cut |= isinstance(error, aiohttp.ClientPayloadError)
-    if isinstance(error, TimeoutError):
-        return "timeout", "no answer in time"
-    if cut:
-        return "cut", "the answer was cut short"
-    return "connection", f"no connection ({type(error).__name__})"
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    if any(isinstance(link, TimeoutError) for link in chain):
+        return Failure("timeout", "no answer in time", "retry", server=True)
+    if any(isinstance(link, aiohttp.ClientPayloadError) for link in chain):
+        return Failure("cut", "the answer was cut short", "retry", server=True)
+    text = f"no connection ({type(chain[-1]).__name__})"
+    return Failure("connection", text, "retry", server=True)
 
 
 def connect(endpoint: Endpoint, key: str) -> openai.AsyncOpenAI:

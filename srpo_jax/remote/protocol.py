@@ -5,9 +5,12 @@ Pure functions and frozen dataclasses; ``client`` and ``batch`` share them.
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
+
+from srpo_jax.remote.limits import retry_after
 
 MAX_ERROR_CHARS = 300
 IMAGE_TOKENS = 1000  # of one image, for the limit per minute; vendors count 85 to 2,500
@@ -122,6 +125,18 @@ class Reply:
     seconds: float  # of the request that succeeded, without waits
 
 
+@dataclass(frozen=True)
+class Failure:
+    """One HTTP request that brought no reply."""
+
+    kind: str  # for the counts
+    text: str
+    action: str  # "retry", "reject", "stop"
+    server: bool = False  # the server is to blame: counts for the breaker
+    wait: float | None = None  # seconds that the server asked for
+    cost: float = 0.0
+
+
 def estimate_tokens(request: Request) -> int:
     """A rough count of prompt tokens: a quarter of the UTF-8 bytes, images at a flat rate."""
     if request.tokens:
@@ -149,10 +164,13 @@ def request_body(endpoint: Endpoint, request: Request, vendor: bool) -> dict[str
     return out
 
 
-def parse_reply(endpoint: Endpoint, request: Request, body: Any, seconds: float = 0.0) -> Reply:
+def parse_reply(
+    endpoint: Endpoint, request: Request | None, body: Any, seconds: float = 0.0
+) -> Reply:
     """A ``Reply`` from a decoded body; ValueError where it is not the protocol's.
 
-    A server that reports no usage gets an estimate, so that a budget still ends the run.
+    A server that reports no usage gets an estimate, so that a budget still ends the run; of the
+    prompt only where ``request`` is known.
     """
     try:
         choice = body["choices"][0]
@@ -169,7 +187,7 @@ def parse_reply(endpoint: Endpoint, request: Request, body: Any, seconds: float 
         raise ValueError("the body is JSON but not a chat completion") from None
     text, refusal = (_utf8(part or "").decode() for part in (text, refusal))
     if not isinstance(prompt, int):
-        prompt = estimate_tokens(request)
+        prompt = estimate_tokens(request) if request else 0
     if not isinstance(completion, int):
         completion = len(text.encode()) // 4 + 1
     cost = endpoint.cost(prompt, completion)
@@ -179,7 +197,7 @@ def parse_reply(endpoint: Endpoint, request: Request, body: Any, seconds: float 
 
 
 def classify(status: int, body: Any) -> tuple[str, str, str]:
-    """(kind, what the server says, action) of an HTTP error; action as in ``_Failure``."""
+    """(kind, what the server says, action) of an HTTP error; action as in ``Failure``."""
     error = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(error, dict):
         error = {"message": error if isinstance(error, str) else ""}
@@ -197,6 +215,26 @@ def classify(status: int, body: Any) -> tuple[str, str, str]:
 def _utf8(text: str) -> bytes:
     """Lone surrogates become "?": JSON can hold them, but neither UTF-8 nor SQLite can."""
     return text.encode("utf-8", "replace")
+
+
+def http_failure(
+    endpoint: Endpoint,
+    key: str,
+    status: int,
+    headers: Mapping[str, str],
+    body: Any,
+    request: Request | None = None,
+) -> Failure:
+    """What an error status means, in words that hold neither the key nor the prompt."""
+    kind, text, action = classify(status, body)
+    text = scrub(hide_prompt(text, request) if request else text, key)
+    text = f"HTTP {status}" + (f": {text}" if text else "")
+    if action == "stop":
+        text += f"; {REMEDIES.get(kind, 'see what the server says')}"
+        if kind in ("401", "403", "invalid_api_key") and key:
+            text += f" (environment variable {endpoint.key_env})"
+    wait = retry_after(headers) if action == "retry" else None
+    return Failure(kind, text, action, status >= 500 or status == 408, wait)
 
 
 def hide_prompt(text: str, request: Request, run: int = 24) -> str:
@@ -249,6 +287,12 @@ def find_base_url(endpoint: Endpoint) -> str | None:
     if not good:  # not shown: it may hold a password
         raise Fatal("the base URL must look like http://host:8000/v1, without user and password")
     return url
+
+
+def is_vendor(endpoint: Endpoint) -> bool:
+    """Whether the server is OpenAI's own."""
+    url = find_base_url(endpoint)
+    return url is None or urlsplit(url).hostname == "api.openai.com"
 
 
 def read_key(endpoint: Endpoint) -> str:
