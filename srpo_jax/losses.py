@@ -33,6 +33,7 @@ def token_logps(
     temperature: float = 1.0,
     forbidden_ids: tuple[int, ...] = (),
     chunk: int = 128,
+    count: jax.Array | None = None,
     entropy_grad: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of each position, without a [B, T, V] array.
@@ -48,6 +49,8 @@ def token_logps(
         temperature: logits are divided by it, as the sampler does.
         forbidden_ids: tokens that the sampler cannot draw; their probability is 0.
         chunk: positions per chunk; chunks are evened out, the last one is padded.
+        count: int32 scalar: nothing is wanted of the positions from here on. Chunks beyond it are
+            left out, forward and backward; their results are 0.
         entropy_grad: let gradients flow through the entropy (needed for an entropy bonus only).
 
     Returns:
@@ -61,12 +64,21 @@ def token_logps(
     targets_NBC = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, n, c).swapaxes(0, 1)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def body(_, x):
-        logits = _chunk_logits(x[0], head_DV, temperature, forbidden_ids)
-        logp, entropy = _logp_and_entropy(logits, x[1])
-        return None, (logp, entropy if entropy_grad else jax.lax.stop_gradient(entropy))
+    def compute(h_BCD, targets_BC):
+        logits = _chunk_logits(h_BCD, head_DV, temperature, forbidden_ids)
+        logp, entropy = _logp_and_entropy(logits, targets_BC)
+        return logp, entropy if entropy_grad else jax.lax.stop_gradient(entropy)
 
-    _, (logp_NBC, entropy_NBC) = jax.lax.scan(body, None, (h_NBCD, targets_NBC))
+    def leave_out(h_BCD, targets_BC):
+        nothing_BC = (targets_BC * 0).astype(jnp.float32)  # divided over devices as results are
+        return nothing_BC, nothing_BC
+
+    def body(start, x):
+        if count is None:
+            return start, compute(*x)
+        return start + c, jax.lax.cond(start < count, compute, leave_out, *x)
+
+    _, (logp_NBC, entropy_NBC) = jax.lax.scan(body, jnp.int32(0), (h_NBCD, targets_NBC))
     join = lambda x: x.swapaxes(0, 1).reshape(b, n * c)[:, :t]  # noqa: E731
     return join(logp_NBC), join(entropy_NBC)
 
@@ -242,6 +254,23 @@ def sft_weights(loss_mask_BT: jax.Array, valid_B: jax.Array) -> jax.Array:
     shifted = jnp.pad(mask_BT[:, 1:], ((0, 0), (0, 1)))
     total = shifted.sum()
     return shifted / jnp.where(total > 0, total, 1.0)
+
+
+def weighted_first(
+    h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Each row's positions that have a weight, in order, before those that have none.
+
+    Returns the three arrays in the new order and ``count`` for ``token_logps``: the most such
+    positions of any row. Of a conversation only the assistant's tokens have a weight, and a
+    budget is mostly padding.
+    """
+    idle_BT = weights_BT == 0
+    order_BT = jnp.argsort(idle_BT, axis=1, stable=True)
+    h_BTD = jnp.take_along_axis(h_BTD, order_BT[..., None], axis=1)
+    targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
+    weights_BT = jnp.take_along_axis(weights_BT, order_BT, axis=1)
+    return h_BTD, targets_BT, weights_BT, (~idle_BT).sum(1, dtype=jnp.int32).max()
 
 
 def sft_loss(logp_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:

@@ -104,7 +104,11 @@ def make_sft_step(
                 rows.tokens, rows.mrope, rows.segment_ids, rows.vision_src, features
             )
             targets_BT = jnp.roll(rows.tokens, -1, axis=1)  # the last one has weight 0
-            logp_BT, _ = _token_logps(model, h_BTD, targets_BT, chunk=cfg.logit_chunk)
+            # The head reads loss positions only: they come first, and the rest is left out.
+            h_BTD, targets_BT, weights, count = losses.weighted_first(h_BTD, targets_BT, weights)
+            logp_BT, _ = _token_logps(
+                model, h_BTD, targets_BT, chunk=cfg.logit_chunk, count=count
+            )
             loss = losses.sft_loss(logp_BT, weights)
             return loss, loss
 
@@ -230,10 +234,12 @@ def _completion_logps(
     if features is None and batch.vision is not None:
         features = model.encode_images(batch.vision)
     h_PGRD = model.completion_hidden(batch, features, rollout.completions, rollout.completion_mask)
+    longest = rollout.completion_mask.sum(-1, dtype=jnp.int32).max()
     logp_BR, entropy_BR = _token_logps(
         model,
         grpo.merge_group(h_PGRD),
         grpo.merge_group(rollout.completions),
+        count=longest,
         temperature=cfg.temperature,
         forbidden_ids=cfg.forbidden_ids,
         chunk=cfg.logit_chunk,
@@ -244,7 +250,7 @@ def _completion_logps(
 
 
 def _token_logps(
-    model: Qwen2_5_VL, h_BTD: jax.Array, targets_BT: jax.Array, **kwargs
+    model: Qwen2_5_VL, h_BTD: jax.Array, targets_BT: jax.Array, *, count: jax.Array, **kwargs
 ) -> tuple[jax.Array, jax.Array]:
     """``losses.token_logps`` under the model's head, each data shard by itself.
 
@@ -254,20 +260,21 @@ def _token_logps(
     """
     head_DV = shard(model.head_kernel(), None, "tensor")
     if jax.sharding.get_abstract_mesh().empty:
-        return losses.token_logps(h_BTD, targets_BT, head_DV, **kwargs)
+        return losses.token_logps(h_BTD, targets_BT, head_DV, count=count, **kwargs)
 
-    def local(h, targets, head):
+    # ``count`` is one for all devices: where the vocabulary is divided, every chunk is a collective.
+    def local(h, targets, head, count):
         # "varying" from here on: otherwise the sum over devices moves into the scan again.
         head = jax.lax.pcast(head, BATCH_AXES, to="varying")
-        return losses.token_logps(h, targets, head, **kwargs)
+        return losses.token_logps(h, targets, head, count=count, **kwargs)
 
     batch = PartitionSpec(BATCH_AXES)
     return jax.shard_map(
         local,
-        in_specs=(batch, batch, PartitionSpec()),
+        in_specs=(batch, batch, PartitionSpec(), PartitionSpec()),
         out_specs=(batch, batch),
         axis_names=set(BATCH_AXES),
-    )(h_BTD, targets_BT, head_DV)
+    )(h_BTD, targets_BT, head_DV, count)
 
 
 def _check_features(trained: Params, features_MND: jax.Array | None) -> None:

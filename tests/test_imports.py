@@ -20,6 +20,10 @@ data.images data.records data.vision_arrays data.batching data.processing data.e
 data.quarantine data.stream data.loader
 sampling.logits sampling.slots sampling.sampler
 grading.template grading.quantities grading.answers grading.verifier grading.grade
+remote.limits remote.protocol remote.client remote.batch
+reflection.store reflection.settings reflection.teach reflection.duplicates reflection.check
+reflection.accept reflection.items reflection.select reflection.drive reflection.batches
+reflection.stages reflection.write reflection.sample reflection.page
 rewards losses optim grpo state steps
 checkpoint metrics runtime setup rollout
 evaluate session groups train_sft train_grpo
@@ -45,6 +49,8 @@ THIRD_PARTY = {
     },
     "sampling": CORE,
     "grading": {"numpy", "math_verify", "sympy", "latex2sympy2_extended"},
+    "remote": {"openai", "aiohttp", "httpx2"},
+    "reflection": {"numpy", "PIL", "jinja2", "transformers"},
     "rewards": CORE,
     "losses": CORE,
     "optim": CORE,

@@ -67,6 +67,37 @@ def test_token_logps_gradients_equal_dense_log_softmax():
         np.testing.assert_allclose(g, w, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 4, T])
+def test_positions_beyond_the_count_are_left_out_and_take_no_gradient(count):
+    h, targets, head = _inputs()
+
+    def total(h, head, **kwargs):
+        logp, entropy = losses.token_logps(h, targets, head, chunk=3, **kwargs)
+        kept = jnp.arange(T) < count
+        return jnp.sum(jnp.where(kept, logp, 0.0)), (logp, entropy)
+
+    grad = jax.grad(total, (0, 1), has_aux=True)
+    got, (logp, entropy) = jax.jit(grad)(h, head, count=jnp.int32(count))
+    want, _ = grad(h, head)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-6)
+    computed = -(-count // 3) * 3  # whole chunks
+    assert not np.any(logp[:, computed:])
+    assert not np.any(entropy[:, computed:])
+    assert np.all(logp[:, :count] < 0)
+
+
+def test_weighted_positions_come_first_in_their_order():
+    h, targets, _ = _inputs()
+    weights = jnp.zeros((B, T)).at[0, 2].set(0.5).at[0, 4].set(0.25).at[1, 1].set(1.0)
+    h2, targets2, weights2, count = losses.weighted_first(h, targets, weights)
+    assert count == 2
+    assert weights2[0, :2].tolist() == [0.5, 0.25]
+    assert not weights2[:, 2:].any()
+    assert targets2[0, :2].tolist() == [targets[0, 2], targets[0, 4]]
+    np.testing.assert_array_equal(h2[1, 0], h[1, 1])
+
+
 def test_token_logps_of_bfloat16_states_are_float32():
     h, targets, head = _inputs(jnp.bfloat16)
     got, _ = losses.token_logps(h, targets, head, chunk=4)

@@ -608,7 +608,8 @@ def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
     def loss(h, head):
         model = types.SimpleNamespace(head_kernel=lambda: head)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return steps._token_logps(model, h, targets_BT, chunk=8)[0].sum()
+            logp_BT, _ = steps._token_logps(model, h, targets_BT, chunk=8, count=jnp.int32(32))
+            return logp_BT.sum()
 
     head_layout = sharding.param_specs({"text/lm_head/kernel": head_DV}, mesh)
     layouts = (rows, head_layout["text/lm_head/kernel"])

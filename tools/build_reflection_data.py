@@ -148,7 +148,10 @@ def status(args: argparse.Namespace) -> int:
                 line += "; errors: " + ", ".join(f"{k} {n}" for k, n in found["errors"].items())
             print(line + (f"; {recent} in the last minute" if recent else ""))
         records = account(store)
-        print(f"records  {sum(records.values())}: " + ", ".join(f"{n} {s}" for s, n in records.items()))
+        print(
+            f"records  {sum(records.values())}: "
+            + ", ".join(f"{n} {s}" for s, n in records.items())
+        )
         problems = store.query(
             "SELECT problem, COUNT(*), MIN(origin) FROM items WHERE problem IS NOT NULL "
             "GROUP BY problem ORDER BY 2 DESC LIMIT 5"
@@ -161,6 +164,7 @@ def status(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     """Write the page of random items."""
     from srpo_jax.reflection.page import write_page
+
     from srpo_jax.reflection.sample import items_to_show
 
     path = Path(args.out or Path(args.workdir) / "inspect.html")

@@ -1,4 +1,4 @@
-"""Whether a reply becomes training data; every reason is a short phrase, so that it can be counted."""
+"""Whether a reply becomes training data; reasons are short phrases, so that they can be counted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +63,5 @@ def reply_problem(
         check.same_language(record.question, text) for text in texts
     ):
         return "another language"
-    leak = check.leak(
-        reflection, record.answer, record.choices, first["answer"], first["correct"]
-    )
+    leak = check.leak(reflection, record.answer, record.choices, first["answer"], first["correct"])
     return None if leak is None else "leaked gold"

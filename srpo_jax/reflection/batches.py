@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from srpo_jax.data.images import RecordError
 from srpo_jax.reflection.drive import Driver, Handle, Outcome, Task
 from srpo_jax.remote.batch import BatchClient
-from srpo_jax.remote.client import Rejected, Unavailable
+from srpo_jax.remote.protocol import Rejected, Unavailable
 
 BATCH_REQUESTS = 5_000
 TURNS = 3  # batches that one request may be part of before it is left for another run
@@ -32,7 +32,9 @@ class BatchDriver(Driver):
                         if self._limit(0, outcome):
                             break
                         members = names[start : start + size]
-                        await self._batch(client, self._note(members), members, todo, handle, outcome)
+                        await self._batch(
+                            client, self._note(members), members, todo, handle, outcome
+                        )
                     if not todo or self._stop:
                         break
         outcome.left, outcome.stopped = len(todo), self._stop

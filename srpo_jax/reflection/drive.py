@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from srpo_jax.data.images import RecordError
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
-from srpo_jax.remote.client import Client, Endpoint, Rejected, Reply, Request, Unavailable
+from srpo_jax.remote.client import Client
+from srpo_jax.remote.protocol import Endpoint, Rejected, Reply, Request, Unavailable
 
 PASSES = 3  # over requests that the server could not answer
 REPORT_SECONDS = 10.0
@@ -46,6 +47,7 @@ class Progress:
         self.label, self.total, self.say = label, total, say
         self.spent_before, self.cost, self.tokens = spent, 0.0, 0
         self.done = self.good = 0
+        self.dearest = 0.0  # USD of one reply
         self.errors: Counter = Counter()
         self.start = self.last = time.monotonic()
 
@@ -54,10 +56,11 @@ class Progress:
         self.done += 1
         self.good += result.ok
         self.cost += result.cost
+        self.dearest = max(self.dearest, result.cost)
         self.tokens += result.prompt_tokens + result.completion_tokens
 
     def line(self) -> str:
-        """Items, rate, tokens, cost so far and forecast, errors by kind, share of usable replies."""
+        """Items, pace, usable share, tokens, cost so far and forecast, errors by kind."""
         seconds = max(time.monotonic() - self.start, 1e-9)
         rate = self.done / seconds
         left = (self.total - self.done) / rate if rate else float("inf")
@@ -87,7 +90,9 @@ def duration(seconds: float) -> str:
         return "?"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return (
+        f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    )
 
 
 class Driver:
@@ -176,7 +181,8 @@ class Driver:
 
     def _refused(self, task: Task, error: Rejected) -> Result:
         data = {"error": str(error)}
-        return Result(task.item, self.stage, False, "refused by the server", data, task.trial)
+        reason = "refused by the server"
+        return Result(task.item, self.stage, False, reason, data, task.trial, cost=error.cost)
 
     def _store(self, result: Result, outcome: Outcome) -> None:
         self.store.put(result)
@@ -187,10 +193,9 @@ class Driver:
         """Whether nothing more may be sent while ``flying`` requests are under way; notes why."""
         settings = self.settings
         if not self._stop and settings.budget_usd:
-            cost, done = self._progress.cost, self._progress.done
-            # What is under way will cost about as much as what has arrived did.
-            expected = flying * (cost / done if done else 0.0)
-            if self._spent + cost + expected >= settings.budget_usd:
+            # What is under way may cost as much as the dearest reply so far.
+            expected = self._spent + self._progress.cost + flying * self._progress.dearest
+            if expected >= settings.budget_usd:
                 self._stop = f"the budget of ${settings.budget_usd:g} is used up"
         if not self._stop and settings.max_items:
             if outcome.replies + flying >= settings.max_items:

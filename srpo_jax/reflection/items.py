@@ -12,7 +12,6 @@ from pathlib import Path
 from srpo_jax.data.records import Record, RecordError, Records, load_image, open_records
 from srpo_jax.grading.answers import answer_problem
 from srpo_jax.reflection.duplicates import Print, fingerprint
-from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Store
 
 CHUNK = 1_000
@@ -121,17 +120,14 @@ def prints(store: Store) -> Iterator[tuple[int, Print]]:
 def evaluation_prints(
     files: Iterable[str], say: Callable[[str], None]
 ) -> dict[str, list[tuple[str, Print]]]:
-    """Fingerprints of evaluation files; a row that cannot be read is said and left out."""
+    """Fingerprints of evaluation files; RecordError for a row that cannot be read, since a copy of
+    it could not be found."""
     found: dict[str, list[tuple[str, Print]]] = {}
     for file in files:
         records = open_records(file, require_answer=False)
         rows = found.setdefault(file, [])
-        bad = 0
         for index in range(len(records)):
-            try:
-                record = records[index]
-                rows.append((record.id, print_of(record)))
-            except RecordError:
-                bad += 1
-        say(f"{file}: {len(rows)} evaluation items" + (f", {bad} unreadable" if bad else ""))
+            record = records[index]
+            rows.append((record.id, print_of(record)))
+        say(f"{file}: {len(rows)} evaluation items")
     return found

@@ -19,7 +19,7 @@ from srpo_jax.reflection.items import Items, register
 from srpo_jax.reflection.select import call_up, select
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
-from srpo_jax.remote.client import Endpoint, Reply
+from srpo_jax.remote.protocol import Endpoint, Reply
 
 GRADE_CHUNK = 256
 NEXT_TRY = (
@@ -82,7 +82,9 @@ class Run:
         """A driver for the server of "policy", "judge" or "teacher"; ValueError without a model."""
         model = getattr(self.settings, f"{who}_model")
         if not model:
-            raise ValueError(f"the {stage} stage needs --{who}_model (and --{who}_url for a server)")
+            raise ValueError(
+                f"the {stage} stage needs --{who}_model (and --{who}_url for a server)"
+            )
         return (BatchDriver if self.settings.batch else Driver)(
             self.store, stage, endpoint(self.settings, who), self.settings, self.say
         )
@@ -427,14 +429,15 @@ def verify(run: Run) -> None:
     todo = list(rows)
     if not todo:
         return
-    count = token_counter(run.settings.tokenizer)
+    count, reasons = token_counter(run.settings.tokenizer), Counter()
     with Verifier(run.settings.grading_workers, run.settings.grading_timeout) as verifier:
         for start in range(0, len(todo), GRADE_CHUNK):
             part = todo[start : start + GRADE_CHUNK]
             results = list(_verify(run, part, verifier, count))
             run.store.put(*results)
-    reasons = Counter(r.reason or "accepted" for r in results)
-    run.say(f"check: {len(todo)} replies; of the last {len(results)}: {dict(reasons)}")
+            reasons.update(result.reason or "accepted" for result in results)
+    found = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    run.say(f"check {len(todo)}: {found}")
 
 
 def _verify(

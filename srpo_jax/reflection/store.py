@@ -195,9 +195,7 @@ class Store:
         deleted = 0
         with self._transaction():
             for stage in stages:
-                deleted += self.db.execute(
-                    "DELETE FROM results WHERE stage = ?", (stage,)
-                ).rowcount
+                deleted += self.db.execute("DELETE FROM results WHERE stage = ?", (stage,)).rowcount
                 self.db.execute("DELETE FROM batches WHERE stage = ?", (stage,))
                 self.db.execute("DELETE FROM errors WHERE stage = ?", (stage,))
         return deleted

@@ -15,7 +15,7 @@ from PIL import Image
 from srpo_jax.data.records import Record, load_image
 from srpo_jax.prompts import MESSAGES, question_text
 from srpo_jax.reflection.settings import Settings
-from srpo_jax.remote.client import Reply, Request
+from srpo_jax.remote.protocol import Reply, Request
 
 PACKAGE_PROMPTS = Path(__file__).parent / "prompts"
 FIELDS = {

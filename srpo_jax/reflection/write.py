@@ -95,9 +95,7 @@ def _accepted(
         chosen = store.results("select", item)[0].data
         first = attempt_of(store, item, chosen["sample"])
         reply = next(r.data for r in store.results("reflect", item) if r.trial == trial)
-        tried = next(
-            r.data for r in store.results("attempt", item) if r.trial == chosen["sample"]
-        )
+        tried = next(r.data for r in store.results("attempt", item) if r.trial == chosen["sample"])
         fields = {
             "first_think": first["think"],
             "first_answer": first["answer"],
@@ -215,8 +213,8 @@ def account(store: Store) -> dict[str, int]:
     rows = store.query(
         "SELECT CASE WHEN i.problem IS NOT NULL THEN 'unusable record' "
         "WHEN s.item IS NULL THEN 'not selected yet' WHEN NOT s.ok THEN s.reason "
-        "WHEN EXISTS (SELECT 1 FROM results c WHERE c.stage = 'check' AND c.item = i.item AND c.ok) "
-        "THEN 'accepted' ELSE 'chosen, not accepted' END AS state, COUNT(*) FROM items i "
+        "WHEN EXISTS (SELECT 1 FROM results c WHERE c.stage = 'check' AND c.item = i.item "
+        "AND c.ok) THEN 'accepted' ELSE 'chosen, not accepted' END AS state, COUNT(*) FROM items i "
         "LEFT JOIN results s ON s.stage = 'select' AND s.item = i.item GROUP BY state"
     )
     return dict(sorted(rows))
@@ -255,7 +253,7 @@ def make_card(
         "policy": {"models": models["attempt"], "temperature": settings.attempt_temperature,
                    "prompt": settings.attempt_prompt, "attempts": settings.attempts},
         "teacher": {"models": models["reflect"], "tries": settings.tries},
-        "judge": {"models": models["judge"], "min": settings.judge_min} if models["judge"] else None,
+        "judge": {"models": models["judge"], "min": settings.judge_min},
         "evaluation_files": list(settings.evaluation),
         "prompts_sha256": prompts.hashes(),
         "srpo_jax": _version(),
