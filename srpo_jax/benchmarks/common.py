@@ -29,6 +29,20 @@ class Scored:
 class RowError(ValueError):
     """A row that cannot be scored, with the field that is missing or wrong."""
 
+    index: int | None = None  # of the row among those given
+
+
+def each(function: Callable[[Row], Any], rows: Sequence[Row]) -> list:
+    """``function`` of every row; a RowError that comes out of it knows the index of its row."""
+    out = []
+    for index, row in enumerate(rows):
+        try:
+            out.append(function(row))
+        except RowError as error:
+            error.index = index
+            raise
+    return out
+
 
 def response(row: Row) -> str:
     """The model's response; "" where the model gave none (null, or an error object)."""

@@ -1,10 +1,11 @@
-r"""The number that a LaTeX answer comes to where MathVision evaluates it.
+r"""The number that a LaTeX answer comes to, as MathVision and as EMMA evaluate it.
 
-MathVision turns an answer into a sympy expression without evaluating it, prints that and runs the
-print as Python with the names of ``math``. What has a value is decided by that detour: names have
-none, nor have infinity, ``\ln`` (printed with E), |x|, ceilings and secants, which ``math`` lacks;
-and sympy's printer drops brackets in some negated quotients (see ``_product``). Here the tree is
-evaluated with the same outcome and bounded work.
+Both read it with latex2sympy2 (see ``latex_tokens``). EMMA lets sympy evaluate the result.
+MathVision prints the unevaluated expression and runs the print as Python with the names of
+``math``. What has a value is decided by that detour (``printed``): infinity has none, nor ``\ln``
+(printed with E), |x|, ceilings and secants, which ``math`` lacks; and sympy's printer drops
+brackets in some negated quotients (see ``_product``). Here the tree is evaluated with the same
+outcomes and bounded work. Names have no value in either.
 """
 
 import math
@@ -18,6 +19,7 @@ MAX_BITS = 400_000  # of an integer; a larger one counts as having no value
 _MAX_FACTORIAL = 20_000
 
 Number = int | float
+Factors = list[tuple[Tree, bool]]  # (operand, whether it divides)
 
 _FUNCTIONS: dict[str, Callable] = {
     "sin": math.sin, "cos": math.cos, "tan": math.tan, "sinh": math.sinh, "cosh": math.cosh,
@@ -25,6 +27,15 @@ _FUNCTIONS: dict[str, Callable] = {
     "arsinh": math.asinh, "arcosh": math.acosh, "artanh": math.atanh, "arcsinh": math.asinh,
     "arccosh": math.acosh, "arctanh": math.atanh, "floor": math.floor,
 }  # fmt: skip
+_SYMPY_FUNCTIONS: dict[str, Callable] = _FUNCTIONS | {
+    "abs": abs,
+    "ceil": math.ceil,
+    "csc": lambda x: 1 / math.sin(x),
+    "sec": lambda x: 1 / math.cos(x),
+    "cot": lambda x: 1 / math.tan(x),
+    "mod": lambda a, b: a % b,
+    "ln": math.log,
+}
 _RELATIONS: dict[str, Callable] = {
     "<": lambda a, b: a < b,
     "<=": lambda a, b: a <= b,
@@ -33,68 +44,113 @@ _RELATIONS: dict[str, Callable] = {
 }
 
 
-def latex_value(text: str) -> Number:
-    """The value of a LaTeX answer, as Python computes it: exact for integers, else a float.
+def latex_value(text: str, *, printed: bool = True) -> Number:
+    """The value of a LaTeX answer: exact for integers, else a float.
 
     Raises LatexError where it has none.
     """
     try:
-        return _value(parse(text))
+        return _Evaluator(printed).value(parse(text))
     except (ArithmeticError, TypeError, ValueError, RecursionError) as error:
         raise LatexError(str(error)) from None
 
 
-def _value(tree: Tree) -> Number:
-    name, *operands = tree
-    if name == "number":
-        value = operands[0]
-        return value.numerator if value.denominator == 1 else value.numerator / value.denominator
-    if name == "pi":
-        return math.pi
-    if name == "name":
-        raise LatexError(f"{operands[0]} has no value")
-    if name == "=" and operands[0][0] == "name":  # x = 5 is 5
-        return _value(operands[1])
-    if name == "exp":
-        return _exponential(operands[0])
-    if name in ("mul", "div") or (name == "neg" and _number(tree) is None):
-        return _product(_factors(tree))
-    if name == "sub" and _number(operands[1]) is None:
-        return _value(operands[0]) + _value(("neg", operands[1]))
-    values = [_value(operand) for operand in operands]
-    result = _operation(name, values)
-    if isinstance(result, complex):
-        raise LatexError("a complex number")
-    return result
+class _Evaluator:
+    """Evaluates trees; ``printed`` as in the module's description."""
 
+    def __init__(self, printed: bool):
+        self._printed = printed
+        self._functions = _FUNCTIONS | _RELATIONS if printed else _SYMPY_FUNCTIONS
 
-def _operation(name: str, values: list[Number]) -> Number:
-    match name, values:
-        case "add", [a, b]:
-            return a + b
-        case "sub", [a, b]:
-            return a - b
-        case "neg", [a]:
-            return -a
-        case "pow", [a, b]:
-            return _power(a, b)
-        case "root", [a, r]:
-            return math.sqrt(a) if r == 2 else a ** (1 / r)
-        case "factorial", [a]:
-            if isinstance(a, int) and a > _MAX_FACTORIAL:
-                raise LatexError("too large")
-            return math.factorial(a)
-        case "binom", [int(n), int(k)] if n < MAX_BITS**0.5:
-            return math.comb(n, k)
-        case "log", [a]:
-            return math.log(a, 10)
-        case "log", [a, b]:
-            return math.log(a, b)
-    if name in _RELATIONS:
-        return _RELATIONS[name](*values)
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name](*values)
-    raise LatexError(f"{name} has no value")
+    def value(self, tree: Tree) -> Number:
+        name, *operands = tree
+        if name == "number":
+            exact = operands[0]
+            whole = exact.denominator == 1
+            return exact.numerator if whole else exact.numerator / exact.denominator
+        if name == "pi":
+            return math.pi
+        if name == "name":
+            raise LatexError(f"{operands[0]} has no value")
+        if name == "=" and operands[0][0] == "name":  # x = 5 is 5
+            return self.value(operands[1])
+        if name == "exp":
+            return self._exponential(operands[0])
+        if name in ("mul", "div") or (name == "neg" and _number(tree) is None):
+            return self._product(_factors(tree))
+        if name == "sub" and _number(operands[1]) is None:
+            return self.value(operands[0]) + self.value(("neg", operands[1]))
+        result = self._operation(name, [self.value(operand) for operand in operands])
+        if isinstance(result, complex):
+            raise LatexError("a complex number")
+        return result
+
+    def _operation(self, name: str, values: list[Number]) -> Number:
+        match name, values:
+            case "add", [a, b]:
+                return a + b
+            case "sub", [a, b]:
+                return a - b
+            case "neg", [a]:
+                return -a
+            case "pow", [a, b]:
+                return _power(a, b)
+            case "root", [a, r]:
+                return math.sqrt(a) if r == 2 else a ** (1 / r)
+            case "factorial", [a] if a <= _MAX_FACTORIAL:
+                return math.factorial(a)
+            case "binom", [int(n), int(k)] if n <= 1000:
+                return math.comb(n, k)
+            case "log", [a]:
+                return math.log(a, 10)
+            case "log", [a, b]:
+                return math.log(a, b)
+        if name in self._functions:
+            return self._functions[name](*values)
+        raise LatexError(f"{name} has no value")
+
+    def _exponential(self, exponent: Tree) -> Number:
+        """sympy evaluates exp(0) and exp(1) at once: 1, and E, which is no Python name."""
+        if exponent == ("number", Fraction(0)):
+            return 1
+        if self._printed and exponent == ("number", Fraction(1)):
+            raise LatexError("E has no value")
+        return math.exp(self.value(exponent))
+
+    def _product(self, factors: Factors) -> Number:
+        """The value of a product, as Python reads sympy's print of it.
+
+        That print starts with a negative number in some products, and then a sole divisor loses
+        its brackets: -1/(2 sqrt(3)) comes out as -1/2*sqrt(3), -7/0.5 as -7/1/2.
+        """
+        top = self._times(1, [tree for tree, divides in factors if not divides])
+        divisors = [tree for tree, divides in factors if divides]
+        if not divisors:
+            return top
+        if self._printed and len(divisors) == 1 and _is_negative(factors):
+            number = _number(divisors[0])
+            numbers = [_number(t) for t, divides in factors if not divides]
+            has_number = any(n is not None for n in numbers[1:])
+            if number is not None and number > 0 and (has_number or numbers[0].denominator == 1):
+                return top / number.numerator / number.denominator
+            parts = _factors(divisors[0])
+            if len(parts) > 1 and has_number and not _is_negative(parts):
+                return self._divided_by_first(top, parts)
+        return top / self._times(1, divisors)
+
+    def _divided_by_first(self, top: Number, factors: Factors) -> Number:
+        """top/a*b/(c*d) for the product a*b/(c*d), without the brackets around the whole of it."""
+        first, *others = [tree for tree, divides in factors if not divides]
+        value = self._times(top / self.value(first), others)
+        return value / self._times(1, [tree for tree, divides in factors if divides])
+
+    def _times(self, product: Number, trees: list[Tree]) -> Number:
+        for tree in trees:
+            value = self.value(tree)
+            if isinstance(product, int) and isinstance(value, int):
+                _check_bits(product.bit_length() + value.bit_length())
+            product = product * value
+        return product
 
 
 def _number(tree: Tree) -> Fraction | None:
@@ -105,8 +161,8 @@ def _number(tree: Tree) -> Fraction | None:
     return None if inner is None else -inner
 
 
-def _factors(tree: Tree) -> list[tuple[Tree, bool]]:
-    """(operand, whether it divides) of a product, flat as far as sympy holds it flat."""
+def _factors(tree: Tree) -> Factors:
+    """The factors of a product, flat as far as sympy holds it flat."""
     name, *operands = tree
     if name == "div":
         return [(operands[0], False), (operands[1], True)]
@@ -117,71 +173,18 @@ def _factors(tree: Tree) -> list[tuple[Tree, bool]]:
     return [(tree, False)]
 
 
-def _product(factors: list[tuple[Tree, bool]]) -> Number:
-    """The value of a product, as Python reads sympy's print of it.
-
-    That print starts with a negative number in some products, and then a sole divisor loses its
-    brackets: -1/(2 sqrt(3)) comes out as -1/2*sqrt(3), -7/0.5 as -7/1/2.
-    """
-    top = 1
-    for tree, divides in factors:
-        if not divides:
-            value = _value(tree)
-            _bound(top, value)
-            top = top * value
-    divisors = [tree for tree, divides in factors if divides]
-    if not divisors:
-        return top
-    numbers = [None if divides else _number(tree) for tree, divides in factors]
-    if len(divisors) == 1 and numbers[0] is not None and numbers[0] < 0:
-        divisor = divisors[0]
-        number = _number(divisor)
-        if number is not None and number > 0:
-            return top / number.numerator / number.denominator
-        parts = _factors(divisor)
-        if len(parts) > 1 and any(n is not None for n in numbers[1:]) and not _is_negative(parts):
-            return _product_after(top, parts)
-    bottom = 1
-    for tree in divisors:
-        value = _value(tree)
-        _bound(bottom, value)
-        bottom = bottom * value
-    return top / bottom
-
-
-def _is_negative(factors: list[tuple[Tree, bool]]) -> bool:
+def _is_negative(factors: Factors) -> bool:
+    """Whether a product starts with a negative number."""
     first = _number(factors[0][0])
     return first is not None and first < 0
 
 
-def _product_after(top: Number, factors: list[tuple[Tree, bool]]) -> Number:
-    """top/a*b/(c*d) for the product a*b/(c*d), without the brackets around the whole of it."""
-    first, *others = [tree for tree, divides in factors if not divides]
-    value = top / _value(first)
-    for tree in others:
-        value = value * _value(tree)
-    for tree in (tree for tree, divides in factors if divides):
-        value = value / _value(tree)
-    return value
-
-
-def _bound(a: Number, b: Number) -> None:
-    """LatexError where a product of two integers would be too large."""
-    if isinstance(a, int) and isinstance(b, int) and a.bit_length() + b.bit_length() > MAX_BITS:
-        raise LatexError("too large")
-
-
 def _power(base: Number, exponent: Number) -> Number:
-    whole = isinstance(base, int) and isinstance(exponent, int) and exponent > 0
-    if whole and base.bit_length() * exponent > MAX_BITS:
-        raise LatexError("too large")
+    if isinstance(base, int) and isinstance(exponent, int) and exponent > 0:
+        _check_bits(base.bit_length() * exponent)
     return base**exponent
 
 
-def _exponential(exponent: Tree) -> Number:
-    """sympy evaluates exp(0) and exp(1) at once: 1, and E, which is no Python name."""
-    if exponent == ("number", Fraction(0)):
-        return 1
-    if exponent == ("number", Fraction(1)):
-        raise LatexError("E has no value")
-    return math.exp(_value(exponent))
+def _check_bits(bits: int) -> None:
+    if bits > MAX_BITS:
+        raise LatexError("too large")

@@ -11,6 +11,7 @@ from srpo_jax.benchmarks.common import (
     Row,
     Scored,
     choices,
+    each,
     given_extraction,
     gold,
     is_number,
@@ -41,7 +42,7 @@ _STRIPPED = (
 
 def official(rows: list[Row], pool=None) -> list[Scored]:
     """The official outcome of each row: ``extraction``, the same as prediction, and the verdict."""
-    return [_official(row) for row in rows]
+    return each(_official, rows)
 
 
 def groups(row: Row) -> Groups:

@@ -14,6 +14,7 @@ from srpo_jax.benchmarks.common import (
     RowError,
     Scored,
     choices,
+    each,
     given_extraction,
     gold,
     grouping,
@@ -35,7 +36,7 @@ _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
 
 def official(rows: list[Row], pool=None) -> list[Scored]:
     """The official outcome of each row: extraction, normalised prediction and verdict."""
-    return [_official(row) for row in rows]
+    return each(_official, rows)
 
 
 def _official(row: Row) -> Scored:

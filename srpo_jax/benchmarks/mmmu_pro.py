@@ -13,6 +13,7 @@ from srpo_jax.benchmarks.common import (
     RowError,
     Scored,
     choices,
+    each,
     given_extraction,
     gold,
     response,
@@ -36,12 +37,13 @@ DOMAINS = {
         "Energy_and_Power", "Materials", "Mechanical_Engineering",
     ],
 }  # fmt: skip
+_ORDER = [*DOMAINS, *(subject for subjects in DOMAINS.values() for subject in subjects)]
 _DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
 
 
 def official(rows: list[Row], pool=None) -> list[Scored]:
     """The official outcome of each row: the option letter, twice, and the verdict."""
-    return [_official(row) for row in rows]
+    return each(_official, rows)
 
 
 def groups(row: Row) -> Groups:
@@ -55,6 +57,11 @@ def groups(row: Row) -> Groups:
     if row.get("setting") is not None:
         tables["setting"] = [str(row["setting"])]
     return tables
+
+
+def order(group: str) -> tuple[int, str]:
+    """Sorts domains and subjects as the official table lists them."""
+    return (_ORDER.index(group) if group in _ORDER else len(_ORDER), group)
 
 
 def subject_of(row: Row) -> str | None:

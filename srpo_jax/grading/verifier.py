@@ -9,6 +9,7 @@ they inherit none of its threads.
 """
 
 import contextlib
+import importlib
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
@@ -48,11 +49,14 @@ class Verifier:
         *,
         memory_limit_mb: int = 2048,
         cache_size: int = 200_000,
+        modules: Sequence[str] = (),
     ):
         """Start ``workers`` processes (they come up in the background).
 
         ``time_limit_s`` holds for one check; ``memory_limit_mb`` for one worker's own data, beyond
-        which the check fails rather than the machine. ValueError for non-positive values.
+        which the check fails rather than the machine. ``modules`` are those whose functions
+        ``verify_math`` will name: workers import them, and call their ``warm_up()``, before they
+        take a check. ValueError for non-positive values.
         """
         if workers < 1 or time_limit_s <= 0 or memory_limit_mb < 1:
             raise ValueError(
@@ -63,6 +67,7 @@ class Verifier:
         self.crashes = 0
         self._time_limit_s = float(time_limit_s)
         self._memory_limit_mb = int(memory_limit_mb)
+        self._modules = tuple(modules)
         self._cache: dict[tuple, bool] = {}
         self._cache_size = cache_size
         self._lock = threading.Lock()
@@ -84,12 +89,18 @@ class Verifier:
         verdicts = dict(zip(pairs, self.verify_math(pairs), strict=True))
         return [d if isinstance(d, bool) else verdicts[d] for d in map(decisions.get, keys)]
 
-    def verify_math(self, pairs: Sequence[tuple[str, str]], **options) -> list[bool]:
+    def verify_math(
+        self, pairs: Sequence[tuple[str, str]], *, function: str | None = None, **options
+    ) -> list[bool]:
         """math-verify's verdict on (gold, prediction) strings, in order; ``options`` as math_equal.
 
-        False where the check fails, runs out of time or memory, or kills its worker. RuntimeError
-        when workers cannot be started, or after close().
+        ``function`` ("package.module:name") is called instead of math_equal, as name(gold,
+        prediction, **options), for rules that must not run in this process either. False where
+        the check fails, runs out of time or memory, or kills its worker. RuntimeError when workers
+        cannot be started, or after close().
         """
+        if function is not None:
+            options = {"function": function, **options}
         extra = json.dumps(options, sort_keys=True)
         with self._lock:
             if self._closed:
@@ -131,7 +142,7 @@ class Verifier:
     # ------------------------------------------------------------------------------------- pool
 
     def _start(self) -> "_Worker":
-        return _Worker(self._time_limit_s, self._memory_limit_mb)
+        return _Worker(self._time_limit_s, self._memory_limit_mb, self._modules)
 
     def _run(self, requests: list[bytes]) -> list[bool]:
         """Hand requests to idle workers until every one has its answer."""
@@ -187,14 +198,14 @@ class Verifier:
 class _Worker:
     """One process: starting, then in turn idle and busy with the request ``task``."""
 
-    def __init__(self, time_limit_s: float, memory_limit_mb: int):
+    def __init__(self, time_limit_s: float, memory_limit_mb: int, modules: tuple[str, ...] = ()):
         self.task: int | None = None
         self.idle = False
         self._time_limit_s = time_limit_s
         self.deadline = time.monotonic() + _START_LIMIT_S
         self.connection, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in kill)
-        arguments = f"{theirs.fileno()}, {time_limit_s}, {memory_limit_mb}"
+        arguments = f"{theirs.fileno()}, {time_limit_s}, {memory_limit_mb}, {modules!r}"
         program = f"from srpo_jax.grading.verifier import serve; serve({arguments})"
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # One thread each: the pool is the parallelism.
@@ -283,7 +294,7 @@ def math_equal(
     )
 
 
-def serve(fd: int, time_limit_s: float, memory_limit_mb: int) -> None:
+def serve(fd: int, time_limit_s: float, memory_limit_mb: int, modules: Sequence[str] = ()) -> None:
     """A worker's life: answer requests from the pipe ``fd`` until it closes."""
     connection = Connection(fd)
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the run still wants its last
@@ -293,6 +304,8 @@ def serve(fd: int, time_limit_s: float, memory_limit_mb: int) -> None:
     logging.disable(logging.CRITICAL)  # math-verify warns that its alarms are off
     for pair in ((r"$\frac{1}{2}$", "$0.5$"), (r"$2\sqrt{3}$", r"$\sqrt{12}$")):
         math_equal(*pair)  # imports, the parser's tables, sympy's caches: before the clock runs
+    for name in modules:
+        getattr(importlib.import_module(name), "warm_up", lambda: None)()
     _limit_memory(memory_limit_mb)
     connection.send_bytes(_READY)
     while True:
@@ -302,10 +315,18 @@ def serve(fd: int, time_limit_s: float, memory_limit_mb: int) -> None:
             return
         _limit_cpu(3 * time_limit_s + 5)
         try:
-            verdict = math_equal(gold, predicted, **options)
+            verdict = _named(options.pop("function", None))(gold, predicted, **options)
         except Exception:  # whatever sympy raises, MemoryError and RecursionError included
             verdict = False
         connection.send_bytes(_YES if verdict else _NO)
+
+
+def _named(function: str | None) -> Callable[..., bool]:
+    """The function of a request; math_equal where it names none."""
+    if function is None:
+        return math_equal
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _limit_memory(megabytes: int) -> None:

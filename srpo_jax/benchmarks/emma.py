@@ -1,0 +1,112 @@
+r"""EMMA's rule (EMMA-Bench/EMMA, evaluation/): a quick extraction, then equality.
+
+The answer is a leading option letter, a number, the last ``\boxed{}`` (a ``\text{}`` inside it
+first), or what follows the last of five phrases. It is right if it equals the gold or the gold
+option's text: in lower case, as a number written in words, or by value at two decimals.
+"""
+
+import re
+
+from srpo_jax.benchmarks.common import (
+    Groups,
+    Row,
+    Scored,
+    braced_contents,
+    choices,
+    each,
+    given_extraction,
+    gold,
+    is_number,
+    option_text,
+    response,
+)
+from srpo_jax.benchmarks.latex_tokens import LatexError
+from srpo_jax.benchmarks.latex_value import latex_value
+from srpo_jax.benchmarks.word_numbers import word_number
+
+NAME = "emma"
+COUNTS = {2788: "EMMA", 400: "EMMA-mini"}
+EMPTY = "the response is empty"
+
+_PHRASES = ("final answer is", "correct answer is", "answer should be", "answer is", "answer:")
+_TEXT = re.compile(r"\\text{(.*?)}")
+
+
+def official(rows: list[Row], pool=None) -> list[Scored]:
+    """The official outcome of each row."""
+    return each(_official, rows)
+
+
+def _official(row: Row) -> Scored:
+    extraction = _extraction(row)
+    targets = _targets(row)
+    if extraction is None:
+        return Scored(None, None, False, EMPTY)
+    return Scored(extraction, extraction, any(same(extraction, target) for target in targets))
+
+
+def groups(row: Row) -> Groups:
+    """The official tables: subjects, and the categories (or tasks) within each."""
+    subject, category = row.get("subject"), row.get("category")
+    tables: Groups = {}
+    if subject is not None:
+        tables["subject"] = [str(subject)]
+        if category is not None:
+            tables["subject_category"] = [f"{subject}_{category}"]
+    if row.get("task") is not None:
+        tables["task"] = [str(row["task"])]
+    return tables
+
+
+def _extraction(row: Row) -> str | None:
+    given = given_extraction(row)
+    if given is not None:
+        return str(given)
+    text = response(row)
+    return extract(text) if text else None
+
+
+def _targets(row: Row) -> list[str]:
+    """The gold, and the text of the option where it is a letter."""
+    answer = gold(row)
+    content = row.get("gt_content")
+    if content is None:
+        content = option_text(answer, choices(row))
+    return [answer] if content is None else list(dict.fromkeys([answer, str(content)]))
+
+
+def extract(text: str) -> str:
+    """The answer that a response gives; "" where no pattern finds one."""
+    text = text.strip()
+    for letter in "ABCDEFGH":
+        if text.upper() == letter or text.startswith((f"{letter}:", f"{letter}.")):
+            return letter
+    if is_number(text):
+        return text
+    boxes, _ = braced_contents(text, "\\boxed{")
+    if boxes:
+        inner = _TEXT.findall(boxes[-1])
+        return (inner or boxes)[-1].strip()
+    lowered = text.lower()
+    for phrase in _PHRASES:
+        if phrase in lowered:
+            return lowered.split(phrase)[-1].strip().split("\n")[0].split(".")[0]
+    return ""
+
+
+def same(extraction: str, target: str) -> bool:
+    """Equality in lower case, of a number in words ("three") with the gold, or of values."""
+    left, right = extraction.lower(), target.lower()
+    if left.strip() == right.strip():
+        return True
+    number = word_number(left)
+    if number is not None and str(number) == right.strip():
+        return True
+    try:
+        return _rounded(left) == _rounded(right)
+    except (LatexError, ArithmeticError, TypeError, ValueError):
+        return False
+
+
+def _rounded(text: str) -> float:
+    return round(float(latex_value(text, printed=False)), 2)

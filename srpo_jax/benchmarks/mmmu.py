@@ -1,0 +1,154 @@
+"""MMMU's rule (MMMU-Benchmark/MMMU, mmmu/): an option letter by patterns; open answers by parts.
+
+Where nothing names an option, the official code draws one with Python's generator seeded with 42,
+subject after subject. That order is defined, so the draw is made here as there, and the row says
+so (``drawn``). An open answer is right if any of its parts or numbers holds or equals the gold.
+"""
+
+import ast
+import random
+import re
+
+from srpo_jax.benchmarks.common import (
+    LETTERS,
+    Row,
+    RowError,
+    Scored,
+    choices,
+    each,
+    given_extraction,
+    is_number,
+    response,
+)
+from srpo_jax.benchmarks.mmmu_pro import DOMAINS, groups, order, parse_choice, subject_of
+
+NAME = "mmmu"
+COUNTS = {900: "validation"}
+SEED = 42
+
+__all__ = ["COUNTS", "NAME", "groups", "official", "order", "parse_open"]
+
+# The order of the official run, which decides what is drawn for whom.
+_SUBJECTS = sorted(subject for subjects in DOMAINS.values() for subject in subjects)
+_INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_WITH_COMMAS = re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b")
+_SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+")
+_SIMPLE = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+
+Part = str | float
+
+
+def official(rows: list[Row], pool=None) -> list[Scored]:
+    """The official outcome of each row: a letter, or the parts of an open answer."""
+    each(golds, rows), each(_checked_options, rows)
+    generator = random.Random(SEED)
+    scored: list[Scored | None] = [None] * len(rows)
+    for i in sorted(range(len(rows)), key=lambda i: _place(rows[i])):
+        scored[i] = _official(rows[i], generator)
+    return scored
+
+
+def _checked_options(row: Row) -> list[str]:
+    options = choices(row)
+    if not options and not is_open(row):
+        raise RowError("no 'choices' (or 'options') for a multiple-choice question")
+    return options
+
+
+def _place(row: Row) -> int:
+    subject = subject_of(row)
+    return _SUBJECTS.index(subject) if subject in _SUBJECTS else len(_SUBJECTS)
+
+
+def _official(row: Row, generator: random.Random) -> Scored:
+    wanted = golds(row)
+    if is_open(row):
+        text = response(row) if given_extraction(row) is None else str(given_extraction(row))
+        parts = parse_open(text)
+        shown = sorted(parts, key=str)
+        return Scored(_joined(shown), shown, open_correct(wanted, parts))
+    options = choices(row)
+    letter, drawn = given_extraction(row), False
+    if letter is None:
+        letter = parse_choice(response(row), options, spaced=True)
+    if letter is None:
+        letter, drawn = generator.choice(list(LETTERS[: len(options)])), True
+    return Scored(None if drawn else letter, letter, letter in wanted, drawn=drawn)
+
+
+def is_open(row: Row) -> bool:
+    """Whether a question has no options, by its type or, without one, by the options."""
+    kind = row.get("question_type")
+    return not choices(row) if kind is None else kind != "multiple-choice"
+
+
+def golds(row: Row) -> list[str]:
+    """The gold answers; the hub holds several as the text of a list."""
+    value = row.get("answer")
+    if value is None:
+        raise RowError("no 'answer' (the gold)")
+    if isinstance(value, str) and value.startswith("[") and is_open(row):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = [value]
+    return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def _joined(parts: list[Part]) -> str:
+    return "; ".join(str(part).strip() for part in parts)
+
+
+# --------------------------------------------------------------------------------- open answers
+
+
+def parse_open(text: str) -> list[Part]:
+    """The parts of an open answer: what follows the words that announce one, and its numbers."""
+    phrases = _key_phrases(text)
+    numbers = [
+        number
+        for phrase in phrases
+        for pattern in (_WITH_COMMAS, _SCIENTIFIC, _SIMPLE)
+        for number in pattern.findall(phrase)
+    ]
+    parts = [part for piece in phrases + numbers for part in comparable(piece)]
+    return list(dict.fromkeys(parts))
+
+
+def _key_phrases(text: str) -> list[str]:
+    """The shortest announced phrase of each line; the whole text where nothing is announced."""
+    text = text.strip().strip(".").lower()
+    # The official code splits sentences at capitals after having made the text lower case: it
+    # splits lines only.
+    lines = text.split("\n")
+    phrases = []
+    for i, line in enumerate(lines):
+        indicators = _INDICATORS + (("=",) if i == len(lines) - 1 else ())
+        shortest = ""
+        for indicator in indicators:
+            if indicator in line:
+                tail = line.split(indicator)[-1].strip()
+                if not shortest or len(tail) < len(shortest):
+                    shortest = tail
+        if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
+            phrases.append(shortest)
+    return phrases or [text]
+
+
+def comparable(text: str) -> list[Part]:
+    """A number rounded to two decimals, or the text in lower case; one letter with a space."""
+    text = text.strip()
+    if is_number(text.replace(",", "")):
+        return [round(float(text.replace(",", "")), 2)]
+    text = text.lower()
+    return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def open_correct(answers: list[str], parts: list[Part]) -> bool:
+    """Whether a part holds a gold text, or is a gold number."""
+    wanted = [part for answer in answers for part in comparable(answer)]
+    texts = [answer for answer in wanted if isinstance(answer, str)]
+    return any(
+        any(answer in part for answer in texts) if isinstance(part, str) else part in wanted
+        for part in parts
+    )

@@ -1,0 +1,233 @@
+r"""OlympiadBench's judge of two answers. Runs in a worker process: sympy may take for ever."""
+
+import logging
+import math
+import re
+from functools import cache
+
+_REPLACED = {
+    "\\left": "", "\\right": "", "∶": ":", "，": ",", "$": "", "\\approx": "=", "\\simeq": "=",
+    "\\sim": "=", "^\\prime": "'", "^{\\prime}": "'", "^\\circ": "", "%": "",
+}  # fmt: skip
+_EDGES = "\n$,.:;^_=+`!@#$%^&*~，。"
+_FONT = re.compile(r"\\(?:mathrm|mathbf)\{~?([^}]*)\}")
+_CHINESE = re.compile(r"[\u4e00-\u9fff]+")
+_FORMULA = re.compile(r"\$(.*?)\$")
+_DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
+_MAX_EXPONENT = 1000
+_SLACK = 1.01
+
+
+def judge(gold: str, answer: str, *, errors: list[float]) -> bool:
+    """Whether an answer gives the gold: all their parts pair off as equal.
+
+    ``errors`` holds the allowed absolute error, one for all parts or one for each.
+    """
+    try:
+        left, right = _prepare(gold), _prepare(answer)
+    except ValueError:
+        return False
+    if left == right:
+        return True
+    lefts, rights = (_parts(_CHINESE.sub("", text)) for text in (left, right))
+    if len(lefts) != len(rights):
+        return False
+    allowed = errors * len(lefts) if len(errors) <= 1 else list(errors)
+    index = -1
+    while lefts:
+        index = (index + 1) % len(lefts)
+        if index >= len(allowed):
+            return False
+        part, error = lefts[index], allowed[index]
+        match = next((other for other in rights if _equal(part, other, error)), None)
+        if match is None:
+            return False
+        lefts.remove(part)
+        rights.remove(match)
+        allowed.remove(error)
+    return True
+
+
+# ------------------------------------------------------------------------------------ preparation
+
+
+def _prepare(text: str) -> str:
+    """What is compared of a text, with the symbols that do not matter replaced."""
+    text = _content(text)
+    if "\\in " in text:
+        text = text.split("\\in ")[1]
+    for old, new in _REPLACED.items():
+        text = text.replace(old, new)
+    return _FONT.sub(r"\1", text.strip(_EDGES))
+
+
+def _content(text: str) -> str:
+    r"""The contents of all \boxed{}, else the formulas of the last line, else the text.
+
+    ValueError for a box that is not closed.
+    """
+    boxes, start = "", text.find("\\boxed{")
+    while start >= 0:
+        start += len("\\boxed{")
+        boxes += text[start : _closing_brace(text, start)] + ","
+        start = text.find("\\boxed{", start)
+    if boxes:
+        return boxes
+    formulas = _FORMULA.findall(text.strip().split("\n")[-1])
+    return "".join(f"{formula}," for formula in formulas) or text
+
+
+def _closing_brace(text: str, start: int) -> int:
+    depth = 1
+    for match in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if match[0] == "{" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError("a box that is not closed")
+
+
+def _parts(text: str) -> list[str]:
+    r"""The parts between commas outside of brackets, with each \pm as two parts."""
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char in "([") - (char in ")]")
+        if char == "," and depth == 0:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    if start < len(text):
+        parts.append(text[start:].strip())
+    return [
+        signed
+        for part in parts
+        for signed in (
+            [part.replace("\\pm", "+"), part.replace("\\pm", "-")] if "\\pm" in part else [part]
+        )
+    ]
+
+
+# --------------------------------------------------------------------------------------- equality
+
+
+def _equal(left: str, right: str, error: float) -> bool:
+    """Whether two parts are equal as text, intervals, numbers, expressions or equations."""
+    if left == right and left:
+        return True
+    if _is_interval(left) and _is_interval(right):
+        try:
+            if _same_intervals(left, right, error):
+                return True
+        except Exception:
+            return False
+    try:
+        if _same_numbers(float(left), float(right), error):
+            return True
+    except ValueError:
+        pass
+    if _DECIMAL.fullmatch(left) and _DECIMAL.fullmatch(right):
+        return False  # as expressions they would differ by the same error
+    both_equations = "=" in left and "=" in right
+    checks = [] if both_equations else [lambda: _same_expressions(left, right, error)]
+    for check in [*checks, lambda: _same_equations(left, right)]:
+        try:
+            if check():
+                return True
+        except Exception:  # whatever the parser or sympy raises: not equal in this way
+            continue
+    return False
+
+
+def _is_interval(text: str) -> bool:
+    return text.startswith(("(", "[")) and text.endswith((")", "]"))
+
+
+def _same_numbers(gold: float, answer: float, error: float) -> bool:
+    """Within the error, also where one of the two is in percent."""
+    return any(abs(g - answer) <= error * _SLACK for g in (gold / 100, gold, gold * 100))
+
+
+def _same_expressions(left: str, right: str, error: float) -> bool:
+    """Equality of what stands behind the first "=" of each, by sympy."""
+    import sympy
+
+    left, right = (text.split("=")[1] if "=" in text else text for text in (left, right))
+    a, b = (sympy.sympify(_parse(text.strip())) for text in (left, right))
+    if a == b:
+        return True
+    pi = _parse("\\pi")
+    a, b = a.subs(pi, math.pi), b.subs(pi, math.pi)
+    if a.has(sympy.Symbol) != b.has(sympy.Symbol):
+        return False
+    if not a.has(sympy.Symbol):
+        computable = _is_computable(a) and _is_computable(b)
+        return computable and bool(abs(a.evalf() - b.evalf()) <= error * _SLACK)
+    return bool(abs(sympy.simplify(a - b).evalf()) < 1e-3)
+
+
+def _is_computable(expression) -> bool:
+    """Whether an expression is no power, or one of numbers with a bearable exponent."""
+    import sympy
+
+    if not isinstance(expression, sympy.Pow):
+        return True
+    base, exponent = expression.as_base_exp()
+    numeric = base.is_number and exponent.is_number
+    return bool(numeric and not abs(exponent.evalf()) > _MAX_EXPONENT)
+
+
+def _same_equations(left: str, right: str) -> bool:
+    """Whether one equation, with all on one side, is a whole multiple of the other."""
+    from sympy import simplify
+
+    sides = []
+    for text in (left, right):
+        a, b = text.split("=")
+        sides.append(simplify(_parse(a) - _parse(b)))
+    ratios = simplify(sides[0] / sides[1]), simplify(sides[1] / sides[0])
+    return any(ratio.is_Integer and ratio != 0 for ratio in ratios)
+
+
+def _same_intervals(left: str, right: str, error: float) -> bool:
+    """Unions of intervals with the same brackets and equal ends."""
+    lefts, rights = left.split("\\cup"), right.split("\\cup")
+    if len(lefts) != len(rights):
+        return False
+    for a, b in zip(lefts, rights, strict=True):
+        if (a[0], a[-1]) != (b[0], b[-1]):
+            return False
+        ends = zip(a.strip("[]()").split(","), b.strip("[]()").split(","), strict=False)
+        if not all(_same_expressions(*pair, error) for pair in ends):
+            return False
+    return True
+
+
+def warm_up() -> None:
+    """Load sympy's parser, before a worker's first judgement is timed."""
+    _equal("\\frac{1}{2}x=1", "2x=1", 1e-8)
+
+
+@cache
+def _parse(text: str):
+    """sympy's tree of a LaTeX text."""
+    return _parser()(text)
+
+
+@cache
+def _parser():
+    """sympy's LaTeX parser.
+
+    It asks for antlr 4.11 by name; its tables are in the format that 4.10 to 4.13 share, and
+    math-verify brings a later one of these.
+    """
+    import contextlib
+    import io
+
+    from sympy.parsing.latex import _parse_latex_antlr as antlr
+
+    antlr.version = lambda package: "4.11"
+    logging.disable(logging.CRITICAL)
+
+    def parse(text: str):
+        with contextlib.redirect_stdout(io.StringIO()):  # a note on the version, each time
+            return antlr.parse_latex(text)
+
+    return parse

@@ -1,0 +1,103 @@
+r"""OlympiadBench's rule (OpenBMB/OlympiadBench, eval/auto_scoring_judge.py and inference/judge.py).
+
+The answer is what follows the last "So the final answer is", else the whole response; of either
+the judge takes the ``\boxed{}`` contents, else the formulas of the last line. It splits lists,
+expands \pm, and compares numbers within the problem's error (also as percent), expressions,
+equations and intervals. The gold goes first, as the judge defines it. The judge uses sympy and
+runs in the workers (``olympiad_judge``). Proofs cannot be judged.
+"""
+
+import re
+
+from srpo_jax.benchmarks.common import (
+    Groups,
+    Row,
+    RowError,
+    Scored,
+    each,
+    given_extraction,
+    response,
+)
+from srpo_jax.grading.verifier import Verifier
+
+NAME = "olympiadbench"
+COUNTS = {150: "OE_MM_maths_en_COMP", 456: "OE_MM_physics_en_COMP"}
+WORKER_MODULES = ("srpo_jax.benchmarks.olympiad_judge",)
+JUDGE = f"{WORKER_MODULES[0]}:judge"
+DEFAULT_ERROR = 1e-8
+EMPTY = "the response is empty"
+
+_ENGLISH = re.compile(r"So the final answer is (.*)")
+_CHINESE = re.compile("所以最终答案是(.*)")
+
+
+def official(rows: list[Row], pool: Verifier) -> list[Scored]:
+    """The official outcome of each row; the judge runs in the pool's workers."""
+    extractions, golds = each(_extraction, rows), each(final_answer, rows)
+    allowed_errors = each(errors, rows)
+    correct = [False] * len(rows)
+    by_errors: dict[tuple[float, ...], list[int]] = {}
+    for i, extraction in enumerate(extractions):
+        if extraction:
+            by_errors.setdefault(allowed_errors[i], []).append(i)
+    for allowed, indices in by_errors.items():
+        pairs = [(golds[i], extractions[i]) for i in indices]
+        found = pool.verify_math(pairs, function=JUDGE, errors=list(allowed))
+        for i, right in zip(indices, found, strict=True):
+            correct[i] = right
+    return [
+        Scored(extraction or None, extraction or None, right, None if extraction else EMPTY)
+        for extraction, right in zip(extractions, correct, strict=True)
+    ]
+
+
+def groups(row: Row) -> Groups:
+    """The official tables: the data set (modality, subject, language), and the subfield."""
+    tables: Groups = {}
+    for table, names in (("dataset", ("dataset", "source")), ("subfield", ("subfield",))):
+        value = next((row[name] for name in names if row.get(name) is not None), None)
+        if value is not None:
+            tables[table] = [str(value)]
+    return tables
+
+
+def golds(row: Row) -> list[str]:
+    """The gold answers, any of which is right."""
+    return [final_answer(row)]
+
+
+def final_answer(row: Row) -> str:
+    """The gold answer: the first of ``final_answer``, or ``answer``; RowError without one."""
+    value = row.get("final_answer")
+    if value is None:
+        value = row.get("answer")
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else None
+    if value is None:
+        raise RowError("no 'final_answer' (or 'answer'); proofs cannot be judged by rule")
+    return str(value)
+
+
+def errors(row: Row) -> tuple[float, ...]:
+    """The allowed absolute errors, one or one for each part of the answer."""
+    value = row.get("error")
+    if not value or "Tuple" in str(row.get("answer_type")):
+        return (DEFAULT_ERROR,)
+    try:
+        return tuple(float(part) if part else DEFAULT_ERROR for part in str(value).split(","))
+    except ValueError:
+        raise RowError(f"'error' is no number or list of numbers: {value!r:.60}") from None
+
+
+def _extraction(row: Row) -> str:
+    given = given_extraction(row)
+    return extract(response(row)) if given is None else str(given)
+
+
+def extract(text: str) -> str:
+    """What a response announces as its final answer, in English or Chinese; else all of it."""
+    for pattern in (_ENGLISH, _CHINESE):
+        announced = pattern.findall(text)
+        if announced:
+            return announced[-1].strip()
+    return text

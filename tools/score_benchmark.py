@@ -1,0 +1,121 @@
+"""Scores of a benchmark's predictions, made anywhere, by its official rule or strictly.
+
+Input rows are JSON objects with the benchmark's own fields, the gold among them, and the model's
+"response"; an "extraction" in a row is used as it is (--re_extract: made anew). Output rows are the
+same with extraction, prediction, correct and mode; no_answer says why there is no answer by rule,
+drawn marks an official random draw. Rows without an answer count as wrong.
+
+Modes: official_rule = the benchmark's own rule; strict = this project's grader (options by letter
+or text, numbers, math-verify), without anything at random.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from srpo_jax.benchmarks import scoring
+from srpo_jax.grading.verifier import Verifier
+from tools import cli
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.parser(
+        __doc__,
+        "python -m tools.score_benchmark --benchmark mathvision --predictions predictions.jsonl "
+        "--output scored.jsonl --report scores",
+    )
+    parser.add_argument("--benchmark", required=True, choices=sorted(scoring.BENCHMARKS))
+    parser.add_argument("--predictions", required=True, help="JSON Lines of predictions")
+    parser.add_argument("--output", required=True, help="JSON Lines to write")
+    parser.add_argument(
+        "--mode", default="official_rule", choices=scoring.MODES, help="default: official_rule"
+    )
+    parser.add_argument("--report", help="also write the summary as REPORT.json and REPORT.md")
+    parser.add_argument(
+        "--re_extract", action="store_true", help="ignore the extractions that rows bring"
+    )
+    parser.add_argument(
+        "--workers",
+        type=cli.positive,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that compare expressions (%(default)s)",
+    )
+    parser.add_argument(
+        "--time_limit", type=float, default=5.0, help="seconds for one comparison (%(default)s)"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Score a file."""
+    numbered = cli.numbered_jsonl(args.predictions)
+    if not numbered:
+        raise ValueError(f"{args.predictions}: no rows")
+    rows = [row for _, row in numbered]
+    for number, row in numbered:
+        if "response" not in row and row.get("extraction") is None:
+            raise ValueError(
+                f"{args.predictions}:{number}: no 'response' (the model's text) and no 'extraction'"
+            )
+    if args.re_extract:
+        rows = [{k: v for k, v in row.items() if k != "extraction"} for row in rows]
+    modules = scoring.worker_modules(args.benchmark, args.mode)
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if modules is not None:
+            pool = stack.enter_context(Verifier(args.workers, args.time_limit, modules=modules))
+        try:
+            scored = scoring.score(args.benchmark, rows, args.mode, pool)
+        except scoring.RowError as error:
+            line = numbered[error.index][0] if error.index is not None else "?"
+            raise ValueError(f"{args.predictions}:{line}: {error}") from None
+    summary = scoring.summarise(args.benchmark, args.mode, scored)
+    summary["timeouts"], summary["crashes"] = (pool.timeouts, pool.crashes) if pool else (0, 0)
+    cli.write_jsonl(args.output, scored)
+    if args.report:
+        _write_report(args.report, summary)
+    _show(summary, args.output)
+
+
+def _write_report(path: str, summary: dict) -> None:
+    """REPORT.json and REPORT.md; either ending of ``path`` is dropped first."""
+    base = Path(path)
+    base = base.with_suffix("") if base.suffix in (".json", ".md") else base
+    texts = {
+        ".json": json.dumps(summary, ensure_ascii=False, indent=2) + "\n",
+        ".md": scoring.markdown(summary),
+    }
+    for ending, text in texts.items():
+        with cli.atomic(base.with_name(base.name + ending)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _show(summary: dict, output: str) -> None:
+    """The accuracies on stdout, what qualifies them on stderr."""
+    print(
+        f"{summary['benchmark']}, {summary['mode']}: {summary['correct']}/{summary['total']} = "
+        f"{summary['accuracy']:.2f} % -> {output}"
+    )
+    for table, groups in summary["tables"].items():
+        if len(groups) > 40:  # such a table is in the report
+            continue
+        cells = [f"{group} {c['correct']}/{c['total']} = {c['accuracy']:.2f} %"
+                 for group, c in groups.items()]  # fmt: skip
+        print(f"  {table}: " + "; ".join(cells))
+    if summary.get("four_dimensions"):
+        strict, loose = (summary["four_dimensions"][side]["score"] for side in ("strict", "loose"))
+        print(f"  score over problems of several steps: strict {strict:.2f} %, loose {loose:.2f} %")
+    for note in scoring.notes(summary):
+        print(f"note: {note}", file=sys.stderr)
+    if not summary["complete"]:
+        counts = scoring.BENCHMARKS[summary["benchmark"]].COUNTS
+        full = ", ".join(f"{count} ({name})" for count, name in counts.items())
+        print(f"note: {summary['total']} rows; the full benchmark has {full}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())
