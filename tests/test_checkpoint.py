@@ -78,7 +78,8 @@ def test_state_may_be_donated_right_after_save_and_after_restore(tmp_path):
     saver.save(1, state, config={})
     bump(state)  # the write may still be going on
     got = saver.restore(checkpoint.abstract(make_state(0)))
-    assert_same(jax.tree.map(np.asarray, got.state), wanted)
+    # Of copies: a numpy view of a buffer would keep it from being donated.
+    assert_same(jax.tree.map(lambda x: np.asarray(x + 0), got.state), wanted)
     kept = got.state.params["text/w/kernel"]
     bump(got.state)
     assert kept.is_deleted()  # really donated, not copied

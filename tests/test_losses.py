@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from srpo_jax import losses
 
@@ -124,7 +125,7 @@ def _avals(jaxpr):
     for eqn in jaxpr.eqns:
         for var in (*eqn.invars, *eqn.outvars):
             yield eqn.primitive.name, var.aval
-        for sub in jax.core.jaxprs_in_params(eqn.params):
+        for sub in jaxprs_in_params(eqn.params):
             yield from _avals(sub)
 
 
