@@ -36,7 +36,7 @@ HELD_OUT = 64
 class Plan:
     """How much of everything."""
 
-    sft_steps: int = 150
+    sft_steps: int = 40
     rl_steps: int = 20
     stop_after: int = 8  # RL steps that are logged before SIGTERM
     prompts: int = 4
