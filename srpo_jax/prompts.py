@@ -11,6 +11,11 @@ TEMPLATE = ("think", "answer", "reflection", "think", "answer")
 TAGS = {name: (f"<{name}>", f"</{name}>") for name in ("think", "answer", "reflection")}
 IMAGE_MARK = "<image>"
 
+# Tokens of Qwen2.5-VL with a meaning of their own; text of a record must hold none of them.
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+VISION_MARKERS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
+CONTROL_TOKENS = VISION_MARKERS + ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
 SYSTEM_PROMPT = r"""You solve problems about images in two rounds and look critically at your own \
 work in between. Write exactly five blocks, in this order, with nothing before, between or after \
 them except line breaks:

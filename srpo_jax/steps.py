@@ -262,7 +262,7 @@ def _token_logps(
     if jax.sharding.get_abstract_mesh().empty:
         return losses.token_logps(h_BTD, targets_BT, head_DV, count=count, **kwargs)
 
-    # ``count`` is one for all devices: where the vocabulary is divided, every chunk is a collective.
+    # ``count`` is the same on all devices: with a divided vocabulary each chunk is a collective.
     def local(h, targets, head, count):
         # "varying" from here on: otherwise the sum over devices moves into the scan again.
         head = jax.lax.pcast(head, BATCH_AXES, to="varying")

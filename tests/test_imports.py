@@ -123,3 +123,8 @@ def test_modules_are_short_and_say_what_they_are(path):
 def test_grading_workers_start_without_jax():
     code = "import sys, srpo_jax.grading.verifier; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_reflection_builder_starts_without_transformers():
+    code = "import sys, tools.build_reflection_data; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

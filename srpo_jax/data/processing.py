@@ -26,6 +26,7 @@ from srpo_jax.data.batching import (
 from srpo_jax.data.images import to_rgb
 from srpo_jax.data.records import RecordError
 from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, vision_arrays
+from srpo_jax.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS
 
 __all__ = [
     "Encoded",
@@ -47,11 +48,7 @@ __all__ = [
 MIN_PIXELS = 4 * 28 * 28
 MAX_PIXELS = 640 * 28 * 28
 
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-VISION_MARKERS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# Text of a record that held one of these would become a token with a meaning of its own.
-CONTROL_TOKENS = VISION_MARKERS + ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 def _read_json(path: Path) -> dict:
