@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 
 import numpy as np
@@ -93,8 +94,8 @@ def test_the_policy_gets_the_templates_own_prompt_with_images_in_their_places():
 
 
 def test_every_try_has_a_seed_of_its_own_and_every_run_the_same():
-    seeds = {teach.request_seed(0, stage, item, trial)
-             for stage in ("attempt", "reflect") for item in range(20) for trial in range(5)}  # fmt: skip
+    tries = itertools.product(("attempt", "reflect"), range(20), range(5))
+    seeds = {teach.request_seed(0, *one) for one in tries}
     assert len(seeds) == 200
     assert teach.request_seed(0, "attempt", 7, 1) == teach.request_seed(0, "attempt", 7, 1)
     assert max(seeds) < 2**31
