@@ -49,6 +49,15 @@ def test_equal_pairs_are_checked_once_and_remembered(pool, monkeypatch):
     assert pool.verify_math([("$x+1$", "$y+1$")]) == [False]
 
 
+def test_a_named_function_is_called_instead_in_a_warm_worker():
+    module = "srpo_jax.benchmarks.olympiad_judge"
+    with Verifier(workers=1, time_limit_s=20, modules=[module]) as pool:
+        judge = {"function": f"{module}:judge", "errors": [0.1]}
+        assert pool.verify_math([("5", "5.05"), ("5", "5.2")], **judge) == [True, False]
+        assert pool.verify_math([("5", "5.05")]) == [False]  # not the other function's verdict
+        assert pool.verify_math([("1", "1")], function=f"{module}:missing") == [False]
+
+
 def test_gold_goes_first(pool):
     inequality, interval = "$1 < x < 3$", "$(1,3)$"
     assert pool.verify_math([(inequality, interval), (interval, inequality)]) == [True, False]

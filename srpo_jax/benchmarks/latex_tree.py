@@ -57,6 +57,7 @@ class _Parser:
     def __init__(self, text: str):
         self._tokens = tokens(text)
         self._next: list[Token] = []
+        self._open = [""]  # the brackets around what is read; a bar inside bars closes them
 
     @property
     def kind(self) -> str:
@@ -109,9 +110,15 @@ class _Parser:
             return ("neg", self._signed(functions))
         tree = self._postfix()
         # An argument without parentheses ends where another function begins.
-        while self.kind in _SIMPLE or (functions and self.kind in _FUNCTIONS):
+        while self._starts_factor(functions):
             tree = ("mul", tree, self._postfix())
         return tree
+
+    def _starts_factor(self, functions: bool) -> bool:
+        kind = self.kind
+        if kind in ("|", r"\vert") and kind == self._open[-1]:
+            return False
+        return kind in _SIMPLE or (functions and kind in _FUNCTIONS)
 
     def _postfix(self) -> Tree:
         tree = self._power()
@@ -176,9 +183,11 @@ class _Parser:
     def _group(self, *, bare: bool = False) -> Tree:
         r"""A bracketed expression; after ``\left`` the right bracket has its ``\right``."""
         opening = self._take(*_CLOSERS).kind
+        self._open.append(opening)
         tree = self.expression()
         if bare and opening == "{" and self._takes("choose"):
             tree = ("binom", tree, self.expression())
+        self._open.pop()
         if not bare:
             self._take(r"\right", r"\mright")
         self._take(_CLOSERS[opening])

@@ -141,8 +141,12 @@ class _Evaluator:
     def _divided_by_first(self, top: Number, factors: Factors) -> Number:
         """top/a*b/(c*d) for the product a*b/(c*d), without the brackets around the whole of it."""
         first, *others = [tree for tree, divides in factors if not divides]
-        value = self._times(top / self.value(first), others)
-        return value / self._times(1, [tree for tree, divides in factors if divides])
+        bottom = self._times(1, [tree for tree, divides in factors if divides])
+        number = _number(first)
+        if number is None or any(_number(tree) is not None for tree in others):
+            return self._times(top / self.value(first), others) / bottom
+        # A leading decimal is printed as a fraction around the other factors: 3*sqrt(2)/2.
+        return self._times(top / number.numerator, others) / number.denominator / bottom
 
     def _times(self, product: Number, trees: list[Tree]) -> Number:
         for tree in trees:

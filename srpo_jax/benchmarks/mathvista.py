@@ -73,11 +73,12 @@ def normalise(row: Row, extraction: object) -> str | None:
     if row["question_type"] == "multi_choice":
         return _option(str(extraction).strip(), choices(row))
     kind = row["answer_type"]
+    precision = _precision(row) if kind == "float" else None
     try:
         if kind == "integer":
             return str(int(float(extraction)))
         if kind == "float":
-            return str(round(float(extraction), _precision(row)))
+            return str(round(float(extraction), precision))
     except (TypeError, ValueError, OverflowError):
         return None
     return str(extraction) if kind == "list" else extraction

@@ -117,7 +117,10 @@ def strict_answer(row: Row) -> str | None:
         return text
     announced = list(_ANNOUNCED.finditer(text))
     tail = text[announced[-1].end() :].strip() if announced else ""
-    return tail.split("\n")[0].strip("* ") or text.strip() or None
+    line = tail.split("\n")[0]
+    if line.count("**") % 2:  # of "**Answer:** B"
+        line = line.replace("**", "", 1)
+    return line.strip() or text.strip() or None
 
 
 def _golds(module: ModuleType, row: Row) -> list[str]:
