@@ -62,5 +62,7 @@ def reply_problem(
         check.same_language(record.question, text) for text in texts
     ):
         return "another language"
+    if settings.mode != "gold_given":  # who has not seen the gold can state it, but not leak it
+        return None
     leak = check.leak(reflection, record.answer, record.choices, first["answer"], first["correct"])
     return None if leak is None else "leaked gold"
