@@ -442,7 +442,7 @@ def test_an_outage_pauses_all_and_uses_up_no_retries():
                     server.faults = None
 
         requests = [ask(str(i)) for i in range(6)]
-        results, stats = run(server, *requests, sleep=sleep, max_retries=2, breaker_failures=3)
+        results, stats = run(server, *requests, sleep=sleep, max_retries=4, breaker_failures=1)
     assert [reply.text for reply in results] == [str(i) for i in range(6)]
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300], abs=0.1)
     # What was in flight when the breaker opened, then one probe for each pause but the last.
