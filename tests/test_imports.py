@@ -24,6 +24,10 @@ remote.limits remote.protocol remote.client remote.batch
 reflection.store reflection.settings reflection.teach reflection.duplicates reflection.check
 reflection.accept reflection.items reflection.select reflection.drive reflection.batches
 reflection.stages reflection.write reflection.sample reflection.page
+benchmarks.common benchmarks.latex_tokens benchmarks.latex_tree benchmarks.latex_value
+benchmarks.mathvision benchmarks.mathvista benchmarks.mmmu_pro benchmarks.mmmu
+benchmarks.word_numbers benchmarks.emma benchmarks.mathverse benchmarks.wemath benchmarks.mmk12
+benchmarks.olympiad_judge benchmarks.olympiadbench benchmarks.scoring benchmarks.load
 rewards losses optim grpo state steps
 checkpoint metrics runtime setup rollout
 evaluate session groups train_sft train_grpo
@@ -51,6 +55,7 @@ THIRD_PARTY = {
     "grading": {"numpy", "math_verify", "sympy", "latex2sympy2_extended"},
     "remote": {"openai", "aiohttp", "httpx2"},
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},
+    "benchmarks": {"sympy", "pyarrow"},
     "rewards": CORE,
     "losses": CORE,
     "optim": CORE,

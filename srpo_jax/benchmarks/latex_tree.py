@@ -18,6 +18,7 @@ from srpo_jax.benchmarks.latex_tokens import END, LatexError, Token, prepare, to
 Tree = tuple
 
 _MAX_DIGITS = 4000  # of one number
+_MAX_TOKENS = 5000  # of one expression; the parser it stands for gives up at a thousand factors
 _RELATIONS = {"=", "==", "<", "<=", ">", ">=", "!=", "in"}
 _CLOSERS = {
     "(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lgroup": r"\rgroup", r"\lbrace": r"\rbrace",
@@ -57,6 +58,7 @@ class _Parser:
     def __init__(self, text: str):
         self._tokens = tokens(text)
         self._next: list[Token] = []
+        self._left = _MAX_TOKENS
         self._open = [""]  # the brackets around what is read; a bar inside bars closes them
 
     @property
@@ -66,6 +68,9 @@ class _Parser:
     def _peek(self, offset: int) -> Token:
         while len(self._next) <= offset:
             self._next += islice(self._tokens, 1)
+            self._left -= 1
+            if self._left < 0:
+                raise LatexError("too long")
         return self._next[offset]
 
     def _take(self, *kinds: str) -> Token:
