@@ -3,9 +3,10 @@ r"""The number that a LaTeX answer comes to, as MathVision and as EMMA evaluate 
 Both read it with latex2sympy2 (see ``latex_tokens``). EMMA lets sympy evaluate the result.
 MathVision prints the unevaluated expression and runs the print as Python with the names of
 ``math``. What has a value is decided by that detour (``printed``): infinity has none, nor ``\ln``
-(printed with E), |x|, ceilings and secants, which ``math`` lacks; and sympy's printer drops
-brackets in some negated quotients (see ``_product``). Here the tree is evaluated with the same
-outcomes and bounded work. Names have no value in either.
+(printed with E), |x|, ceilings and secants, which ``math`` lacks; nor has "y = 5", because the
+parser's table of assignments breaks at the first "dx" (in "indeed", say) that a run meets; and
+sympy's printer drops brackets in some negated quotients (see ``_product``). Here the tree is
+evaluated with the same outcomes and bounded work. Names have no value in either.
 """
 
 import math
@@ -72,7 +73,7 @@ class _Evaluator:
             return math.pi
         if name == "name":
             raise LatexError(f"{operands[0]} has no value")
-        if name == "=" and operands[0][0] == "name":  # x = 5 is 5
+        if name == "=" and operands[0][0] == "name" and not self._printed:  # x = 5 is 5
             return self.value(operands[1])
         if name == "exp":
             return self._exponential(operands[0])
