@@ -107,6 +107,9 @@ def add_evaluation(config: ConfigDict, *, periodic: bool) -> None:
     """Evaluation on a held-out file."""
     config.eval = ConfigDict()
     config.eval.file = ""  # records; in training, empty means no evaluation
+    config.eval.benchmark = ""  # the file is this benchmark in its published form
+    config.eval.scoring = "official_rule"  # of a benchmark; or "strict": this project's grader
+    config.eval.any_count = False  # allow another number of problems than the published one
     if periodic:
         config.eval.every = 50  # steps
         config.eval.at_start = False

@@ -11,7 +11,9 @@ that a run that was stopped goes on where it stood, and become ``samples.jsonl``
 for the periodic evaluation of both training stages.
 """
 
+import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ import jax
 import numpy as np
 
 from srpo_jax import setup
+from srpo_jax.benchmarks import scoring
+from srpo_jax.benchmarks.evaluation import score_rows
+from srpo_jax.benchmarks.load import load
 from srpo_jax.checkpoint import gather_bytes
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.grading.answers import gold_problem
@@ -73,21 +78,51 @@ def evaluate(
         )
         done = {row["origin"] for row in log.rows}
         setup.say(f"{len(evaluator)} records, {len(done)} of them done before; weights of {origin}")
+        start, before = time.monotonic(), len(done)
         for rows in evaluator.run(params, seed=config.seed, skip=frozenset(done)):
             log.append(rows)
             done |= {row["origin"] for row in rows}
-            setup.say(f"{len(done)}/{len(evaluator)} records")
+            pace = (time.monotonic() - start) / max(len(done) - before, 1)
+            left = pace * (len(evaluator) - len(done))
+            setup.say(f"{len(done)}/{len(evaluator)} records, about {left:.0f} s left")
             if setup.agree_maximum(int(stop.requested)):
                 setup.say("stopped; the same command goes on from here")
                 return None
     guard.close()
-    log.finish()
-    summary = summarise(log.rows, bootstrap=config.bootstrap, seed=config.seed)
+    rows = log.rows
+    summary = summarise(rows, bootstrap=config.bootstrap, seed=config.seed)
     summary |= {"skipped_records": len(evaluator) - len(done), "weights": origin}
     if jax.process_index() == 0:
+        if config.eval.benchmark:
+            summary["benchmark"] = score_benchmark(config, evaluator.source, rows, Path(workdir))
         write_jsonl(Path(workdir) / "summary.json", [summary])
+    log.finish()
     setup.say(", ".join(f"{k} {summary[k]:.4f}" for k in ("acc@1", "acc@2", "fix", "harm")))
     return summary
+
+
+def score_benchmark(config: Any, source: Any, rows: list[Row], folder: Path) -> dict[str, Any]:
+    """The benchmark's own scores of all rows; writes scored.jsonl.
+
+    Returns the rates of `summarise` under its verdicts, with the summaries of the first and of the
+    final answer, grouped as in its tables, under "first" and "final".
+    """
+    name, mode = config.eval.benchmark, config.eval.scoring
+    records = {}
+    for index in range(len(source)):
+        with contextlib.suppress(ValueError):  # an unreadable record has no rows
+            records[source[index].origin] = source[index]
+    modules = scoring.worker_modules(name, mode)
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if modules is not None:
+            workers = Verifier(config.grading.workers, config.grading.timeout, modules=modules)
+            pool = stack.enter_context(workers)
+        scored, tables = score_rows(name, records, rows, mode, pool)
+    write_jsonl(folder / "scored.jsonl", scored)
+    found = summarise(scored, bootstrap=config.bootstrap, seed=config.seed)
+    setup.say(f"{name}, {mode}: first {found['acc@1']:.4f}, final {found['acc@2']:.4f}")
+    return found | {"name": name, "mode": mode, **tables}
 
 
 class RowLog:
@@ -151,19 +186,22 @@ class Evaluator:
         prompts_per_row: int,
         loading: dict[str, Any],
         guard: CompileGuard,
+        check: Callable[[Any], str | None] | None = gold_problem,
     ):
+        """``check`` says why a record is left out; None: no record is."""
         rows = setup.rows_per_shard(
             "eval.batch_size", batch_size, prompts_per_row, parts.shards, fill=True
         )
         self._parts, self._generator = parts, generator
-        self._source, self._encode, self._guard = source, encode, guard
+        self.source, self._encode, self._guard = source, encode, guard
+        self._check = check
         self._loading = loading | {
             "global_batch_size": rows * parts.shards * prompts_per_row,
             "rows_per_shard": rows,
         }
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def run(
         self, params: Params, *, seed: int, skip: frozenset[str] = frozenset()
@@ -175,7 +213,7 @@ class Evaluator:
             seed: of the samples; the same seed draws with the same numbers, whatever the batches.
             skip: origins of records to leave out.
         """
-        source = self._source
+        source = self.source
         if skip:
             source = setup.Subset(source, setup.without_origins(source, skip))
             if not len(source):
@@ -184,7 +222,7 @@ class Evaluator:
             self._parts,
             source,
             self._encode,
-            check_record=gold_problem,
+            check_record=self._check,
             shuffle=False,
             epochs=1,
             drop_remainder=False,
@@ -215,6 +253,8 @@ class Evaluator:
             for g in range(group):
                 detail = graded.details[p * group + g]
                 ids = rollout.completions[p, g][rollout.completion_mask[p, g]]
+                span = detail["spans"]["first_answer"]
+                logp = rollout.policy_logp[p, g][slice(*span)] if span else ()
                 rows.append(
                     {
                         "id": record.id,
@@ -232,6 +272,9 @@ class Evaluator:
                         "truncated": bool(~rollout.finished[p, g]),
                         "tokens": int(len(ids)),
                         "block_tokens": verdict.block_tokens[p, g].tolist(),
+                        "tokens_to_first": self._generator.until_first_answer(ids, detail["spans"]),
+                        # Mean probability of its tokens: what an early stop would go by.
+                        "first_confidence": float(np.exp(logp).mean()) if len(logp) else None,
                     }
                 )
         return rows
@@ -261,7 +304,7 @@ def make_evaluator(
         group_size=config.eval.samples,
         temperature=config.eval.temperature,
     )
-    source = setup.open_source("eval.file", config.eval.file, config.data.root)
+    source = open_problems(config)
     count = min(config.eval.limit or len(source), len(source))
     return Evaluator(
         parts,
@@ -277,7 +320,24 @@ def make_evaluator(
             "max_bad_share": config.data.max_bad_share,
         },
         guard=guard,
+        # Every problem of a benchmark counts; what cannot be graded here, its own rule decides.
+        check=None if config.eval.benchmark else gold_problem,
     )
+
+
+def open_problems(config: Any) -> Any:
+    """The records of ``eval.file``, in the form of ``eval.benchmark`` where one is named."""
+    one = config.eval
+    name, mode, counts = one.benchmark, one.scoring, () if one.any_count else None
+    if not name:
+        return setup.open_source("eval.file", one.file, config.data.root)
+    if name not in scoring.BENCHMARKS:
+        raise RunError(f"eval.benchmark={name}: choose one of {', '.join(scoring.BENCHMARKS)}")
+    if mode not in scoring.MODES:
+        raise RunError(f"eval.scoring={mode}: choose one of {', '.join(scoring.MODES)}")
+    if not one.file:
+        raise RunError(f"eval.file is empty: where is {name}? (a file, a folder of parquet files)")
+    return load(name, one.file, image_root=config.data.root or None, counts=counts)
 
 
 # --- from rows to rates ----------------------------------------------------------------------

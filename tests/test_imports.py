@@ -28,6 +28,7 @@ benchmarks.common benchmarks.latex_tokens benchmarks.latex_tree benchmarks.latex
 benchmarks.mathvision benchmarks.mathvista benchmarks.mmmu_pro benchmarks.mmmu
 benchmarks.word_numbers benchmarks.emma benchmarks.mathverse benchmarks.wemath benchmarks.mmk12
 benchmarks.olympiad_judge benchmarks.olympiadbench benchmarks.scoring benchmarks.load
+benchmarks.evaluation
 rewards losses optim grpo state steps
 checkpoint metrics runtime setup rollout
 evaluate session groups train_sft train_grpo

@@ -1,0 +1,81 @@
+"""Completions of our models under a benchmark's rules: both answers, one after the other.
+
+A response in the template says where its answers are, so the rule's own extraction is not needed:
+each answer block's content is handed over as the extraction, an option as its letter. A response
+without an answer block goes to the rule as it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from srpo_jax.benchmarks import scoring
+from srpo_jax.benchmarks.common import LETTERS, Row
+from srpo_jax.benchmarks.load import scoring_row
+from srpo_jax.data.records import Record
+from srpo_jax.grading.answers import choice_indices, extract_answer
+from srpo_jax.grading.verifier import Verifier
+
+ROUNDS = {"first": ("first_answer",), "final": ("second_answer", "first_answer")}
+
+
+def answer_row(record: Record, row: Mapping[str, Any], which: str) -> Row:
+    """One completion's first or final answer as a row for ``scoring.score``.
+
+    Args:
+        record: the problem, of ``load.load``.
+        row: of ``evaluate``: ``response`` and ``blocks`` (texts by name, None where missing).
+        which: a key of ROUNDS.
+    """
+    found = next((row["blocks"][n] for n in ROUNDS[which] if row["blocks"][n] is not None), None)
+    if found is None:
+        return scoring_row(record, row["response"])
+    out = scoring_row(record, found)
+    said = extract_answer(found)
+    if record.choices:
+        chosen = choice_indices(said, record.choices)
+        if chosen is not None and len(chosen) == 1:
+            said = LETTERS[next(iter(chosen))]
+    return out | {"extraction": said}
+
+
+def score_rows(
+    name: str,
+    records: Mapping[str, Record],
+    rows: Sequence[Row],
+    mode: str,
+    pool: Verifier | None,
+) -> tuple[list[Row], dict[str, Any]]:
+    """Both answers of every completion, scored.
+
+    Args:
+        name: of the benchmark.
+        records: problems by origin.
+        rows: of ``evaluate``.
+        mode: of ``scoring.MODES``.
+        pool: where ``scoring.worker_modules`` asks for one.
+
+    Returns:
+        ``rows`` with ``first_correct`` and ``final_correct`` of this mode, ``extraction`` and
+        ``prediction`` of the final answer, ``no_answer`` and ``categories`` (groups by table)
+        where there are any; and {"first", "final"}: the summaries of ``scoring.summarise``.
+    """
+    scored = {
+        which: scoring.score(
+            name, [answer_row(records[row["origin"]], row, which) for row in rows], mode, pool
+        )
+        for which in ROUNDS
+    }
+    module = scoring.BENCHMARKS[name]
+    out = []
+    for row, first, final in zip(rows, scored["first"], scored["final"], strict=True):
+        new = dict(row, benchmark=name, mode=mode, categories=module.groups(final))
+        new |= {"first_correct": bool(first["correct"]), "final_correct": bool(final["correct"])}
+        new |= {key: final[key] for key in ("extraction", "prediction")}
+        if "no_answer" in final:
+            new["no_answer"] = final["no_answer"]
+        out.append(new)
+    summaries = {which: scoring.summarise(name, mode, found) for which, found in scored.items()}
+    problems = len({row["origin"] for row in rows})
+    for summary in summaries.values():  # several samples of a problem are one problem
+        summary["complete"] = module.COUNTS.get(problems)
+    return out, summaries
