@@ -31,6 +31,7 @@ benchmarks.olympiad_judge benchmarks.olympiadbench benchmarks.scoring benchmarks
 benchmarks.evaluation
 rewards losses optim grpo state steps
 checkpoint metrics runtime setup rollout
+accounting report.table report.page report.folders
 evaluate session groups train_sft train_grpo
 """.split()
 
@@ -57,6 +58,8 @@ THIRD_PARTY = {
     "remote": {"openai", "aiohttp", "httpx2"},
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},
     "benchmarks": {"sympy", "pyarrow"},
+    "accounting": {"numpy"},
+    "report": {"jinja2", "PIL"},
     "rewards": CORE,
     "losses": CORE,
     "optim": CORE,
