@@ -27,11 +27,12 @@ reflection.stages reflection.write reflection.sample reflection.page
 benchmarks.common benchmarks.latex_tokens benchmarks.latex_tree benchmarks.latex_value
 benchmarks.mathvision benchmarks.mathvista benchmarks.mmmu_pro benchmarks.mmmu
 benchmarks.word_numbers benchmarks.emma benchmarks.mathverse benchmarks.wemath benchmarks.mmk12
-benchmarks.olympiad_judge benchmarks.olympiadbench benchmarks.scoring benchmarks.load
+benchmarks.olympiad_judge benchmarks.olympiadbench benchmarks.judge_cache
+benchmarks.judge_client benchmarks.judge benchmarks.scoring benchmarks.load benchmarks.quality
 benchmarks.evaluation
 rewards losses optim grpo state steps
 checkpoint metrics runtime setup rollout
-accounting report.table report.page report.folders
+accounting report.table report.page
 evaluate session groups train_sft train_grpo
 """.split()
 
@@ -57,7 +58,7 @@ THIRD_PARTY = {
     "grading": {"numpy", "math_verify", "sympy", "latex2sympy2_extended"},
     "remote": {"openai", "aiohttp", "httpx2"},
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},
-    "benchmarks": {"sympy", "pyarrow"},
+    "benchmarks": {"sympy", "pyarrow", "numpy", "jinja2"},
     "accounting": {"numpy"},
     "report": {"jinja2", "PIL"},
     "rewards": CORE,

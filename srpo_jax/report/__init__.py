@@ -1,0 +1,1 @@
+"""Reports of evaluations: tables beside the paper's numbers, and a page of items."""
