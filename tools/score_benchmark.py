@@ -3,10 +3,13 @@
 Input rows are JSON objects with the benchmark's own fields, the gold among them, and the model's
 "response"; an "extraction" in a row is used as it is (--re_extract: made anew). Output rows are the
 same with extraction, prediction, correct and mode; no_answer says why there is no answer by rule,
-drawn marks an official random draw. Rows without an answer count as wrong.
+drawn marks an official random draw, no_judgement says why a judge gave none. Rows without an answer
+or a judgement count as wrong.
 
 Modes: official_rule = the benchmark's own rule; strict = this project's grader (options by letter
-or text, numbers, math-verify), without anything at random.
+or text, numbers, math-verify), without anything at random; judge = extraction and judgement by the
+language model --judge_model. A judge's run that was stopped goes on where it stood when the same
+command is run again. Exit code 3: some judgements did not arrive, run again.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from srpo_jax.benchmarks import scoring
 from srpo_jax.grading.verifier import Verifier
-from tools import cli
+from tools import cli, judge_options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,7 +35,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--predictions", required=True, help="JSON Lines of predictions")
     parser.add_argument("--output", required=True, help="JSON Lines to write")
     parser.add_argument(
-        "--mode", default="official_rule", choices=scoring.MODES, help="default: official_rule"
+        "--mode",
+        default="official_rule",
+        choices=(*scoring.MODES, scoring.JUDGE),
+        help="default: official_rule",
     )
     parser.add_argument("--report", help="also write the summary as REPORT.json and REPORT.md")
     parser.add_argument(
@@ -47,11 +53,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--time_limit", type=float, default=5.0, help="seconds for one comparison (%(default)s)"
     )
+    judge_options.add_options(parser)
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    """Score a file."""
+def main(args: argparse.Namespace) -> int:
+    """Score a file; the exit code."""
     numbered = cli.numbered_jsonl(args.predictions)
     if not numbered:
         raise ValueError(f"{args.predictions}: no rows")
@@ -64,21 +71,27 @@ def main(args: argparse.Namespace) -> None:
     if args.re_extract:
         rows = [{k: v for k, v in row.items() if k != "extraction"} for row in rows]
     modules = scoring.worker_modules(args.benchmark, args.mode)
+    judge = judge_options.open_judge(args) if args.mode == scoring.JUDGE else None
     with contextlib.ExitStack() as stack:
-        pool = None
+        pool, advance = None, lambda n: None
         if modules is not None:
             pool = stack.enter_context(Verifier(args.workers, args.time_limit, modules=modules))
         try:
-            scored = scoring.score(args.benchmark, rows, args.mode, pool)
+            if judge is not None:
+                advance = stack.enter_context(cli.progress("judging", len(rows), "rows"))
+            scored = scoring.score(args.benchmark, rows, args.mode, pool, judge, advance)
         except scoring.RowError as error:
             line = numbered[error.index][0] if error.index is not None else "?"
             raise ValueError(f"{args.predictions}:{line}: {error}") from None
     summary = scoring.summarise(args.benchmark, args.mode, scored)
     summary["timeouts"], summary["crashes"] = (pool.timeouts, pool.crashes) if pool else (0, 0)
+    if judge is not None:
+        summary["judge"] = judge.summary()
     cli.write_jsonl(args.output, scored)
     if args.report:
         _write_report(args.report, summary)
     _show(summary, args.output)
+    return judge_options.UNAVAILABLE if judge is not None and judge.stats.unavailable else 0
 
 
 def _write_report(path: str, summary: dict) -> None:
@@ -109,6 +122,9 @@ def _show(summary: dict, output: str) -> None:
     if summary.get("four_dimensions"):
         strict, loose = (summary["four_dimensions"][side]["score"] for side in ("strict", "loose"))
         print(f"  score over problems of several steps: strict {strict:.2f} %, loose {loose:.2f} %")
+    if "judge" in summary:
+        for line in judge_options.describe(summary["judge"]):
+            print(f"  {line}")
     for note in scoring.notes(summary):
         print(f"note: {note}", file=sys.stderr)
     if not summary["complete"]:

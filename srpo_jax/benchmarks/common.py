@@ -24,6 +24,7 @@ class Scored:
     correct: bool
     no_answer: str | None = None  # why there is no answer by rule; such a row counts as wrong
     drawn: bool = False  # the official rule drew at random, with its own seed
+    no_judgement: str | None = None  # why a judge gave none; such a row counts as wrong
 
 
 class RowError(ValueError):

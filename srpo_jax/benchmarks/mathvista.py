@@ -51,8 +51,11 @@ def _official(row: Row) -> Scored:
     return Scored(str(extraction), prediction, prediction == gold(row))
 
 
-def extract(row: Row) -> str | None:
-    """The answer of a response by the official shortcuts; None where they need the model."""
+def extract(row: Row, quick: bool = True) -> str | None:
+    """The answer of a response by the official shortcuts; None where they need the model.
+
+    ``quick``: also by the pattern of the official --quick_extract, which is off by default there.
+    """
     text = response(row)
     if text == "":
         return ""
@@ -64,8 +67,8 @@ def extract(row: Row) -> str | None:
             return str(convert(text))
         except ValueError:
             pass
-    quick = _QUICK.search(text)
-    return quick[1] if quick else None
+    quoted = _QUICK.search(text) if quick else None
+    return quoted[1] if quoted else None
 
 
 def normalise(row: Row, extraction: object) -> str | None:

@@ -1,13 +1,14 @@
-"""Scores of prediction rows on a benchmark, in one of two modes, and their summary.
+"""Scores of prediction rows on a benchmark, in one of three modes, and their summary.
 
 ``official_rule`` is the benchmark's own rule. ``strict`` is this project's grader, the same for
 every benchmark: the option's letter or text, else numbers and math-verify, nothing at random.
+``judge`` is a language model's extraction and judgement (``judge``), behind a server.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srpo_jax.benchmarks import (
     emma,
@@ -33,13 +34,18 @@ from srpo_jax.benchmarks.common import (
 from srpo_jax.grading.answers import answer_problem, boxed, extract_answer
 from srpo_jax.grading.verifier import Verifier
 
+if TYPE_CHECKING:
+    from srpo_jax.benchmarks.judge_client import Judge
+
 BENCHMARKS: dict[str, ModuleType] = {
     module.NAME: module
     for module in (
         mathvista, mathvision, mathverse, mmmu_pro, mmmu, emma, olympiadbench, wemath, mmk12,
     )
 }  # fmt: skip
-MODES = ("official_rule", "strict")
+MODES = ("official_rule", "strict")  # without a server
+JUDGE = "judge"
+REMARKS = ("no_answer", "drawn", "gold_problem", "no_judgement")  # fields of some scored rows
 NO_TEXT = "the response holds no answer"
 
 _ANNOUNCED = re.compile(r"\banswer\s*(?:is|:)[:\s]*", re.IGNORECASE)
@@ -49,22 +55,32 @@ def worker_modules(benchmark: str, mode: str) -> tuple[str, ...] | None:
     """What the workers of a pool must import; None where the scoring needs no pool."""
     if mode == "strict":
         return ()
+    if mode == JUDGE:
+        return None
     return getattr(BENCHMARKS[benchmark], "WORKER_MODULES", None)
 
 
 def score(
-    benchmark: str, rows: Sequence[Row], mode: str, pool: Verifier | None = None
+    benchmark: str,
+    rows: Sequence[Row],
+    mode: str,
+    pool: Verifier | None = None,
+    judge: "Judge | None" = None,
+    advance: Callable[[int], Any] = lambda n: None,
 ) -> list[Row]:
     """The rows with ``extraction``, ``prediction``, ``correct`` and ``mode``.
 
     Where there is no answer by rule, ``no_answer`` says why; ``drawn`` marks an answer that the
-    official rule draws at random with its seed, ``gold_problem`` a gold that cannot be graded.
+    official rule draws at random with its seed, ``gold_problem`` a gold that cannot be graded,
+    ``no_judgement`` says why the judge gave none.
 
     Args:
         benchmark: a name of BENCHMARKS.
         rows: see ``common``.
-        mode: of MODES.
+        mode: of MODES, or JUDGE.
         pool: where ``worker_modules`` is not None.
+        judge: for JUDGE.
+        advance: called with 1 for every row that the judge is done with.
 
     Raises:
         ValueError for a benchmark without an official rule; RowError, with the index of the row,
@@ -73,13 +89,17 @@ def score(
     module = BENCHMARKS[benchmark]
     if mode == "strict":
         scored = _strict(module, rows, pool)
+    elif mode == JUDGE:
+        from srpo_jax.benchmarks.judge import judged  # its client takes seconds to import
+
+        scored = judged(module, rows, judge, advance)
     elif module.official is None:
         raise ValueError(module.NO_RULE)
     else:
         scored = module.official(list(rows), pool)
     out = []
     for row, result in zip(rows, scored, strict=True):
-        new = {k: v for k, v in row.items() if k not in ("no_answer", "drawn", "gold_problem")}
+        new = {key: value for key, value in row.items() if key not in REMARKS}
         new |= {
             "extraction": result.extraction,
             "prediction": result.prediction,
@@ -90,6 +110,8 @@ def score(
             new["no_answer"] = result.no_answer
         if result.drawn:
             new["drawn"] = True
+        if result.no_judgement is not None:
+            new["no_judgement"] = result.no_judgement
         if mode == "strict" and (problem := _gold_problem(module, row)):
             new["gold_problem"] = problem
         out.append(new)
@@ -164,7 +186,7 @@ def summarise(benchmark: str, mode: str, scored: Sequence[Row]) -> dict[str, Any
     summary: dict[str, Any] = {"benchmark": benchmark, "mode": mode}
     summary |= _counts(scored)
     summary["complete"] = module.COUNTS.get(len(scored))
-    for key in ("no_answer", "drawn", "gold_problem"):
+    for key in REMARKS:
         summary[f"{key}_rows"] = sum(key in row for row in scored)
     chances = sum(
         1 / len(choices(row))
@@ -252,6 +274,8 @@ def notes(summary: dict[str, Any]) -> list[str]:
         )
     if summary["drawn_rows"]:
         out.append(f"{summary['drawn_rows']} answers drawn at random with the official seed")
+    if summary["no_judgement_rows"]:
+        out.append(f"{summary['no_judgement_rows']} rows without a judgement, counted as wrong")
     if summary["gold_problem_rows"]:
         out.append(f"{summary['gold_problem_rows']} golds that cannot be graded, counted as wrong")
     for key in ("timeouts", "crashes"):
@@ -261,6 +285,6 @@ def notes(summary: dict[str, Any]) -> list[str]:
 
 
 __all__ = [
-    "BENCHMARKS", "MODES", "RowError", "markdown", "notes", "score", "strict_answer", "summarise",
-    "worker_modules",
+    "BENCHMARKS", "JUDGE", "MODES", "RowError", "markdown", "notes", "score", "strict_answer",
+    "summarise", "worker_modules",
 ]  # fmt: skip

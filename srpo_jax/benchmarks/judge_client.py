@@ -1,0 +1,248 @@
+"""A language model as a judge: prompts from files, replies by schema, nonsense asked for again.
+
+    judge = Judge(Endpoint("gpt-x"), "scores.judge.sqlite")
+    results = judge.map(function, items)      # function(ask, item) is a coroutine
+    ... await ask("extract", {"question": ..., "response": ...}, ("extraction",))
+
+Every reply is kept (``judge_cache``), also the useless ones, so that a second run asks nothing.
+A reply that does not hold what was asked for is nonsense: it is asked for again, ``TRIES`` times in
+all, with other seeds and rising temperature; after that, and where the server refuses the request
+or stays unavailable, there is no judgement, which the caller must count apart.
+"""
+
+import asyncio
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from srpo_jax.benchmarks.judge_cache import JudgeCache, request_key
+from srpo_jax.reflection.teach import BadReply, object_schema, parse_reply
+from srpo_jax.remote.client import Client
+from srpo_jax.remote.protocol import Endpoint, Fatal, Rejected, Reply, Request, Unavailable
+
+PROMPTS = Path(__file__).parent / "prompts"
+TRIES = 4  # the first request and three more
+WARMER = 0.3  # added to the temperature at each further try: at 0 a seed changes nothing
+ALL_REFUSED = 8  # refusals before any reply that stop the run: the request's form is at fault
+# The server has read such a request and will say the same again; other refusals may be cured by
+# other settings and are not kept.
+SETTLED = ("content_filter", "context_length_exceeded")
+REFUSED = "refused by the server: "
+
+Ask = Callable[..., Awaitable[dict[str, Any]]]
+
+
+class NoJudgement(Exception):
+    """The judge gave nothing that can be used; its text says why, in words to be counted."""
+
+
+@dataclass
+class JudgeStats:
+    """What one ``Judge`` asked since it was made."""
+
+    calls: int = 0  # replies that were paid for
+    cached: int = 0  # replies taken from the cache
+    nonsense: Counter[str] = field(default_factory=Counter)  # replies that held no judgement
+    refused: int = 0
+    unavailable: int = 0  # requests to be asked again by a later run
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0  # USD of the calls
+
+
+def prompt_hashes() -> dict[str, str]:
+    """SHA-256 of every prompt file by name."""
+    files = sorted(PROMPTS.glob("*.jinja"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class Judge:
+    """One model that judges, with its cache."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        cache: str | os.PathLike,
+        *,
+        temperature: float | None = 0.0,
+        schema: bool = True,
+        max_tokens: int = 1024,
+        seed: int = 0,
+    ):
+        """
+        Args:
+            endpoint: the model, its server and their limits.
+            cache: the SQLite file, made where it is missing.
+            temperature: of the first try; None for models that take none.
+            schema: ask the server to hold replies to their JSON schema; not every server can.
+            max_tokens: of one reply, thoughts included.
+            seed: of the first try.
+        """
+        self.endpoint, self.cache = endpoint, Path(cache)
+        self.temperature, self.schema = temperature, schema
+        self.max_tokens, self.seed = max_tokens, seed
+        self.stats = JudgeStats()
+        self._environment = Environment(
+            loader=FileSystemLoader(PROMPTS), undefined=StrictUndefined, autoescape=False
+        )
+
+    def map(
+        self,
+        function: Callable[[Ask, Any], Awaitable[Any]],
+        items: Iterable[Any],
+        advance: Callable[[int], Any] = lambda n: None,
+    ) -> list[Any]:
+        """``function(ask, item)`` of every item, in the order of the items, many at a time.
+
+        Raises Fatal where no request can succeed, and what ``function`` raises; what has arrived
+        by then is in the cache.
+        """
+        return asyncio.run(self._map(function, list(items), advance))
+
+    async def _map(self, function: Callable, items: list, advance: Callable) -> list[Any]:
+        results: list[Any] = [None] * len(items)
+        queue = iter(enumerate(items))
+
+        async def work(ask: Ask) -> None:
+            for i, item in queue:
+                results[i] = await function(ask, item)
+                advance(1)
+
+        with JudgeCache(self.cache) as cache:
+            async with Client(self.endpoint) as client:
+                asking = _Asking(self, client, cache)
+                # Twice as many as fit on the line: those that wait before a retry leave room.
+                workers = min(2 * self.endpoint.concurrency, len(items))
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        for _ in range(workers):
+                            group.create_task(work(asking.ask))
+                except ExceptionGroup as errors:
+                    raise errors.exceptions[0] from None
+        return results
+
+    def request(
+        self, name: str, values: dict[str, Any], fields: Sequence[str], kind: type, trial: int
+    ) -> Request:
+        """The request of one try."""
+        text = self._environment.get_template(f"{name}.jinja").render(**values).strip()
+        temperature = self.temperature
+        if temperature is not None:
+            temperature = round(min(temperature + WARMER * trial, 2.0), 3)
+        schema = object_schema(fields, "string" if kind is str else "number")
+        return Request(
+            messages=[{"role": "user", "content": text}],
+            max_tokens=self.max_tokens,
+            temperature=temperature,
+            seed=self.seed + trial,
+            schema=schema if self.schema else None,
+            schema_name=name,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What a report says about the judge: model, calls, tokens, USD, prompts."""
+        stats = self.stats
+        return {
+            "model": self.endpoint.model,
+            "calls": stats.calls,
+            "cached": stats.cached,
+            "nonsense": dict(stats.nonsense),
+            "refused": stats.refused,
+            "unavailable": stats.unavailable,
+            "prompt_tokens": stats.prompt_tokens,
+            "completion_tokens": stats.completion_tokens,
+            "cost_usd": round(stats.cost, 6),
+            "prompts_sha256": prompt_hashes(),
+        }
+
+
+class _Asking:
+    """The questions of one run: cache first, then the server."""
+
+    def __init__(self, judge: Judge, client: Client, cache: JudgeCache):
+        self.judge, self.client, self.cache = judge, client, cache
+        self.in_flight: dict[str, asyncio.Future[Reply]] = {}
+
+    async def ask(
+        self,
+        name: str,
+        values: dict[str, Any],
+        fields: Sequence[str],
+        kind: type = str,
+        check: Callable[[dict[str, Any]], Any] = lambda found: None,
+    ) -> dict[str, Any]:
+        """The fields of the judge's reply to a prompt file; NoJudgement where none can be had.
+
+        Args:
+            name: of the prompt file, without its ending.
+            values: of the prompt's variables.
+            fields: of the JSON object that the reply must be, nothing else in it.
+            kind: of all fields, str or float.
+            check: raises BadReply for fields that make no sense.
+        """
+        stats = self.judge.stats
+        reason = ""
+        for trial in range(TRIES):
+            reply = await self._reply(self.judge.request(name, values, fields, kind, trial))
+            try:
+                if reply.finish_reason.startswith(REFUSED):
+                    raise NoJudgement(reply.finish_reason)
+                found = parse_reply(reply, fields, kind)
+                check(found)
+                return found
+            except BadReply as error:
+                reason = str(error)
+                stats.nonsense[reason] += 1
+        raise NoJudgement(f"{TRIES} replies of no use, the last: {reason}")
+
+    async def _reply(self, request: Request) -> Reply:
+        """The reply from the cache or the server; equal requests at the same time are one."""
+        key = request_key(self.judge.endpoint.model, request)
+        if (reply := self.cache.get(key)) is not None:
+            self.judge.stats.cached += 1
+            return reply
+        if key in self.in_flight:
+            return await asyncio.shield(self.in_flight[key])
+        future = self.in_flight[key] = asyncio.get_running_loop().create_future()
+        try:
+            reply = await self._send(key, request)
+        except BaseException as error:
+            future.set_exception(error)
+            future.exception()  # nobody may be waiting for it
+            raise
+        finally:
+            del self.in_flight[key]
+        future.set_result(reply)
+        return reply
+
+    async def _send(self, key: str, request: Request) -> Reply:
+        stats, model = self.judge.stats, self.judge.endpoint.model
+        try:
+            reply = await self.client.complete(request)
+        except Unavailable as error:
+            stats.unavailable += 1
+            raise NoJudgement(f"unavailable: {error}") from None
+        except Rejected as error:
+            stats.refused += 1
+            stats.cost += error.cost
+            if not stats.calls and not stats.cached and stats.refused >= ALL_REFUSED:
+                raise Fatal(
+                    f"the server refused each of the first {stats.refused} requests, the last "
+                    f"with: {error}; does it lack structured output (--judge_schema off)?"
+                ) from None
+            if error.kind not in SETTLED:
+                raise NoJudgement(f"{REFUSED}{error}") from None
+            reply = Reply("", "", REFUSED + error.kind, "", 0, 0, error.cost, 0.0)
+        else:
+            stats.calls += 1
+            stats.prompt_tokens += reply.prompt_tokens
+            stats.completion_tokens += reply.completion_tokens
+            stats.cost += reply.cost
+        self.cache.put(key, model, reply)
+        return reply

@@ -1,0 +1,98 @@
+"""The options of a language model that judges, for every tool that asks one."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tools import cli
+
+if TYPE_CHECKING:
+    from srpo_jax.benchmarks.judge_client import Judge
+
+UNAVAILABLE = 3  # exit code: some judgements did not arrive, the same command asks for them
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options --judge_*, --concurrency and --requests_per_minute."""
+    group = parser.add_argument_group(
+        "judge", "any OpenAI-compatible server; replies are kept, so that no call is made twice"
+    )
+    add = group.add_argument
+    add("--judge_model", default="", help="name of the model")
+    add("--judge_url", help="base URL, http://host:8000/v1 (OPENAI_BASE_URL, else OpenAI's)")
+    add(
+        "--judge_key_env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable that holds the key (%(default)s); '': no key",
+    )
+    add("--judge_cache", metavar="FILE", help="SQLite file of all replies (beside --output)")
+    add("--judge_schema", default="on", choices=("on", "off"), help="structured output (on)")
+    add("--judge_temperature", type=float, default=0.0, help="-1: left to the server (0)")
+    add("--judge_max_tokens", type=cli.positive, default=2048, help="of one reply (%(default)s)")
+    add("--judge_price_in", type=_price, default=0.0, help="USD per million tokens (%(default)s)")
+    add("--judge_price_out", type=_price, default=0.0, help="USD per million tokens (%(default)s)")
+    add("--concurrency", type=cli.positive, default=16, help="requests in flight (%(default)s)")
+    add("--requests_per_minute", type=_price, default=0.0, help="0: unlimited (%(default)s)")
+    add("--judge_timeout", type=float, default=120.0, help="seconds of one request (%(default)s)")
+    add("--judge_retries", type=int, default=8, help="of a request that fails (%(default)s)")
+
+
+def _price(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, is {text}")
+    return value
+
+
+def open_judge(args: argparse.Namespace) -> "Judge":
+    """The judge of the command line; ValueError without a model."""
+    from srpo_jax.benchmarks.judge_client import Judge  # seconds to import: only where needed
+    from srpo_jax.remote.protocol import Endpoint
+
+    if not args.judge_model:
+        raise ValueError("who judges? give --judge_model (and --judge_url for your own server)")
+    endpoint = Endpoint(
+        model=args.judge_model,
+        base_url=args.judge_url,
+        key_env=args.judge_key_env,
+        concurrency=args.concurrency,
+        requests_per_minute=args.requests_per_minute,
+        timeout=args.judge_timeout,
+        max_retries=args.judge_retries,
+        price_in=args.judge_price_in,
+        price_out=args.judge_price_out,
+    )
+    return Judge(
+        endpoint,
+        args.judge_cache or default_cache(args.output),
+        temperature=args.judge_temperature if args.judge_temperature >= 0 else None,
+        schema=args.judge_schema == "on",
+        max_tokens=args.judge_max_tokens,
+    )
+
+
+def default_cache(output: str) -> Path:
+    """The cache beside an output file."""
+    path = Path(output)
+    return path.with_name(path.stem + ".judge.sqlite")
+
+
+def describe(summary: dict[str, Any]) -> list[str]:
+    """What the judge did and cost, one line each."""
+    priced = f", ${summary['cost_usd']:.4f}" if summary["cost_usd"] else ""
+    lines = [
+        f"judge {summary['model']}: {summary['calls']} calls, {summary['cached']} from the cache, "
+        f"{summary['prompt_tokens']:,} + {summary['completion_tokens']:,} tokens{priced}"
+    ]
+    if summary["nonsense"]:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(summary["nonsense"].items()))
+        lines.append(f"replies of no use: {kinds}")
+    if summary["refused"]:
+        lines.append(f"{summary['refused']} requests refused by the server")
+    if summary["unavailable"]:
+        lines.append(
+            f"{summary['unavailable']} judgements did not arrive: run the same command again"
+        )
+    return lines
