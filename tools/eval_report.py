@@ -7,7 +7,6 @@ is gone, items stand without images.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path

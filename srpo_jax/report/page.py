@@ -82,12 +82,11 @@ def tags(item: Item) -> list[str]:
 
 
 def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> str:
-    """An image as a data URL of a PNG or, where that is smaller, a JPEG of at most ``side``
-    pixels."""
+    """An image of at most ``side`` pixels as a data URL: PNG, or JPEG where that is smaller."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     texts = []
-    for form, options in (("PNG", {"optimize": True}), ("JPEG", {"quality": 80})):
+    for form, options in (("PNG", {}), ("JPEG", {"quality": 80})):
         buffer = io.BytesIO()
         small.save(buffer, form, **options)
         data = base64.b64encode(buffer.getvalue()).decode()

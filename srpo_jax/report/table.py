@@ -12,11 +12,12 @@ from typing import Any
 Summary = Mapping[str, Any]
 
 MODES = {
-    "official_rule": "the benchmark's own rule",
+    "official_rule": "the benchmark's own rule, with our answer blocks as its extractions",
     "judge": "the benchmark's own prompts, answered by a language model",
     "strict": "this project's grader, the same for every benchmark",
 }
 OWN_GRADER = "own grader"  # a file of problems that is no benchmark
+MAX_GROUPS = 40  # of a table; one with more is left to the JSON
 NONE = "–"
 
 _HEAD = ("evaluation", "scored by", "problems", "first answer", "final answer", "fix", "harm",
@@ -45,11 +46,17 @@ def markdown(summaries: Mapping[str, Summary]) -> str:
 
 
 def categories(summary: Summary) -> str:
-    """Both answers by the groups of the official tables; "" where the summary has none."""
+    """Both answers by the groups of the official tables; "" where the summary has none.
+
+    Of a table with more than MAX_GROUPS groups only their number is given.
+    """
     scored = summary.get("benchmark") or {}
     first, final = (scored.get(which, {}).get("tables", {}) for which in ("first", "final"))
     parts = []
     for table, groups in final.items():
+        if len(groups) > MAX_GROUPS:
+            parts.append(f"{table}: {len(groups)} groups, left out here")
+            continue
         rows = [
             (group, str(counts["total"]),
              f"{first[table][group]['accuracy']:.1f}", f"{counts['accuracy']:.1f}")
