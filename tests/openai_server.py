@@ -14,7 +14,7 @@ or raises ``HTTPError``.
 ``faults`` maps a kind to its probability for each HTTP request, or is a list: the kinds of the
 first requests in turn ("ok": none). Kinds: "429", "429_retry_after", "timeout" (no answer for
 ``hang`` seconds), "cut" (half of the body, then the socket closes), "not_json", "reset" (the socket
-closes before any byte) and any other HTTP status of 400 to 599 as text.
+closes before any byte), "drip" (a byte each 50 ms) and any other HTTP status of 400 to 599 as text.
 """
 
 import argparse
@@ -393,7 +393,7 @@ class _Connection(asyncio.Protocol):
         if kind == "timeout":
             asyncio.get_running_loop().call_later(server.hang, self.transport.abort)
             return
-        if kind in ("ok", "cut"):
+        if kind in ("ok", "cut", "drip"):
             status, data = server.route(method, path, headers, body)
             if chat and kind == "ok" and status == 200:
                 server.answered[name] += 1
@@ -421,8 +421,15 @@ class _Connection(asyncio.Protocol):
         if kind == "cut":
             self.transport.write(head + data[: len(data) // 2])
             self.transport.close()
+        elif kind == "drip":
+            self._drip(head + data)
         else:
             self.transport.write(head + data)
+
+    def _drip(self, data: bytes) -> None:
+        if data and not self.transport.is_closing():
+            self.transport.write(data[:1])
+            asyncio.get_running_loop().call_later(0.05, self._drip, data[1:])
 
 
 def main() -> None:
