@@ -117,6 +117,16 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_report(path: str | os.PathLike, summary: dict, page: str) -> None:
+    """``path``.json with the summary and ``path``.md with the page; either ending is dropped."""
+    base = Path(path)
+    base = base.with_suffix("") if base.suffix in (".json", ".md") else base
+    text = json.dumps(summary, ensure_ascii=False, indent=2) + "\n"
+    for ending, content in ((".json", text), (".md", page)):
+        with atomic(base.with_name(base.name + ending)) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
 class ResumableJsonl:
     """JSON Lines output that survives an interruption.
 

@@ -14,10 +14,8 @@ command is run again. Exit code 3: some judgements did not arrive, run again.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
-from pathlib import Path
 
 from srpo_jax.benchmarks import scoring
 from srpo_jax.grading.verifier import Verifier
@@ -89,22 +87,9 @@ def main(args: argparse.Namespace) -> int:
         summary["judge"] = judge.summary()
     cli.write_jsonl(args.output, scored)
     if args.report:
-        _write_report(args.report, summary)
+        cli.write_report(args.report, summary, scoring.markdown(summary))
     _show(summary, args.output)
     return judge_options.UNAVAILABLE if judge is not None and judge.stats.unavailable else 0
-
-
-def _write_report(path: str, summary: dict) -> None:
-    """REPORT.json and REPORT.md; either ending of ``path`` is dropped first."""
-    base = Path(path)
-    base = base.with_suffix("") if base.suffix in (".json", ".md") else base
-    texts = {
-        ".json": json.dumps(summary, ensure_ascii=False, indent=2) + "\n",
-        ".md": scoring.markdown(summary),
-    }
-    for ending, text in texts.items():
-        with cli.atomic(base.with_name(base.name + ending)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
 
 
 def _show(summary: dict, output: str) -> None:
