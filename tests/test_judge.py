@@ -16,7 +16,7 @@ from srpo_jax.benchmarks.judge_cache import JudgeCache, request_key
 from srpo_jax.benchmarks.judge_client import Judge, NoJudgement
 from srpo_jax.remote.protocol import Endpoint, Fatal, Request
 from tests import judge_world
-from tests.benchmark_helpers import write_rows
+from tests.benchmark_helpers import parity_rows, without, write_rows
 from tests.judge_world import KEY, answer, kind, prompt
 from tests.openai_server import HTTPError, Server
 from tests.tool_helpers import read_jsonl
@@ -495,3 +495,23 @@ def test_no_judgement_reaches_the_caller_of_ask(tmp_path):
     item = {"question": "?", "options": [], "gold": "HOPELESS", "unit": "", "extraction": "1"}
     with Server(judge_world.answer) as server:
         assert "replies of no use" in make_judge(server, tmp_path).map(one, [item])[0]
+
+
+def test_with_the_published_extractions_the_published_outcomes_come_out(tmp_path):
+    rows = [row for row in parity_rows("mathvista") if row["recheck_same"] and row["extraction"]]
+    rows = rows[:300]
+    published = {row["id"]: row["extraction"] for row in rows}
+    asked = [
+        without(row, "extraction", "prediction", "correct") | {"query": f"problem <{row['id']}>"}
+        for row in rows
+    ]
+
+    def copy(body):
+        name = prompt(body).rsplit("problem <", 1)[1].split(">")[0]
+        return json.dumps({"extraction": published[name]})
+
+    with Server(copy) as server:
+        scored = scoring.score("mathvista", asked, "judge", judge=make_judge(server, tmp_path))
+        assert server.requests == 300
+    assert [r["prediction"] for r in scored] == [r["prediction"] for r in rows]
+    assert [r["correct"] for r in scored] == [r["correct"] for r in rows]
