@@ -342,7 +342,10 @@ def test_a_second_run_costs_no_call_and_gives_the_same(tmp_path, capsys):
         _, first, report = command(tmp_path, server, rows, *priced)
         asked = server.requests
         assert report["judge"]["calls"] == asked
-        assert report["judge"]["cost_usd"] > 0
+        told = report["judge"]
+        tokens = told["prompt_tokens"] + 2 * told["completion_tokens"]
+        assert told["cost_usd"] == pytest.approx(tokens / 1e6, abs=1e-6)
+        assert told["cost_usd"] > 0
         assert f"{asked} calls, 0 from the cache" in capsys.readouterr().out
         _, second, report = command(tmp_path, server, rows, *priced)
         assert server.requests == asked

@@ -116,7 +116,7 @@ def test_a_stated_answer_is_found_and_a_remark_is_none(text, stated):
         ({"reflection": "The answer is 24/2."}, True),
         ({"reflection": "The answer is 13."}, False),
         ({"reflection": "Multiply instead."}, False),
-        ({"reflection": "It is 12.", "first_answer": "12"}, False),  # nothing to give away
+        ({"reflection": r"Yes, \boxed{12}.", "first_answer": "12"}, False),  # nothing to give away
         ({"reflection": "Why 12?", "first_think": "12 minus 5 is 7"}, False),
         ({"reflection": "Rather option B.", "answer": "B", "choices": ["7", "12"]}, True),
         ({"reflection": "Or (B)?", "answer": "B", "choices": ["7", "12"]}, True),
@@ -142,6 +142,7 @@ def test_an_answer_is_given_away_where_the_first_attempt_lacks_it(changed, given
         ("The setup is valid, but the sum is wrong.", "mixed"),
         ("Find the correct value on the right side of the right triangle.", None),
         ("Look again.", None),
+        ("For right triangles there is a rule.", None),
         ("推理是正确的。", "right"),
         ("没有错误。", "right"),
         ("这一步不正确。", "wrong"),

@@ -29,7 +29,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--judge_cache", metavar="FILE", help="SQLite file of all replies (beside --output)")
     add("--judge_schema", default="on", choices=("on", "off"), help="structured output (on)")
-    add("--judge_temperature", type=float, default=0.0, help="-1: left to the server (0)")
+    add(
+        "--judge_temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="of the first try; -1: none is sent, for models that take none (%(default)s)",
+    )
     add("--judge_max_tokens", type=cli.positive, default=2048, help="of one reply (%(default)s)")
     add("--judge_price_in", type=_price, default=0.0, help="USD per million tokens (%(default)s)")
     add("--judge_price_out", type=_price, default=0.0, help="USD per million tokens (%(default)s)")

@@ -60,7 +60,9 @@ class JudgeCache:
             # Without a sync at each commit a dead machine may lose the last seconds; a dead
             # process loses nothing.
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};COMMIT;")
+            self._db.executescript(
+                f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={VERSION};COMMIT;"
+            )
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(f"{path}: cannot be used as a cache of judgements ({error})") from None
