@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 from PIL import Image
 
 from srpo_jax.data.images import to_rgb
@@ -73,7 +72,7 @@ def write_page(
         summary=[(name, _value(value)) for name, value in summary.items()],
         items=shown,
         filters=filters,
-        script=Markup(_SCRIPT),
+        script=_SCRIPT,
         script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
     )
     # A model can write half of a surrogate pair or a zero byte; neither may stand in a page.
