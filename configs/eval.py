@@ -18,6 +18,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = common.base(args.size)
     common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760, as in RL
     common.add_evaluation(config, periodic=False)
+    # Whose accuracy and tokens are the headline: of the whole response, or of one that ends after
+    # its first answer, always or where that is confident. All three are in the summary.
+    config.eval.stop_after = "final"
     common.add_sampling(config)
     config.sampling.max_new_tokens = 4096  # R: its evaluation scripts
     common.add_grading(config)

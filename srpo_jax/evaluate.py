@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from srpo_jax import setup
+from srpo_jax import accounting, setup
 from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.evaluation import score_rows
 from srpo_jax.benchmarks.load import load
@@ -40,7 +40,11 @@ from srpo_jax.structs import BLOCKS, Params
 Row = dict[str, Any]
 
 # Config keys that do not change what a sample is: a partial run may be continued under others.
-NOT_SETTINGS = ("grading", "data.workers", "compilation_cache_dir", "compile_guard", "bootstrap")
+NOT_SETTINGS = (
+    "grading", "data.workers", "compilation_cache_dir", "compile_guard", "bootstrap",
+    "eval.scoring", "eval.stop_after",
+)  # fmt: skip
+STOPS = ("first", "confident", "final")  # what eval.stop_after can be
 
 
 def evaluate(
@@ -56,6 +60,8 @@ def evaluate(
     Returns:
         the summary (`summarise`), or None where a signal stopped the run early.
     """
+    if config.eval.stop_after not in STOPS:
+        raise RunError(f"eval.stop_after={config.eval.stop_after}: choose one of {STOPS}")
     parts = setup.start(config)
     params, origin = setup.load_weights(config, parts, config.model.dtype)
     kept = {k: v for k, v in flat_config(config.to_dict()).items() if not below(k, NOT_SETTINGS)}
@@ -89,16 +95,37 @@ def evaluate(
                 setup.say("stopped; the same command goes on from here")
                 return None
     guard.close()
-    rows = log.rows
-    summary = summarise(rows, bootstrap=config.bootstrap, seed=config.seed)
-    summary |= {"skipped_records": len(evaluator) - len(done), "weights": origin}
+    told = {"skipped_records": len(evaluator) - len(done), "weights": origin}
+    summary = conclude(config, evaluator.source, log.rows, Path(workdir), told)
+    log.finish()
+    return summary
+
+
+def conclude(
+    config: Any, source: Any, rows: list[Row], folder: Path, told: dict[str, Any]
+) -> dict[str, Any]:
+    """The summary of all rows; summary.json, and scored.jsonl where a benchmark is named."""
+    summary = summarise(rows, bootstrap=config.bootstrap, seed=config.seed) | told
+    summary |= more_accounts(rows, config.eval.samples, config.eval.stop_after)
     if jax.process_index() == 0:
         if config.eval.benchmark:
-            summary["benchmark"] = score_benchmark(config, evaluator.source, rows, Path(workdir))
-        write_jsonl(Path(workdir) / "summary.json", [summary])
-    log.finish()
+            summary["benchmark"] = score_benchmark(config, source, rows, folder)
+        write_jsonl(folder / "summary.json", [summary])
     setup.say(", ".join(f"{k} {summary[k]:.4f}" for k in ("acc@1", "acc@2", "fix", "harm")))
     return summary
+
+
+def more_accounts(rows: list[Row], samples: int, stop_after: str) -> dict[str, Any]:
+    """Early stops ("stop", with the point ``stop_after`` as "headline"), and pass@k and maj@k."""
+    if not rows:
+        return {}
+    stop = accounting.stop_curve(rows)
+    found: dict[str, Any] = {"stop": stop, "headline": stop["points"][stop_after]}
+    if samples > 1:
+        ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
+        found["pass@k"] = {str(k): v for k, v in accounting.pass_at_k(rows, ks).items()}
+        found["maj@k"] = {str(k): v for k, v in accounting.majority_at_k(rows, ks).items()}
+    return found
 
 
 def score_benchmark(config: Any, source: Any, rows: list[Row], folder: Path) -> dict[str, Any]:
@@ -230,12 +257,15 @@ class Evaluator:
         )
         try:
             for loaded in loader:
+                start = time.monotonic()
                 with self._guard.step(f"evaluation, {setup.bucket_of(loaded.arrays)}"):
                     sampled = self._generator.sample(
                         params, self._generator.sampler_params(params), loaded, seed=seed, step=0
                     )
                     graded = self._generator.grade(sampled)
                 rows = self._rows(sampled, graded)
+                for row in rows:  # a batch is one piece of work: each sample's even share of it
+                    row["seconds"] = round((time.monotonic() - start) / len(rows), 3)
                 shared = gather_bytes(json.dumps(rows).encode())
                 yield [row for part in shared for row in json.loads(part)]
         finally:
@@ -262,6 +292,7 @@ class Evaluator:
                         "sample": g,
                         "prompt": record.question,
                         "gold": record.answer,
+                        "choices": list(record.choices),
                         "response": detail["text"],
                         "blocks": self._generator.blocks(ids, detail["spans"]),
                         "first_answer": detail["first_answer"],

@@ -106,9 +106,7 @@ def make_sft_step(
             targets_BT = jnp.roll(rows.tokens, -1, axis=1)  # the last one has weight 0
             # The head reads loss positions only: they come first, and the rest is left out.
             h_BTD, targets_BT, weights, count = losses.weighted_first(h_BTD, targets_BT, weights)
-            logp_BT, _ = _token_logps(
-                model, h_BTD, targets_BT, chunk=cfg.logit_chunk, count=count
-            )
+            logp_BT, _ = _token_logps(model, h_BTD, targets_BT, chunk=cfg.logit_chunk, count=count)
             loss = losses.sft_loss(logp_BT, weights)
             return loss, loss
 

@@ -284,9 +284,7 @@ def test_the_mix_and_the_target_are_kept_by_substitutes(world, heard, tmp_path, 
     assert "called up from the reserve" in capfd.readouterr().err
 
 
-def test_items_of_evaluation_files_and_duplicates_are_removed_with_a_report(
-    world, heard, tmp_path
-):
+def test_items_of_evaluation_files_and_duplicates_are_removed_with_a_report(world, heard, tmp_path):
     rows = lines(world / "tiles.jsonl")
     train, held_out = world / "some.jsonl", world / "held_out.jsonl"
     train.write_text("\n".join(json.dumps(r) for r in [*rows[:20], {**rows[0], "id": "again"}]))
