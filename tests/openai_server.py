@@ -84,6 +84,7 @@ class Server:
         self.keep = False
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
+        self.max_open_batches = 0
         self._random = random.Random(seed)
         self._transports: set[asyncio.Transport] = set()
 
@@ -245,6 +246,8 @@ class Server:
             "looks": 0,
         }
         self.batches[batch["id"]] = batch
+        still_open = [row for row in self.batches.values() if row["output_file_id"] is None]
+        self.max_open_batches = max(self.max_open_batches, len(still_open))
         return batch
 
     def _list(self, query: dict) -> dict:

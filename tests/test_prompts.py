@@ -135,7 +135,7 @@ def test_sft_targets():
         sft_response(_record(), "rl_aligned")
     with pytest.raises(RecordError, match="d.jsonl:3: the reflection block is empty"):
         sft_response(_record(**{**REFLECTION, "reflection": " "}), "rl_aligned")
-    with pytest.raises(ValueError, match="choose srpo, paper, plain or gold"):
+    with pytest.raises(ValueError, match="choose one of rl_aligned, paper, plain, gold"):
         sft_response(record, "other")
 
 

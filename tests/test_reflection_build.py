@@ -21,6 +21,7 @@ import reflection_world
 from srpo_jax.data.encoders import sft_response
 from srpo_jax.data.records import open_records
 from srpo_jax.grading.verifier import Verifier
+from srpo_jax.reflection import batches
 from srpo_jax.reflection import settings as settings_lib
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
@@ -248,10 +249,8 @@ def test_a_reset_throws_away_a_stage_and_those_after_it(world, heard, tmp_path):
 def test_batches_give_the_same_data_and_a_lost_batch_is_found_again(
     world, heard, tmp_path, built, monkeypatch
 ):
-    from srpo_jax.reflection.batches import BatchDriver
-
     marked = []
-    mark = BatchDriver._mark
+    mark = batches.BatchDriver._mark
 
     def die_once(self, key, name, state):
         """Killed between the vendor's yes and our note of it."""
@@ -260,7 +259,7 @@ def test_batches_give_the_same_data_and_a_lost_batch_is_found_again(
             raise KeyboardInterrupt
         mark(self, key, name, state)
 
-    monkeypatch.setattr(BatchDriver, "_mark", die_once)
+    monkeypatch.setattr(batches.BatchDriver, "_mark", die_once)
     with openai_server.Server(reflection_world.answer, polls=2, unfinished=1) as server:
         run = command(world, tmp_path, server.base_url, "--batch", "--poll", "0.01")
         with pytest.raises(KeyboardInterrupt):
@@ -270,6 +269,39 @@ def test_batches_give_the_same_data_and_a_lost_batch_is_found_again(
         assert build("run", "--workdir", str(tmp_path)) == 0
     assert marked[0] == marked[1]
     assert data_set(tmp_path / "data") == data_set(built[0] / "data")
+
+
+def test_many_batches_are_under_way_at_once_and_none_is_above_its_bytes(
+    world, heard, tmp_path, built, monkeypatch
+):
+    monkeypatch.setattr(batches, "BATCH_BYTES", 100_000)
+    with openai_server.Server(reflection_world.answer, polls=30) as server:
+        run = command(world, tmp_path, server.base_url, "--batch", "--poll", "0.01")
+        assert build(*run, "--tries", "4") == 0
+        files = [server.files[batch["input_file_id"]] for batch in server.batches.values()]
+    assert server.max_open_batches > 3
+    assert max(map(len, files)) < 115_000  # one request may stand over the edge
+    assert data_set(tmp_path / "data") == data_set(built[0] / "data")
+
+
+def test_batches_stay_within_the_number_of_items_and_the_budget(
+    world, heard, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(batches, "FIRST_REQUESTS", 3)
+    prices = ("--policy_price_in", "1000", "--policy_price_out", "1000")
+    stored = {}
+    with openai_server.Server(reflection_world.answer) as server:
+        for name, more in (
+            ("items", ("--max_items", "30", "--batch_size", "8")),
+            ("money", ("--budget_usd", "10", *prices)),
+        ):
+            run = command(world, tmp_path / name, server.base_url, "--batch", "--poll", "0.01")
+            assert build(*run, *more) == tool.STOPPED
+            with Store(tmp_path / name, write=False) as store:
+                stored[name] = store.count("SELECT COUNT(*) FROM results"), store.cost()
+    assert stored["items"][0] == 30
+    dearest = 10 / stored["money"][0] * 1.5
+    assert 10 - dearest < stored["money"][1] < 10 + dearest, stored
 
 
 # -------------------------------------------------------------------------------------- selection

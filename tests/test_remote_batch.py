@@ -7,7 +7,7 @@ import random
 import pytest
 
 from srpo_jax.remote import batch as batch_module
-from srpo_jax.remote.batch import BatchClient, BatchStatus, pack
+from srpo_jax.remote.batch import BatchClient, BatchStatus
 from srpo_jax.remote.client import Endpoint, Fatal, Rejected, Reply, Request, Unavailable
 from tests.openai_server import HTTPError, Server
 
@@ -303,19 +303,11 @@ def test_lines_that_cannot_be_read_and_repeated_ids_are_passed_over():
 # ---- sizes
 
 
-def test_requests_are_packed_by_number_and_by_size():
-    requests = asks(*(f"{number:03d}" for number in range(10)))
+def test_the_size_of_a_request_is_that_of_its_line():
+    requests = asks("000")
     endpoint = Endpoint("m", "http://127.0.0.1:1/v1")
-    packed = list(pack(endpoint, requests.items(), max_requests=4))
-    assert [list(part) for part in packed] == [
-        ["000", "001", "002", "003"],
-        ["004", "005", "006", "007"],
-        ["008", "009"],
-    ]
-    size = len(batch_module._line(endpoint, "000", requests["000"], False))
-    assert [len(part) for part in pack(endpoint, requests.items(), 99, 3 * size)] == [3, 3, 3, 1]
-    assert [len(part) for part in pack(endpoint, requests.items(), 99, 1)] == [1] * 10
-    assert list(pack(endpoint, [])) == []
+    size = len(batch_module._line(endpoint, "", requests["000"], False))
+    assert batch_module.request_bytes(endpoint, requests["000"]) == size > 50
 
 
 @pytest.mark.parametrize("limit, value", [("MAX_REQUESTS", 2), ("MAX_BYTES", 300)])

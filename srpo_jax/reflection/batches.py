@@ -1,17 +1,27 @@
-"""A stage's requests through the vendor's batch endpoint: upload, poll, collect, each resumable."""
+"""A stage's requests through the vendor's batch endpoint: upload, poll, collect, each resumable.
+
+A batch may take a day, so several are under way at once; they are cut by number and by bytes.
+"""
 
 import asyncio
 import json
 import uuid
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
 
 from srpo_jax.data.images import RecordError
 from srpo_jax.reflection.drive import Driver, Handle, Outcome, Task
-from srpo_jax.remote.batch import BatchClient
-from srpo_jax.remote.protocol import Rejected, Unavailable
+from srpo_jax.remote.batch import BatchClient, request_bytes
+from srpo_jax.remote.protocol import Rejected, Request, Unavailable
 
 BATCH_REQUESTS = 5_000
+BATCH_BYTES = 50 * 10**6  # images in base64: the batch that is being uploaded is held in memory
+AT_ONCE = 20  # batches at the vendor's; its own limit is on the tokens that wait in its queue
+FIRST_REQUESTS = 200  # of the first batch under a budget, which shows what a request costs
+SIGNALS = ("SIGINT", "SIGTERM")
 TURNS = 3  # batches that one request may be part of before it is left for another run
+
+Batch = tuple[str, str, list[str]]  # our key, the vendor's id, the members' names
 
 
 class BatchDriver(Driver):
@@ -20,92 +30,148 @@ class BatchDriver(Driver):
 
     async def _send(self, tasks: Iterable[Task], handle: Handle) -> Outcome:
         outcome = Outcome()
-        todo = {self._name(task): task for task in tasks}
-        size = self.settings.batch_size or BATCH_REQUESTS
+        self._todo = {self._name(task): task for task in tasks}
+        self._away: set[str] = set()  # members of batches that are at the vendor's
+        self._handle, self._outcome = handle, outcome
         with self._signals():
             async with BatchClient(self.endpoint) as client:
-                for key, members in self._open():
-                    await self._batch(client, key, members, todo, handle, outcome)
+                # Those that an earlier run left, then new ones.
+                await self._together(client, self._opened(client))
                 for _ in range(TURNS):
-                    names = list(todo)
-                    for start in range(0, len(names), size):
-                        if self._limit(0, outcome):
-                            break
-                        members = names[start : start + size]
-                        await self._batch(
-                            client, self._note(members), members, todo, handle, outcome
-                        )
-                    if not todo or self._stop:
+                    if not self._todo or self._stop:
                         break
-        outcome.left, outcome.stopped = len(todo), self._stop
+                    await self._together(client, self._new(client))
+        outcome.left, outcome.stopped = len(self._todo), self._stop
         self._progress.tick(force=True)
         return outcome
 
-    def _name(self, task: Task) -> str:
-        return f"{self.stage}-{task.item}-{task.trial}"
+    async def _together(self, client: BatchClient, batches: AsyncIterator[Batch]) -> None:
+        """Wait for batches (key, id, members) and collect them, AT_ONCE at a time."""
+        room = asyncio.Semaphore(AT_ONCE)
 
-    def _open(self) -> list[tuple[str, list[str]]]:
-        """(key, members) of the batches that an earlier run left."""
+        async def finish(key: str, name: str, members: list[str]) -> None:
+            try:
+                await self._finish(client, key, name)
+            finally:
+                self._away -= set(members)
+                room.release()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                await room.acquire()
+                async for batch in batches:
+                    group.create_task(finish(*batch))
+                    await room.acquire()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # one line is enough: the others say the same
+
+    async def _opened(self, client: BatchClient) -> AsyncIterator[Batch]:
+        """The batches that an earlier run left; what never reached the vendor is sent now."""
         rows = self.store.query(
-            "SELECT key, members FROM batches WHERE stage = ? AND state != 'collected'",
+            "SELECT key, batch, members FROM batches WHERE stage = ? AND state != 'collected'",
             (self.stage,),
         )
-        return [(key, json.loads(members)) for key, members in rows]
+        for key, name, text in list(rows):
+            members = [member for member in json.loads(text) if member in self._todo]
+            self._away |= set(members)
+            name = name or await client.find(key)
+            if name:
+                self._mark(key, name, "submitted")
+                yield key, name, members
+            elif requests := await self._build(deque(members), len(members)):
+                yield await self._submit(client, key, requests)
+            else:
+                self._mark(key, "", "collected")
 
-    def _note(self, members: list[str]) -> str:
-        """Write a new batch down; returns the key under which the vendor will know it."""
-        key = uuid.uuid4().hex
-        row = (key, self.stage, "", "submitting", json.dumps(members))
-        self.store.db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
-        return key
+    async def _new(self, client: BatchClient) -> AsyncIterator[Batch]:
+        """Batches of everything that is not at the vendor's yet."""
+        names = deque(name for name in self._todo if name not in self._away)
+        while names and (room := await self._room()):
+            if requests := await self._build(names, room):
+                # Written down first: a run that is killed now will look for it.
+                key, members = uuid.uuid4().hex, list(requests)
+                row = (key, self.stage, "", "submitting", json.dumps(members))
+                self.store.db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
+                self._away |= set(members)
+                yield await self._submit(client, key, requests)
 
-    async def _batch(
-        self,
-        client: BatchClient,
-        key: str,
-        members: list[str],
-        todo: dict[str, Task],
-        handle: Handle,
-        outcome: Outcome,
-    ) -> None:
-        """Find or submit one batch, wait for it and collect it; what arrived leaves ``todo``."""
-        found = self.store.query("SELECT batch FROM batches WHERE key = ?", (key,))
-        name = next(found)[0] or await client.find(key)
-        if not name:
-            requests = await self._build(members, todo, outcome)
-            if requests:
-                name = await client.submit(requests, key)
-                self.say(f"{self.stage}: batch {name} of {len(requests)} requests submitted")
-        if name:
-            self._mark(key, name, "submitted")
-            while not (status := await client.poll(name)).done:
-                self.say(f"{self.stage}: batch {name} {status.status}, {status.completed} done")
-                if self._stop:
-                    return  # it goes on at the vendor's; a later run collects it
-                await asyncio.sleep(self.settings.poll)
-            async for member, reply in client.collect(name):
-                task = todo.get(member)
-                if task is None or isinstance(reply, Unavailable):
-                    continue
-                if isinstance(reply, Rejected):
-                    result = self._refused(task, reply)
+    async def _room(self) -> int:
+        """How many requests the next batch may have; 0 when the stage is to stop.
+
+        Waits for batches under way where only they stand between the stage and its limits.
+        """
+        settings, progress = self.settings, self._progress
+        while not self._limit(0, self._outcome):
+            size, away = settings.batch_size or BATCH_REQUESTS, len(self._away)
+            if settings.max_items:
+                size = min(size, settings.max_items - self._outcome.replies - away)
+            if settings.budget_usd and progress.dearest:
+                left = settings.budget_usd - self._spent - progress.cost
+                # At least one when nothing is under way: a limit is reached, not approached.
+                size = min(size, max(int(left / progress.dearest) - away, int(not away)))
+            elif settings.budget_usd:
+                size = 0 if away else min(size, FIRST_REQUESTS)
+            if size > 0:
+                return size
+            await asyncio.sleep(min(1.0, settings.poll))
+        return 0
+
+    async def _build(self, names: deque[str], most: int) -> dict[str, Request]:
+        """The next requests, taken from ``names``; records that cannot be read are settled here."""
+        unread: list[tuple[str, RecordError]] = []
+
+        def build() -> dict[str, Request]:
+            requests: dict[str, Request] = {}
+            size = 0
+            while names and len(requests) < most and size < BATCH_BYTES:
+                name = names.popleft()
+                try:
+                    requests[name] = self._todo[name].build()
+                except RecordError as error:
+                    unread.append((name, error))
                 else:
-                    result = handle(task, reply)
-                self._store(result, outcome)
-                del todo[member]
-        self._mark(key, name or "", "collected")
+                    size += request_bytes(self.endpoint, requests[name])
+            return requests
 
-    async def _build(self, members: list[str], todo: dict[str, Task], outcome: Outcome) -> dict:
-        """The requests of a batch; records that cannot be read are settled here."""
-        requests = {}
-        for member in members:
-            if member not in todo:
-                continue
-            try:
-                requests[member] = await asyncio.to_thread(todo[member].build)
-            except RecordError as error:
-                self._store(self._unreadable(todo.pop(member), error), outcome)
+        requests = await asyncio.to_thread(build)  # images are decoded beside the event loop
+        for name, error in unread:
+            self._store(self._unreadable(self._todo.pop(name), error), self._outcome)
         return requests
+
+    async def _submit(self, client: BatchClient, key: str, requests: dict[str, Request]) -> Batch:
+        name = await client.submit(requests, key)
+        self._mark(key, name, "submitted")
+        self.say(f"{self.stage}: batch {name} of {len(requests)} requests submitted")
+        return key, name, list(requests)
+
+    async def _finish(self, client: BatchClient, key: str, name: str) -> None:
+        """Wait for a batch and collect it; what arrived is no longer to be done."""
+        told = ""
+        while not (status := await client.poll(name)).done:
+            line = f"{self.stage}: batch {name} {status.status}, {status.completed} done"
+            if line != told:
+                self.say(line)
+            told = line
+            until = asyncio.get_running_loop().time() + self.settings.poll
+            while (left := until - asyncio.get_running_loop().time()) > 0:
+                if self._stop in SIGNALS:
+                    return  # it goes on at the vendor's; a later run collects it
+                await asyncio.sleep(min(left, 1.0))
+        if status.error:
+            self.say(f"{self.stage}: batch {name} {status.status}: {status.error}")
+        async for member, reply in client.collect(name):
+            task = self._todo.get(member)
+            if task is None or isinstance(reply, Unavailable):
+                continue
+            refused = isinstance(reply, Rejected)
+            result = self._refused(task, reply) if refused else self._handle(task, reply)
+            self._store(result, self._outcome)
+            del self._todo[member]
+        self._progress.tick()
+        self._mark(key, name, "collected")
+
+    def _name(self, task: Task) -> str:
+        return f"{self.stage}-{task.item}-{task.trial}"
 
     def _mark(self, key: str, name: str, state: str) -> None:
         self.store.db.execute(

@@ -17,7 +17,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -71,25 +71,9 @@ class BatchStatus:
         return self.status in FINAL
 
 
-def pack(
-    endpoint: Endpoint,
-    requests: Iterable[tuple[str, Request]],
-    max_requests: int = MAX_REQUESTS,
-    max_bytes: int = MAX_BYTES,
-) -> Iterator[dict[str, Request]]:
-    """Cut a stream of requests into batches that the vendor takes."""
-    vendor = is_vendor(endpoint)
-    out: dict[str, Request] = {}
-    size = 0
-    for name, request in requests:
-        length = len(_line(endpoint, name, request, vendor))
-        if out and (len(out) == max_requests or size + length > max_bytes):
-            yield out
-            out, size = {}, 0
-        out[name] = request
-        size += length
-    if out:
-        yield out
+def request_bytes(endpoint: Endpoint, request: Request) -> int:
+    """About how many bytes a request takes of the ``MAX_BYTES`` of a batch."""
+    return len(_line(endpoint, "", request, is_vendor(endpoint)))
 
 
 class BatchClient:
