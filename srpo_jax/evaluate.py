@@ -11,7 +11,6 @@ that a run that was stopped goes on where it stood, and become ``samples.jsonl``
 for the periodic evaluation of both training stages.
 """
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,8 +59,7 @@ def evaluate(
     Returns:
         the summary (`summarise`), or None where a signal stopped the run early.
     """
-    if config.eval.stop_after not in STOPS:
-        raise RunError(f"eval.stop_after={config.eval.stop_after}: choose one of {STOPS}")
+    check_settings(config.eval)
     parts = setup.start(config)
     params, origin = setup.load_weights(config, parts, config.model.dtype)
     kept = {k: v for k, v in flat_config(config.to_dict()).items() if not below(k, NOT_SETTINGS)}
@@ -108,11 +106,23 @@ def conclude(
     summary = summarise(rows, bootstrap=config.bootstrap, seed=config.seed) | told
     summary |= more_accounts(rows, config.eval.samples, config.eval.stop_after)
     if jax.process_index() == 0:
-        if config.eval.benchmark:
+        if config.eval.benchmark and rows:
             summary["benchmark"] = score_benchmark(config, source, rows, folder)
         write_jsonl(folder / "summary.json", [summary])
     setup.say(", ".join(f"{k} {summary[k]:.4f}" for k in ("acc@1", "acc@2", "fix", "harm")))
     return summary
+
+
+def check_settings(one: Any) -> None:
+    """RunError, before hours of sampling, for what would fail after them."""
+    if one.stop_after not in STOPS:
+        raise RunError(f"eval.stop_after={one.stop_after}: choose one of {', '.join(STOPS)}")
+    module = scoring.BENCHMARKS.get(one.benchmark)
+    if module is not None and one.scoring == "official_rule" and module.official is None:
+        raise RunError(
+            f"{one.benchmark} has no official rule, a language model judges it: set "
+            "--config.eval.scoring=strict; afterwards, tools.score_eval --mode judge"
+        )
 
 
 def more_accounts(rows: list[Row], samples: int, stop_after: str) -> dict[str, Any]:
@@ -129,27 +139,26 @@ def more_accounts(rows: list[Row], samples: int, stop_after: str) -> dict[str, A
 
 
 def score_benchmark(config: Any, source: Any, rows: list[Row], folder: Path) -> dict[str, Any]:
-    """The benchmark's own scores of all rows; writes scored.jsonl.
-
-    Returns the rates of `summarise` under its verdicts, with the summaries of the first and of the
-    final answer, grouped as in its tables, under "first" and "final".
-    """
+    """The benchmark's own scores of all rows (`write_scores`)."""
     name, mode = config.eval.benchmark, config.eval.scoring
-    records = {}
-    for index in range(len(source)):
-        with contextlib.suppress(ValueError):  # an unreadable record has no rows
-            records[source[index].origin] = source[index]
-    modules = scoring.worker_modules(name, mode)
-    with contextlib.ExitStack() as stack:
-        pool = None
-        if modules is not None:
-            workers = Verifier(config.grading.workers, config.grading.timeout, modules=modules)
-            pool = stack.enter_context(workers)
-        scored, tables = score_rows(name, records, rows, mode, pool)
-    write_jsonl(folder / "scored.jsonl", scored)
-    found = summarise(scored, bootstrap=config.bootstrap, seed=config.seed)
+    workers, limit = config.grading.workers, config.grading.timeout
+    scores = score_rows(name, source, rows, mode, workers=workers, time_limit=limit)
+    found = write_scores(folder, *scores, bootstrap=config.bootstrap, seed=config.seed)
     setup.say(f"{name}, {mode}: first {found['acc@1']:.4f}, final {found['acc@2']:.4f}")
-    return found | {"name": name, "mode": mode, **tables}
+    return found
+
+
+def write_scores(
+    folder: Path, scored: list[Row], tables: dict[str, Any], *, bootstrap: int, seed: int
+) -> dict[str, Any]:
+    """Write scored.jsonl, of ``score_rows``.
+
+    Returns the rates of `summarise` under the benchmark's verdicts, with the summaries of the first
+    and of the final answer, grouped as in its tables, under "first" and "final".
+    """
+    write_jsonl(folder / "scored.jsonl", scored)
+    found = summarise(scored, bootstrap=bootstrap, seed=seed)
+    return found | {"name": scored[0]["benchmark"], "mode": scored[0]["mode"], **tables}
 
 
 class RowLog:

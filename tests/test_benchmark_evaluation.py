@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import train_helpers as helpers
+from openai_server import Server
 
 from srpo_jax import evaluate
 from srpo_jax.benchmarks.evaluation import answer_row, score_rows
 from srpo_jax.data.records import Record
 from srpo_jax.runtime import RunError
 from srpo_jax.structs import BLOCKS
+from tools import score_eval
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("12", "15", "7", "9")
@@ -63,7 +65,7 @@ def test_both_answers_are_scored_by_the_official_rule_with_its_groups():
         sampled(r"\boxed{A}", r"\boxed{B}"),
         sampled(r"\boxed{B}", r"\boxed{D}", sample=1),
     ]
-    scored, summaries = score_rows("mathvision", {"f:1": record()}, rows, "official_rule", None)
+    scored, summaries = score_rows("mathvision", [record()], rows, "official_rule")
     assert [r["first_correct"] for r in scored] == [False, True]
     assert [r["final_correct"] for r in scored] == [True, False]
     assert summaries["first"]["correct"] == summaries["final"]["correct"] == 1
@@ -117,6 +119,8 @@ def test_an_unknown_benchmark_mode_or_number_of_problems_is_one_line(paths, tmp_
         ("benchmark", "mathvison", "eval.benchmark=mathvison: choose one of"),
         ("scoring", "by_heart", "eval.scoring=by_heart: choose"),
         ("file", "", "eval.file is empty: where is mathvision"),
+        ("stop_after", "second", "eval.stop_after=second: choose one of first"),
+        ("benchmark", "mmk12", "mmk12 has no official rule.*eval.scoring=strict"),
     ):
         one = config(paths)
         one.eval[key] = value
@@ -126,6 +130,53 @@ def test_an_unknown_benchmark_mode_or_number_of_problems_is_one_line(paths, tmp_
     one.eval.any_count = False
     with pytest.raises(ValueError, match="5 rows, but mathvision has 3040"):
         evaluate.evaluate(one, tmp_path / "count")
+
+
+def test_an_evaluation_is_scored_anew_strictly_and_by_a_judge(paths, tmp_path, monkeypatch, capsys):
+    before = evaluate.evaluate(config(paths), tmp_path)
+    rows = (tmp_path / "samples.jsonl").read_text()
+    common = ["--workdir", str(tmp_path), "--benchmark", "mathvision"]
+    common += ["--file", paths["benchmark"], "--workers", "1"]
+    assert run_tool(*common, "--mode", "strict") == 0
+    strict = json.loads((tmp_path / "summary.json").read_text())
+    assert strict["benchmark"]["mode"] == "strict"
+    assert {k: v for k, v in strict.items() if k != "benchmark"} == {
+        k: v for k, v in before.items() if k != "benchmark"
+    }
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    asked = []
+
+    def answer(body):
+        asked.append(body)
+        schema = body["response_format"]["json_schema"]["schema"]
+        wanted = {"extraction": "7", "judgement": 1}
+        return json.dumps({key: wanted[key] for key in schema["properties"]})
+
+    with Server(answer) as server:
+        more = ["--mode", "judge", "--judge_model", "m", "--judge_url", server.base_url]
+        assert run_tool(*common, *more) == 0
+        first_run = len(asked)
+        assert run_tool(*common, *more) == 0
+    assert first_run == len(asked) > 0
+    judged = json.loads((tmp_path / "summary.json").read_text())["benchmark"]
+    assert judged["acc@1"] == judged["acc@2"] == 1.0
+    assert judged["judge"]["calls"] == 0 and judged["judge"]["cached"] > 0
+    assert (tmp_path / "samples.jsonl").read_text() == rows
+    assert "mathvision, judge: first 100.00 %, final 100.00 % of 5" in capsys.readouterr().out
+
+
+def test_rows_of_another_benchmark_are_not_scored(paths, tmp_path):
+    evaluate.evaluate(config(paths), tmp_path)
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(paths["benchmark"]).read_text().splitlines()[0])
+    arguments = ["--workdir", str(tmp_path), "--benchmark", "mathvision", "--file", str(other)]
+    with pytest.raises(ValueError, match="not among the benchmark's; another file"):
+        run_tool(*arguments)
+
+
+def run_tool(*arguments: str) -> int:
+    return score_eval.main(score_eval.make_parser().parse_args(list(arguments)))
 
 
 # --------------------------------------------------------------------------------- slow: killed

@@ -29,7 +29,7 @@ benchmarks.mathvision benchmarks.mathvista benchmarks.mmmu_pro benchmarks.mmmu
 benchmarks.word_numbers benchmarks.emma benchmarks.mathverse benchmarks.wemath benchmarks.mmk12
 benchmarks.olympiad_judge benchmarks.olympiadbench benchmarks.judge_cache
 benchmarks.judge_client benchmarks.judge benchmarks.scoring benchmarks.load benchmarks.quality
-benchmarks.evaluation
+benchmarks.evaluation benchmarks.download
 rewards losses optim grpo state steps
 checkpoint metrics runtime setup rollout
 accounting report.table report.page
@@ -58,6 +58,7 @@ THIRD_PARTY = {
     "grading": {"numpy", "math_verify", "sympy", "latex2sympy2_extended"},
     "remote": {"openai", "aiohttp", "httpx2"},
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},
+    "benchmarks.download": {"datasets"},
     "benchmarks": {"sympy", "pyarrow", "numpy", "jinja2"},
     "accounting": {"numpy"},
     "report": {"jinja2", "PIL"},

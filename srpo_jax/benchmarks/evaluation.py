@@ -5,8 +5,9 @@ each answer block's content is handed over as the extraction, an option as its l
 without an answer block goes to the rule as it is.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.common import LETTERS, Row
@@ -14,6 +15,9 @@ from srpo_jax.benchmarks.load import scoring_row
 from srpo_jax.data.records import Record
 from srpo_jax.grading.answers import choice_indices, extract_answer
 from srpo_jax.grading.verifier import Verifier
+
+if TYPE_CHECKING:
+    from srpo_jax.benchmarks.judge_client import Judge
 
 ROUNDS = {"first": ("first_answer",), "final": ("second_answer", "first_answer")}
 
@@ -40,42 +44,72 @@ def answer_row(record: Record, row: Mapping[str, Any], which: str) -> Row:
 
 def score_rows(
     name: str,
-    records: Mapping[str, Record],
+    source: Sequence[Record],
     rows: Sequence[Row],
     mode: str,
-    pool: Verifier | None,
+    *,
+    workers: int = 2,
+    time_limit: float = 5.0,
+    judge: "Judge | None" = None,
+    advance: Callable[[int], Any] = lambda n: None,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Both answers of every completion, scored.
 
     Args:
         name: of the benchmark.
-        records: problems by origin.
+        source: its records, of ``load.load``.
         rows: of ``evaluate``.
-        mode: of ``scoring.MODES``.
-        pool: where ``scoring.worker_modules`` asks for one.
+        mode: of ``scoring.MODES``, or ``scoring.JUDGE``.
+        workers: processes that compare answers, where the mode needs them.
+        time_limit: seconds for one comparison.
+        judge: for the mode JUDGE.
+        advance: called with 1 for every answer that the judge is done with.
 
     Returns:
         ``rows`` with ``first_correct`` and ``final_correct`` of this mode, ``extraction`` and
         ``prediction`` of the final answer, ``no_answer`` and ``categories`` (groups by table)
         where there are any; and {"first", "final"}: the summaries of ``scoring.summarise``.
+
+    Raises:
+        ValueError where a row's problem is not in ``source``.
     """
-    scored = {
-        which: scoring.score(
-            name, [answer_row(records[row["origin"]], row, which) for row in rows], mode, pool
-        )
-        for which in ROUNDS
-    }
+    records = _by_origin(source)
+    lost = next((row["origin"] for row in rows if row["origin"] not in records), None)
+    if lost is not None:
+        raise ValueError(f"{lost}: this row's problem is not among the benchmark's; another file?")
+    modules = scoring.worker_modules(name, mode)
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if modules is not None:
+            pool = stack.enter_context(Verifier(workers, time_limit, modules=modules))
+        asked = {
+            which: [answer_row(records[row["origin"]], row, which) for row in rows]
+            for which in ROUNDS
+        }
+        scored = {
+            which: scoring.score(name, answers, mode, pool, judge, advance)
+            for which, answers in asked.items()
+        }
     module = scoring.BENCHMARKS[name]
     out = []
     for row, first, final in zip(rows, scored["first"], scored["final"], strict=True):
         new = dict(row, benchmark=name, mode=mode, categories=module.groups(final))
         new |= {"first_correct": bool(first["correct"]), "final_correct": bool(final["correct"])}
         new |= {key: final[key] for key in ("extraction", "prediction")}
-        if "no_answer" in final:
-            new["no_answer"] = final["no_answer"]
+        new |= {key: final[key] for key in ("no_answer", "no_judgement") if key in final}
         out.append(new)
     summaries = {which: scoring.summarise(name, mode, found) for which, found in scored.items()}
     problems = len({row["origin"] for row in rows})
     for summary in summaries.values():  # several samples of a problem are one problem
         summary["complete"] = module.COUNTS.get(problems)
     return out, summaries
+
+
+def _by_origin(source: Sequence[Record]) -> dict[str, Record]:
+    """The readable records; those that cannot be read have no rows."""
+    found = {}
+    for index in range(len(source)):
+        with contextlib.suppress(ValueError):
+            record = source[index]
+            found[record.origin] = record
+    return found

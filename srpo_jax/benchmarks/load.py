@@ -132,7 +132,8 @@ def scoring_row(record: Record, response: str) -> Row:
     """A row as ``scoring.score`` takes it: the official fields, and the model's response."""
     own = {"id": record.id, "answer": record.answer, "choices": list(record.choices)}
     source = {"source": record.source} if record.source else {}
-    return {**record.extra, **source, **own, "response": response}
+    # The official question is among the extra fields unless a record's own field took it.
+    return {"question": record.question, **record.extra, **source, **own, "response": response}
 
 
 # ---------------------------------------------------------------------------------------- files

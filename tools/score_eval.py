@@ -1,0 +1,88 @@
+"""Scores an evaluation of ours anew under a benchmark's rule, strictly, or by a judge.
+
+Reads a folder of srpo_jax.evaluate and the benchmark that its problems came from; writes
+scored.jsonl there, with the first and the final answer's verdicts, and the scores into
+summary.json. A judge's run that was stopped goes on where it stood when the same command is run
+again. Exit code 3: some judgements did not arrive, run again.
+"""
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+
+from srpo_jax.benchmarks import scoring
+from tools import cli, eval_folders, judge_options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.parser(
+        __doc__,
+        "python -m tools.score_eval --workdir runs/eval --benchmark mathverse "
+        "--file data/mathverse --mode judge --judge_model gpt-4o",
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder of an evaluation")
+    add("--benchmark", required=True, choices=sorted(scoring.BENCHMARKS))
+    add("--file", required=True, help="the benchmark, as eval.file had it")
+    add("--image_root", help="as data.root, if it was given")
+    modes = (*scoring.MODES, scoring.JUDGE)
+    add("--mode", default="official_rule", choices=modes, help="default: official_rule")
+    workers = min(4, os.cpu_count() or 1)
+    add("--workers", type=cli.positive, default=workers, help="that compare answers (%(default)s)")
+    add("--time_limit", type=float, default=5.0, help="seconds for one comparison (%(default)s)")
+    add("--bootstrap", type=int, default=1000, help="resamples for the intervals (%(default)s)")
+    add("--seed", type=int, default=0, help="of the resampling (%(default)s)")
+    judge_options.add_options(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Score a folder; the exit code."""
+    from srpo_jax.benchmarks.evaluation import ROUNDS, score_rows
+    from srpo_jax.benchmarks.load import load
+    from srpo_jax.evaluate import write_scores
+
+    found = eval_folders.read(args.workdir)
+    source = load(args.benchmark, args.file, image_root=args.image_root, counts=())
+    judge, advance = None, lambda n: None
+    if args.mode == scoring.JUDGE:
+        args.output = found.folder / "scored.jsonl"  # the cache stands beside it
+        judge = judge_options.open_judge(args)
+    with contextlib.ExitStack() as stack:
+        if judge is not None:
+            total = len(found.rows) * len(ROUNDS)
+            advance = stack.enter_context(cli.progress("judging", total, "answers"))
+        scored, tables = score_rows(
+            args.benchmark,
+            source,
+            found.rows,
+            args.mode,
+            workers=args.workers,
+            time_limit=args.time_limit,
+            judge=judge,
+            advance=advance,
+        )
+    rates = write_scores(found.folder, scored, tables, bootstrap=args.bootstrap, seed=args.seed)
+    if judge is not None:
+        rates["judge"] = judge.summary()
+    cli.write_jsonl(found.folder / "summary.json", [found.summary | {"benchmark": rates}])
+    _show(args, rates, found.folder)
+    return judge_options.UNAVAILABLE if judge is not None and judge.stats.unavailable else 0
+
+
+def _show(args: argparse.Namespace, rates: dict, folder: Path) -> None:
+    print(
+        f"{args.benchmark}, {args.mode}: first {100 * rates['acc@1']:.2f} %, final "
+        f"{100 * rates['acc@2']:.2f} % of {rates['samples']} -> {folder / 'scored.jsonl'}"
+    )
+    for line in judge_options.describe(rates["judge"]) if "judge" in rates else ():
+        print(f"  {line}")
+    for which in ("first", "final"):
+        for note in scoring.notes(rates[which]):
+            print(f"  {which} answer: {note}")
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())
