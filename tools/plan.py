@@ -4,7 +4,9 @@
     python -m tools.plan --config=configs/sft.py:size=7b --topology=cuda:h100:1x8 --mesh=1,8,1
 
 Prints, for each program (vision encode, prefill, decode segment, log-probs, update), the memory per
-device and whether it fits. Exit code 0 only if everything compiles and fits.
+device and whether it fits. "beside" is what the run holds while the program runs although it is no
+argument of it: the optimizer's moments while sampling, for instance. Exit code 0 only if everything
+compiles and fits.
 """
 
 import argparse
@@ -12,7 +14,9 @@ import ast
 import dataclasses
 import functools
 import importlib
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +40,7 @@ from tools.topologies import Topology, describe, memory_gib
 SIZES = ("3b", "7b", "32b", "72b")
 # Share of a device's memory that a program may plan with; the rest is the run-time's own.
 USABLE = 0.92
+OVERRIDE = "--config."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,22 @@ class Program:
     name: str
     memory: dict[str, float]
     seconds: float
+    beside: float  # GiB that the run holds meanwhile
+
+    @property
+    def total(self) -> float:
+        """GiB that must be there."""
+        return self.memory["total"] + self.beside
+
+
+# (name, function that lowers it, bytes per device that are held beside its arguments)
+Lowering = tuple[str, Callable[[], jax.stages.Lowered], int]
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of arrays that are given as shapes with shardings."""
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
 def abstract_batch(model: ModelConfig, shapes: Shapes, mesh: Mesh, *, vision: bool) -> Batch:
@@ -131,13 +152,13 @@ def sft_programs(
     optimizer: optim.OptimConfig,
     step: steps.SftConfig,
     freeze: tuple[str, ...] = FREEZE_VISION,
-) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
-    """(name, function that lowers it) of every program of an SFT run."""
+) -> Iterator[Lowering]:
+    """Every program of an SFT run."""
     transform = optim.make_optimizer(optimizer, 1000)
     state, _ = _train_inputs(model, transform, mesh, freeze)
     batch = abstract_batch(model, shapes, mesh, vision=True)
     make = steps.make_sft_step(model, step, transform, freeze=freeze, mesh=mesh)
-    yield "sft_step", lambda: make.lower(state, batch, None)
+    yield "sft_step", lambda: make.lower(state, batch, None), 0
 
 
 def grpo_programs(
@@ -150,13 +171,20 @@ def grpo_programs(
     sampling: SamplingConfig,
     sample_dtype: str | None = "bfloat16",
     freeze: tuple[str, ...] = FREEZE_VISION,
-) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
-    """(name, function that lowers it) of every program of a GRPO run."""
+) -> Iterator[Lowering]:
+    """Every program of a GRPO run."""
     transform = optim.make_optimizer(optimizer, 1000)
     state, params = _train_inputs(model, transform, mesh, freeze)
     prompts = abstract_batch(model, shapes, mesh, vision=True)
     features = _features(model, shapes, mesh)
-    yield "encode", lambda: steps.make_encode_step(model, mesh=mesh).lower(params, prompts.vision)
+    reference = 0
+    if step.needs_reference:
+        copy = {path: _as(leaf, model.dtype) for path, leaf in state.params.items()}
+        reference = device_bytes(copy)
+    # While the parameters are an argument, the rest of the state is held beside them.
+    rest = device_bytes(state) - device_bytes(params) + reference
+    encode = steps.make_encode_step(model, mesh=mesh)
+    yield "encode", lambda: encode.lower(params, prompts.vision), rest
 
     sample_dtype = sample_dtype or model.param_dtype
     held = abstract_params(dataclasses.replace(model, param_dtype=sample_dtype))
@@ -174,13 +202,21 @@ def grpo_programs(
         with jax.set_mesh(mesh):
             return getattr(sampler, name).lower(*args[name])
 
+    # Parameters that sampling takes as they are (`state.relayout`) are held once.
+    shared = {
+        path: leaf
+        for path, leaf in held.items()
+        if leaf.dtype == params[path].dtype
+        and leaf.sharding.is_equivalent_to(params[path].sharding, leaf.ndim)
+    }
+    beside = device_bytes((state, features)) - device_bytes(shared) + reference
     for name in ("prefill", "decode_segment"):
-        yield name, lambda name=name: lower_sampler(name)
+        yield name, lambda name=name: lower_sampler(name), beside
 
     rollout, verdict, logp = _abstract_samples(shapes, mesh)
     text = prompts.replace(vision=None)
     logps = steps.make_logp_step(model, step, mesh=mesh)
-    yield "logp_step", lambda: logps.lower(params, text, rollout, features)
+    yield "logp_step", lambda: logps.lower(params, text, rollout, features), rest
     update = steps.make_grpo_step(model, step, transform, freeze=freeze, mesh=mesh)
     split = step.updates_per_rollout > 1
     chosen = jax.ShapeDtypeStruct(
@@ -204,6 +240,7 @@ def grpo_programs(
             weight,
             chosen if split else None,
         ),
+        reference,
     )
 
 
@@ -214,39 +251,39 @@ def _features(model: ModelConfig, shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeS
     )
 
 
-def compile_programs(
-    programs: Iterator[tuple[str, Callable[[], jax.stages.Lowered]]],
-) -> Iterator[Program]:
+def _as(leaf: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+
+
+def compile_programs(programs: Iterator[Lowering]) -> Iterator[Program]:
     """Compiles one program after the other and reads its memory."""
-    for name, lower in programs:
+    for name, lower, beside in programs:
         start = time.perf_counter()
-        compiled = lower().compile()
-        yield Program(name, memory_gib(compiled), time.perf_counter() - start)
+        memory = memory_gib(lower().compile())
+        yield Program(name, memory, time.perf_counter() - start, beside / 2**30)
 
 
 def report(programs: Iterator[Program], topology: Topology) -> bool:
     """Prints one line per program; True if each fits its device."""
     budget = topology.memory_gib * USABLE
     print(f"{topology.name}: {len(topology.devices)} devices, {budget:.1f} GiB usable on each")
-    head = f"{'program':16} {'arguments':>10} {'outputs':>10} {'temporaries':>12} {'total':>8}"
+    columns = ("arguments", "outputs", "temporaries")
+    head = f"{'program':16}" + "".join(f" {c:>11}" for c in (*columns, "beside", "total"))
     print(f"{head}  fits  compiled in")
     fits = True
     for p in programs:
-        m = p.memory
-        good = m["total"] <= budget
+        good = p.total <= budget
         fits &= good
-        print(
-            f"{p.name:16} {m['arguments']:10.2f} {m['outputs']:10.2f} {m['temporaries']:12.2f} "
-            f"{m['total']:8.2f}  {'yes' if good else 'NO':4}  {p.seconds:.0f} s",
-            flush=True,
-        )
+        numbers = (*(p.memory[c] for c in columns), p.beside, p.total)
+        cells = "".join(f" {number:11.2f}" for number in numbers)
+        print(f"{p.name:16}{cells}  {'yes' if good else 'NO':4}  {p.seconds:.0f} s", flush=True)
     return fits
 
 
 # --- from a recipe's configuration -------------------------------------------------------------
 
 
-def recipe_programs(config: Any, mesh: Mesh) -> Iterator[tuple[str, Callable]]:
+def recipe_programs(config: Any, mesh: Mesh) -> Iterator[Lowering]:
     """The programs that `train_sft` or `train_grpo` would run with this configuration.
 
     Shapes are those of the largest patch budget. Raises ValueError where sizes do not divide.
@@ -303,10 +340,10 @@ def main(args: argparse.Namespace) -> None:
     path, _, arg = args.config.partition(":")
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
     config = module.get_config(arg or None)
-    for change in args.set:
+    for change in args.overrides:
         key, equals, text = change.partition("=")
         if not equals:
-            raise ValueError(f"--set {change}: write it as key=value, e.g. sampling.group_size=8")
+            raise ValueError(f"{OVERRIDE}{change}: write it as {OVERRIDE}{change}=VALUE")
         config.update_from_flattened_dict({key: _parsed(config, key, text)})
     topology = describe(args.topology)
     if args.mesh:
@@ -318,7 +355,7 @@ def main(args: argparse.Namespace) -> None:
     programs = recipe_programs(config, mesh)
     if args.only:
         names = args.only.split(",")
-        programs = ((name, lower) for name, lower in programs if name in names)
+        programs = (program for program in programs if program[0] in names)
     if not report(compile_programs(programs), topology):
         raise RuntimeError(
             "a program does not fit: more devices, a larger mesh.fsdp or mesh.tensor, fewer "
@@ -331,10 +368,10 @@ def _parsed(config: Any, key: str, text: str) -> Any:
     try:
         now = functools.reduce(lambda section, name: section[name], key.split("."), config)
     except KeyError:
-        raise ValueError(f"--set {key}: the configuration has no such key") from None
+        raise ValueError(f"{OVERRIDE}{key}: the configuration has no such key") from None
     if isinstance(now, bool | tuple | list):
-        return type(now)(ast.literal_eval(text))
-    return type(now)(text)
+        return type(now)(ast.literal_eval(text.capitalize() if isinstance(now, bool) else text))
+    return text if now is None else type(now)(text)
 
 
 if __name__ == "__main__":
@@ -343,6 +380,10 @@ if __name__ == "__main__":
     parser.add_argument("--config", required=True, help="a file of configs/, with its arguments")
     parser.add_argument("--topology", required=True, help="tpu:KIND:AxBxC or cuda:KIND:HOSTSxGPUS")
     parser.add_argument("--mesh", default="", help="data,fsdp,tensor instead of the config's")
-    parser.add_argument("--set", action="append", default=[], help="key=value of the config")
     parser.add_argument("--only", default="", help="names of programs, separated by commas")
-    cli.run(main, parser)
+    parser.add_argument("--workdir", help="ignored: a training command may stand here as it is")
+    parser.epilog += f"\n\n{OVERRIDE}KEY=VALUE changes the configuration, as in training"
+    words = sys.argv[1:]
+    overrides = [word.removeprefix(OVERRIDE) for word in words if word.startswith(OVERRIDE)]
+    parser.set_defaults(overrides=overrides)
+    cli.run(main, parser, [word for word in words if not word.startswith(OVERRIDE)])
