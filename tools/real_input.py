@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ HELD_OUT = 64
 class Plan:
     """How much of everything."""
 
-    sft_steps: int = 40
+    sft_steps: int = 160  # enough for some of the RL samples to keep the template
     rl_steps: int = 20
     stop_after: int = 8  # RL steps that are logged before SIGTERM
     prompts: int = 4
@@ -144,12 +145,14 @@ class Commands:
 
     def wait(self, name: str, process: subprocess.Popen, until: Callable[[], bool]) -> None:
         """Until ``until`` holds or the process has ended, with its last line now and then."""
-        told = time.monotonic()
+        looked, told = time.monotonic(), ""
         while process.poll() is None and not until():
             time.sleep(0.1)
-            if time.monotonic() - told > 15:
-                told = time.monotonic()
-                print(f"    {name}: {self.tail(name, 1)[:110]}", flush=True)
+            if time.monotonic() - looked > 15:
+                looked, line = time.monotonic(), self.tail(name, 1)[:110]
+                if line != told:
+                    print(f"    {name}: {line}", flush=True)
+                told = line
 
     def finish(self, name: str, process: subprocess.Popen, what: str) -> None:
         """Wait for it and check that its exit code is 0; it is stopped on Ctrl-C."""
@@ -259,10 +262,18 @@ def run_rl(plan: Plan, data: Path, out: Path, commands: Commands, check: Checks)
         second,
     )
     rows = read_rows(metrics, "train")
-    check("every step saw groups of 8", plan.group_size == 8 and len(rows) == plan.rl_steps)
+    files = sorted((out / "rl/rollouts").glob("*.jsonl"))
+    groups = [Counter(row["id"] for row in cli.read_jsonl(path)) for path in files]
+    check(
+        f"every one of {plan.rl_steps} steps drew {plan.prompts} groups of {plan.group_size}",
+        [len(found) for found in groups] == [plan.prompts] * plan.rl_steps
+        and all(set(found.values()) == {plan.group_size} for found in groups),
+    )
     rewards = [row["reward/mean"] for row in rows]
     spread = f"mean {min(rewards):.3f} to {max(rewards):.3f}"
     check("every step has a reward", all(isinstance(r, float) for r in rewards), spread)
+    rates = [row["format_rate"] for row in rows]
+    print(f"  format kept by {100 * sum(rates) / len(rates):.0f} % of the samples", flush=True)
     check("GRPO exported", (out / "rl_hf/model.safetensors").exists())
 
 
