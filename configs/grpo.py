@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 # Prompts whose images and tokens one data shard holds at a time.
-PROMPTS_PER_ROW = {"3b": 4, "7b": 2, "32b": 1, "72b": 1, "tiny": 4}
+PROMPTS_PER_ROW = {"3b": 2, "7b": 2, "32b": 1, "72b": 1, "tiny": 4}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

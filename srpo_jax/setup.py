@@ -139,6 +139,25 @@ def rows_per_shard(key: str, sequences: int, per_row: int, shards: int, fill: bo
     return sequences // (shards * per_row)
 
 
+def check_updates(rows: int, updates: int, sequences: int, shards: int, per_row: int) -> None:
+    """RunError, with what to set, where a rollout of ``rows`` micro-batches has no such parts."""
+    if rows % updates == 0:
+        return
+    whole = [n for n in range(1, per_row) if sequences % (shards * n * updates) == 0]
+    fewer = max(n for n in range(1, updates + 1) if rows % n == 0)
+    remedy = f"--config.grpo.updates_per_rollout={fewer}"
+    if whole:
+        remedy = (
+            f"--config.data.prompts_per_row={whole[-1]} (and data.patch_budgets by the same "
+            f"factor), or {remedy}"
+        )
+    raise RunError(
+        f"grpo.updates_per_rollout={updates} must divide the {rows} rows of a data shard "
+        f"(data.global_batch_size={sequences} / {shards} data shards / "
+        f"data.prompts_per_row={per_row}): set {remedy}"
+    )
+
+
 def open_source(key: str, path: str, root: str = "") -> Any:
     """The records of a file; RunError naming the config key where none is given."""
     if not path:

@@ -140,13 +140,11 @@ def grpo_config(config: Any, parts: setup.Parts, rows: int) -> grpo.GrpoConfig:
         raise RunError(
             "sampling.group_size=1: an advantage compares at least 2 samples of a prompt"
         )
-    if rows % section["updates_per_rollout"]:
-        raise RunError(
-            f"grpo.updates_per_rollout={section['updates_per_rollout']} must divide the {rows} "
-            f"rows of a data shard (data.global_batch_size={config.data.global_batch_size} / "
-            f"{parts.shards} data shards / data.prompts_per_row={config.data.prompts_per_row}): "
-            "change one of them"
-        )
+    data = config.data
+    setup.check_updates(
+        rows, section["updates_per_rollout"], data.global_batch_size, parts.shards,
+        data.prompts_per_row,
+    )  # fmt: skip
     return grpo.GrpoConfig(
         **section,
         micro_batches=rows,

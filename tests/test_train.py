@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import train_helpers as helpers
 
-from srpo_jax import checkpoint, evaluate, rollout, session, train_grpo, train_sft
+from srpo_jax import checkpoint, evaluate, rollout, session, setup, train_grpo, train_sft
 from srpo_jax.metrics import read_rows
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
@@ -331,6 +331,14 @@ def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp
     unguarded = helpers.sft_config(paths, steps=5, **MESH)
     unguarded.compile_guard = False
     assert train_sft.train(unguarded, tmp_path / "unguarded")["finished"]
+
+
+def test_a_rollout_that_cannot_be_split_into_updates_says_what_to_set():
+    setup.check_updates(8, 8, sequences=128, shards=8, per_row=2)
+    with pytest.raises(RunError, match="set --config.data.prompts_per_row=1 .*per_rollout=4$"):
+        setup.check_updates(4, 8, sequences=128, shards=16, per_row=2)
+    with pytest.raises(RunError, match="set --config.grpo.updates_per_rollout=2$"):
+        setup.check_updates(2, 8, sequences=128, shards=64, per_row=1)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = cli.parser(
         __doc__,
-        "python -m tools.make_hf --out /tmp/tiny --tokenizer QWEN_DIR --hidden 128 --layers 2",
+        "python -m tools.make_hf --out tiny --tokenizer QWEN_DIR --hidden 128 --layers 2",
     )
     add = out.add_argument
     add("--out", required=True, help="directory to make")

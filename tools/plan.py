@@ -321,6 +321,9 @@ def recipe_programs(config: Any, mesh: Mesh) -> Iterator[Lowering]:
         concurrent_rows=section.concurrent_rows or None,
         forbidden_ids=forbidden,
     )
+    setup.check_updates(
+        rows, config.grpo.updates_per_rollout, data.global_batch_size, shards, data.prompts_per_row
+    )
     step = GrpoConfig(
         **{k: v or None if k in ("dual_clip", "tis_cap") else v for k, v in config.grpo.items()},
         micro_batches=rows,
