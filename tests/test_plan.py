@@ -1,0 +1,92 @@
+"""What a recipe needs on hardware that is not there: what is counted, which settings are read."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import grpo as recipe
+from srpo_jax import optim, sharding
+from srpo_jax.grpo import GrpoConfig
+from srpo_jax.model.config import size_config
+from srpo_jax.runtime import RunError
+from srpo_jax.sampling.sampler import SamplingConfig
+from tools import plan
+
+
+def parameters(dtype: str) -> int:
+    """Bytes of the 3B's parameters."""
+    model = size_config("3b", param_dtype=dtype)
+    shapes = plan.abstract_params(model)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def programs(mesh, *, kl_coef: float = 0.0, param_dtype: str = "float32") -> dict[str, int]:
+    """Program -> bytes held beside it, of the 3B with a small batch."""
+    shapes = plan.Shapes(sequences=8, tokens=64, rows=8, patches=64, group_size=2, completion=8)
+    model = size_config("3b", dtype="bfloat16", param_dtype=param_dtype)
+    found = plan.grpo_programs(
+        model,
+        shapes,
+        mesh,
+        optimizer=optim.OptimConfig(),
+        step=GrpoConfig(kl_coef=kl_coef),
+        sampling=SamplingConfig(max_new_tokens=8, group_size=2, segment=8),
+        sample_dtype="bfloat16",
+    )
+    return {name: beside for name, _, beside in found}
+
+
+def test_bytes_of_an_array_are_those_of_its_shard():
+    mesh = sharding.make_mesh(1, 4, 2)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    whole = sharding.replicated(mesh)
+    tree = {
+        "split": jax.ShapeDtypeStruct((8, 6), jnp.bfloat16, sharding=split),
+        "whole": jax.ShapeDtypeStruct((5,), jnp.float32, sharding=whole),
+    }
+    assert plan.device_bytes(tree) == 8 * 6 * 2 // 8 + 5 * 4
+
+
+def test_the_state_stands_beside_sampling_and_shared_parameters_count_once():
+    one = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    features = 8 * 16 * 2048 * 2  # [rows, patches / 4, width], bfloat16
+    full, half = parameters("float32"), parameters("bfloat16")
+    apart, shared = programs(one), programs(one, param_dtype="bfloat16")
+    moments = apart["encode"]  # while the parameters are an argument
+    assert moments > full  # two moments of the decoder, none of the frozen tower
+    assert apart["decode_segment"] == apart["prefill"] == full + moments + features
+    assert shared["decode_segment"] == shared["encode"] + features
+    assert half < shared["encode"]
+    assert apart["grpo_step"] == 0
+
+
+def test_a_reference_is_held_all_the_time():
+    one = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    without, with_it = programs(one), programs(one, kl_coef=0.1)
+    reference = with_it["grpo_step"]
+    assert parameters("bfloat16") * 0.7 < reference < parameters("bfloat16")  # the trained part
+    for name in ("encode", "prefill", "decode_segment", "logp_step"):
+        assert with_it[name] - without[name] == reference
+
+
+def test_settings_are_read_as_in_training_and_what_cannot_run_is_refused():
+    config = recipe.get_config("size=7b")
+    mesh = sharding.make_mesh(1, 8, 1)
+    names = [name for name, _, _ in plan.recipe_programs(config, mesh)]
+    assert names == ["encode", "prefill", "decode_segment", "logp_step", "grpo_step"]
+    config.update_from_flattened_dict(
+        {
+            key: plan._parsed(config, key, text)
+            for key, text in (
+                ("data.prompts_per_row", "4"),
+                ("data.patch_budgets", "(64, 128)"),
+                ("filter.resample", "true"),
+            )
+        }
+    )
+    assert config.data.prompts_per_row == 4 and config.filter.resample is True
+    assert tuple(config.data.patch_budgets) == (64, 128)
+    with pytest.raises(ValueError, match="--config.data.nothing: the configuration has no such"):
+        plan._parsed(config, "data.nothing", "1")
+    with pytest.raises(RunError, match="prompts_per_row=2 .*or --config.grpo.updates"):
+        plan.recipe_programs(config, mesh)
