@@ -164,7 +164,6 @@ def status(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     """Write the page of random items."""
     from srpo_jax.reflection.page import write_page
-
     from srpo_jax.reflection.sample import items_to_show
 
     path = Path(args.out or Path(args.workdir) / "inspect.html")
