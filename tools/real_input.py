@@ -202,6 +202,7 @@ def sft_arguments(plan: Plan, data: Path, out: Path) -> list[str]:
         *common(plan, data, out),
         f"--config.steps={plan.sft_steps}",
         "--config.optim.lr=3e-3",
+        "--config.logit_chunk=64",  # a response has about as many tokens
         "--config.data.global_batch_size=8",
         "--config.data.tokens=1024",
         f"--config.export_hf_dir={out / 'sft_hf'}",
@@ -222,6 +223,7 @@ def rl_arguments(plan: Plan, data: Path, out: Path) -> list[str]:
         "--config.data.prompt_tokens=1024",
         f"--config.sampling.group_size={plan.group_size}",
         "--config.grpo.updates_per_rollout=1",
+        "--config.grpo.logit_chunk=32",
         "--config.filter.low=0.0",
         "--config.filter.high=1.0",
         "--config.checkpoint.every=1000",  # what is there after SIGTERM was saved because of it
