@@ -377,16 +377,22 @@ def _parsed(config: Any, key: str, text: str) -> Any:
     return text if now is None else type(now)(text)
 
 
-if __name__ == "__main__":
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, without the overrides."""
     example = "python -m tools.plan --config=configs/grpo.py:size=7b --topology=cuda:h100:1x8"
     parser = cli.parser(__doc__, example)
+    parser.epilog += f"\n\n{OVERRIDE}KEY=VALUE changes the configuration, as in training"
     parser.add_argument("--config", required=True, help="a file of configs/, with its arguments")
     parser.add_argument("--topology", required=True, help="tpu:KIND:AxBxC or cuda:KIND:HOSTSxGPUS")
     parser.add_argument("--mesh", default="", help="data,fsdp,tensor instead of the config's")
     parser.add_argument("--only", default="", help="names of programs, separated by commas")
     parser.add_argument("--workdir", help="ignored: a training command may stand here as it is")
-    parser.epilog += f"\n\n{OVERRIDE}KEY=VALUE changes the configuration, as in training"
+    return parser
+
+
+if __name__ == "__main__":
     words = sys.argv[1:]
+    parser = make_parser()
     overrides = [word.removeprefix(OVERRIDE) for word in words if word.startswith(OVERRIDE)]
     parser.set_defaults(overrides=overrides)
     cli.run(main, parser, [word for word in words if not word.startswith(OVERRIDE)])

@@ -1,0 +1,84 @@
+"""What README and docs tell to type exists: modules, options and configuration keys."""
+
+import argparse
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`]*\bpython -m [^`]*)`")
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every ``python -m`` command, blocks and inline code alike."""
+    found = []
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        lines = [line for block in BLOCK.findall(text) for line in _joined(block)]
+        lines += [" ".join(code.split()) for code in INLINE.findall(text)]
+        for line in lines:
+            _, python, rest = line.partition("python -m ")
+            if python:
+                if rest.count('"') % 2:  # the command stands inside another one's quotes
+                    rest = rest.rpartition('"')[0]
+                words = shlex.split(rest.replace("…", ""), comments=True)
+                found.append((words[0], words[1:]))
+    return found
+
+
+def _joined(block: str) -> list[str]:
+    return re.sub(r"\\\n\s*", " ", block).splitlines()
+
+
+def options_of(module: str, words: list[str]) -> set[str]:
+    """The options that a tool takes; of the named subcommand where it has them."""
+    tool = importlib.import_module(module)
+    if hasattr(tool, "make_parser"):
+        parser = tool.make_parser()
+        found = set(parser._option_string_actions)
+        for action in parser._actions:
+            choices = action.choices if isinstance(action, argparse._SubParsersAction) else {}
+            for name in choices.keys() & set(words):
+                found |= set(choices[name]._option_string_actions)
+        return found
+    command = [sys.executable, "-m", module, *words[:1], "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return set(re.findall(r"--\w+", done.stdout))
+
+
+COMMANDS = commands()
+
+
+def test_the_pages_show_commands():
+    shown = {module for module, _ in COMMANDS}
+    assert {"srpo_jax.train_sft", "srpo_jax.train_grpo", "srpo_jax.evaluate"} <= shown
+    assert {"tools.plan", "tools.build_reflection_data", "tools.score_eval"} <= shown
+
+
+@pytest.mark.parametrize(("module", "words"), COMMANDS, ids=[m for m, _ in COMMANDS])
+def test_a_shown_command_has_its_options_and_keys(module, words):
+    file = next((word.removeprefix("--config=") for word in words if "--config=" in word), None)
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    overrides = {name for name in given if name.startswith("--config.")}
+    if file is not None:
+        path, _, arg = file.partition(":")
+        recipe = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        known = recipe.get_config(arg or None)
+        for name in overrides:
+            section = known
+            for part in name.removeprefix("--config.").split("."):
+                assert part in section, f"{module}: {name}"
+                section = section[part]
+    options = {"--config", "--workdir"} if module.startswith("srpo_jax.") else set()
+    if module.startswith("tools."):
+        options = options_of(module, words)
+    else:
+        importlib.import_module(module)
+    assert given - overrides - {"--config"} <= options | {"--config"}, module
