@@ -273,8 +273,9 @@ class Evaluator:
                     )
                     graded = self._generator.grade(sampled)
                 rows = self._rows(sampled, graded)
+                seconds = round((time.monotonic() - start) / max(len(rows), 1), 3)
                 for row in rows:  # a batch is one piece of work: each sample's even share of it
-                    row["seconds"] = round((time.monotonic() - start) / len(rows), 3)
+                    row["seconds"] = seconds
                 shared = gather_bytes(json.dumps(rows).encode())
                 yield [row for part in shared for row in json.loads(part)]
         finally:

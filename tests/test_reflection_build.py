@@ -271,6 +271,29 @@ def test_batches_give_the_same_data_and_a_lost_batch_is_found_again(
     assert data_set(tmp_path / "data") == data_set(built[0] / "data")
 
 
+def test_a_batch_that_never_reached_the_vendor_goes_out_anew(
+    world, heard, tmp_path, built, monkeypatch
+):
+    async def die(self, requests, key):
+        raise KeyboardInterrupt
+
+    with openai_server.Server(reflection_world.answer) as server:
+        run = command(world, tmp_path, server.base_url, "--batch", "--poll", "0.01")
+        with monkeypatch.context() as patch:
+            patch.setattr(batches.BatchClient, "submit", die)
+            with pytest.raises(KeyboardInterrupt):
+                build(*run, "--batch_size", "20")
+        with Store(tmp_path, write=False) as store:
+            assert list(store.query("SELECT state FROM batches")) == [("submitting",)]
+        # Not even what was written down goes out beyond the limit.
+        assert build(*run, "--batch_size", "20", "--max_items", "7") == tool.STOPPED
+        with Store(tmp_path, write=False) as store:
+            assert store.count("SELECT COUNT(*) FROM results") == 7
+        assert build("run", "--workdir", str(tmp_path), "--max_items", "0") == 0
+    assert server.repeats == 0
+    assert data_set(tmp_path / "data") == data_set(built[0] / "data")
+
+
 def test_many_batches_are_under_way_at_once_and_none_is_above_its_bytes(
     world, heard, tmp_path, built, monkeypatch
 ):

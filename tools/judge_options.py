@@ -1,10 +1,12 @@
-"""The options of a language model that judges, for every tool that asks one."""
+"""The options of scoring and of a language model that judges, for every tool that has them."""
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from srpo_jax.benchmarks import scoring
 from tools import cli
 
 if TYPE_CHECKING:
@@ -45,6 +47,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--judge_retries", type=int, default=8, help="of a request that fails (%(default)s)")
 
 
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """--benchmark, --mode, --workers and --time_limit."""
+    add = parser.add_argument
+    add("--benchmark", required=True, choices=sorted(scoring.BENCHMARKS))
+    modes = (*scoring.MODES, scoring.JUDGE)
+    add("--mode", default="official_rule", choices=modes, help="default: official_rule")
+    workers = min(4, os.cpu_count() or 1)
+    text = "processes that compare expressions (%(default)s)"
+    add("--workers", type=cli.positive, default=workers, help=text)
+    add("--time_limit", type=float, default=5.0, help="seconds for one comparison (%(default)s)")
+
+
 def _price(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
@@ -79,7 +93,7 @@ def open_judge(args: argparse.Namespace) -> "Judge":
     )
 
 
-def default_cache(output: str) -> Path:
+def default_cache(output: str | Path) -> Path:
     """The cache beside an output file."""
     path = Path(output)
     return path.with_name(path.stem + ".judge.sqlite")

@@ -181,10 +181,15 @@ def grpo_programs(
     if step.needs_reference:
         copy = {path: _as(leaf, model.dtype) for path, leaf in state.params.items()}
         reference = device_bytes(copy)
-    # While the parameters are an argument, the rest of the state is held beside them.
-    rest = device_bytes(state) - device_bytes(params) + reference
+    # jit drops arguments that a program does not read: the tower's are held beside all but
+    # ``encode``, the decoder's beside ``encode``.
+    always = device_bytes(state) + reference
     encode = steps.make_encode_step(model, mesh=mesh)
-    yield "encode", lambda: encode.lower(params, prompts.vision), rest
+    yield (
+        "encode",
+        lambda: encode.lower(params, prompts.vision),
+        (always - device_bytes(_tower(params, True))),
+    )
 
     sample_dtype = sample_dtype or model.param_dtype
     held = abstract_params(dataclasses.replace(model, param_dtype=sample_dtype))
@@ -209,14 +214,19 @@ def grpo_programs(
         if leaf.dtype == params[path].dtype
         and leaf.sharding.is_equivalent_to(params[path].sharding, leaf.ndim)
     }
-    beside = device_bytes((state, features)) - device_bytes(shared) + reference
+    copies = device_bytes(held) - device_bytes(shared)
+    beside = always + device_bytes(features) + copies - device_bytes(_tower(held, False))
     for name in ("prefill", "decode_segment"):
         yield name, lambda name=name: lower_sampler(name), beside
 
     rollout, verdict, logp = _abstract_samples(shapes, mesh)
     text = prompts.replace(vision=None)
     logps = steps.make_logp_step(model, step, mesh=mesh)
-    yield "logp_step", lambda: logps.lower(params, text, rollout, features), rest
+    yield (
+        "logp_step",
+        lambda: logps.lower(params, text, rollout, features),
+        (always - device_bytes(_tower(params, False))),
+    )
     update = steps.make_grpo_step(model, step, transform, freeze=freeze, mesh=mesh)
     split = step.updates_per_rollout > 1
     chosen = jax.ShapeDtypeStruct(
@@ -249,6 +259,11 @@ def _features(model: ModelConfig, shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(
         shape, jnp.dtype(model.dtype), sharding=sharding.batch_sharding(mesh)
     )
+
+
+def _tower(params: dict[str, Any], inside: bool) -> dict[str, Any]:
+    """The parameters of the vision tower, or all others."""
+    return {path: leaf for path, leaf in params.items() if path.startswith("vision/") is inside}
 
 
 def _as(leaf: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,6 @@ command is run again. Exit code 3: some judgements did not arrive, run again.
 
 import argparse
 import contextlib
-import os
 import sys
 
 from srpo_jax.benchmarks import scoring
@@ -29,27 +28,12 @@ def make_parser() -> argparse.ArgumentParser:
         "python -m tools.score_benchmark --benchmark mathvision --predictions predictions.jsonl "
         "--output scored.jsonl --report scores",
     )
-    parser.add_argument("--benchmark", required=True, choices=sorted(scoring.BENCHMARKS))
+    judge_options.add_scoring(parser)
     parser.add_argument("--predictions", required=True, help="JSON Lines of predictions")
     parser.add_argument("--output", required=True, help="JSON Lines to write")
-    parser.add_argument(
-        "--mode",
-        default="official_rule",
-        choices=(*scoring.MODES, scoring.JUDGE),
-        help="default: official_rule",
-    )
     parser.add_argument("--report", help="also write the summary as REPORT.json and REPORT.md")
     parser.add_argument(
         "--re_extract", action="store_true", help="ignore the extractions that rows bring"
-    )
-    parser.add_argument(
-        "--workers",
-        type=cli.positive,
-        default=min(4, os.cpu_count() or 1),
-        help="processes that compare expressions (%(default)s)",
-    )
-    parser.add_argument(
-        "--time_limit", type=float, default=5.0, help="seconds for one comparison (%(default)s)"
     )
     judge_options.add_options(parser)
     return parser

@@ -8,7 +8,6 @@ again. Exit code 3: some judgements did not arrive, run again.
 
 import argparse
 import contextlib
-import os
 from pathlib import Path
 
 from srpo_jax.benchmarks import scoring
@@ -24,14 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--workdir", required=True, help="folder of an evaluation")
-    add("--benchmark", required=True, choices=sorted(scoring.BENCHMARKS))
+    judge_options.add_scoring(parser)
     add("--file", required=True, help="the benchmark, as eval.file had it")
     add("--image_root", help="as data.root, if it was given")
-    modes = (*scoring.MODES, scoring.JUDGE)
-    add("--mode", default="official_rule", choices=modes, help="default: official_rule")
-    workers = min(4, os.cpu_count() or 1)
-    add("--workers", type=cli.positive, default=workers, help="that compare answers (%(default)s)")
-    add("--time_limit", type=float, default=5.0, help="seconds for one comparison (%(default)s)")
     add("--bootstrap", type=int, default=1000, help="resamples for the intervals (%(default)s)")
     add("--seed", type=int, default=0, help="of the resampling (%(default)s)")
     judge_options.add_options(parser)
@@ -48,7 +42,8 @@ def main(args: argparse.Namespace) -> int:
     source = load(args.benchmark, args.file, image_root=args.image_root, counts=())
     judge, advance = None, lambda n: None
     if args.mode == scoring.JUDGE:
-        args.output = found.folder / "scored.jsonl"  # the cache stands beside it
+        beside = judge_options.default_cache(found.folder / "scored.jsonl")
+        args.judge_cache = args.judge_cache or beside
         judge = judge_options.open_judge(args)
     with contextlib.ExitStack() as stack:
         if judge is not None:

@@ -5,7 +5,6 @@ decoded on the way.
 """
 
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +74,15 @@ def download(place: Place, folder: str | os.PathLike) -> list[Path]:
         raise ValueError(f"{folder} exists: give another folder, or delete it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / "whole"
+        whole.mkdir()
         for number, config in enumerate(place.configs):
             rows = datasets.load_dataset(place.repo, config, split=place.split)
             for name, feature in rows.features.items():
                 if raw := _undecoded(feature, datasets):
                     rows = rows.cast_column(name, raw)
-            rows.to_parquet(Path(temporary) / f"{number:02d}.parquet")
-        shutil.copytree(temporary, folder)
+            rows.to_parquet(whole / f"{number:02d}.parquet")
+        whole.rename(folder)
     return sorted(folder.iterdir())
 
 

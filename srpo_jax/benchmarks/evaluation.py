@@ -6,6 +6,7 @@ without an answer block goes to the rule as it is.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def score_rows(
         where there are any; and {"first", "final"}: the summaries of ``scoring.summarise``.
 
     Raises:
-        ValueError where a row's problem is not in ``source``.
+        ValueError naming the problem that is not in ``source``, or whose row lacks a field.
     """
     records = _by_origin(source)
     lost = next((row["origin"] for row in rows if row["origin"] not in records), None)
@@ -86,10 +87,14 @@ def score_rows(
             which: [answer_row(records[row["origin"]], row, which) for row in rows]
             for which in ROUNDS
         }
-        scored = {
-            which: scoring.score(name, answers, mode, pool, judge, advance)
-            for which, answers in asked.items()
-        }
+        try:
+            scored = {
+                which: scoring.score(name, answers, mode, pool, judge, advance)
+                for which, answers in asked.items()
+            }
+        except scoring.RowError as error:
+            where = "" if error.index is None else f"{rows[error.index]['origin']}: "
+            raise ValueError(f"{where}{error}") from None
     module = scoring.BENCHMARKS[name]
     out = []
     for row, first, final in zip(rows, scored["first"], scored["final"], strict=True):
@@ -106,10 +111,10 @@ def score_rows(
 
 
 def _by_origin(source: Sequence[Record]) -> dict[str, Record]:
-    """The readable records; those that cannot be read have no rows."""
+    """The readable records, without their images; those that cannot be read have no rows."""
     found = {}
     for index in range(len(source)):
         with contextlib.suppress(ValueError):
             record = source[index]
-            found[record.origin] = record
+            found[record.origin] = dataclasses.replace(record, images=())
     return found

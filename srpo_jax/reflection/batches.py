@@ -60,28 +60,27 @@ class BatchDriver(Driver):
             async with asyncio.TaskGroup() as group:
                 await room.acquire()
                 async for batch in batches:
+                    self._away |= set(batch[2])
                     group.create_task(finish(*batch))
                     await room.acquire()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None  # one line is enough: the others say the same
 
     async def _opened(self, client: BatchClient) -> AsyncIterator[Batch]:
-        """The batches that an earlier run left; what never reached the vendor is sent now."""
+        """The batches that an earlier run left.
+
+        One that never reached the vendor is forgotten: its requests go out anew, within the limits.
+        """
         rows = self.store.query(
             "SELECT key, batch, members FROM batches WHERE stage = ? AND state != 'collected'",
             (self.stage,),
         )
         for key, name, text in list(rows):
-            members = [member for member in json.loads(text) if member in self._todo]
-            self._away |= set(members)
-            name = name or await client.find(key)
-            if name:
+            if name := name or await client.find(key):
                 self._mark(key, name, "submitted")
-                yield key, name, members
-            elif requests := await self._build(deque(members), len(members)):
-                yield await self._submit(client, key, requests)
+                yield key, name, json.loads(text)
             else:
-                self._mark(key, "", "collected")
+                self.store.db.execute("DELETE FROM batches WHERE key = ?", (key,))
 
     async def _new(self, client: BatchClient) -> AsyncIterator[Batch]:
         """Batches of everything that is not at the vendor's yet."""
@@ -92,8 +91,10 @@ class BatchDriver(Driver):
                 key, members = uuid.uuid4().hex, list(requests)
                 row = (key, self.stage, "", "submitting", json.dumps(members))
                 self.store.db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
-                self._away |= set(members)
-                yield await self._submit(client, key, requests)
+                name = await client.submit(requests, key)
+                self._mark(key, name, "submitted")
+                self.say(f"{self.stage}: batch {name} of {len(requests)} requests submitted")
+                yield key, name, members
 
     async def _room(self) -> int:
         """How many requests the next batch may have; 0 when the stage is to stop.
@@ -137,12 +138,6 @@ class BatchDriver(Driver):
         for name, error in unread:
             self._store(self._unreadable(self._todo.pop(name), error), self._outcome)
         return requests
-
-    async def _submit(self, client: BatchClient, key: str, requests: dict[str, Request]) -> Batch:
-        name = await client.submit(requests, key)
-        self._mark(key, name, "submitted")
-        self.say(f"{self.stage}: batch {name} of {len(requests)} requests submitted")
-        return key, name, list(requests)
 
     async def _finish(self, client: BatchClient, key: str, name: str) -> None:
         """Wait for a batch and collect it; what arrived is no longer to be done."""
