@@ -20,20 +20,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from srpo_jax import accounting, setup
 from srpo_jax.benchmarks import scoring
-from srpo_jax.benchmarks.evaluation import score_rows
+from srpo_jax.benchmarks.both_answers import score_rows
 from srpo_jax.benchmarks.load import load
-from srpo_jax.checkpoint import gather_bytes
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.grading.answers import gold_problem
-from srpo_jax.grading.template import TokenText
-from srpo_jax.grading.verifier import Verifier
-from srpo_jax.metrics import write_jsonl
-from srpo_jax.rollout import Generator, Graded, Sampled, make_token_text, sampling_config
-from srpo_jax.runtime import CompileGuard, RunError, StopRequest, below, flat_config
-from srpo_jax.setup import Parts
-from srpo_jax.steps import make_encode_step
+from srpo_jax.learn.steps import make_encode_step
+from srpo_jax.report import accounting
+from srpo_jax.rewards.answers import gold_problem
+from srpo_jax.rewards.template import TokenText
+from srpo_jax.rewards.verifier import Verifier
+from srpo_jax.run import setup
+from srpo_jax.run.checkpoint import gather_bytes
+from srpo_jax.run.metrics import write_jsonl
+from srpo_jax.run.rollout import Generator, Graded, Sampled, make_token_text, sampling_config
+from srpo_jax.run.runtime import CompileGuard, RunError, StopRequest, below, flat_config
+from srpo_jax.run.setup import Parts
 from srpo_jax.structs import BLOCKS, Params
 
 Row = dict[str, Any]

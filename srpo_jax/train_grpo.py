@@ -23,14 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srpo_jax import grpo, optim, setup, sharding
-from srpo_jax.checkpoint import own_buffers
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.evaluate import make_evaluator
-from srpo_jax.grading.answers import gold_problem
-from srpo_jax.groups import Pool, informative
-from srpo_jax.metrics import merge_metrics, write_jsonl
-from srpo_jax.rollout import (
+from srpo_jax.learn import grpo, optim
+from srpo_jax.learn.state import merge_params
+from srpo_jax.learn.steps import make_encode_step, make_grpo_step, make_logp_step, micro_indices
+from srpo_jax.model import sharding
+from srpo_jax.rewards.answers import gold_problem
+from srpo_jax.run import setup
+from srpo_jax.run.checkpoint import own_buffers
+from srpo_jax.run.metrics import merge_metrics, write_jsonl
+from srpo_jax.run.pool import Pool, informative
+from srpo_jax.run.rollout import (
     Generator,
     Round,
     Sampled,
@@ -42,10 +46,8 @@ from srpo_jax.rollout import (
     sampling_config,
     vision_work,
 )
-from srpo_jax.runtime import RunError
-from srpo_jax.session import Session
-from srpo_jax.state import merge_params
-from srpo_jax.steps import make_encode_step, make_grpo_step, make_logp_step, micro_indices
+from srpo_jax.run.runtime import RunError
+from srpo_jax.run.session import Session
 from srpo_jax.structs import Batch, Params, TrainState, Verdict
 
 SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")

@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from srpo_jax import optim, setup, sharding
 from srpo_jax.data.encoders import SftEncoder
 from srpo_jax.data.loader import LoadedBatch
 from srpo_jax.evaluate import make_evaluator
-from srpo_jax.rollout import make_flops, make_token_text, vision_work
-from srpo_jax.runtime import RunError
-from srpo_jax.session import Session
-from srpo_jax.steps import SftConfig, make_encode_step, make_sft_step
+from srpo_jax.learn import optim
+from srpo_jax.learn.steps import SftConfig, make_encode_step, make_sft_step
+from srpo_jax.model import sharding
+from srpo_jax.run import setup
+from srpo_jax.run.rollout import make_flops, make_token_text, vision_work
+from srpo_jax.run.runtime import RunError
+from srpo_jax.run.session import Session
 
 SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "time/step")
 

@@ -19,7 +19,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import jax  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 
-from srpo_jax import rollout, session, train_grpo, train_sft  # noqa: E402
+from srpo_jax import train_grpo, train_sft  # noqa: E402
+from srpo_jax.run import rollout, session  # noqa: E402
 
 
 def prepare(config, world: Path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from srpo_jax.accounting import CONFIDENT, majority_at_k, paired, pass_at_k, stop_curve
+from srpo_jax.report.accounting import CONFIDENT, majority_at_k, paired, pass_at_k, stop_curve
 
 
 def samples(origin, answers, right=()):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from srpo_jax.grading.answers import (
+from srpo_jax.rewards.answers import (
     answer_problem,
     boxed,
     choice_indices,
@@ -16,8 +16,8 @@ from srpo_jax.grading.answers import (
     gold_kind,
     gold_problem,
 )
-from srpo_jax.grading.quantities import canonical_unit, parse_quantity
-from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards.quantities import canonical_unit, parse_quantity
+from srpo_jax.rewards.verifier import Verifier
 
 
 @pytest.fixture(scope="module")

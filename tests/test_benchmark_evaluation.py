@@ -13,9 +13,9 @@ import train_helpers as helpers
 from openai_server import Server
 
 from srpo_jax import evaluate
-from srpo_jax.benchmarks.evaluation import answer_row, score_rows
+from srpo_jax.benchmarks.both_answers import answer_row, score_rows
 from srpo_jax.data.records import Record
-from srpo_jax.runtime import RunError
+from srpo_jax.run.runtime import RunError
 from srpo_jax.structs import BLOCKS
 from tools import score_eval
 

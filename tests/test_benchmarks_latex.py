@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from srpo_jax.benchmarks.latex_tokens import LatexError
-from srpo_jax.benchmarks.latex_value import latex_value
+from srpo_jax.benchmarks.latex.tokens import LatexError
+from srpo_jax.benchmarks.latex.value import latex_value
 
 # Values were taken from latex2sympy2 1.9.1 with its output run as Python, as MathVision does.
 VALUES = {

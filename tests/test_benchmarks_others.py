@@ -7,7 +7,7 @@ import pytest
 from srpo_jax.benchmarks import emma, mathverse, olympiadbench, wemath
 from srpo_jax.benchmarks.common import RowError
 from srpo_jax.benchmarks.word_numbers import word_number
-from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards.verifier import Verifier
 
 # ------------------------------------------------------------------------------------------ EMMA
 

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax import checkpoint
-from srpo_jax.checkpoint import CheckpointError, Checkpoints
+from srpo_jax.run import checkpoint
+from srpo_jax.run.checkpoint import CheckpointError, Checkpoints
 from srpo_jax.structs import TrainState
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from srpo_jax.metrics import write_jsonl
-from tools import cli, compare_evals, eval_folders
+from srpo_jax.run.metrics import write_jsonl
+from tools import compare_evals
+from tools.lib import cli, eval_folders
 
 
 def rows(first, final, **same):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_hf import assert_same_tensors, read_all, write_tiny
 
-from srpo_jax import checkpoint, sharding
-from srpo_jax.model import hf, hf_write
+from srpo_jax.model import hf, hf_write, sharding
 from srpo_jax.model.qwen2_5_vl import abstract_params
-from tools import cli, convert_hf
+from srpo_jax.run import checkpoint
+from tools import convert_hf
+from tools.lib import cli
 
 
 def run(*arguments):

@@ -12,12 +12,12 @@ from PIL import Image
 from srpo_jax.data.encoders import PromptEncoder, SftEncoder
 from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.data.records import load_image, open_records
-from srpo_jax.grading.answers import gold_problem
-from srpo_jax.grading.grade import grade
-from srpo_jax.grading.template import TokenText
-from srpo_jax.grading.verifier import Verifier
 from srpo_jax.model.config import load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.rewards.answers import gold_problem
+from srpo_jax.rewards.grade import grade
+from srpo_jax.rewards.template import TokenText
+from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS
 from tools.demo import data, report, run, stages, tiles
 
@@ -175,7 +175,7 @@ def test_the_longest_response_fits_the_budget(processor):
     four = (("yellow", 9), ("purple", 9), ("black", 1), ("green", 5))
     problem = tiles.Problem("sum", ("yellow", "purple"), four)
     fields = tiles.reflection_fields(problem, np.random.default_rng(0))
-    from srpo_jax.prompts import srpo_response
+    from srpo_jax.data.prompts import srpo_response
 
     text = srpo_response(*(fields[name] for name in data.BLOCK_FIELDS)) + "<|im_end|>"
     assert len(processor.tokenizer.encode(text)) == 32 <= run.COMPLETION_TOKENS

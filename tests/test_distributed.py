@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import train_helpers as helpers
 
-from srpo_jax import checkpoint
-from srpo_jax.metrics import read_rows
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
+from srpo_jax.run import checkpoint
+from srpo_jax.run.metrics import read_rows
 
 DRIVER = Path(__file__).resolve().parent / "distributed_run.py"
 

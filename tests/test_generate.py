@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from srpo_jax.prompts import plain_messages
-from srpo_jax.sharding import make_mesh
+from srpo_jax.data.prompts import plain_messages
+from srpo_jax.model.sharding import make_mesh
 from tests.data_helpers import noise_image
 from tests.tool_helpers import read_jsonl, write_hf
-from tools import cli, generate, loading
+from tools import generate
+from tools.lib import cli, loading
 
 # Two images each: one shape of batch, and so few programs.
 RECORDS = [

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import train_helpers as helpers
 
-from srpo_jax import checkpoint
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import open_records
-from srpo_jax.groups import Pool, informative
+from srpo_jax.run import checkpoint
+from srpo_jax.run.pool import Pool, informative
 from srpo_jax.structs import Rollout, Verdict
 
 G, R = 4, 6

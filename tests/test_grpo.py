@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax import grpo
-from srpo_jax.grpo import GrpoConfig
+from srpo_jax.learn import grpo
+from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.structs import Rollout, Verdict
 
 P, G, R = 2, 2, 4

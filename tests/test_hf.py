@@ -12,8 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from srpo_jax import sharding
-from srpo_jax.model import hf, hf_table, hf_write
+from srpo_jax.model import hf, hf_table, hf_write, sharding
 from srpo_jax.model.config import ModelConfig, load_config, size_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from tools import make_hf

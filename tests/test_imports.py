@@ -13,27 +13,26 @@ PACKAGE = ROOT / "srpo_jax"
 # A module imports only what stands above it; names in one string share a level's order.
 ORDER = """
 structs
+data.prompts data.images data.records data.vision_arrays data.batching data.processing
+data.encoders data.quarantine data.stream data.loader
 model.config model.layers model.attention model.vision model.text model.qwen2_5_vl
-model.hf_table model.hf_write model.hf
-sharding prompts
-data.images data.records data.vision_arrays data.batching data.processing data.encoders
-data.quarantine data.stream data.loader
+model.hf_table model.hf_write model.hf model.sharding
 sampling.logits sampling.slots sampling.sampler
-grading.template grading.quantities grading.answers grading.verifier grading.grade
+rewards.template rewards.quantities rewards.answers rewards.verifier rewards.grade rewards.terms
+learn.losses learn.optim learn.grpo learn.state learn.steps
+run.checkpoint run.metrics run.runtime run.setup run.rollout
 remote.limits remote.protocol remote.client remote.batch
 reflection.store reflection.settings reflection.teach reflection.duplicates reflection.check
 reflection.accept reflection.items reflection.select reflection.drive reflection.batches
 reflection.stages reflection.write reflection.sample reflection.page
-benchmarks.common benchmarks.latex_tokens benchmarks.latex_tree benchmarks.latex_value
+benchmarks.common benchmarks.latex.tokens benchmarks.latex.tree benchmarks.latex.value
 benchmarks.mathvision benchmarks.mathvista benchmarks.mmmu_pro benchmarks.mmmu
 benchmarks.word_numbers benchmarks.emma benchmarks.mathverse benchmarks.wemath benchmarks.mmk12
-benchmarks.olympiad_judge benchmarks.olympiadbench benchmarks.judge_cache
-benchmarks.judge_client benchmarks.judge benchmarks.scoring benchmarks.load benchmarks.quality
-benchmarks.evaluation benchmarks.download
-rewards losses optim grpo state steps
-checkpoint metrics runtime setup rollout
-accounting report.table report.page
-evaluate session groups train_sft train_grpo
+benchmarks.olympiad_rule benchmarks.olympiadbench benchmarks.judge.cache
+benchmarks.judge.client benchmarks.judge.flows benchmarks.scoring benchmarks.load
+benchmarks.both_answers benchmarks.download
+report.quality report.accounting report.table report.page
+evaluate run.session run.pool train_sft train_grpo
 """.split()
 
 # Folder or module -> third-party packages that may appear there.
@@ -41,8 +40,6 @@ CORE = {"jax", "flax", "optax", "numpy"}
 THIRD_PARTY = {
     "structs": CORE,
     "model": CORE | {"safetensors"},
-    "sharding": CORE,
-    "prompts": set(),
     "data": {
         "numpy",
         "grain",
@@ -55,17 +52,14 @@ THIRD_PARTY = {
         "array_record",
     },
     "sampling": CORE,
-    "grading": {"numpy", "math_verify", "sympy", "latex2sympy2_extended"},
+    "rewards.terms": CORE,
+    "rewards": {"numpy", "math_verify", "sympy", "latex2sympy2_extended"},
     "remote": {"openai", "aiohttp", "httpx2"},
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},
     "benchmarks.download": {"datasets"},
     "benchmarks": {"sympy", "pyarrow", "numpy", "jinja2"},
-    "accounting": {"numpy"},
-    "report": {"jinja2", "PIL"},
-    "rewards": CORE,
-    "losses": CORE,
-    "optim": CORE,
-    "steps": CORE,
+    "report": {"jinja2", "PIL", "numpy"},
+    "learn": CORE,
 }
 
 
@@ -132,7 +126,7 @@ def test_modules_are_short_and_say_what_they_are(path):
 
 
 def test_grading_workers_start_without_jax():
-    code = "import sys, srpo_jax.grading.verifier; sys.exit('jax' in sys.modules)"
+    code = "import sys, srpo_jax.rewards.verifier; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

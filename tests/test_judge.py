@@ -10,17 +10,19 @@ import time
 
 import pytest
 
-from srpo_jax.benchmarks import judge_client, scoring
-from srpo_jax.benchmarks.judge import settled
-from srpo_jax.benchmarks.judge_cache import JudgeCache, request_key
-from srpo_jax.benchmarks.judge_client import Judge, NoJudgement
+from srpo_jax.benchmarks import scoring
+from srpo_jax.benchmarks.judge import client as judge_client
+from srpo_jax.benchmarks.judge.cache import JudgeCache, request_key
+from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
+from srpo_jax.benchmarks.judge.flows import settled
 from srpo_jax.remote.protocol import Endpoint, Fatal, Request
 from tests import judge_world
 from tests.benchmark_helpers import parity_rows, without, write_rows
 from tests.judge_world import KEY, answer, kind, prompt
 from tests.openai_server import HTTPError, Server
 from tests.tool_helpers import read_jsonl
-from tools import cli, score_benchmark
+from tools import score_benchmark
+from tools.lib import cli
 
 K12 = {"question": "How many cups?", "answer": "two cups", "subject": "math"}
 VISTA = {

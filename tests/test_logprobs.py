@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srpo_jax.sharding import make_mesh
+from srpo_jax.model.sharding import make_mesh
 from tests.data_helpers import hf_processor, noise_image
 from tests.tool_helpers import SIZES, read_jsonl, write_hf
-from tools import loading, logprobs
+from tools import logprobs
+from tools.lib import loading
 
 
 def image(path: str) -> dict:

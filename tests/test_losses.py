@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from srpo_jax import losses
+from srpo_jax.learn import losses
 
 B, T, D, V = 2, 7, 8, 33
 

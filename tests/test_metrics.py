@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax import metrics
-from srpo_jax.metrics import MetricWriter, ModelFlops, Timers, read_rows
+from srpo_jax.run import metrics
+from srpo_jax.run.metrics import MetricWriter, ModelFlops, Timers, read_rows
 
 
 def writer(tmp_path, **kw) -> MetricWriter:

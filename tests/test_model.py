@@ -29,7 +29,7 @@ from srpo_jax.model import qwen2_5_vl
 from srpo_jax.model.attention import attention
 from srpo_jax.model.layers import RMSNorm, SwiGLU, rotate, text_mrope
 from srpo_jax.model.qwen2_5_vl import abstract_params, bind, init_params
-from srpo_jax.sharding import batch_sharding, make_mesh, param_specs
+from srpo_jax.model.sharding import batch_sharding, make_mesh, param_specs
 
 # --- what a token may see ----------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax import optim
-from srpo_jax.optim import OptimConfig
+from srpo_jax.learn import optim
+from srpo_jax.learn.optim import OptimConfig
 from srpo_jax.structs import TrainState
 
 PARAMS = {

@@ -11,9 +11,8 @@ import hf_reference as ref  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from srpo_jax import sharding  # noqa: E402
 from srpo_jax.data.vision_arrays import mrope_positions  # noqa: E402
-from srpo_jax.model import hf  # noqa: E402
+from srpo_jax.model import hf, sharding  # noqa: E402
 from srpo_jax.model.config import load_config  # noqa: E402
 from srpo_jax.model.qwen2_5_vl import bind  # noqa: E402
 

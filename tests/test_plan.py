@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from configs import grpo as recipe
-from srpo_jax import optim, sharding
-from srpo_jax.grpo import GrpoConfig
+from srpo_jax.learn import optim
+from srpo_jax.learn.grpo import GrpoConfig
+from srpo_jax.model import sharding
 from srpo_jax.model.config import size_config
-from srpo_jax.runtime import RunError
+from srpo_jax.run.runtime import RunError
 from srpo_jax.sampling.sampler import SamplingConfig
 from tools import plan
 

@@ -17,8 +17,8 @@ from srpo_jax.data.processing import (
     mrope_positions,
     token_bytes,
 )
+from srpo_jax.data.prompts import srpo_messages, srpo_response
 from srpo_jax.data.records import RecordError
-from srpo_jax.prompts import srpo_messages, srpo_response
 
 PIXELS = {"min_pixels": 3136, "max_pixels": 50_176}
 SIZES = [(56, 56), (100, 37), (500, 400), (1, 90), (3, 200), (28, 28), (1, 1), (700, 7)]

@@ -6,8 +6,7 @@ import pytest
 
 from srpo_jax.data.encoders import SftEncoder, conversation_images, sft_response
 from srpo_jax.data.images import RecordError
-from srpo_jax.data.records import Record
-from srpo_jax.prompts import (
+from srpo_jax.data.prompts import (
     PLAIN_SYSTEM_PROMPT,
     SYSTEM_PROMPT,
     TAGS,
@@ -20,6 +19,7 @@ from srpo_jax.prompts import (
     srpo_response,
     user_message,
 )
+from srpo_jax.data.records import Record
 from srpo_jax.structs import BLOCKS
 
 FIVE = re.compile(

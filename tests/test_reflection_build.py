@@ -20,12 +20,12 @@ import reflection_world
 
 from srpo_jax.data.encoders import sft_response
 from srpo_jax.data.records import open_records
-from srpo_jax.grading.verifier import Verifier
 from srpo_jax.reflection import batches
 from srpo_jax.reflection import settings as settings_lib
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
 from srpo_jax.reflection.write import account
+from srpo_jax.rewards.verifier import Verifier
 from tools import build_reflection_data as tool
 from tools.demo import tiles
 

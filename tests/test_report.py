@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srpo_jax.metrics import write_jsonl
 from srpo_jax.report import page, table
-from tools import cli, eval_report
+from srpo_jax.run.metrics import write_jsonl
+from tools import eval_report
+from tools.lib import cli
 
 RATES = {
     "acc@1": 0.4, "acc@2": 0.5, "fix": 0.25, "harm": 0.125, "net_gain": 0.1,

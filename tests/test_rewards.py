@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax import rewards
-from srpo_jax.grading import template
-from srpo_jax.grading.grade import grade, grade_sequences
-from srpo_jax.grading.template import TokenText
-from srpo_jax.grading.verifier import Verifier
-from srpo_jax.rewards import compute_rewards, length_factor
+from srpo_jax.rewards import template
+from srpo_jax.rewards import terms as rewards
+from srpo_jax.rewards.grade import grade, grade_sequences
+from srpo_jax.rewards.template import TokenText
+from srpo_jax.rewards.terms import compute_rewards, length_factor
+from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import Verdict
 
 OUTCOMES = {"rr": (True, True), "wr": (False, True), "rw": (True, False), "ww": (False, False)}

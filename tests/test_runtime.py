@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from srpo_jax.runtime import (
+from srpo_jax.run.runtime import (
     CompileGuard,
     RunError,
     StopRequest,
@@ -108,7 +108,7 @@ def test_first_signal_asks_and_old_handlers_come_back():
 def test_second_signal_kills():
     code = (
         "import os, signal, time\n"
-        "from srpo_jax.runtime import StopRequest\n"
+        "from srpo_jax.run.runtime import StopRequest\n"
         "with StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -10,9 +10,9 @@ import pytest
 
 from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params, bind
+from srpo_jax.model.sharding import make_mesh, param_specs, to_global
 from srpo_jax.sampling import logits as sampling_logits
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
-from srpo_jax.sharding import make_mesh, param_specs, to_global
 from srpo_jax.structs import Batch, Rollout
 
 V, EOS, PAD = 48, (40, 41), 47

@@ -8,10 +8,11 @@ import time
 import pytest
 
 from srpo_jax.benchmarks import scoring
-from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards.verifier import Verifier
 from tests.benchmark_helpers import parity_rows, without, write_rows
 from tests.tool_helpers import read_jsonl
-from tools import cli, score_benchmark
+from tools import score_benchmark
+from tools.lib import cli
 
 VISION = {"id": "1", "choices": [], "answer": "60", "level": 2, "subject": "algebra"}
 PRO = {

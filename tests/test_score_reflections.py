@@ -5,14 +5,15 @@ import time
 
 import pytest
 
-from srpo_jax.benchmarks import quality
 from srpo_jax.benchmarks.common import RowError
-from srpo_jax.prompts import srpo_response
+from srpo_jax.data.prompts import srpo_response
+from srpo_jax.report import quality
 from tests.benchmark_helpers import write_rows
 from tests.judge_world import KEY, answer, prompt
 from tests.openai_server import Server
 from tests.tool_helpers import read_jsonl
-from tools import cli, score_reflections
+from tools import score_reflections
+from tools.lib import cli
 
 FIRST = "There are three rows of four cups so we add three and four and get seven."
 REVIEW = "Adding is a mistake: rows of equal length call for a product."

@@ -7,9 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from srpo_jax.data.processing import token_bytes
-from srpo_jax.grading.template import TokenText, parse_response
+from srpo_jax.rewards.template import TokenText, parse_response
 from srpo_jax.structs import BLOCKS
-from tools import cli, score_responses
+from tools import score_responses
+from tools.lib import cli
 
 TAG_BYTES = len(
     "<think></think><answer></answer><reflection></reflection><think></think><answer></answer>"

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax import sharding
+from srpo_jax.model import sharding
 from srpo_jax.model.config import size_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
 

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax import losses, sharding, state, steps
 from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, stack_rows, vision_arrays
-from srpo_jax.grpo import GrpoConfig
+from srpo_jax.learn import losses, state, steps
+from srpo_jax.learn.grpo import GrpoConfig
+from srpo_jax.learn.optim import OptimConfig, Optimizer, make_optimizer
+from srpo_jax.learn.steps import SftConfig
+from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params, bind
-from srpo_jax.optim import OptimConfig, Optimizer, make_optimizer
-from srpo_jax.rewards import compute_rewards
-from srpo_jax.steps import SftConfig
+from srpo_jax.rewards.terms import compute_rewards
 from srpo_jax.structs import Batch, Rollout, Verdict
 
 IMAGE = 60  # image token id

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from srpo_jax.grading.template import PROFILES, Completion, TokenText, parse_response
+from srpo_jax.rewards.template import PROFILES, Completion, TokenText, parse_response
 from srpo_jax.structs import BLOCKS
 
 BYTES = TokenText([bytes([i]) for i in range(256)])  # one token a byte: tokens are bytes

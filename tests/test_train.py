@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import train_helpers as helpers
 
-from srpo_jax import checkpoint, evaluate, rollout, session, setup, train_grpo, train_sft
-from srpo_jax.metrics import read_rows
+from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
-from srpo_jax.runtime import RunError
+from srpo_jax.run import checkpoint, rollout, session, setup
+from srpo_jax.run.metrics import read_rows
+from srpo_jax.run.runtime import RunError
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from srpo_jax.grading import verifier as verifier_module
-from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards import verifier as verifier_module
+from srpo_jax.rewards.verifier import Verifier
 
 HANG = ("$5$", "$9^{9^{9^9}}$")
 RIGHT, WRONG = (r"$\frac{1}{2}$", "$0.5$"), (r"$\frac{1}{2}$", "$0.6$")
@@ -50,7 +50,7 @@ def test_equal_pairs_are_checked_once_and_remembered(pool, monkeypatch):
 
 
 def test_a_named_function_is_called_instead_in_a_warm_worker():
-    module = "srpo_jax.benchmarks.olympiad_judge"
+    module = "srpo_jax.benchmarks.olympiad_rule"
     with Verifier(workers=1, time_limit_s=20, modules=[module]) as pool:
         judge = {"function": f"{module}:judge", "errors": [0.1]}
         assert pool.verify_math([("5", "5.05"), ("5", "5.2")], **judge) == [True, False]
@@ -109,7 +109,7 @@ def test_a_worker_that_died_between_checks_costs_nothing(pool):
 
 def test_workers_ignore_the_signals_that_stop_a_run_and_leave_when_it_ends():
     code = (
-        "import sys, time; from srpo_jax.grading.verifier import Verifier\n"
+        "import sys, time; from srpo_jax.rewards.verifier import Verifier\n"
         "pool = Verifier(1, 30); pool.verify_math([('$1$', '$2-1$')])\n"
         "print(pool._workers[0].process.pid, flush=True); time.sleep(100)"
     )
@@ -191,7 +191,7 @@ def run_python(code: str) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds mappings on Linux only")
 def test_memory_is_bounded_and_threads_still_start():
     code = """
-from srpo_jax.grading.verifier import _limit_memory
+from srpo_jax.rewards.verifier import _limit_memory
 import threading
 _limit_memory(300)
 for _ in range(8):
@@ -208,7 +208,7 @@ except MemoryError:
 def test_a_hung_orphan_is_ended_by_the_kernel():
     code = """
 import os, signal, time
-from srpo_jax.grading.verifier import _limit_cpu
+from srpo_jax.rewards.verifier import _limit_cpu
 pid = os.fork()
 if pid == 0:
     _limit_cpu(0.5)
@@ -223,7 +223,7 @@ print(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU)
 def test_a_worker_imports_neither_jax_nor_numpy_nor_the_callers_main():
     code = """
 import sys
-from srpo_jax.grading.verifier import math_equal
+from srpo_jax.rewards.verifier import math_equal
 assert math_equal("$0.5$", "$\\\\frac{1}{2}$")
 print(sorted({"jax", "numpy", "flax", "transformers"} & set(sys.modules)))
 """

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs import eval as eval_config
 from configs import grpo, sft
-from srpo_jax.runtime import flat_config
+from srpo_jax.run.runtime import flat_config
 from srpo_jax.structs import Verdict
 from tools.demo.tokenizer import SPECIAL_TOKENS, write_tokenizer
 from tools.make_hf import TOKEN_KEYS, make_config, write_random_hf

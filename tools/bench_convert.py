@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools import cli
+from tools.lib import cli
 
 MIB, GIB = 1 << 20, 1 << 30
 

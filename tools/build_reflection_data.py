@@ -37,7 +37,7 @@ from srpo_jax.reflection import stages
 from srpo_jax.reflection.items import Items
 from srpo_jax.reflection.store import STAGES, Store
 from srpo_jax.reflection.write import account, export, tally
-from tools import cli
+from tools.lib import cli
 
 STOPPED = 3  # exit code
 BUILDING = ("run", *STAGES)
@@ -89,7 +89,7 @@ def build(args: argparse.Namespace) -> int:
             store.set_meta("run", uuid.uuid4().hex)
         policy = None
         if settings.policy_hf_dir:
-            from tools.reflection_policy import open_policy  # loads jax only where it is needed
+            from tools.lib.reflection_policy import open_policy  # loads jax only where it is needed
 
             policy = lambda: open_policy(settings)  # noqa: E731
         run = stages.Run(store, settings, say, policy)

@@ -12,8 +12,8 @@ import argparse
 import json
 from typing import Any
 
-from srpo_jax.accounting import BOOTSTRAP, paired
-from tools import cli, eval_folders
+from srpo_jax.report.accounting import BOOTSTRAP, paired
+from tools.lib import cli, eval_folders
 
 KEYS = {  # -> which rows, and their field
     "final_correct": ("rows", "final_correct"),

@@ -24,10 +24,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from srpo_jax import checkpoint
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
-from tools import cli
+from srpo_jax.run import checkpoint
+from tools.lib import cli
 
 CHUNK_BYTES = 16 << 20  # of a stored chunk; a process that restores a shard reads whole chunks
 CHUNKS_AT_ONCE = 4
@@ -100,7 +100,7 @@ def chunks(leaf: hf.HFLeaf) -> Iterator[tuple[slice, ...]]:
 def import_hf(
     hf_dir: str | Path, out: str | Path, *, dtype: str | None = None, progress: hf.Progress
 ) -> None:
-    """HF directory -> parameter checkpoint; `srpo_jax.checkpoint.load_params` reads it.
+    """HF directory -> parameter checkpoint; `srpo_jax.run.checkpoint.load_params` reads it.
 
     Args:
         hf_dir: HF directory.

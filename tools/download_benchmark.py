@@ -7,7 +7,7 @@ import argparse
 
 from srpo_jax.benchmarks.download import PLACES, Place, download
 from srpo_jax.benchmarks.load import load
-from tools import cli
+from tools.lib import cli
 
 
 def make_parser() -> argparse.ArgumentParser:

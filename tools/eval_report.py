@@ -14,12 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from srpo_jax import accounting
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.records import load_image, open_records
-from srpo_jax.report import page, table
-from tools import cli, eval_folders
-from tools.eval_folders import Evaluation
+from srpo_jax.report import accounting, page, table
+from tools.lib import cli, eval_folders
+from tools.lib.eval_folders import Evaluation
 
 KS = (1, 2, 4, 8, 16, 32, 64)
 

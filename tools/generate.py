@@ -24,10 +24,10 @@ from srpo_jax.data.processing import Encoded
 from srpo_jax.data.records import to_record
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind
+from srpo_jax.model.sharding import to_global
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
-from srpo_jax.sharding import to_global
 from srpo_jax.structs import Params, Rollout, VisionInputs
-from tools import cli, loading
+from tools.lib import cli, loading
 
 
 def encode(model: loading.Model, row: loading.Row, args: argparse.Namespace) -> Encoded:

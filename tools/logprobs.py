@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from srpo_jax.data.processing import Encoded
-from srpo_jax.losses import token_logps
+from srpo_jax.learn.losses import token_logps
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.structs import Batch, Params
-from tools import cli, loading
+from tools.lib import cli, loading
 
 
 @functools.partial(jax.jit, static_argnums=0)

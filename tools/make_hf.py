@@ -20,7 +20,7 @@ import numpy as np
 from srpo_jax.model import hf, hf_write
 from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
-from tools import cli
+from tools.lib import cli
 
 # Config key -> the token that has this id in Qwen2.5-VL's tokenizer.
 TOKEN_KEYS = {

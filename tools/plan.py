@@ -27,15 +27,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from srpo_jax import optim, setup, sharding, steps
-from srpo_jax.grpo import GrpoConfig
+from srpo_jax.learn import optim, steps
+from srpo_jax.learn.grpo import GrpoConfig
+from srpo_jax.learn.state import FREEZE_VISION, abstract_state, state_shardings
+from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig, size_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.run import setup
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
-from srpo_jax.state import FREEZE_VISION, abstract_state, state_shardings
 from srpo_jax.structs import Batch, Rollout, Verdict, VisionInputs
-from tools import cli
-from tools.topologies import Topology, describe, memory_gib
+from tools.lib import cli
+from tools.lib.topologies import Topology, describe, memory_gib
 
 SIZES = ("3b", "7b", "32b", "72b")
 # Share of a device's memory that a program may plan with; the rest is the run-time's own.

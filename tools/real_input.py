@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srpo_jax.metrics import read_rows
 from srpo_jax.model.qwen2_5_vl import abstract_params
-from tools import cli, transformers_check
+from srpo_jax.run.metrics import read_rows
+from tools.lib import cli, transformers_check
 from tools.make_hf import TOKEN_KEYS, added_tokens, make_config, write_random_hf
 
 ROOT = Path(__file__).resolve().parents[1]

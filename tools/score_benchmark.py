@@ -17,8 +17,8 @@ import contextlib
 import sys
 
 from srpo_jax.benchmarks import scoring
-from srpo_jax.grading.verifier import Verifier
-from tools import cli, judge_options
+from srpo_jax.rewards.verifier import Verifier
+from tools.lib import cli, judge_options
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import contextlib
 from pathlib import Path
 
 from srpo_jax.benchmarks import scoring
-from tools import cli, eval_folders, judge_options
+from tools.lib import cli, eval_folders, judge_options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Score a folder; the exit code."""
-    from srpo_jax.benchmarks.evaluation import ROUNDS, score_rows
+    from srpo_jax.benchmarks.both_answers import ROUNDS, score_rows
     from srpo_jax.benchmarks.load import load
     from srpo_jax.evaluate import write_scores
 

@@ -19,9 +19,9 @@ import sys
 # Nothing here needs an accelerator, and one that is busy training must be left alone.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from srpo_jax.benchmarks import quality
 from srpo_jax.benchmarks.common import RowError
-from tools import cli, judge_options
+from srpo_jax.report import quality
+from tools.lib import cli, judge_options
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -22,13 +22,13 @@ import jax
 import numpy as np
 
 from srpo_jax.data.processing import token_bytes
-from srpo_jax.grading.answers import answer_problem
-from srpo_jax.grading.grade import grade_sequences
-from srpo_jax.grading.template import PROFILES, TokenText
-from srpo_jax.grading.verifier import Verifier
-from srpo_jax.rewards import ALPHA, compute_rewards
+from srpo_jax.rewards.answers import answer_problem
+from srpo_jax.rewards.grade import grade_sequences
+from srpo_jax.rewards.template import PROFILES, TokenText
+from srpo_jax.rewards.terms import ALPHA, compute_rewards
+from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS
-from tools import cli
+from tools.lib import cli
 
 CHUNK = 64  # responses graded together
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")

@@ -20,8 +20,8 @@ from srpo_jax.benchmarks.common import (
     option_text,
     response,
 )
-from srpo_jax.benchmarks.latex_tokens import LatexError
-from srpo_jax.benchmarks.latex_value import latex_value
+from srpo_jax.benchmarks.latex.tokens import LatexError
+from srpo_jax.benchmarks.latex.value import latex_value
 from srpo_jax.benchmarks.word_numbers import word_number
 
 NAME = "emma"

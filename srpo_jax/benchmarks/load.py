@@ -16,8 +16,8 @@ from typing import Any
 
 from srpo_jax.benchmarks import common
 from srpo_jax.benchmarks.scoring import BENCHMARKS
+from srpo_jax.data.prompts import IMAGE_MARK
 from srpo_jax.data.records import Record, RecordError, to_record
-from srpo_jax.prompts import IMAGE_MARK
 
 Row = dict[str, Any]
 

@@ -18,11 +18,11 @@ from srpo_jax.benchmarks.common import (
     given_extraction,
     response,
 )
-from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards.verifier import Verifier
 
 NAME = "olympiadbench"
 COUNTS = {150: "OE_MM_maths_en_COMP", 456: "OE_MM_physics_en_COMP"}
-WORKER_MODULES = ("srpo_jax.benchmarks.olympiad_judge",)
+WORKER_MODULES = ("srpo_jax.benchmarks.olympiad_rule",)
 JUDGE = f"{WORKER_MODULES[0]}:judge"
 DEFAULT_ERROR = 1e-8
 EMPTY = "the response is empty"

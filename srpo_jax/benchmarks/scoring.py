@@ -31,11 +31,11 @@ from srpo_jax.benchmarks.common import (
     gold,
     response,
 )
-from srpo_jax.grading.answers import answer_problem, boxed, extract_answer
-from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards.answers import answer_problem, boxed, extract_answer
+from srpo_jax.rewards.verifier import Verifier
 
 if TYPE_CHECKING:
-    from srpo_jax.benchmarks.judge_client import Judge
+    from srpo_jax.benchmarks.judge.client import Judge
 
 BENCHMARKS: dict[str, ModuleType] = {
     module.NAME: module
@@ -90,7 +90,7 @@ def score(
     if mode == "strict":
         scored = _strict(module, rows, pool)
     elif mode == JUDGE:
-        from srpo_jax.benchmarks.judge import judged  # its client takes seconds to import
+        from srpo_jax.benchmarks.judge.flows import judged  # its client takes seconds to import
 
         scored = judged(module, rows, judge, advance)
     elif module.official is None:

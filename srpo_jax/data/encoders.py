@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from srpo_jax.data.batching import Encoded
 from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
+from srpo_jax.data.prompts import MESSAGES, paper_sft_response, plain_response, srpo_response
 from srpo_jax.data.records import Record, RecordError, image_ref, load_image
-from srpo_jax.prompts import MESSAGES, paper_sft_response, plain_response, srpo_response
 
 TARGETS = ("rl_aligned", "paper", "plain", "gold")
 _SRPO_FIELDS = ("first_think", "first_answer", "reflection", "second_think", "second_answer")

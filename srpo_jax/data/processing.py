@@ -24,9 +24,9 @@ from srpo_jax.data.batching import (
     first_fit,
 )
 from srpo_jax.data.images import to_rgb
+from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS
 from srpo_jax.data.records import RecordError
 from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, vision_arrays
-from srpo_jax.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS
 
 __all__ = [
     "Encoded",

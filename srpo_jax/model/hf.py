@@ -273,7 +273,7 @@ def load_params(
     Args:
         hf_dir: directory with config.json beside safetensors in the released or the nested layout.
         cfg: the model, see `srpo_jax.model.config.load_config`.
-        shardings: parameter path -> sharding (`srpo_jax.sharding.param_specs`); None puts
+        shardings: parameter path -> sharding (`srpo_jax.model.sharding.param_specs`); None puts
             everything on the default device.
         dtype: dtype of the arrays, cast slice by slice; None keeps the stored one.
         progress: called after each parameter.

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from srpo_jax.data.prompts import CONTROL_TOKENS, block, boxed, paper_sft_response, srpo_response
 from srpo_jax.data.records import Record
-from srpo_jax.prompts import CONTROL_TOKENS, block, boxed, paper_sft_response, srpo_response
 from srpo_jax.reflection import check
 from srpo_jax.reflection.settings import Settings
 

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-from srpo_jax.grading.answers import choice_indices, extract_answer, plain_text
-from srpo_jax.grading.quantities import parse_quantity, same_quantity
+from srpo_jax.rewards.answers import choice_indices, extract_answer, plain_text
+from srpo_jax.rewards.quantities import parse_quantity, same_quantity
 
 MIN_OTHER_WORDS = 6  # a reflection that holds the gold must have so many words besides it
 MIN_LETTERS = 12  # less text than this has no language; an ideograph counts as _IDEOGRAPH letters

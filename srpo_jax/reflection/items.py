@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from srpo_jax.data.records import Record, RecordError, Records, load_image, open_records
-from srpo_jax.grading.answers import answer_problem
 from srpo_jax.reflection.duplicates import Print, fingerprint
 from srpo_jax.reflection.store import Store
+from srpo_jax.rewards.answers import answer_problem
 
 CHUNK = 1_000
 _THREADS = 4

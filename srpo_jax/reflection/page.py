@@ -17,8 +17,8 @@ import jinja2
 from PIL import Image
 
 from srpo_jax.data.images import to_rgb
-from srpo_jax.grading.answers import choice_indices
-from srpo_jax.prompts import letter
+from srpo_jax.data.prompts import letter
+from srpo_jax.rewards.answers import choice_indices
 
 THUMBNAIL = 512  # pixels of an image's longer side
 

@@ -7,11 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from srpo_jax import prompts as templates
+from srpo_jax.data import prompts as templates
 from srpo_jax.data.records import Record, RecordError
-from srpo_jax.grading.answers import extract_answer
-from srpo_jax.grading.template import Completion, parse_response
-from srpo_jax.grading.verifier import Verifier
 from srpo_jax.reflection import accept, teach
 from srpo_jax.reflection.batches import BatchDriver
 from srpo_jax.reflection.drive import Driver, Outcome, Progress, Task
@@ -20,6 +17,9 @@ from srpo_jax.reflection.select import call_up, select
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
 from srpo_jax.remote.protocol import Endpoint, Reply
+from srpo_jax.rewards.answers import extract_answer
+from srpo_jax.rewards.template import Completion, parse_response
+from srpo_jax.rewards.verifier import Verifier
 
 GRADE_CHUNK = 256
 NEXT_TRY = (

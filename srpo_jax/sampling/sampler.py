@@ -21,10 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind
+from srpo_jax.model.sharding import batch_sharding, num_data_shards, replicated, to_global
 from srpo_jax.sampling import logits as sampling_logits
 from srpo_jax.sampling import slots as blocks
 from srpo_jax.sampling.slots import Prompts, Slots
-from srpo_jax.sharding import batch_sharding, num_data_shards, replicated, to_global
 from srpo_jax.structs import Batch, Params, Rollout
 
 

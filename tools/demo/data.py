@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from srpo_jax.prompts import srpo_response
+from srpo_jax.data.prompts import srpo_response
 from tools.demo import tiles
 from tools.demo.tokenizer import train_tokenizer, write_tokenizer
 from tools.make_hf import TOKEN_KEYS, make_config, write_random_hf

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import cli
 from tools.demo import report, teacher, tiles
 from tools.demo import run as demo
 from tools.demo.stages import ROOT, Clock, Stage, run_stages
+from tools.lib import cli
 
 MODES = ("self", "gold_blind")
 CONTROL = "control"

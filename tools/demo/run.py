@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import cli, transformers_check
 from tools.demo import data, report, tiles
 from tools.demo.stages import ROOT, Clock, Stage, run_stages
+from tools.lib import cli, transformers_check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +215,7 @@ def check_export(folder: Path, clock: Clock) -> None:
     if not transformers_check.torch_is_there():
         clock.say(
             "torch is not installed, so transformers was not tried on the export; with it: python "
-            f"-m tools.transformers_check --hf_dir {hf_dir} --input {given}"
+            f"-m tools.lib.transformers_check --hf_dir {hf_dir} --input {given}"
         )
         return
     records = cli.read_jsonl(given)[:8]

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools import cli
+from tools.lib import cli
 
 Row = dict[str, Any]
 

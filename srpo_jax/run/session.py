@@ -8,22 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from srpo_jax import checkpoint, setup
-from srpo_jax.checkpoint import Checkpoints
 from srpo_jax.evaluate import Evaluator
-from srpo_jax.grading.verifier import Verifier
-from srpo_jax.metrics import MetricWriter, Timers, to_plain, utilisation
-from srpo_jax.optim import Optimizer
-from srpo_jax.runtime import (
-    CompileGuard,
-    StopRequest,
-    agree,
-    below,
-    check_config,
-    flat_config,
-)
-from srpo_jax.setup import Parts
-from srpo_jax.state import abstract_state, init_state, merge_params, state_shardings
+from srpo_jax.learn.optim import Optimizer
+from srpo_jax.learn.state import abstract_state, init_state, merge_params, state_shardings
+from srpo_jax.rewards.verifier import Verifier
+from srpo_jax.run import checkpoint, setup
+from srpo_jax.run.checkpoint import Checkpoints
+from srpo_jax.run.metrics import MetricWriter, Timers, to_plain, utilisation
+from srpo_jax.run.runtime import CompileGuard, StopRequest, agree, below, check_config, flat_config
+from srpo_jax.run.setup import Parts
 from srpo_jax.structs import TrainState
 
 # Config keys that a resumed run may change: they do not enter the numbers.

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from srpo_jax import optim, sharding
+from srpo_jax.learn import optim
+from srpo_jax.learn.optim import Optimizer
+from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params, init_params
-from srpo_jax.optim import Optimizer
 from srpo_jax.structs import Params, TrainState
 
 FREEZE_VISION = ("vision/",)  # the tower and its merger

@@ -13,8 +13,8 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
-from srpo_jax.benchmarks.latex_tokens import LatexError
-from srpo_jax.benchmarks.latex_tree import Tree, parse
+from srpo_jax.benchmarks.latex.tokens import LatexError
+from srpo_jax.benchmarks.latex.tree import Tree, parse
 
 MAX_BITS = 400_000  # of an integer; a larger one counts as having no value
 _MAX_FACTORIAL = 20_000

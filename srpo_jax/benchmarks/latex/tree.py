@@ -13,7 +13,7 @@ and its operands: "add", "sub", "mul", "div", "mod", "neg", "pow", "factorial", 
 from fractions import Fraction
 from itertools import islice
 
-from srpo_jax.benchmarks.latex_tokens import END, LatexError, Token, prepare, tokens
+from srpo_jax.benchmarks.latex.tokens import END, LatexError, Token, prepare, tokens
 
 Tree = tuple
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srpo_jax.benchmarks import scoring
-from tools import cli
+from tools.lib import cli
 
 if TYPE_CHECKING:
-    from srpo_jax.benchmarks.judge_client import Judge
+    from srpo_jax.benchmarks.judge.client import Judge
 
 UNAVAILABLE = 3  # exit code: some judgements did not arrive, the same command asks for them
 
@@ -68,7 +68,7 @@ def _price(text: str) -> float:
 
 def open_judge(args: argparse.Namespace) -> "Judge":
     """The judge of the command line; ValueError without a model."""
-    from srpo_jax.benchmarks.judge_client import Judge  # seconds to import: only where needed
+    from srpo_jax.benchmarks.judge.client import Judge  # seconds to import: only where needed
     from srpo_jax.remote.protocol import Endpoint
 
     if not args.judge_model:

@@ -17,7 +17,7 @@ from srpo_jax.data.batching import collate_packed
 from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import Record
-from srpo_jax.rollout import Graded, Sampled
+from srpo_jax.run.rollout import Graded, Sampled
 from srpo_jax.structs import Batch, Rollout, Verdict
 
 ROLLOUT_FIELDS = tuple(Rollout.__dataclass_fields__)

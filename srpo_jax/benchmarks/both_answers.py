@@ -14,11 +14,11 @@ from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.common import LETTERS, Row
 from srpo_jax.benchmarks.load import scoring_row
 from srpo_jax.data.records import Record
-from srpo_jax.grading.answers import choice_indices, extract_answer
-from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards.answers import choice_indices, extract_answer
+from srpo_jax.rewards.verifier import Verifier
 
 if TYPE_CHECKING:
-    from srpo_jax.benchmarks.judge_client import Judge
+    from srpo_jax.benchmarks.judge.client import Judge
 
 ROUNDS = {"first": ("first_answer",), "final": ("second_answer", "first_answer")}
 

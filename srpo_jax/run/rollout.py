@@ -11,19 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from srpo_jax import grpo, losses, setup, sharding
 from srpo_jax.data.loader import LoadedBatch
 from srpo_jax.data.processing import token_bytes
 from srpo_jax.data.records import Record
-from srpo_jax.grading.grade import grade
-from srpo_jax.grading.template import TokenText
-from srpo_jax.grading.verifier import Verifier
-from srpo_jax.metrics import ModelFlops
+from srpo_jax.learn import grpo, losses
+from srpo_jax.learn.state import relayout
+from srpo_jax.model import sharding
 from srpo_jax.model.qwen2_5_vl import abstract_params
-from srpo_jax.rewards import compute_rewards
+from srpo_jax.rewards.grade import grade
+from srpo_jax.rewards.template import TokenText
+from srpo_jax.rewards.terms import compute_rewards
+from srpo_jax.rewards.verifier import Verifier
+from srpo_jax.run import setup
+from srpo_jax.run.metrics import ModelFlops
+from srpo_jax.run.setup import Parts
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
-from srpo_jax.setup import Parts
-from srpo_jax.state import relayout
 from srpo_jax.structs import BLOCKS, Batch, Params, Rollout, Verdict
 
 

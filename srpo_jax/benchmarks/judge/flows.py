@@ -26,9 +26,9 @@ from srpo_jax.benchmarks.common import (
     gold,
     response,
 )
-from srpo_jax.benchmarks.judge_client import Ask, Judge, NoJudgement
-from srpo_jax.grading.answers import choice_indices, decide, gold_kind
+from srpo_jax.benchmarks.judge.client import Ask, Judge, NoJudgement
 from srpo_jax.reflection.teach import BadReply
+from srpo_jax.rewards.answers import choice_indices, decide, gold_kind
 
 # The end of a response holds its answer: an endless one must not cost a fortune.
 MAX_RESPONSE = 20_000  # characters

@@ -26,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from srpo_jax import grpo, losses, optim, sharding
-from srpo_jax.grpo import GrpoConfig
+from srpo_jax.learn import grpo, losses, optim
+from srpo_jax.learn.grpo import GrpoConfig
+from srpo_jax.learn.optim import Optimizer
+from srpo_jax.learn.state import FREEZE_VISION, abstract_state, state_shardings
+from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.layers import BATCH_AXES, shard
 from srpo_jax.model.qwen2_5_vl import Qwen2_5_VL, abstract_params, bind
-from srpo_jax.optim import Optimizer
-from srpo_jax.state import FREEZE_VISION, abstract_state, state_shardings
 from srpo_jax.structs import Batch, Params, Rollout, TrainState, Verdict, VisionInputs
 
 

@@ -17,9 +17,9 @@ from srpo_jax.data.records import RecordError, load_image
 from srpo_jax.model import hf
 from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
-from srpo_jax.sharding import make_mesh, num_data_shards, param_specs, to_global
+from srpo_jax.model.sharding import make_mesh, num_data_shards, param_specs, to_global
 from srpo_jax.structs import Batch, Params
-from tools import cli
+from tools.lib import cli
 
 DTYPES = ("float32", "bfloat16")
 

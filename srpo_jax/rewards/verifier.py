@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
-from srpo_jax.grading.answers import decide
+from srpo_jax.rewards.answers import decide
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 120.0  # importing sympy on a loaded machine; not part of any check's time
@@ -206,7 +206,7 @@ class _Worker:
         self.connection, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in kill)
         arguments = f"{theirs.fileno()}, {time_limit_s}, {memory_limit_mb}, {modules!r}"
-        program = f"from srpo_jax.grading.verifier import serve; serve({arguments})"
+        program = f"from srpo_jax.rewards.verifier import serve; serve({arguments})"
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # One thread each: the pool is the parallelism.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")

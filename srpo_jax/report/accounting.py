@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from srpo_jax.grading.answers import MAX_ANSWER_CHARS, choice_indices, extract_answer, plain_text
-from srpo_jax.grading.quantities import parse_quantity, same_quantity
+from srpo_jax.rewards.answers import MAX_ANSWER_CHARS, choice_indices, extract_answer, plain_text
+from srpo_jax.rewards.quantities import parse_quantity, same_quantity
 
 Row = dict[str, Any]
 

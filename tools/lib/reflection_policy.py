@@ -7,11 +7,12 @@ import numpy as np
 
 from srpo_jax.data.batching import Encoded
 from srpo_jax.data.images import RecordError
+from srpo_jax.data.prompts import MESSAGES
 from srpo_jax.data.records import load_image
-from srpo_jax.prompts import MESSAGES
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.stages import Ask
-from tools import generate, loading
+from tools import generate
+from tools.lib import loading
 
 MAX_PROMPT_TOKENS = 8192
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from srpo_jax.benchmarks.common import Row, RowError, choices, each, option_text
-from srpo_jax.grading.answers import boxed, decide
-from srpo_jax.grading.template import Completion, parse_response
 from srpo_jax.reflection.teach import BadReply
+from srpo_jax.rewards.answers import boxed, decide
+from srpo_jax.rewards.template import Completion, parse_response
 from srpo_jax.structs import BLOCKS
 
 if TYPE_CHECKING:
-    from srpo_jax.benchmarks.judge_client import Ask, Judge
+    from srpo_jax.benchmarks.judge.client import Ask, Judge
 
 GRAM = 3  # words of a run that counts as copied
 RESAMPLES = 2000  # of the bootstrap
@@ -229,7 +229,7 @@ def rated(
     ``no_judgement`` says why there is none, or the row has no reflection. Raises Fatal where no
     request can succeed.
     """
-    from srpo_jax.benchmarks.judge_client import NoJudgement  # its client takes seconds to import
+    from srpo_jax.benchmarks.judge.client import NoJudgement  # its client takes seconds to import
 
     async def one(ask: "Ask", row: Row) -> Row:
         if not row["quality"]["has_reflection"]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from srpo_jax.grading.quantities import Quantity, canonical_unit, parse_quantity, same_quantity
+from srpo_jax.rewards.quantities import Quantity, canonical_unit, parse_quantity, same_quantity
 
 MAX_ANSWER_CHARS = 2000  # a longer answer is wrong: no gold is that long, and checks cost more
 LETTERS = "ABCDEFGHIJ"  # the options where no choices are given

@@ -10,8 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from srpo_jax import losses
-from srpo_jax.rewards import RewardTerms, compute_rewards
+from srpo_jax.learn import losses
+from srpo_jax.rewards.terms import RewardTerms, compute_rewards
 from srpo_jax.structs import BLOCKS, Array, Rollout, Verdict
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.processing import Processor
+from srpo_jax.data.prompts import srpo_messages
 from srpo_jax.data.records import load_image, to_record
-from srpo_jax.prompts import srpo_messages
-from tools import cli, loading
+from tools.lib import cli, loading
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def torch_is_there() -> bool:
@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.parser(
-        __doc__, "python -m tools.transformers_check --hf_dir runs/hf --input test.jsonl"
+        __doc__, "python -m tools.lib.transformers_check --hf_dir runs/hf --input test.jsonl"
     )
     add = parser.add_argument
     add("--hf_dir", required=True, help="Hugging Face Qwen2.5-VL directory")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from srpo_jax.grading.answers import boxed, extract_answer
-from srpo_jax.grading.template import Completion, ParsedResponse, TokenText, parse_response
-from srpo_jax.grading.verifier import Verifier
+from srpo_jax.rewards.answers import boxed, extract_answer
+from srpo_jax.rewards.template import Completion, ParsedResponse, TokenText, parse_response
+from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS, Verdict
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from srpo_jax.benchmarks.judge_cache import JudgeCache, request_key
+from srpo_jax.benchmarks.judge.cache import JudgeCache, request_key
 from srpo_jax.reflection.teach import BadReply, object_schema, parse_reply
 from srpo_jax.remote.client import Client
 from srpo_jax.remote.protocol import Endpoint, Fatal, Rejected, Reply, Request, Unavailable

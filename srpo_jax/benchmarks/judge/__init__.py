@@ -1,0 +1,1 @@
+"""A language model as judge: its client, its cache, the flow of each benchmark."""

@@ -1,0 +1,1 @@
+"""LaTeX answers as values, as the official verdicts read them."""

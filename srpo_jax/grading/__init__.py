@@ -1,1 +1,0 @@
-"""From completion text to `Verdict`: template, answers, verification."""

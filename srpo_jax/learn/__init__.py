@@ -1,0 +1,1 @@
+"""How do parameters change? Losses, GRPO, optimizer, state, jitted steps."""

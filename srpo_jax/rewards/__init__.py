@@ -1,0 +1,1 @@
+"""What is a completion worth? Blocks, answers, verification, reward terms."""

@@ -1,0 +1,1 @@
+"""What surrounds a step? Set-up, processes, rollouts, checkpoints, logs, stopping."""
