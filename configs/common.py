@@ -8,11 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-SIZES = ("3b", "7b", "32b", "72b", "tiny")  # tiny: any small model, in float32
-MODES = ("full", "debug")  # debug: two steps of a few samples, to see that everything is in place
+from srpo_jax.model.sizes import SIZES  # tiny: any small model, in float32
 
-# Devices that share one copy of a matrix product's weights: heads, mlp and vocabulary.
-TENSOR_PARALLEL = {"3b": 1, "7b": 1, "32b": 4, "72b": 8, "tiny": 1}
+MODES = ("full", "debug")  # debug: two steps of a few samples, to see that everything is in place
 
 
 def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
@@ -68,7 +66,7 @@ def base(size: str) -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = 1  # across slices and nodes that share no fast interconnect
     config.mesh.fsdp = -1  # all devices that are left
-    config.mesh.tensor = TENSOR_PARALLEL[size]
+    config.mesh.tensor = SIZES[size].tensor_parallel
 
     config.distributed = ConfigDict()
     config.distributed.enabled = False  # True: several processes

@@ -12,9 +12,6 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# Prompts whose images and tokens one data shard holds at a time.
-PROMPTS_PER_ROW = {"3b": 2, "7b": 2, "32b": 1, "72b": 1, "tiny": 4}
-
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
@@ -32,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.root = ""  # folder that images must lie in; empty: the file's
     config.data.prompt = "srpo"  # or "plain": one round of think and answer (GRPO control)
     config.data.global_batch_size = 128  # prompts of a step (P 4.1)
-    config.data.prompts_per_row = PROMPTS_PER_ROW[args.size]  # memory of a micro-batch
+    config.data.prompts_per_row = common.SIZES[args.size].prompts_per_row  # memory of a micro-batch
     config.data.prompt_tokens = 1024  # budget, images included (R: prompt_max_len)
     # Patch slots of a row; a batch takes the smallest that fits. An image takes up to 2,560
     # patches (max_pixels / 14**2) plus the padding of its windows.

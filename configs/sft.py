@@ -11,9 +11,6 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# Conversations whose images and tokens one data shard holds at a time.
-SEQUENCES_PER_ROW = {"3b": 2, "7b": 1, "32b": 1, "72b": 1, "tiny": 4}
-
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
@@ -37,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # imitates all (P, R).
     config.data.mask_wrong_first = "auto"
     config.data.global_batch_size = 16  # R: 8 GPUs x 1 x accumulation 2
-    config.data.prompts_per_row = SEQUENCES_PER_ROW[args.size]
+    config.data.prompts_per_row = common.SIZES[args.size].sequences_per_row
     config.data.tokens = 4096  # budget of a conversation (R: cutoff_len)
     config.data.pack = False  # several conversations in one sequence; needs steps
     config.data.prompt_tokens = 1024  # budget of a prompt in the evaluation

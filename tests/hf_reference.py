@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, stack_rows, vision_arrays
+from srpo_jax.model.sizes import Shape
 from srpo_jax.structs import VisionInputs
 from tools.make_hf import make_config
 
@@ -54,7 +55,7 @@ Sequence_ = Sequence[Piece]
 
 def make_model(name: str, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """A float32 model whose every parameter is random and large enough that a wrong axis shows."""
-    config = Qwen2_5_VLConfig(**make_config(**CONFIGS[name], token_ids=TOKENS))
+    config = Qwen2_5_VLConfig(**make_config(Shape(**CONFIGS[name]), TOKENS))
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

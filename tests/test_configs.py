@@ -11,7 +11,7 @@ from configs import common, grpo, sft
 from configs import eval as evaluation
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.optim import OptimConfig, make_optimizer
-from srpo_jax.model.config import size_config
+from srpo_jax.model.sizes import size_config
 from srpo_jax.run.setup import optim_config
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from srpo_jax.model import hf, hf_table, hf_write, sharding
-from srpo_jax.model.config import ModelConfig, load_config, size_config
+from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.sizes import Shape, size_config
 from tools import make_hf
 
 IM_END, END = 130, 131
@@ -29,14 +30,13 @@ TOKENS = {
 }
 
 
-def tiny_config(**changes):
+def tiny_config(token_ids=TOKENS, **changes):
     """Odd sizes, all different, so that a swapped axis cannot fit by chance."""
     sizes = dict(
         hidden=48, layers=2, heads=6, kv_heads=2, mlp=40, vocab_size=144, vision_hidden=24,
         vision_depth=3, vision_heads=2, vision_mlp=20, full_blocks=(1,), tied=False,
-        token_ids=TOKENS,
     )  # fmt: skip
-    return make_hf.make_config(**(sizes | changes))
+    return make_hf.make_config(Shape(**(sizes | changes)), token_ids)
 
 
 def write_tiny(path, dtype="float32", tied=False, **kwargs):

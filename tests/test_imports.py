@@ -15,7 +15,7 @@ ORDER = """
 structs
 data.prompts data.images data.records data.vision_arrays data.batching data.processing
 data.encoders data.quarantine data.stream data.loader
-model.config model.layers model.attention model.vision model.text model.qwen2_5_vl
+model.config model.sizes model.layers model.attention model.vision model.text model.qwen2_5_vl
 model.hf_table model.hf_write model.hf model.sharding
 sampling.logits sampling.slots sampling.sampler
 rewards.template rewards.quantities rewards.answers rewards.verifier rewards.grade rewards.terms

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig, load_config, size_config
+from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.sizes import size_config
 
 # Keys as the released 3B file has them.
 FLAT = {

@@ -8,7 +8,7 @@ from configs import grpo as recipe
 from srpo_jax.learn import optim
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.model import sharding
-from srpo_jax.model.config import size_config
+from srpo_jax.model.sizes import size_config
 from srpo_jax.run.runtime import RunError
 from srpo_jax.sampling.sampler import SamplingConfig
 from tools import plan

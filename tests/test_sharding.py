@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from srpo_jax.model import sharding
-from srpo_jax.model.config import size_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.sizes import size_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from srpo_jax.model.sizes import Shape
 from tests.data_helpers import make_hf_dir
 from tools.make_hf import make_config, write_random_hf
 
@@ -34,7 +35,7 @@ def write_hf(folder: Path, size: str = "one kv head, tied", **spread: float) -> 
         "eos_token_id": added["<|im_end|>"],
         "bos_token_id": added["<|endoftext|>"],
     }
-    config = make_config(**SIZES[size], vocab_size=max(added.values()) + 9, token_ids=ids)
+    config = make_config(Shape(**SIZES[size], vocab_size=max(added.values()) + 9), ids)
     spread = dict(std=0.1, norm_std=0.3, bias_std=0.3) | spread
     write_random_hf(folder / "hf", config, tokenizer_dir, dtype="float32", **spread)
     return folder / "hf"

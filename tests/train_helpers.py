@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs import eval as eval_config
 from configs import grpo, sft
+from srpo_jax.model.sizes import Shape
 from srpo_jax.run.runtime import flat_config
 from srpo_jax.structs import Verdict
 from tools.demo.tokenizer import SPECIAL_TOKENS, write_tokenizer
@@ -32,7 +33,7 @@ def make_hf_dir(folder: Path, seed: int = 0) -> Path:
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ids = write_tokenizer(tokenizer, folder / "tokenizer")
-    config = make_config(
+    shape = Shape(
         hidden=16,
         layers=2,
         heads=2,
@@ -45,7 +46,9 @@ def make_hf_dir(folder: Path, seed: int = 0) -> Path:
         vision_mlp=32,
         full_blocks=(1,),
         tied=False,
-        token_ids={key: ids[token] for key, token in TOKEN_KEYS.items() if token in ids},
+    )
+    config = make_config(
+        shape, {key: ids[token] for key, token in TOKEN_KEYS.items() if token in ids}
     )
     out = folder / "hf"
     write_random_hf(out, config, folder / "tokenizer", seed=seed, dtype="float32", std=0.1)

@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from srpo_jax.model import hf, hf_write
-from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.sizes import Shape
 from tools.lib import cli
 
 # Config key -> the token that has this id in Qwen2.5-VL's tokenizer.
@@ -152,57 +153,16 @@ def added_tokens(tokenizer_dir: str | Path) -> dict[str, int]:
         raise ValueError(f"{file}: not a tokenizer.json with added_tokens: {error!r}") from error
 
 
-def make_config(
-    *,
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    mlp: int,
-    vocab_size: int,
-    vision_hidden: int,
-    vision_depth: int,
-    vision_heads: int,
-    vision_mlp: int,
-    full_blocks: tuple[int, ...],
-    tied: bool,
-    token_ids: Mapping[str, int],
-) -> dict[str, Any]:
-    """A config.json of these sizes in the released form; rotary sections keep 16 : 24 : 24.
+def make_config(shape: Shape, token_ids: Mapping[str, int]) -> dict[str, Any]:
+    """A config.json of this shape in the released form.
 
     Raises:
         ValueError: sizes that do not go together, naming the key.
     """
-    half = hidden // heads // 2
-    temporal = max(1, half // 4)
-    rest = half - temporal
-    cfg = ModelConfig(
-        vision=VisionConfig(
-            depth=vision_depth,
-            hidden_size=vision_hidden,
-            intermediate_size=vision_mlp,
-            num_heads=vision_heads,
-            out_hidden_size=hidden,
-            fullatt_block_indexes=full_blocks,
-            tokens_per_second=2,
-        ),
-        text=TextConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=128_000,
-            rms_norm_eps=1e-6,
-            mrope_section=(temporal, rest // 2, rest - rest // 2),
-        ),
-        tie_word_embeddings=tied,
-    )
-    too_large = {k: v for k, v in token_ids.items() if v >= vocab_size}
+    too_large = {k: v for k, v in token_ids.items() if v >= shape.vocab_size}
     if too_large:
-        raise ValueError(f"--vocab_size {vocab_size} is too small for token ids {too_large}")
-    return {**cfg.to_hf(), **token_ids}
+        raise ValueError(f"--vocab_size {shape.vocab_size} is too small for token ids {too_large}")
+    return {**shape.config().to_hf(), **token_ids}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -241,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.tokenizer and vocab <= max(ids.values()):  # a toy: the last ids of its vocabulary
         ids = {token: vocab - len(ids) + i for i, token in enumerate(ids)}
     full = args.full_blocks
-    config = make_config(
+    shape = Shape(
         hidden=args.hidden,
         layers=args.layers,
         heads=args.heads,
@@ -254,12 +214,12 @@ def main(args: argparse.Namespace) -> None:
         vision_mlp=args.vision_mlp or 4 * args.vision_hidden,
         full_blocks=tuple(range(3, args.vision_depth, 4)) if full is None else tuple(full),
         tied=args.tied,
-        token_ids={key: ids[token] for key, token in TOKEN_KEYS.items() if token in ids},
     )
+    token_ids = {key: ids[token] for key, token in TOKEN_KEYS.items() if token in ids}
     with cli.progress("writing", 100, "%") as advance:
         cfg = write_random_hf(
             args.out,
-            config,
+            make_config(shape, token_ids),
             args.tokenizer,
             seed=args.seed,
             dtype=args.dtype,

@@ -31,15 +31,15 @@ from srpo_jax.learn import optim, steps
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.state import FREEZE_VISION, abstract_state, state_shardings
 from srpo_jax.model import sharding
-from srpo_jax.model.config import ModelConfig, size_config
+from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.sizes import size_config
 from srpo_jax.run import setup
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
 from srpo_jax.structs import Batch, Rollout, Verdict, VisionInputs
 from tools.lib import cli
 from tools.lib.topologies import Topology, describe, memory_gib
 
-SIZES = ("3b", "7b", "32b", "72b")
 # Share of a device's memory that a program may plan with; the rest is the run-time's own.
 USABLE = 0.92
 OVERRIDE = "--config."
@@ -305,8 +305,6 @@ def recipe_programs(config: Any, mesh: Mesh) -> Iterator[Lowering]:
 
     Shapes are those of the largest patch budget. Raises ValueError where sizes do not divide.
     """
-    if config.size not in SIZES:
-        raise ValueError(f"size={config.size}: known are {', '.join(SIZES)}")
     model = size_config(config.size, **config.model)
     data, shards = config.data, sharding.num_data_shards(mesh)
     rows = setup.rows_per_shard(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.sizes import Shape
 from srpo_jax.run.metrics import read_rows
 from tools.lib import cli, transformers_check
 from tools.make_hf import TOKEN_KEYS, added_tokens, make_config, write_random_hf
@@ -106,7 +107,7 @@ def write_records(data: Path, out: Path) -> tuple[int, int]:
 def write_model(tokenizer: Path, out_dir: Path, width: int) -> int:
     """A random model of small width with the released vocabulary; returns its parameters."""
     ids = added_tokens(tokenizer)
-    config = make_config(
+    shape = Shape(
         hidden=width,
         layers=2,
         heads=4,
@@ -119,8 +120,8 @@ def write_model(tokenizer: Path, out_dir: Path, width: int) -> int:
         vision_mlp=128,
         full_blocks=(3,),
         tied=True,
-        token_ids={key: ids[token] for key, token in TOKEN_KEYS.items()},
     )
+    config = make_config(shape, {key: ids[token] for key, token in TOKEN_KEYS.items()})
     cfg = write_random_hf(out_dir, config, tokenizer, seed=0, dtype="float32", std=0.05)
     return sum(math.prod(leaf.shape) for leaf in abstract_params(cfg).values())
 

@@ -197,39 +197,6 @@ def load_config(hf_dir: str | Path, **overrides: Any) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def size_config(size: str, **overrides: Any) -> ModelConfig:
-    """The released Qwen2.5-VL of ``size``: "3b", "7b", "32b" or "72b"."""
-    if size not in _SIZES:
-        raise ValueError(f"size: {size!r} is not one of {', '.join(_SIZES)}")
-    vocab, width, mlp, layers, heads, kv_heads, vision_mlp = _SIZES[size]
-    return ModelConfig(
-        vision=VisionConfig(
-            hidden_size=1280,
-            intermediate_size=vision_mlp,
-            out_hidden_size=width,
-            tokens_per_second=2,
-        ),
-        text=TextConfig(
-            vocab_size=vocab,
-            hidden_size=width,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=128_000,
-            rms_norm_eps=1e-6,
-        ),
-        **({"tie_word_embeddings": size == "3b"} | overrides),
-    )
-
-
-# vocabulary, width, mlp, layers, query heads, key/value heads, vision mlp of the released models
-_SIZES = {
-    "3b": (151_936, 2048, 11_008, 36, 16, 2, 3420),
-    "7b": (152_064, 3584, 18_944, 28, 28, 4, 3420),
-    "32b": (152_064, 5120, 27_648, 64, 40, 8, 3456),
-    "72b": (152_064, 8192, 29_568, 80, 64, 8, 3456),
-}
 _TOKEN_IDS = (
     "image_token_id",
     "video_token_id",

@@ -23,8 +23,9 @@ from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import Record, open_records
 from srpo_jax.learn.optim import OptimConfig
 from srpo_jax.model import hf, sharding
-from srpo_jax.model.config import ModelConfig, load_config, size_config
+from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.sizes import size_config
 from srpo_jax.run import checkpoint
 from srpo_jax.run.runtime import RunError, agree, init_distributed, use_compilation_cache
 from srpo_jax.structs import Batch, Params

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from srpo_jax.data.prompts import srpo_response
+from srpo_jax.model.sizes import Shape
 from tools.demo import tiles
 from tools.demo.tokenizer import train_tokenizer, write_tokenizer
 from tools.make_hf import TOKEN_KEYS, make_config, write_random_hf
@@ -49,7 +50,7 @@ def write_model(data: Path, out_dir: Path, seed: int) -> int:
     tokenizer_dir = out_dir.with_name("tokenizer")
     ids = write_tokenizer(train_tokenizer(sft_texts(data)), tokenizer_dir)
     known = max(ids.values()) + 1
-    config = make_config(
+    shape = Shape(
         hidden=128,
         layers=3,
         heads=4,
@@ -62,8 +63,8 @@ def write_model(data: Path, out_dir: Path, seed: int) -> int:
         vision_mlp=256,
         full_blocks=(1,),
         tied=True,
-        token_ids={key: ids[token] for key, token in TOKEN_KEYS.items()},
     )
+    config = make_config(shape, {key: ids[token] for key, token in TOKEN_KEYS.items()})
     # One window is one picture; positions are few.
     config["vision_config"]["window_size"] = tiles.SIDE
     config["rope_theta"] = 10_000.0
