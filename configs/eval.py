@@ -25,7 +25,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sampling.max_new_tokens = 4096  # R: its evaluation scripts
     common.add_grading(config)
 
-    config.profile = "paper"  # whose format rules hold
+    config.reward = ConfigDict()
+    config.reward.profile = "paper"  # whose format rules hold
     config.bootstrap = 1000  # resamples for the 95 % intervals
 
     config.data = ConfigDict()

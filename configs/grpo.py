@@ -42,8 +42,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sampling.group_size = 8  # G (P 4.1)
     config.sampling.temperature = 1.0  # (P 4.1)
 
-    config.reward_profile = "paper"  # or "openrlhf", "verl_fixed", "grpo"
-    config.reward_alpha = 0.1  # weight of the length term (P 3.2, table 6)
+    config.reward = ConfigDict()
+    config.reward.profile = "paper"  # or "openrlhf", "verl_fixed", "grpo"
+    config.reward.alpha = 0.1  # weight of the length term (P 3.2, table 6)
 
     config.filter = ConfigDict()
     config.filter.low = 0.1  # groups whose mean correctness of the final answer lies outside

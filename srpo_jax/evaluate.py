@@ -27,6 +27,7 @@ from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.learn.steps import make_encode_step
 from srpo_jax.report import accounting
 from srpo_jax.rewards.answers import gold_problem
+from srpo_jax.rewards.profiles import PAPER, Profile, profile_named
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.run import setup
@@ -61,6 +62,7 @@ def evaluate(
         the summary (`summarise`), or None where a signal stopped the run early.
     """
     check_settings(config.eval)
+    profile = profile_named(config.reward.profile)
     parts = setup.start(config)
     params, origin = setup.load_weights(config, parts, config.model.dtype)
     kept = {k: v for k, v in flat_config(config.to_dict()).items() if not below(k, NOT_SETTINGS)}
@@ -77,7 +79,7 @@ def evaluate(
             make_token_text(parts),
             verifier,
             guard,
-            profile=config.profile,
+            profile=profile,
             prompt=config.data.prompt,
             encode=encode,
         )
@@ -330,7 +332,7 @@ def make_evaluator(
     verifier: Verifier,
     guard: CompileGuard,
     *,
-    profile: str = "paper",
+    profile: Profile = PAPER,
     prompt: str = "srpo",
     encode: Callable[..., Any] | None = None,
 ) -> Evaluator:

@@ -30,6 +30,7 @@ from srpo_jax.learn.state import merge_params
 from srpo_jax.learn.steps import make_encode_step, make_grpo_step, make_logp_step, micro_indices
 from srpo_jax.model import sharding
 from srpo_jax.rewards.answers import gold_problem
+from srpo_jax.rewards.profiles import Profile, profile_named
 from srpo_jax.run import setup
 from srpo_jax.run.checkpoint import own_buffers
 from srpo_jax.run.metrics import merge_metrics, write_jsonl
@@ -53,18 +54,29 @@ from srpo_jax.structs import Batch, Params, TrainState, Verdict
 SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")
 
 
-def train(config: Any, workdir: str, *, encode: Callable[..., Any] | None = None) -> dict[str, Any]:
+def train(
+    config: Any,
+    workdir: str,
+    *,
+    profile: Profile | None = None,
+    encode: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
     """Run stage 2, or go on with it where it was stopped.
 
     Args:
         config: of configs/grpo.py.
         workdir: folder for checkpoints/, metrics.jsonl, rollouts/ and quarantine.jsonl.
+        profile: reward design, instead of the configured one.
         encode: record -> Encoded prompt, instead of the configured one.
 
     Returns:
         the last row of metrics, with ``step``, ``finished`` (False where a signal stopped the run)
         and the last evaluation under "eval".
     """
+    if profile is None:
+        profile = profile_named(config.reward.profile)
+    else:  # the run goes on under the same name only
+        config.reward.profile = profile.name
     parts = setup.start(config)
     rows = setup.rows_per_shard(
         "data.global_batch_size",
@@ -74,7 +86,7 @@ def train(config: Any, workdir: str, *, encode: Callable[..., Any] | None = None
     )
     encode = encode or PromptEncoder(parts.processor, config.data.prompt)
     loader = open_data(config, workdir, parts, rows, encode)
-    cfg = grpo_config(config, parts, rows)
+    cfg = grpo_config(config, parts, rows, profile)
 
     optimizer = optim.make_optimizer(
         setup.optim_config(config.optim), config.steps * cfg.updates_per_rollout
@@ -85,7 +97,7 @@ def train(config: Any, workdir: str, *, encode: Callable[..., Any] | None = None
     if config.eval.file:
         evaluator = make_evaluator(
             config, parts, stage.encode_step, stage.token_text, run.verifier, run.guard,
-            profile=config.reward_profile, prompt=config.data.prompt, encode=encode,
+            profile=profile, prompt=config.data.prompt, encode=encode,
         )  # fmt: skip
 
     state = run.state
@@ -133,7 +145,7 @@ def open_data(
     )
 
 
-def grpo_config(config: Any, parts: setup.Parts, rows: int) -> grpo.GrpoConfig:
+def grpo_config(config: Any, parts: setup.Parts, rows: int, profile: Profile) -> grpo.GrpoConfig:
     """`GrpoConfig` from the config; one micro-batch is one row of every data shard."""
     section = dict(config.grpo)
     for key in ("dual_clip", "tis_cap"):  # 0 is off
@@ -150,8 +162,8 @@ def grpo_config(config: Any, parts: setup.Parts, rows: int) -> grpo.GrpoConfig:
     return grpo.GrpoConfig(
         **section,
         micro_batches=rows,
-        reward_profile=config.reward_profile,
-        reward_alpha=config.reward_alpha,
+        profile=profile,
+        alpha=config.reward.alpha,
         temperature=config.sampling.temperature,
         forbidden_ids=forbidden_ids(parts),
         length_cap=config.sampling.max_new_tokens,
@@ -190,7 +202,7 @@ class Stage:
         )
         self.token_text = make_token_text(parts)
         self.generator = Generator(
-            parts, sampling, self.encode_step, self.token_text, run.verifier, cfg.reward_profile,
+            parts, sampling, self.encode_step, self.token_text, run.verifier, cfg.profile,
             keep_pixels=self.trains_vision,
         )  # fmt: skip
         self.flops = make_flops(parts)

@@ -214,10 +214,9 @@ def test_the_written_responses_earn_the_full_reward(demo, processor):
         verdict, details = grade(
             ids,
             mask,
-            token_text=TokenText(token_bytes(processor.tokenizer)),
+            token_text=TokenText(token_bytes(processor.tokenizer), processor.eos_ids),
             golds=[record.answer for record in records],
             verifier=verifier,
-            eos_ids=processor.eos_ids,
         )
     assert verdict.format_ok.all() and verdict.reflection_ok.all() and verdict.final_correct.all()
     expected = [record.extra["first_correct"] for record in records]

@@ -18,7 +18,8 @@ data.encoders data.quarantine data.stream data.loader
 model.config model.sizes model.layers model.attention model.vision model.text model.qwen2_5_vl
 model.hf_table model.hf_write model.hf model.sharding
 sampling.logits sampling.slots sampling.sampler
-rewards.template rewards.quantities rewards.answers rewards.verifier rewards.grade rewards.terms
+rewards.template rewards.quantities rewards.answers rewards.verifier rewards.terms
+rewards.profiles rewards.grade
 learn.losses learn.optim learn.grpo learn.state learn.steps
 run.checkpoint run.metrics run.runtime run.setup run.rollout
 remote.limits remote.protocol remote.client remote.batch
@@ -53,6 +54,7 @@ THIRD_PARTY = {
     },
     "sampling": CORE,
     "rewards.terms": CORE,
+    "rewards.profiles": CORE,
     "rewards": {"numpy", "math_verify", "sympy", "latex2sympy2_extended"},
     "remote": {"openai", "aiohttp", "httpx2"},
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},

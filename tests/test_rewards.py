@@ -7,11 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax.rewards import template
-from srpo_jax.rewards import terms as rewards
 from srpo_jax.rewards.grade import grade, grade_sequences
+from srpo_jax.rewards.profiles import (
+    GRPO,
+    OPENRLHF,
+    PAPER,
+    PROFILES,
+    VERL_FIXED,
+    Profile,
+    profile_named,
+)
 from srpo_jax.rewards.template import TokenText
-from srpo_jax.rewards.terms import compute_rewards, length_factor
+from srpo_jax.rewards.terms import ALPHA, RewardTerms, length_factor
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import Verdict
 
@@ -37,8 +44,8 @@ def verdict(outcome: str, *, first_tokens=10, total_tokens=1000, **flags) -> Ver
     )
 
 
-def terms(v: Verdict, profile: str, **kwargs) -> tuple[float, ...]:
-    out = compute_rewards(v, profile, **kwargs)
+def terms(v: Verdict, profile: Profile, alpha: float = ALPHA) -> tuple[float, ...]:
+    out = profile.terms(v, alpha)
     return tuple(
         round(float(getattr(out, name)[0, 0]), 4)
         for name in ("r_format", "r_acc", "i_eff", "i_ref", "f_len", "total")
@@ -46,14 +53,14 @@ def terms(v: Verdict, profile: str, **kwargs) -> tuple[float, ...]:
 
 
 TOTALS = {  # spec 3.2, without f_len
-    "paper": (1.50, 1.25, 1.00, 0.75),
-    "openrlhf": (1.25, 1.50, 0.75, 0.50),
-    "verl_fixed": (0.625, 0.75, 0.125, 0.25),
-    "grpo": (1.5, 1.5, 0.5, 0.5),
+    PAPER: (1.50, 1.25, 1.00, 0.75),
+    OPENRLHF: (1.25, 1.50, 0.75, 0.50),
+    VERL_FIXED: (0.625, 0.75, 0.125, 0.25),
+    GRPO: (1.5, 1.5, 0.5, 0.5),
 }
 
 
-@pytest.mark.parametrize("profile", TOTALS)
+@pytest.mark.parametrize("profile", TOTALS, ids=lambda p: p.name)
 def test_totals_of_the_four_outcomes(profile):
     found = [terms(verdict(outcome), profile)[-1] for outcome in ("rr", "wr", "rw", "ww")]
     assert found == list(TOTALS[profile])
@@ -69,18 +76,18 @@ def test_paper_terms_with_tags_present_and_absent(outcome, format_ok, reflection
     i_ref = 0.25 if reflection_ok else 0.0
     v = verdict(outcome, format_ok=format_ok, reflection_ok=reflection_ok, total_tokens=20)
     expected = (r_format, r_acc, i_eff, i_ref, 1.0, r_format + r_acc + i_eff + i_ref + 0.1)
-    assert terms(v, "paper") == pytest.approx(expected, abs=1e-4)
+    assert terms(v, PAPER) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(("first", "r_acc"), [("rr", 0.5), ("ww", 0.0)])
 def test_paper_without_a_second_answer_keeps_only_the_first_answers_reward(first, r_acc):
     v = verdict(first, has_second=False, format_ok=False, total_tokens=20)
-    assert terms(v, "paper") == (0, r_acc, 0, 0, 0, r_acc)
+    assert terms(v, PAPER) == (0, r_acc, 0, 0, 0, r_acc)
 
 
 def test_paper_without_any_answer_block_is_zero_whatever_the_flags_say():
     v = verdict("rr", has_first=False, has_second=False, total_tokens=20)
-    assert terms(v, "paper") == (0, 0, 0, 0, 0, 0)
+    assert terms(v, PAPER) == (0, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +95,11 @@ def test_paper_without_any_answer_block_is_zero_whatever_the_flags_say():
 )
 def test_openrlhf_pays_one_accuracy_and_nothing_without_the_second_round(outcome, accuracy):
     v = verdict(outcome, total_tokens=20)
-    assert terms(v, "openrlhf") == pytest.approx((0.5, accuracy, 0, 0, 1, accuracy + 0.6))
+    assert terms(v, OPENRLHF) == pytest.approx((0.5, accuracy, 0, 0, 1, accuracy + 0.6))
     v = verdict(outcome, format_ok=False)
-    assert terms(v, "openrlhf") == (0, accuracy, 0, 0, 0, accuracy)
+    assert terms(v, OPENRLHF) == (0, accuracy, 0, 0, 0, accuracy)
     v = verdict(outcome, has_second=False, total_tokens=20)
-    assert terms(v, "openrlhf") == (0, 0, 0, 0, 0, 0)
+    assert terms(v, OPENRLHF) == (0, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -100,15 +107,22 @@ def test_openrlhf_pays_one_accuracy_and_nothing_without_the_second_round(outcome
 )
 def test_verl_halves_accuracy_and_format(outcome, half):
     v = verdict(outcome, total_tokens=20)
-    assert terms(v, "verl_fixed") == pytest.approx((0.25, half, 0, 0, 1, half + 0.35))
+    assert terms(v, VERL_FIXED) == pytest.approx((0.25, half, 0, 0, 1, half + 0.35))
     no_boxes = verdict(outcome, has_first=False, has_second=False, total_tokens=20)
-    assert terms(no_boxes, "verl_fixed") == pytest.approx((0.25, 0, 0, 0, 1, 0.35))
+    assert terms(no_boxes, VERL_FIXED) == pytest.approx((0.25, 0, 0, 0, 1, 0.35))
 
 
 def test_grpo_control_pays_format_and_the_final_answer_only():
-    assert terms(verdict("wr", total_tokens=20), "grpo") == (0.5, 1.0, 0, 0, 0, 1.5)
-    assert terms(verdict("rw", format_ok=False, total_tokens=20), "grpo") == (0, 0, 0, 0, 0, 0)
-    assert terms(verdict("rr", has_first=False), "grpo") == (0.5, 0, 0, 0, 0, 0.5)
+    assert terms(verdict("wr", total_tokens=20), GRPO) == (0.5, 1.0, 0, 0, 0, 1.5)
+    assert terms(verdict("rw", format_ok=False, total_tokens=20), GRPO) == (
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
+    assert terms(verdict("rr", has_first=False), GRPO) == (0.5, 0, 0, 0, 0, 0.5)
 
 
 F_LEN = {  # L / k -> f_len, spec 3.1
@@ -131,12 +145,12 @@ def test_length_factor_is_zero_without_a_first_response_and_finite_at_extremes()
 
 def test_alpha_weighs_the_length_factor_alone():
     v = verdict("ww", total_tokens=20)
-    assert terms(v, "paper", alpha=0.3)[-1] == pytest.approx(0.75 + 0.3, abs=1e-4)
-    assert terms(v, "paper", alpha=0.0)[-1] == 0.75
-    assert terms(v, "paper", alpha=0.3)[-2] == 1.0
+    assert terms(v, PAPER, alpha=0.3)[-1] == pytest.approx(0.75 + 0.3, abs=1e-4)
+    assert terms(v, PAPER, alpha=0.0)[-1] == 0.75
+    assert terms(v, PAPER, alpha=0.3)[-2] == 1.0
 
 
-@pytest.mark.parametrize("profile", rewards.PROFILES)
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.name)
 def test_terms_add_up_in_float32_for_any_shape_under_jit(profile):
     combinations = list(itertools.product([False, True], repeat=6))
     flags = np.array(combinations, bool).T.reshape(6, 8, 8)
@@ -148,28 +162,25 @@ def test_terms_add_up_in_float32_for_any_shape_under_jit(profile):
         total_tokens=rng.integers(0, 300, (8, 8)).astype(np.int32),
         block_tokens=np.zeros((8, 8, 5), np.int32),
     )
-    out = jax.jit(compute_rewards, static_argnums=1)(v, profile)
-    for name in rewards.RewardTerms.__dataclass_fields__:
+    out = jax.jit(profile.terms)(v, ALPHA)
+    for name in RewardTerms.__dataclass_fields__:
         value = getattr(out, name)
         assert value.shape == (8, 8) and value.dtype == jnp.float32, name
     added = out.r_format + out.r_acc + out.i_eff + out.i_ref + 0.1 * out.f_len
     np.testing.assert_allclose(added, out.total, atol=1e-6)
-    one = compute_rewards(jax.tree.map(lambda x: x[3, 5], v), profile)  # no leading axes
+    one = profile.terms(jax.tree.map(lambda x: x[3, 5], v), ALPHA)  # no leading axes
     assert one.total.shape == () and float(one.total) == pytest.approx(float(out.total[3, 5]))
 
 
 def test_an_unknown_profile_is_refused():
-    with pytest.raises(ValueError, match="unknown profile 'ppo'"):
-        compute_rewards(verdict("rr"), "ppo")
-
-
-def test_grading_and_rewards_know_the_same_profiles():
-    assert rewards.PROFILES == template.PROFILES
+    with pytest.raises(ValueError, match="unknown reward profile 'ppo'.*paper, openrlhf"):
+        profile_named("ppo")
 
 
 # ---------------------------------------------- from completions, as the authors' files see them
 
-BYTES = TokenText([bytes([i]) for i in range(256)])
+ONE_BYTE = [bytes([i]) for i in range(256)]
+BYTES = TokenText(ONE_BYTE)
 
 
 @pytest.fixture(scope="module")
@@ -185,12 +196,12 @@ def respond(answer1="2", answer2="2", reflection="r", before="", after="", think
     )
 
 
-def score(verifier, text: str, gold: str, profile: str):
+def score(verifier, text: str, gold: str, profile: Profile):
     found, _ = grade_sequences(
         [list(text.encode())], token_text=BYTES, golds=[gold], choices=[()],
         verifier=verifier, profile=profile,
     )  # fmt: skip
-    return jax.tree.map(lambda x: float(x[0]), compute_rewards(found, profile))
+    return jax.tree.map(lambda x: float(x[0]), profile.terms(found, ALPHA))
 
 
 ROUND = "<think>a</think><answer>2</answer>"
@@ -221,7 +232,7 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_openrlhf_reproduces_the_measured_cases(verifier, name):
     text, accuracy, r_format = MEASURED[name]
-    found = score(verifier, text, "2", "openrlhf")
+    found = score(verifier, text, "2", OPENRLHF)
     assert (found.r_acc, found.r_format) == (accuracy, r_format)
     assert found.total == pytest.approx(accuracy + r_format, abs=1e-3)  # f_len is next to nothing
 
@@ -252,7 +263,7 @@ MENDED = {
 @pytest.mark.parametrize("name", MENDED)
 def test_openrlhf_answer_check_is_right_where_the_authors_is_not(verifier, name):
     gold, answer1, answer2, accuracy = MENDED[name]
-    assert score(verifier, respond(answer1, answer2), gold, "openrlhf").r_acc == accuracy
+    assert score(verifier, respond(answer1, answer2), gold, OPENRLHF).r_acc == accuracy
 
 
 VERL = {  # boxes anywhere, in tags or not; accuracy / 2
@@ -267,13 +278,13 @@ VERL = {  # boxes anywhere, in tags or not; accuracy / 2
 @pytest.mark.parametrize("name", VERL)
 def test_verl_reads_the_first_and_last_box(verifier, name):
     text, accuracy = VERL[name]
-    assert score(verifier, text, "2", "verl_fixed").r_acc == accuracy
+    assert score(verifier, text, "2", VERL_FIXED).r_acc == accuracy
 
 
 def test_a_lone_box_stands_for_both_answers_of_verl(verifier):
     found, details = grade_sequences(
         [list(rb"\boxed{2}"), list(b"2")], token_text=BYTES, golds=["2", "2"],
-        choices=[(), ()], verifier=verifier, profile="verl_fixed",
+        choices=[(), ()], verifier=verifier, profile=VERL_FIXED,
     )  # fmt: skip
     assert found.has_first.tolist() == found.has_second.tolist() == [True, False]
     assert found.first_tokens.tolist() == [0, 0]  # no blocks: no f_len
@@ -282,8 +293,8 @@ def test_a_lone_box_stands_for_both_answers_of_verl(verifier):
 
 def test_verl_format_ignores_white_space_around_brackets_and_slashes(verifier):
     spaced = respond().replace("</", " < / ").replace(">", " > ")
-    assert score(verifier, spaced, "2", "verl_fixed").r_format == 0.25
-    assert score(verifier, spaced, "2", "paper").total == 0.0
+    assert score(verifier, spaced, "2", VERL_FIXED).r_format == 0.25
+    assert score(verifier, spaced, "2", PAPER).total == 0.0
 
 
 def test_grade_keeps_prompts_and_samples_in_their_places(verifier):
@@ -295,8 +306,8 @@ def test_grade_keeps_prompts_and_samples_in_their_places(verifier):
         data = list(texts[p][g].encode()) + [0]  # byte 0 as EOS
         ids[p, g, : len(data)], mask[p, g, : len(data)] = data, True
     found, details = grade(
-        ids, mask, token_text=BYTES, golds=["2", "right"], choices=[(), ("right", "left")],
-        verifier=verifier, eos_ids=(0,),
+        ids, mask, token_text=TokenText(ONE_BYTE, eos_ids=(0,)), golds=["2", "right"],
+        choices=[(), ("right", "left")], verifier=verifier,
     )  # fmt: skip
     assert found.first_correct.tolist() == [[True, False], [False, False]]
     assert found.final_correct.tolist() == [[True, True], [False, True]]
@@ -309,7 +320,7 @@ def test_grade_keeps_prompts_and_samples_in_their_places(verifier):
     assert details[2]["first_answer"] is None
     start, end = details[3]["spans"]["second_answer"]
     assert texts[1][1][start:end] == "A"
-    totals = compute_rewards(found, "paper", alpha=0.0).total.tolist()
+    totals = PAPER.terms(found, 0.0).total.tolist()
     assert totals == [[1.5, 1.25], [0.0, 1.25]]
 
 

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from srpo_jax.data.processing import token_bytes
+from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.template import TokenText, parse_response
 from srpo_jax.structs import BLOCKS
 from tools import score_responses
@@ -177,9 +178,9 @@ def test_spans_with_the_real_tokenizer(shared_data, tmp_path):
     table = token_bytes(tokenizer)
     end = score_responses.end_ids(tokenizer, directory)
     assert set(end) == {151643, 151645}
-    completion = TokenText(table).completion(ids, end)
+    completion = TokenText(table, end).completion(ids)
     assert completion.text == text.removesuffix("<|im_end|>").encode()
-    parsed = parse_response(completion)
+    parsed = parse_response(completion, PAPER.template)
     assert parsed.block_tokens[:2] == (5, 6)  # x = { 1 }</ and >$ \ boxed { 2 }</
     assert parsed.first_tokens == 11 and parsed.total_tokens == len(ids) - 1
     assert parsed.format_ok and parsed.reflection_ok

@@ -18,7 +18,7 @@ from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params, bind
-from srpo_jax.rewards.terms import compute_rewards
+from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.structs import Batch, Rollout, Verdict
 
 IMAGE = 60  # image token id
@@ -365,7 +365,7 @@ def naive_grpo_loss(trained, ref, reward):
 def test_grpo_loss_and_gradient_equal_a_naive_one():
     shift = 0.3 * jnp.sin(jnp.arange(P * G * R, dtype=jnp.float32)).reshape(P, G, R)
     ref = old_logp() + shift
-    reward = np.asarray(compute_rewards(rollout()[1], "paper", alpha=0.1).total)
+    reward = np.asarray(PAPER.terms(rollout()[1], 0.1).total)
     naive = jax.jit(jax.value_and_grad(lambda trained: naive_grpo_loss(trained, ref, reward)))
     want_loss, want = naive(new_state().params)
     got, metrics = run_grpo(KL, ref=ref)

@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from srpo_jax.rewards.template import PROFILES, Completion, TokenText, parse_response
+from srpo_jax.rewards.profiles import OPENRLHF, PAPER, PROFILES, VERL_FIXED, Profile
+from srpo_jax.rewards.template import Completion, TokenText, parse_response
 from srpo_jax.structs import BLOCKS
 
 BYTES = TokenText([bytes([i]) for i in range(256)])  # one token a byte: tokens are bytes
@@ -17,9 +18,9 @@ GOOD = (
 )
 
 
-def parse(text: str | bytes, profile: str = "paper"):
+def parse(text: str | bytes, profile: Profile = PAPER):
     data = text.encode() if isinstance(text, str) else text
-    return parse_response(BYTES.completion(list(data)), profile)
+    return parse_response(BYTES.completion(list(data)), profile.template)
 
 
 def pieces(*parts: bytes) -> Completion:
@@ -34,7 +35,7 @@ def test_a_well_formed_response_fills_every_block():
         "one", "2", "check", "again", "22",
     ]  # fmt: skip
     assert (parsed.first_tokens, parsed.total_tokens) == (3 + 1, len(GOOD))
-    assert parsed.format_ok and parsed.reflection_ok and parsed.has_first and parsed.has_second
+    assert parsed.format_ok and parsed.reflection_ok and parsed.has_second
     assert parsed.first_answer == parsed.spans["first_answer"]
     assert parsed.final_answer == parsed.spans["second_answer"]
 
@@ -43,7 +44,7 @@ def test_tokens_straddling_a_border_count_and_tags_and_white_space_do_not():
     completion = pieces(
         b"<think>", b"\n  ", b" {x", b" y}</", b"think>", b"<answer", b">$5", b"$\n", b"</answer>"
     )
-    parsed = parse_response(completion)
+    parsed = parse_response(completion, PAPER.template)
     # think: " {x" and " y}</"; answer: ">$5" and "$\n"
     assert parsed.block_tokens == (2, 2, 0, 0, 0)
     assert (parsed.first_tokens, parsed.total_tokens) == (4, 9)
@@ -51,29 +52,29 @@ def test_tokens_straddling_a_border_count_and_tags_and_white_space_do_not():
 
 
 def test_one_token_may_belong_to_two_blocks():
-    parsed = parse_response(pieces(b"<think>", b"a</think><answer>b", b"</answer>"))
+    parsed = parse_response(pieces(b"<think>", b"a</think><answer>b", b"</answer>"), PAPER.template)
     assert parsed.block_tokens[:2] == (1, 1)
 
 
 def test_characters_split_over_tokens_keep_exact_spans():
     # é is two bytes and 日 three, here cut across tokens.
     completion = pieces(b"<think>\xc3", b"\xa9 \xe6", b"\x97", b"\xa5</think>")
-    parsed = parse_response(completion)
+    parsed = parse_response(completion, PAPER.template)
     assert parsed.block_tokens[0] == 4
     assert completion.decode(parsed.spans["first_think"]) == "é 日"
 
 
 def test_bytes_that_are_not_utf8_neither_raise_nor_shift_spans():
     completion = pieces(b"<think>\xff\xfe a", b"\x80 </think>", b"<answer>\xe6</answer>")
-    parsed = parse_response(completion)
+    parsed = parse_response(completion, PAPER.template)
     assert parsed.block_tokens[:2] == (2, 1)
     assert completion.text[slice(*parsed.spans["first_think"])] == b"\xff\xfe a\x80"
     assert "\ufffd" in completion.decode()
 
 
 def test_the_first_eos_ends_the_completion_and_is_not_counted():
-    text = TokenText([b"a", b"b", b"<|im_end|>", b"<|endoftext|>"])
-    completion = text.completion([0, 1, 3, 0, 2], eos_ids=(2, 3))
+    text = TokenText([b"a", b"b", b"<|im_end|>", b"<|endoftext|>"], eos_ids=(2, 3))
+    completion = text.completion([0, 1, 3, 0, 2])
     assert completion.text == b"ab" and completion.offsets.tolist() == [0, 1, 2]
     assert text.completion([0, 1]).text == b"ab"  # cut off by the budget: no EOS
 
@@ -149,8 +150,9 @@ FORMAT_CASES = {
 @pytest.mark.parametrize("name", FORMAT_CASES)
 def test_format_rule_of_each_profile(name):
     text, *expected = FORMAT_CASES[name]
+    names = [profile.name for profile in PROFILES]
     found = [int(parse(text, profile).format_ok) for profile in PROFILES]
-    assert dict(zip(PROFILES, found, strict=True)) == dict(zip(PROFILES, expected, strict=True))
+    assert dict(zip(names, found, strict=True)) == dict(zip(names, expected, strict=True))
 
 
 REFLECTION_CASES = {
@@ -181,24 +183,24 @@ def test_reflection_counts_where_it_stands_right_whatever_the_format(name):
     assert parse(text).reflection_ok is expected
 
 
-def answers_of(text: str, profile: str = "paper") -> tuple[str | None, str | None]:
+def answers_of(text: str, profile: Profile = PAPER) -> tuple[str | None, str | None]:
     completion = BYTES.completion(list(text.encode()))
-    parsed = parse_response(completion, profile)
-    if not parsed.has_first:
-        assert parsed.first_answer is parsed.final_answer is None
+    parsed = parse_response(completion, profile.template)
+    if parsed.first_answer is None:
+        assert parsed.final_answer is None
         return None, None
     return completion.decode(parsed.first_answer), completion.decode(parsed.final_answer)
 
 
 def test_first_and_last_of_three_answers():
     text = "<answer>3</answer><answer> 4 </answer>\n<answer>\n2</answer>"
-    assert answers_of(text) == answers_of(text, "openrlhf") == ("3", "2")
+    assert answers_of(text) == answers_of(text, OPENRLHF) == ("3", "2")
 
 
 def test_a_lone_answer_is_first_and_final_but_no_second():
     assert answers_of(ONE_ROUND) == ("2", "2")
     parsed = parse(ONE_ROUND)
-    assert parsed.has_first and not parsed.has_second
+    assert not parsed.has_second
     assert parsed.spans["second_answer"] is None and parsed.block_tokens[4] == 0
 
 
@@ -209,7 +211,7 @@ def test_an_answer_quoted_in_a_thought_or_reflection_is_no_answer():
     quoted = respond(answer1="3", reflection="my <answer>3</answer> was hasty")
     assert answers_of(quoted) == ("3", "2")
     assert answers_of("<answer>3</answer><reflection><answer>2</answer></reflection>") == ("3", "3")
-    assert parse("<think><answer>7</answer></think>").has_first is False
+    assert parse("<think><answer>7</answer></think>").first_answer is None
 
 
 def test_a_tag_that_is_named_or_never_closed_does_not_swallow_what_follows():
@@ -224,27 +226,22 @@ def test_a_tag_that_is_named_or_never_closed_does_not_swallow_what_follows():
 
 def test_authors_profile_pairs_the_first_opening_tag_with_the_next_closing_one():
     named = "<think>put it in <answer> tags</think><answer>5</answer>"
-    assert answers_of(named, "openrlhf")[0] == "tags</think><answer>5"
+    assert answers_of(named, OPENRLHF)[0] == "tags</think><answer>5"
 
 
 def test_openrlhf_needs_two_closed_thinks_and_two_closed_answers():
-    assert parse(respond(), "openrlhf").has_second
-    assert parse(respond(), "openrlhf").first_tokens == 2
+    assert parse(respond(), OPENRLHF).has_second
+    assert parse(respond(), OPENRLHF).first_tokens == 2
     sft = "<think>a</think><answer>2</answer><reflection>r</reflection><answer>2</answer>"
-    assert not parse(sft, "openrlhf").has_second and parse(sft, "paper").has_second
+    assert not parse(sft, OPENRLHF).has_second and parse(sft, PAPER).has_second
     cut = respond().removesuffix("</answer>")
-    assert not parse(cut, "openrlhf").has_second and parse(cut, "openrlhf").first_tokens == 0
+    assert not parse(cut, OPENRLHF).has_second and parse(cut, OPENRLHF).first_tokens == 0
 
 
 def test_first_tokens_are_those_of_the_first_think_and_answer():
     assert parse(respond(think1=" abc ", answer1="12345")).first_tokens == 3 + 5
     assert parse("<answer>123</answer><think>abc</think>").first_tokens == 3  # no think before it
     assert parse("<think>abc</think>").first_tokens == 0
-
-
-def test_an_unknown_profile_is_refused():
-    with pytest.raises(ValueError, match="unknown profile 'verl'.*paper"):
-        parse(GOOD, "verl")
 
 
 ADVERSARIAL = {
@@ -265,8 +262,8 @@ ADVERSARIAL = {
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_a_million_hostile_characters_take_linear_time(name):
     completion = BYTES.completion(list(ADVERSARIAL[name].encode()))
-    for profile in ("paper", "verl_fixed"):  # the two ways to find tags and to pair them
+    for profile in (PAPER, VERL_FIXED):  # the two ways to find tags and to pair them
         start = time.process_time()
-        parse_response(completion, profile)
+        parse_response(completion, profile.template)
         # Quadratic work on this length takes minutes; linear about half a second.
         assert time.process_time() - start < 10

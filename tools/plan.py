@@ -34,6 +34,7 @@ from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import size_config
+from srpo_jax.rewards.profiles import profile_named
 from srpo_jax.run import setup
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
 from srpo_jax.structs import Batch, Rollout, Verdict, VisionInputs
@@ -342,8 +343,8 @@ def recipe_programs(config: Any, mesh: Mesh) -> Iterator[Lowering]:
     step = GrpoConfig(
         **{k: v or None if k in ("dual_clip", "tis_cap") else v for k, v in config.grpo.items()},
         micro_batches=rows,
-        reward_profile=config.reward_profile,
-        reward_alpha=config.reward_alpha,
+        profile=profile_named(config.reward.profile),
+        alpha=config.reward.alpha,
         temperature=section.temperature,
         forbidden_ids=forbidden,
         length_cap=section.max_new_tokens,

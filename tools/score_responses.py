@@ -24,8 +24,9 @@ import numpy as np
 from srpo_jax.data.processing import token_bytes
 from srpo_jax.rewards.answers import answer_problem
 from srpo_jax.rewards.grade import grade_sequences
-from srpo_jax.rewards.template import PROFILES, TokenText
-from srpo_jax.rewards.terms import ALPHA, compute_rewards
+from srpo_jax.rewards.profiles import PAPER, PROFILES, profile_named
+from srpo_jax.rewards.template import TokenText
+from srpo_jax.rewards.terms import ALPHA
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS
 from tools.lib import cli
@@ -46,7 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", required=True, help="Hugging Face directory (or one with a tokenizer.json)"
     )
-    parser.add_argument("--profile", default="paper", choices=PROFILES, help="default: paper")
+    names = [profile.name for profile in PROFILES]
+    parser.add_argument("--profile", default=PAPER.name, choices=names, help="(%(default)s)")
     parser.add_argument("--alpha", type=float, default=ALPHA, help="weight of f_len (%(default)s)")
     parser.add_argument(
         "--workers",
@@ -66,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     if not rows:
         raise ValueError(f"{args.input}: no rows")
     tokenizer = load_tokenizer(args.tokenizer)
-    token_text, eos_ids = TokenText(token_bytes(tokenizer)), end_ids(tokenizer, args.tokenizer)
+    token_text = TokenText(token_bytes(tokenizer), end_ids(tokenizer, args.tokenizer))
     scored: list[dict] = []
     with (
         Verifier(args.workers, args.time_limit) as verifier,
@@ -77,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
             ids = [
                 tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in chunk
             ]
-            scored += _score(chunk, ids, token_text, eos_ids, verifier, args)
+            scored += _score(chunk, ids, token_text, verifier, args)
             advance(len(chunk))
     cli.write_jsonl(args.output, scored)
     _summarise(scored, verifier, args)
@@ -136,23 +138,22 @@ def _score(
     rows: list[dict],
     ids: list[list[int]],
     token_text: TokenText,
-    eos_ids: tuple[int, ...],
     verifier: Verifier,
     args: argparse.Namespace,
 ) -> list[dict]:
     """The rows with what scoring adds."""
     choices = [tuple(row.get("choices") or ()) for row in rows]
     golds = [str(row["answer"]) for row in rows]
+    profile = profile_named(args.profile)
     verdict, details = grade_sequences(
         ids,
         token_text=token_text,
         golds=golds,
         choices=choices,
         verifier=verifier,
-        profile=args.profile,
-        eos_ids=eos_ids,
+        profile=profile,
     )
-    terms = jax.tree.map(np.asarray, compute_rewards(verdict, args.profile, alpha=args.alpha))
+    terms = jax.tree.map(np.asarray, profile.terms(verdict, args.alpha))
     scored = []
     for i, row in enumerate(rows):
         out = dict(row)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from srpo_jax.learn import losses
-from srpo_jax.rewards.terms import RewardTerms, compute_rewards
+from srpo_jax.rewards.profiles import PAPER, Profile
+from srpo_jax.rewards.terms import ALPHA, RewardTerms
 from srpo_jax.structs import BLOCKS, Array, Rollout, Verdict
 
 
@@ -21,8 +22,8 @@ class GrpoConfig:
 
     micro_batches: int = 1  # per update of all rows; gradients are summed over them
     updates_per_rollout: int = 1  # splits the micro-batches among this many updates
-    reward_profile: str = "paper"
-    reward_alpha: float = 0.1  # weight of f_len
+    profile: Profile = PAPER
+    alpha: float = ALPHA
     adv_eps: float = 1e-6
     scale_by_std: bool = True
     temperature: float = 1.0
@@ -82,7 +83,7 @@ def prepare(
         group_weight_P: [P] or None. A group of weight 0 is left out of the loss and of its
             normaliser, as if it were not in the batch (dynamic sampling); other weights scale it.
     """
-    terms = compute_rewards(verdict, cfg.reward_profile, alpha=cfg.reward_alpha)
+    terms = cfg.profile.terms(verdict, cfg.alpha)
     adv_PG = losses.group_advantages(terms.total, eps=cfg.adv_eps, scale_by_std=cfg.scale_by_std)
     weight_P = include_P.astype(jnp.float32)
     if group_weight_P is not None:

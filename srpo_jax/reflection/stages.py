@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from srpo_jax.data import prompts as templates
 from srpo_jax.data.records import Record, RecordError
 from srpo_jax.reflection import accept, teach
@@ -18,6 +16,7 @@ from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
 from srpo_jax.remote.protocol import Endpoint, Reply
 from srpo_jax.rewards.answers import extract_answer
+from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.template import Completion, parse_response
 from srpo_jax.rewards.verifier import Verifier
 
@@ -277,9 +276,8 @@ def _grade(run: Run, part: list[tuple[int, int]], verifier: Verifier) -> list[Re
 
 def first_round(text: str) -> tuple[str, str] | None:
     """The first thinking and the first answer of a response; None where one is missing or blank."""
-    data = text.encode("utf-8", "replace")
-    completion = Completion(data, np.array([0, len(data)], np.int64))
-    spans = parse_response(completion).spans
+    completion = Completion.of_text(text)
+    spans = parse_response(completion, PAPER.template).spans
     think, answer = spans["first_think"], spans["first_answer"]
     if think is None or answer is None:
         return None
@@ -409,9 +407,8 @@ def _reflect_locally(run: Run, todo: list[tuple]) -> None:
 
 def second_round(text: str) -> dict[str, str] | None:
     """Reflection, second think and second answer of a response in the five-block template."""
-    data = text.encode("utf-8", "replace")
-    completion = Completion(data, np.array([0, len(data)], np.int64))
-    parsed = parse_response(completion)
+    completion = Completion.of_text(text)
+    parsed = parse_response(completion, PAPER.template)
     if not parsed.format_ok:
         return None
     names = ("reflection", "second_think", "second_answer")

@@ -17,6 +17,7 @@ import numpy as np
 from srpo_jax.benchmarks.common import Row, RowError, choices, each, option_text
 from srpo_jax.reflection.teach import BadReply
 from srpo_jax.rewards.answers import boxed, decide
+from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.template import Completion, parse_response
 from srpo_jax.structs import BLOCKS
 
@@ -73,9 +74,8 @@ def blocks(row: Row) -> dict[str, str | None]:
         return {name: _text(row, name) for name in BLOCKS}
     if not isinstance(row.get("response"), str):
         raise RowError("no 'response' and no 'reflection' (with first_think, ... as fields)")
-    data = row["response"].encode("utf-8", "replace")
-    completion = Completion(data, np.array([0, len(data)], np.int64))
-    spans = parse_response(completion).spans
+    completion = Completion.of_text(row["response"])
+    spans = parse_response(completion, PAPER.template).spans
     return {name: (completion.decode(span) or None) if span else None
             for name, span in spans.items()}  # fmt: skip
 

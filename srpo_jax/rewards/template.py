@@ -1,4 +1,4 @@
-"""The response template: block spans on the bytes of the sampled tokens, and each profile's rules.
+"""The response template: block spans on the bytes of the sampled tokens, and rules on blocks.
 
 ``<think>..</think><answer>..</answer><reflection>..</reflection><think>..</think><answer>..</answer>``
 
@@ -7,12 +7,11 @@ encoding again. A block's span is its content without the white space at its end
 to a block when it overlaps that span, so tags and boundary white space belong to none while a token
 that straddles a border, like ``}</``, does. Everything here takes time linear in the completion.
 
-Profiles: ``paper`` and ``grpo`` follow this project's rules, ``openrlhf`` and ``verl_fixed`` keep
-what the authors' two reward files do, so that their numbers can be reproduced.
+Which rules hold is the reward profile's choice (profiles.py).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,17 +19,15 @@ import numpy as np
 
 from srpo_jax.structs import BLOCKS
 
-PROFILES = ("paper", "openrlhf", "verl_fixed", "grpo")
-
 Span = tuple[int, int]  # half-open, in bytes of the completion unless said otherwise
 
 FIVE_BLOCKS = ("think", "answer", "reflection", "think", "answer")
 ONE_ROUND = ("think", "answer")  # the single-round template, which plain GRPO may also use
 
-_TAG = re.compile(rb"<(/?)(think|answer|reflection)>")
-# verl's file deletes white space around < > / before it looks for tags. The quantifiers are
-# possessive: a run of blanks is read once.
-_LOOSE_TAG = re.compile(rb"<\s*+(/?+)\s*+(think|answer|reflection)\s*+>")
+# Tags as (slash, kind).
+TAG = re.compile(rb"<(/?)(think|answer|reflection)>")
+# White space may stand around < > /. The quantifiers are possessive: a run of blanks is read once.
+LOOSE_TAG = re.compile(rb"<\s*+(/?+)\s*+(think|answer|reflection)\s*+>")
 
 # White space in the sense of str.isspace, and the characters that print nothing at all: a block
 # that holds only these is blank.
@@ -45,6 +42,12 @@ class Completion:
 
     text: bytes
     offsets: np.ndarray  # [tokens + 1] int64
+
+    @classmethod
+    def of_text(cls, text: str) -> "Completion":
+        """A text whose tokens do not matter: one token."""
+        data = text.encode("utf-8", errors="replace")
+        return cls(data, np.array([0, len(data)], np.int64))
 
     def token_span(self, span: Span | None) -> Span:
         """The half-open range of tokens that overlap a byte span; (0, 0) for none or an empty."""
@@ -61,19 +64,23 @@ class Completion:
 
 
 class TokenText:
-    """The bytes of every token id (``data.processing.token_bytes``), to build completions from."""
+    """The bytes of every token id (``data.processing.token_bytes``), to build completions from.
 
-    def __init__(self, token_bytes: Sequence[bytes]):
+    ``eos_ids`` end a completion and belong to no block.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], eos_ids: Sequence[int] = ()):
         self._bytes = list(token_bytes)
+        self._eos_ids = np.array(tuple(eos_ids), np.int64)
         self._lengths = np.array([len(b) for b in self._bytes], np.int64)
 
-    def completion(self, token_ids: Sequence[int], eos_ids: Sequence[int] = ()) -> Completion:
+    def completion(self, token_ids: Sequence[int] | np.ndarray) -> Completion:
         """The completion of sampled ids up to, and without, the first EOS.
 
         Ids beyond the tokenizer (the model's vocabulary is padded) are tokens of no bytes.
         """
         ids = np.asarray(token_ids, np.int64).reshape(-1)
-        ends = np.flatnonzero(np.isin(ids, np.asarray(tuple(eos_ids), np.int64)))
+        ends = np.flatnonzero(np.isin(ids, self._eos_ids))
         if ends.size:
             ids = ids[: ends[0]]
         known = (ids >= 0) & (ids < len(self._bytes))
@@ -82,18 +89,79 @@ class TokenText:
         return Completion(text, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-class _Tag(NamedTuple):
+class Tag(NamedTuple):
+    """An opening or closing tag and where it stands."""
+
     kind: str
     closing: bool
     start: int
     end: int
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
+    """A closed block."""
+
     kind: str
     start: int  # of the opening tag
     content: Span
     end: int  # after the closing tag
+
+
+@dataclass(frozen=True)
+class FormatRule:
+    """``rule(text, tags)``: only the template's tags, in order, only white space between blocks."""
+
+    orders: tuple[tuple[str, ...], ...] = (FIVE_BLOCKS,)
+    text_before: bool = False  # whether text may stand before the first block
+    white_space_fills: bool = False  # whether a block may hold blank characters alone
+
+    def __call__(self, text: bytes, tags: Sequence[Tag]) -> bool:
+        """Whether the template holds."""
+        found = [(tag.kind, tag.closing) for tag in tags[: 2 * max(map(len, self.orders)) + 1]]
+        if not any(found == [(k, end) for k in o for end in (False, True)] for o in self.orders):
+            return False
+        contents = [(tags[i].end, tags[i + 1].start) for i in range(0, len(tags), 2)]
+        gaps = [(tags[i].end, tags[i + 1].start) for i in range(1, len(tags) - 1, 2)]
+        gaps.append((tags[-1].end, len(text)))
+        if not self.text_before:
+            gaps.append((0, tags[0].start))
+        if not all(_is_blank(text, gap) for gap in gaps):
+            return False
+        if self.white_space_fills:
+            return all(end > start for start, end in contents)
+        return not any(_is_blank(text, content) for content in contents)
+
+
+class Rounds(NamedTuple):
+    """What a completion's blocks say of its two responses."""
+
+    first: Sequence[Block]  # the blocks whose tokens are the first response's length
+    has_second: bool  # the blocks that the second response needs are there
+
+
+def rounds_by_answers(thinks: Sequence[Block], answers: Sequence[Block]) -> Rounds:
+    """A response is an answer, and belongs to it the first think where that comes before."""
+    before = [b for b in thinks[:1] if answers and b.start < answers[0].start]
+    return Rounds([*before, *answers[:1]], len(answers) >= 2)
+
+
+def rounds_by_pairs(thinks: Sequence[Block], answers: Sequence[Block]) -> Rounds:
+    """Two thinks and two answers, in whatever order, or there is neither response."""
+    both = len(thinks) >= 2 and len(answers) >= 2
+    return Rounds([thinks[0], answers[0]] if both else [], both)
+
+
+@dataclass(frozen=True)
+class TemplateRules:
+    """How blocks are found and what is asked of them."""
+
+    tag: re.Pattern[bytes]  # TAG, LOOSE_TAG or another with the groups (slash, kind)
+    # Whether a block is a closing tag with the nearest opening tag of its kind before it, and what
+    # stands inside another block is that block's text (an answer quoted in a thought is no answer).
+    # Otherwise the first opening tag pairs with the next closing one, kind by kind.
+    innermost: bool
+    rounds: Callable[[Sequence[Block], Sequence[Block]], Rounds]  # of the thinks and the answers
+    format_ok: Callable[[bytes, Sequence[Tag]], bool]  # of the text and all of its tags
 
 
 @dataclass(frozen=True)
@@ -105,87 +173,60 @@ class ParsedResponse:
     final_answer: Span | None  # the last answer block; the first one where it is alone
     format_ok: bool
     reflection_ok: bool
-    has_first: bool
     has_second: bool
     first_tokens: int
     total_tokens: int
     block_tokens: tuple[int, ...]  # [5] in the order of BLOCKS
 
 
-def parse_response(completion: Completion, profile: str = "paper") -> ParsedResponse:
-    """Find the blocks of a completion and apply a profile's rules to them.
-
-    A block is a closing tag with the nearest opening tag of its kind before it, and what stands
-    inside another block is that block's text: an answer quoted in a thought is no answer. The
-    authors' profiles instead pair the first opening tag with the next closing one, kind by kind.
-    For ``verl_fixed`` has_first and has_second speak of the blocks that f_len needs; its answers
-    are the boxes (grade.py). ValueError for an unknown profile.
-    """
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
-    authors = profile in ("openrlhf", "verl_fixed")
+def parse_response(completion: Completion, rules: TemplateRules) -> ParsedResponse:
+    """Find the blocks of a completion and apply the rules to them."""
     text = completion.text
-    tags = _find_tags(text, loose=profile == "verl_fixed")
-    blocks = _pair(tags, innermost=not authors)
-    if not authors:
-        blocks = _drop_nested(blocks)
-
+    tags = [Tag(m[2].decode(), bool(m[1]), m.start(), m.end()) for m in rules.tag.finditer(text)]
+    blocks = _pair(tags, innermost=rules.innermost)
     thinks = [b for b in blocks if b.kind == "think"]
     answers = [b for b in blocks if b.kind == "answer"]
     reflections = [b for b in blocks if b.kind == "reflection"]
     slots = _assign_slots(thinks, answers, reflections)
-    spans = {name: _strip(text, slots[name].content) if slots[name] else None for name in BLOCKS}
-    block_tokens = tuple(_width(completion.token_span(spans[name])) for name in BLOCKS)
-    has_second = len(answers) >= 2 and (len(thinks) >= 2 or not authors)
+    spans = {name: _strip(text, block.content) if block else None for name, block in slots.items()}
+    rounds = rules.rounds(thinks, answers)
 
-    if not authors:
-        first_tokens = block_tokens[0] + block_tokens[1] if answers else 0
-    elif has_second:  # the authors' base length: whatever think and answer come first
-        first_tokens = sum(
-            _width(completion.token_span(_strip(text, b.content))) for b in (thinks[0], answers[0])
-        )
-    else:
-        first_tokens = 0
+    def tokens(span: Span | None) -> int:
+        start, end = completion.token_span(span)
+        return end - start
 
-    final = spans["second_answer"] or spans["first_answer"]
     return ParsedResponse(
         spans=spans,
         first_answer=spans["first_answer"],
-        final_answer=final,
-        format_ok=_format_ok(text, tags, profile),
+        final_answer=spans["second_answer"] or spans["first_answer"],
+        format_ok=rules.format_ok(text, tags),
         reflection_ok=_reflection_ok(text, answers, reflections),
-        has_first=bool(answers),
-        has_second=has_second,
-        first_tokens=first_tokens,
+        has_second=rounds.has_second,
+        first_tokens=sum(tokens(_strip(text, block.content)) for block in rounds.first),
         total_tokens=len(completion.offsets) - 1,
-        block_tokens=block_tokens,
+        block_tokens=tuple(tokens(spans[name]) for name in BLOCKS),
     )
 
 
-def _find_tags(text: bytes, *, loose: bool) -> list[_Tag]:
-    """Every opening and closing tag, in order."""
-    pattern = _LOOSE_TAG if loose else _TAG
-    return [_Tag(m[2].decode(), bool(m[1]), m.start(), m.end()) for m in pattern.finditer(text)]
-
-
-def _pair(tags: list[_Tag], *, innermost: bool) -> list[_Block]:
+def _pair(tags: Sequence[Tag], *, innermost: bool) -> list[Block]:
     """Blocks by start; of several opening tags before a closing one the last, or else the first."""
-    pending: dict[str, _Tag] = {}
+    pending: dict[str, Tag] = {}
     blocks = []
     for tag in tags:
         if tag.closing:
             opening = pending.pop(tag.kind, None)
             if opening is not None:
                 content = (opening.end, tag.start)
-                blocks.append(_Block(tag.kind, opening.start, content, tag.end))
+                blocks.append(Block(tag.kind, opening.start, content, tag.end))
         elif innermost or tag.kind not in pending:
             pending[tag.kind] = tag
-    return sorted(blocks, key=lambda b: b.start)
+    blocks.sort(key=lambda b: b.start)
+    return _drop_nested(blocks) if innermost else blocks
 
 
-def _drop_nested(blocks: list[_Block]) -> list[_Block]:
+def _drop_nested(blocks: list[Block]) -> list[Block]:
     """The blocks, sorted by start, that do not lie inside an earlier one."""
-    kept: list[_Block] = []
+    kept: list[Block] = []
     reach = 0
     for block in blocks:
         if block.end > reach:
@@ -195,10 +236,10 @@ def _drop_nested(blocks: list[_Block]) -> list[_Block]:
 
 
 def _assign_slots(
-    thinks: list[_Block], answers: list[_Block], reflections: list[_Block]
-) -> dict[str, _Block | None]:
+    thinks: list[Block], answers: list[Block], reflections: list[Block]
+) -> dict[str, Block | None]:
     """Which block stands for each name in BLOCKS, also where the format is broken."""
-    slots: dict[str, _Block | None] = dict.fromkeys(BLOCKS)
+    slots: dict[str, Block | None] = dict.fromkeys(BLOCKS)
     if not answers:  # a response cut off early: the order is all there is to go by
         slots["first_think"] = thinks[0] if thinks else None
         slots["second_think"] = thinks[-1] if len(thinks) > 1 else None
@@ -215,31 +256,7 @@ def _assign_slots(
     return slots
 
 
-def _format_ok(text: bytes, tags: list[_Tag], profile: str) -> bool:
-    """Whether the template holds: its tags only, in order, with only white space between blocks.
-
-    ``paper``: no text outside the blocks and none of them blank. ``openrlhf``: text may stand
-    before the first block, and a single blank character fills a block. ``verl_fixed``: the same
-    after the white space around tags is gone, so a blank block is empty. ``grpo``: as paper, and
-    the single-round template too.
-    """
-    orders = (FIVE_BLOCKS, ONE_ROUND) if profile == "grpo" else (FIVE_BLOCKS,)
-    found = [(tag.kind, tag.closing) for tag in tags[: 2 * len(FIVE_BLOCKS) + 1]]
-    if not any(found == [(k, closing) for k in o for closing in (False, True)] for o in orders):
-        return False
-    contents = [(tags[i].end, tags[i + 1].start) for i in range(0, len(tags), 2)]
-    gaps = [(tags[i].end, tags[i + 1].start) for i in range(1, len(tags) - 1, 2)]
-    gaps.append((tags[-1].end, len(text)))
-    if profile in ("paper", "grpo"):
-        gaps.append((0, tags[0].start))
-    if not all(_is_blank(text, gap) for gap in gaps):
-        return False
-    if profile == "openrlhf":
-        return all(end > start for start, end in contents)
-    return not any(_is_blank(text, content) for content in contents)
-
-
-def _reflection_ok(text: bytes, answers: list[_Block], reflections: list[_Block]) -> bool:
+def _reflection_ok(text: bytes, answers: list[Block], reflections: list[Block]) -> bool:
     """I_ref's condition: one reflection, not blank, after the first and before the last answer."""
     if len(answers) < 2 or len(reflections) != 1:
         return False
@@ -263,7 +280,3 @@ def _size(text: str) -> int:
 def _is_blank(text: bytes, span: Span) -> bool:
     start, end = _strip(text, span)
     return start == end
-
-
-def _width(span: Span) -> int:
-    return span[1] - span[0]

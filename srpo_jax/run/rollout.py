@@ -19,8 +19,8 @@ from srpo_jax.learn.state import relayout
 from srpo_jax.model import sharding
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.rewards.grade import grade
+from srpo_jax.rewards.profiles import Profile
 from srpo_jax.rewards.template import TokenText
-from srpo_jax.rewards.terms import compute_rewards
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.run import setup
 from srpo_jax.run.metrics import ModelFlops
@@ -88,7 +88,7 @@ class Generator:
         encode_step: Callable[..., jax.Array],
         token_text: TokenText,
         verifier: Verifier,
-        profile: str,
+        profile: Profile,
         *,
         keep_pixels: bool = False,
     ):
@@ -146,7 +146,6 @@ class Generator:
             choices=choices,
             verifier=self._verifier,
             profile=self._profile,
-            eos_ids=self.sampling.eos_ids,
         )
         return Graded(verdict, details, rollout)
 
@@ -188,7 +187,7 @@ def make_score_step(cfg: grpo.GrpoConfig, mesh: Any) -> Callable[..., Any]:
     """
 
     def score_step(verdict: Verdict, rollout: Rollout, valid_P: jax.Array):
-        terms = compute_rewards(verdict, cfg.reward_profile, alpha=cfg.reward_alpha)
+        terms = cfg.profile.terms(verdict, cfg.alpha)
         adv_PG = losses.group_advantages(
             terms.total, eps=cfg.adv_eps, scale_by_std=cfg.scale_by_std
         )
@@ -237,7 +236,8 @@ def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
 
 def make_token_text(parts: Parts) -> TokenText:
     """The bytes of every token id of the model."""
-    return TokenText(token_bytes(parts.processor.tokenizer, parts.model.text.vocab_size))
+    table = token_bytes(parts.processor.tokenizer, parts.model.text.vocab_size)
+    return TokenText(table, parts.processor.eos_ids)
 
 
 def make_flops(parts: Parts) -> ModelFlops:

@@ -118,7 +118,7 @@ def rl_stage(folder: Path, seed: int, plan: Plan, name: str) -> Stage:
         steps=plan.rl_steps,
         overrides=common(folder, folder / "sft/hf", seed)
         | {
-            "reward_profile": {"SRPO": "paper", "GRPO": "grpo"}[name],
+            "reward.profile": {"SRPO": "paper", "GRPO": "grpo"}[name],
             "data.train": folder / "data/rl.jsonl",
             "data.global_batch_size": plan.rl_prompts,
             "data.prompts_per_row": per_row,
