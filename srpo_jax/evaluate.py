@@ -5,15 +5,15 @@ r"""Evaluate a model on a file of problems: both answers' accuracy, fix and harm
         --config.eval.file=test.jsonl
 
 Reading guide: `evaluate` is the program. It builds an `Evaluator`, which samples and grades batch
-by batch and gives one row for each completion; rows are appended to ``samples.partial.jsonl``, so
+by batch and gives one row for each completion; rows are appended to ``samples.jsonl.partial``, so
 that a run that was stopped goes on where it stood, and become ``samples.jsonl`` at the end.
-`summarise` turns rows into rates, with bootstrap intervals for ``summary.json`` and without them
+`rates` turns rows into rates, with bootstrap intervals for ``summary.json`` and without them
 for the periodic evaluation of both training stages.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,20 @@ from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.both_answers import score_rows
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.files import JsonlLog, write_jsonl
 from srpo_jax.learn.steps import make_encode_step
 from srpo_jax.report import accounting
+from srpo_jax.report.rates import rates
 from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import PAPER, Profile, profile_named
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.run import setup
 from srpo_jax.run.checkpoint import gather_bytes
-from srpo_jax.run.metrics import write_jsonl
 from srpo_jax.run.rollout import Generator, Graded, Sampled, make_token_text, sampling_config
 from srpo_jax.run.runtime import CompileGuard, RunError, StopRequest, below, flat_config
 from srpo_jax.run.setup import Parts
-from srpo_jax.structs import BLOCKS, Params
+from srpo_jax.structs import Params
 
 Row = dict[str, Any]
 
@@ -59,7 +60,7 @@ def evaluate(
         encode: record -> Encoded, instead of the configured prompt.
 
     Returns:
-        the summary (`summarise`), or None where a signal stopped the run early.
+        the summary (`rates`), or None where a signal stopped the run early.
     """
     check_settings(config.eval)
     profile = profile_named(config.reward.profile)
@@ -106,7 +107,7 @@ def conclude(
     config: Any, source: Any, rows: list[Row], folder: Path, told: dict[str, Any]
 ) -> dict[str, Any]:
     """The summary of all rows; summary.json, and scored.jsonl where a benchmark is named."""
-    summary = summarise(rows, bootstrap=config.bootstrap, seed=config.seed) | told
+    summary = rates(rows, bootstrap=config.bootstrap, seed=config.seed) | told
     summary |= more_accounts(rows, config.eval.samples, config.eval.stop_after)
     if jax.process_index() == 0:
         if config.eval.benchmark and rows:
@@ -156,56 +157,42 @@ def write_scores(
 ) -> dict[str, Any]:
     """Write scored.jsonl, of ``score_rows``.
 
-    Returns the rates of `summarise` under the benchmark's verdicts, with the summaries of the first
+    Returns the rates (`rates`) under the benchmark's verdicts, with the summaries of the first
     and of the final answer, grouped as in its tables, under "first" and "final".
     """
     write_jsonl(folder / "scored.jsonl", scored)
-    found = summarise(scored, bootstrap=bootstrap, seed=seed)
+    found = rates(scored, bootstrap=bootstrap, seed=seed)
     return found | {"name": scored[0]["benchmark"], "mode": scored[0]["mode"], **tables}
 
 
 class RowLog:
-    """samples.jsonl, built up batch by batch in samples.partial.jsonl."""
+    """samples.jsonl, kept batch by batch by the first process; every process has the rows."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         """Open or continue; RunError where what is there was made under other settings."""
-        self._final, self._partial = folder / "samples.jsonl", folder / "samples.partial.jsonl"
-        self._head = json.dumps({"settings": settings})
+        self._log: JsonlLog | None = None
         own: list[Row] = []
         if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self._final.exists():
-                raise RunError(f"{self._final} is there already; give another --workdir")
-            if self._partial.exists():
-                own = self._load()
-            else:
-                self._partial.write_text(self._head + "\n")
+            path = folder / "samples.jsonl"
+            if path.exists():
+                raise RunError(f"{path} is there already; give another --workdir")
+            try:
+                self._log = JsonlLog(path, settings)
+            except ValueError as error:
+                raise RunError(str(error)) from None
+            own = list(self._log.rows())
         self.rows: list[Row] = json.loads(gather_bytes(json.dumps(own).encode())[0])
 
-    def _load(self) -> list[Row]:
-        lines = self._partial.read_text().splitlines(keepends=True)
-        if not lines or lines[0].strip() != self._head:
-            raise RunError(
-                f"{self._partial} was begun with other settings or weights; give another "
-                "--workdir, or remove it to start anew"
-            )
-        if not lines[-1].endswith("\n"):  # torn when the run was killed
-            lines = lines[:-1]
-            self._partial.write_text("".join(lines))
-        return [row for line in lines[1:] for row in json.loads(line)]
-
     def append(self, rows: list[Row]) -> None:
-        """Keep the rows of one batch."""
+        """Keep the rows of one batch, of records that were not there yet."""
         self.rows += rows
-        if jax.process_index() == 0:
-            with open(self._partial, "a") as file:
-                file.write(json.dumps(rows, ensure_ascii=False) + "\n")
+        if self._log and rows:
+            self._log.append(rows[0]["origin"], rows)
 
     def finish(self) -> None:
         """Write samples.jsonl in place of the partial file."""
-        if jax.process_index() == 0:
-            write_jsonl(self._final, self.rows)
-            self._partial.unlink()
+        if self._log:
+            self._log.finish()
 
 
 # --- sampling and grading --------------------------------------------------------------------
@@ -285,8 +272,8 @@ class Evaluator:
             loader.close()
 
     def __call__(self, params: Params, *, seed: int) -> dict[str, float]:
-        """The rates of `summarise`, without intervals."""
-        return summarise([row for rows in self.run(params, seed=seed) for row in rows])
+        """The `rates`, without intervals."""
+        return rates([row for rows in self.run(params, seed=seed) for row in rows])
 
     def _rows(self, sampled: Sampled, graded: Graded) -> list[Row]:
         verdict, rollout = graded.verdict, graded.rollout
@@ -382,70 +369,6 @@ def open_problems(config: Any) -> Any:
     if not one.file:
         raise RunError(f"eval.file is empty: where is {name}? (a file, a folder of parquet files)")
     return load(name, one.file, image_root=config.data.root or None, counts=counts)
-
-
-# --- from rows to rates ----------------------------------------------------------------------
-
-# Rate -> (counted, of): sums over samples whose ratio it is.
-RATES = {
-    "acc@1": ("first", "samples"),
-    "acc@2": ("final", "samples"),
-    "fix": ("fixed", "wrong_first"),
-    "harm": ("harmed", "first"),
-    "net_gain": ("gain", "samples"),
-    "format_rate": ("format", "samples"),
-    "truncated": ("truncated", "samples"),
-    "tokens": ("tokens", "samples"),
-    **{f"tokens/{block}": (block, "samples") for block in BLOCKS},
-}
-
-
-def summarise(rows: Sequence[Row], *, bootstrap: int = 0, seed: int = 0) -> dict[str, Any]:
-    """Rates over all samples.
-
-    fix is the share of wrong first answers whose final answer is right, harm that of right first
-    answers whose final answer is wrong, net_gain is acc@2 - acc@1. A rate of nothing is 0.
-
-    Args:
-        rows: of `Evaluator.run`.
-        bootstrap: resamples of the RECORDS (samples of one problem are not independent) for the
-            95 % intervals under "interval"; 0: none.
-        seed: of the resampling.
-    """
-    origins = {origin: i for i, origin in enumerate(dict.fromkeys(row["origin"] for row in rows))}
-    sums = {name: np.zeros(len(origins)) for pair in RATES.values() for name in pair}
-    for row in rows:
-        first, final, i = row["first_correct"], row["final_correct"], origins[row["origin"]]
-        counted = {
-            "samples": 1,
-            "first": first,
-            "final": final,
-            "wrong_first": not first,
-            "fixed": final and not first,
-            "harmed": first and not final,
-            "gain": int(final) - int(first),
-            "format": row["format_ok"],
-            "truncated": row["truncated"],
-            "tokens": row["tokens"],
-            **dict(zip(BLOCKS, row["block_tokens"], strict=True)),
-        }
-        for name, value in counted.items():
-            sums[name][i] += value
-    summary: dict[str, Any] = {"records": len(origins), "samples": len(rows)}
-    summary |= {name: float(_ratio(sums[a].sum(), sums[b].sum())) for name, (a, b) in RATES.items()}
-    if bootstrap and origins:
-        rng = np.random.default_rng(seed)
-        draws = rng.multinomial(len(origins), np.full(len(origins), 1 / len(origins)), bootstrap)
-        drawn = {name: draws @ values for name, values in sums.items()}
-        summary["interval"] = {
-            name: np.percentile(_ratio(drawn[a], drawn[b]), [2.5, 97.5]).round(6).tolist()
-            for name, (a, b) in RATES.items()
-        }
-    return summary
-
-
-def _ratio(counted: Any, of: Any) -> Any:
-    return counted / np.where(of > 0, of, 1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.evaluate import make_evaluator
 from srpo_jax.learn import grpo, optim
 from srpo_jax.learn.state import merge_params
@@ -33,7 +34,7 @@ from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile, profile_named
 from srpo_jax.run import setup
 from srpo_jax.run.checkpoint import own_buffers
-from srpo_jax.run.metrics import merge_metrics, write_jsonl
+from srpo_jax.run.metrics import merge_metrics
 from srpo_jax.run.pool import Pool, informative
 from srpo_jax.run.rollout import (
     Generator,

@@ -213,7 +213,7 @@ def test_mathvision_killed_twice_and_resumed_scores_as_undisturbed(
     subprocess.run(command(tmp_path / "calm"), check=True, **run)
     for kills in (1, 2):
         process = subprocess.Popen(command(tmp_path / "killed"), **run)
-        partial, before = tmp_path / "killed/samples.partial.jsonl", 0
+        partial, before = tmp_path / "killed/samples.jsonl.partial", 0
         while before < 1 + 5 * kills:  # some batches further each time
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.1)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from srpo_jax.run.metrics import write_jsonl
+from srpo_jax.data.files import write_jsonl
 from tools import compare_evals
 from tools.lib import cli, eval_folders
 
@@ -98,7 +98,7 @@ def test_missing_files_are_named(tmp_path, base, capsys):
     (tmp_path / "half").mkdir()
     assert compare(base, str(tmp_path / "half")) == 1
     assert "half has no samples.jsonl" in capsys.readouterr().err
-    (tmp_path / "half" / "samples.partial.jsonl").write_text("{}\n")
+    (tmp_path / "half" / "samples.jsonl.partial").write_text("{}\n")
     assert compare(base, str(tmp_path / "half")) == 1
     assert "half is not finished" in capsys.readouterr().err
     assert compare(base, base, "--key", "official") == 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from srpo_jax.evaluate import summarise
+from srpo_jax.report.rates import rates
 from srpo_jax.structs import BLOCKS
 
 
@@ -30,7 +30,7 @@ ROWS = [
 
 
 def test_rates_by_hand():
-    found = summarise(ROWS)
+    found = rates(ROWS)
     assert found["records"] == 3 and found["samples"] == 5
     assert found["acc@1"] == pytest.approx(3 / 5)
     assert found["acc@2"] == pytest.approx(3 / 5)
@@ -46,17 +46,17 @@ def test_rates_by_hand():
 
 
 def test_rate_of_nothing_is_0():
-    assert summarise([])["acc@2"] == 0
-    assert summarise([row("a", True, True)])["fix"] == 0
+    assert rates([])["acc@2"] == 0
+    assert rates([row("a", True, True)])["fix"] == 0
 
 
 def test_intervals_resample_records_not_samples():
     # 100 records of 8 equal samples: as uncertain as 100 samples, not as 800.
     rows = [row(f"r{i}", i % 2 == 0, i % 2 == 0) for i in range(100) for _ in range(8)]
-    found = summarise(rows, bootstrap=2000, seed=1)
+    found = rates(rows, bootstrap=2000, seed=1)
     low, high = found["interval"]["acc@2"]
     # The binomial standard error is 0.05: 1.96 of them on both sides.
     assert low == pytest.approx(0.5 - 0.098, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
-    assert found == summarise(rows, bootstrap=2000, seed=1)
-    certain = summarise([row(f"r{i}", True, True) for i in range(9)], bootstrap=100)
+    assert found == rates(rows, bootstrap=2000, seed=1)
+    certain = rates([row(f"r{i}", True, True) for i in range(9)], bootstrap=100)
     assert certain["interval"]["acc@1"] == [1.0, 1.0]

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "srpo_jax"
 # A module imports only what stands above it; names in one string share a level's order.
 ORDER = """
 structs
-data.prompts data.images data.records data.vision_arrays data.batching data.processing
+data.files data.prompts data.images data.records data.vision_arrays data.batching data.processing
 data.encoders data.quarantine data.stream data.loader
 model.config model.sizes model.layers model.attention model.vision model.text model.qwen2_5_vl
 model.hf_table model.hf_write model.hf model.sharding
@@ -32,7 +32,7 @@ benchmarks.word_numbers benchmarks.emma benchmarks.mathverse benchmarks.wemath b
 benchmarks.olympiad_rule benchmarks.olympiadbench benchmarks.judge.cache
 benchmarks.judge.client benchmarks.judge.flows benchmarks.scoring benchmarks.load
 benchmarks.both_answers benchmarks.download
-report.quality report.accounting report.table report.page
+report.rates report.quality report.accounting report.table report.page
 evaluate run.session run.pool train_sft train_grpo
 """.split()
 

@@ -99,14 +99,6 @@ def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):
         writer(tmp_path, wandb_project="p")
 
 
-def test_write_jsonl_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "a" / "rows.jsonl"
-    metrics.write_jsonl(path, [{"x": "é"}])
-    with pytest.raises(TypeError):
-        metrics.write_jsonl(path, [{"x": 1}, {"x": object()}])
-    assert path.read_text() == '{"x": "é"}\n'
-
-
 def test_timers_add_up_a_phase_and_start_anew():
     timers = Timers()
     for _ in range(2):

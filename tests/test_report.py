@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.report import page, table
-from srpo_jax.run.metrics import write_jsonl
 from tools import eval_report
 from tools.lib import cli
 

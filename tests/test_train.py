@@ -281,7 +281,7 @@ def test_evaluation_goes_on_where_it_was_stopped(paths, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(evaluate.RowLog, "append", stop_after_first)
         assert evaluate.evaluate(config(), tmp_path / "broken") is None
-    partial = tmp_path / "broken" / "samples.partial.jsonl"
+    partial = tmp_path / "broken" / "samples.jsonl.partial"
     with open(partial, "a") as file:
         file.write('[{"id": "torn')
     changed = config()

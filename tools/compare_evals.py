@@ -9,9 +9,9 @@ problem the sign test), two-sided. With several keys no p is corrected for their
 """
 
 import argparse
-import json
 from typing import Any
 
+from srpo_jax.data.files import write_json
 from srpo_jax.report.accounting import BOOTSTRAP, paired
 from tools.lib import cli, eval_folders
 
@@ -60,8 +60,7 @@ def main(args: argparse.Namespace) -> None:
         found.append(result | {"key": key})
     print(table(found))
     if args.output:
-        with cli.atomic(args.output) as temporary:
-            temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, found)
 
 
 def table(found: list[dict[str, Any]]) -> str:

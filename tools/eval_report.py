@@ -6,7 +6,6 @@ is gone, items stand without images.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from srpo_jax.benchmarks.load import load
+from srpo_jax.data.files import write_json, write_text
 from srpo_jax.data.records import load_image, open_records
 from srpo_jax.report import accounting, page, table
 from tools.lib import cli, eval_folders
@@ -65,9 +65,9 @@ def main(args: argparse.Namespace) -> None:
     images = None if args.no_images else record_images(args.image_root)
     html = page.page(items, images, limit=args.items, seed=args.seed)
     out = Path(args.out)
-    _write(out / "report.md", markdown(summaries, accounts))
-    _write(out / "report.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
-    _write(out / "items.html", html)
+    write_text(out / "report.md", markdown(summaries, accounts))
+    write_json(out / "report.json", report)
+    write_text(out / "items.html", html)
     print(f"{len(named)} evaluations, {len(items)} items -> {out}")
 
 
@@ -159,11 +159,6 @@ def record_images(root: str | None) -> Callable[[dict[str, Any]], Iterable[Image
         return [load_image(ref) for ref in record.images]
 
     return images
-
-
-def _write(path: Path, text: str) -> None:
-    with cli.atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 if __name__ == "__main__":

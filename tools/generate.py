@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.files import JsonlLog
 from srpo_jax.data.processing import Encoded
 from srpo_jax.data.records import to_record
 from srpo_jax.model.config import ModelConfig
@@ -107,7 +108,7 @@ def output_rows(
 def main(args: argparse.Namespace) -> None:
     """Sample the prompts of --input batch by batch; the next batch is read while one is sampled."""
     rows = loading.read_rows(args.input)
-    output = cli.ResumableJsonl(args.output, loading.settings(args))
+    output = JsonlLog(args.output, loading.settings(args))
     left = [row for row in rows if row.id not in output.done]
     if left:
         model = loading.load_model(args)
@@ -126,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
                 rollout = sample(model, sampler, samples, [row.id for row in part], args)
                 for p, row in enumerate(part):
                     lines = output_rows(row, rollout, p, processor.tokenizer, processor.eos_ids)
-                    output.write(row.id, lines)
+                    output.append(row.id, lines)
                 advance(len(part))
     output.finish(row.id for row in rows)
 

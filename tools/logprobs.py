@@ -14,6 +14,7 @@ import functools
 import jax
 import numpy as np
 
+from srpo_jax.data.files import JsonlLog
 from srpo_jax.data.processing import Encoded
 from srpo_jax.learn.losses import token_logps
 from srpo_jax.model.config import ModelConfig
@@ -46,7 +47,7 @@ def score(model: loading.Model, samples: list[Encoded], batch_size: int) -> list
 def main(args: argparse.Namespace) -> None:
     """Score the conversations of --input batch by batch."""
     rows = loading.read_rows(args.input)
-    output = cli.ResumableJsonl(args.output, loading.settings(args))
+    output = JsonlLog(args.output, loading.settings(args))
     left = [row for row in rows if row.id not in output.done]
     if left:
         model = loading.load_model(args)
@@ -66,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
                 for row, sample, logprobs in zip(part, samples, found, strict=True):
                     token_ids = sample.token_ids.tolist()
                     fields = {"id": row.output_id, "token_ids": token_ids, "logprobs": logprobs}
-                    output.write(row.id, [fields])
+                    output.append(row.id, [fields])
                 advance(len(part))
     output.finish(row.id for row in rows)
 

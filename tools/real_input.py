@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import Shape
 from srpo_jax.run.metrics import read_rows
@@ -99,8 +100,8 @@ def write_records(data: Path, out: Path) -> tuple[int, int]:
     every = len(records) // HELD_OUT
     held = records[::every][:HELD_OUT]
     names = {row["id"] for row in held}
-    cli.write_jsonl(out / "train.jsonl", [r for r in records if r["id"] not in names])
-    cli.write_jsonl(out / "held_out.jsonl", held)
+    write_jsonl(out / "train.jsonl", [r for r in records if r["id"] not in names])
+    write_jsonl(out / "held_out.jsonl", held)
     return len(records) - len(held), len(held)
 
 

@@ -17,6 +17,7 @@ import contextlib
 import sys
 
 from srpo_jax.benchmarks import scoring
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.rewards.verifier import Verifier
 from tools.lib import cli, judge_options
 
@@ -69,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     summary["timeouts"], summary["crashes"] = (pool.timeouts, pool.crashes) if pool else (0, 0)
     if judge is not None:
         summary["judge"] = judge.summary()
-    cli.write_jsonl(args.output, scored)
+    write_jsonl(args.output, scored)
     if args.report:
         cli.write_report(args.report, summary, scoring.markdown(summary))
     _show(summary, args.output)

@@ -11,6 +11,7 @@ import contextlib
 from pathlib import Path
 
 from srpo_jax.benchmarks import scoring
+from srpo_jax.data.files import write_jsonl
 from tools.lib import cli, eval_folders, judge_options
 
 
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     rates = write_scores(found.folder, scored, tables, bootstrap=args.bootstrap, seed=args.seed)
     if judge is not None:
         rates["judge"] = judge.summary()
-    cli.write_jsonl(found.folder / "summary.json", [found.summary | {"benchmark": rates}])
+    write_jsonl(found.folder / "summary.json", [found.summary | {"benchmark": rates}])
     _show(args, rates, found.folder)
     return judge_options.UNAVAILABLE if judge is not None and judge.stats.unavailable else 0
 

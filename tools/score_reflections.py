@@ -20,6 +20,7 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from srpo_jax.benchmarks.common import RowError
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.report import quality
 from tools.lib import cli, judge_options
 
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     summary = quality.summarise(rows, args.seed)
     if judge is not None:
         summary["judge"] = judge.summary()
-    cli.write_jsonl(args.output, rows)
+    write_jsonl(args.output, rows)
     if args.report:
         cli.write_report(args.report, summary, quality.markdown(summary))
     _show(summary, args.output)

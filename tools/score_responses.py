@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import numpy as np
 
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.processing import token_bytes
 from srpo_jax.rewards.answers import answer_problem
 from srpo_jax.rewards.grade import grade_sequences
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
             ]
             scored += _score(chunk, ids, token_text, verifier, args)
             advance(len(chunk))
-    cli.write_jsonl(args.output, scored)
+    write_jsonl(args.output, scored)
     _summarise(scored, verifier, args)
 
 

@@ -5,9 +5,10 @@ decoded on the way.
 """
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from srpo_jax.data.files import whole
 
 MMMU_SUBJECTS = (
     "Accounting", "Agriculture", "Architecture_and_Engineering", "Art", "Art_Theory",
@@ -72,17 +73,14 @@ def download(place: Place, folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists: give another folder, or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / "whole"
-        whole.mkdir()
+    with whole(folder) as temporary:
+        temporary.mkdir()
         for number, config in enumerate(place.configs):
             rows = datasets.load_dataset(place.repo, config, split=place.split)
             for name, feature in rows.features.items():
                 if raw := _undecoded(feature, datasets):
                     rows = rows.cast_column(name, raw)
-            rows.to_parquet(whole / f"{number:02d}.parquet")
-        whole.rename(folder)
+            rows.to_parquet(temporary / f"{number:02d}.parquet")
     return sorted(folder.iterdir())
 
 

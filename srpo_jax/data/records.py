@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from srpo_jax.data.files import whole
 from srpo_jax.data.images import ImageRef, RecordError, load_image, resolve_path
 
 __all__ = [
@@ -385,12 +386,12 @@ def write_array_record(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) 
             return {**value, **portable(value["bytes"])}
         return [portable(v) for v in value] if isinstance(value, list | tuple) else value
 
-    temporary, count = f"{os.fspath(path)}.tmp", 0
-    writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1")
-    for row in rows:
-        fields = {name: portable(value) for name, value in row.items()}
-        writer.write(json.dumps(fields, ensure_ascii=False).encode("utf-8"))
-        count += 1
-    writer.close()
-    os.replace(temporary, path)
+    count = 0
+    with whole(path) as temporary:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+        for row in rows:
+            fields = {name: portable(value) for name, value in row.items()}
+            writer.write(json.dumps(fields, ensure_ascii=False).encode("utf-8"))
+            count += 1
+        writer.close()
     return count

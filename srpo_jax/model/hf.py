@@ -7,7 +7,7 @@ indexed with, so that a process touches the shards it holds and a conversion nev
 
 import contextlib
 import dataclasses
-import functools
+import glob
 import json
 import math
 import os
@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
+from srpo_jax.data.files import whole
 from srpo_jax.model import hf_write
 from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.hf_table import (
@@ -349,35 +350,31 @@ def save_hf(
         raise HFError(f"cannot write dtype {', '.join(odd)}: give one of {', '.join(DTYPES)}")
     files = hf_write.plan(hf_tensors(cfg), dtypes, max_shard_bytes)
     writes = jax.process_index() == 0
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    _together(functools.partial(_begin, partial, out_dir) if writes else None)
-    try:
-        hf_write.write_files(files, params, dtypes, partial if writes else None, progress)
-        if writes:
+    with contextlib.ExitStack() as stack:
+        partial = _together(lambda: stack.enter_context(_new_folder(out_dir)) if writes else None)
+        hf_write.write_files(files, params, dtypes, partial, progress)
+        if partial:
             hf_write.copy_reference(reference_dir, partial, set(dtypes.values()))
-            if out_dir.is_dir():
-                out_dir.rmdir()
-            partial.rename(out_dir)
-    except BaseException:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _together(None)
+    _together(lambda: None)
 
 
-def _begin(partial: Path, out_dir: Path) -> None:
+@contextlib.contextmanager
+def _new_folder(out_dir: Path) -> Iterator[Path]:
+    """The temporary directory that becomes ``out_dir``; HFError where there is something."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise HFError(f"{out_dir}: exists and is not an empty directory; choose another one")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for left in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)  # a killed export leaves gigabytes
+    with whole(out_dir) as partial:
+        partial.mkdir()
+        yield partial
 
 
-def _together(act: Callable[[], None] | None) -> None:
-    """Run ``act`` where there is one; if it fails on one process, no other waits for it forever."""
-    error = None
+def _together(act: Callable[[], Path | None]) -> Path | None:
+    """What ``act`` returns; if it fails on one process, no other waits for it forever."""
+    found = error = None
     try:
-        if act:
-            act()
+        found = act()
     except (OSError, HFError) as caught:
         error = caught
     if jax.process_count() > 1:
@@ -386,6 +383,7 @@ def _together(act: Callable[[], None] | None) -> None:
             raise HFError("the process that writes could not begin; its error tells why")
     if error is not None:
         raise error
+    return found
 
 
 def _check_params(params: Mapping[str, Any], cfg: ModelConfig, reference_dir: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from srpo_jax.data.files import write_text
 from srpo_jax.data.images import to_rgb
 from srpo_jax.data.prompts import letter
 from srpo_jax.rewards.answers import choice_indices
@@ -46,7 +47,7 @@ bar.addEventListener("click", (event) => {
 def write_page(
     path: str | os.PathLike, items: list[dict[str, Any]], title: str, summary: dict[str, Any]
 ) -> None:
-    """Write the page of ``items`` under a temporary name, then rename.
+    """Write the page of ``items``.
 
     Args:
       items: {"id", "question", "choices", "answer", "images": [PIL image], "attempt": {"think",
@@ -75,16 +76,8 @@ def write_page(
         script=_SCRIPT,
         script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
     )
-    # A model can write half of a surrogate pair or a zero byte; neither may stand in a page.
-    data = html.replace("\0", "\ufffd").encode("utf-8", "replace")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A model can write a zero byte, which may not stand in a page.
+    write_text(path, html.replace("\0", "\ufffd"))
 
 
 def _template() -> jinja2.Template:

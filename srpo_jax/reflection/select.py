@@ -1,11 +1,11 @@
 """Which items go to the teacher: usable, unique, unseen by any evaluation, in the wanted mix."""
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from srpo_jax.data.files import write_json
 from srpo_jax.reflection import items as item_lib
 from srpo_jax.reflection.duplicates import contamination, duplicates
 from srpo_jax.reflection.settings import Settings
@@ -70,9 +70,7 @@ def _removed(store: Store, settings: Settings, say: Callable) -> dict[int, str]:
             "findings": [{"id": names[f["key"]], **f} for f in findings],
         }
         path = store.workdir / "contamination.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False), "utf-8")
-        temporary.replace(path)
+        write_json(path, report)
         hit = {f["key"] for f in findings}
         say(f"contamination: {len(hit)} items stand in evaluation files, see {path.name}")
         out |= dict.fromkeys(hit, "in an evaluation file")

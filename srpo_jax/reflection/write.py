@@ -1,10 +1,9 @@
 """Accepted items -> data sets in both targets, split by image, with a data card."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from srpo_jax.data.files import jsonl_writer, whole, write_json, write_text
 from srpo_jax.data.images import ImageRef, resolve_path
 from srpo_jax.data.records import Record, write_array_record
 from srpo_jax.reflection import teach
@@ -33,16 +33,19 @@ def export(store: Store, items: Items, settings: Settings, out: Path, say: Calla
     ``out`` holds images/, <target>_<split>.jsonl and .array_record for the targets that can be
     built, card.json and card.md. Files are replaced whole, one by one.
     """
-    out.mkdir(parents=True, exist_ok=True)
     targets = ("rl_aligned", "paper") if settings.target == "rl_aligned" else ("paper",)
     count = token_counter(settings.tokenizer)
     lengths: dict[str, list[int]] = defaultdict(list)
     mix: Counter = Counter()
     sources: Counter = Counter()
     splits: Counter = Counter()
-    writers = {(t, s): _Lines(out / f"{t}_{s}.jsonl") for t in targets for s in SPLITS}
     seen: set[str] = set()
-    try:
+    with contextlib.ExitStack() as stack:
+        writers = {
+            (t, s): stack.enter_context(jsonl_writer(out / f"{t}_{s}.jsonl"))
+            for t in targets
+            for s in SPLITS
+        }
         for record, fields, image_files in _accepted(store, items, out, seen):
             split = split_of(record, settings.validation_share, settings.seed)
             splits[split] += 1
@@ -52,38 +55,14 @@ def export(store: Store, items: Items, settings: Settings, out: Path, say: Calla
                 if fields.get(name):
                     lengths[name].append(count(fields[name]))
             for target in targets:
-                writers[target, split].write(row_of(record, fields, image_files, target))
-        for writer in writers.values():
-            writer.commit()
-    finally:
-        for writer in writers.values():
-            writer.discard()
+                writers[target, split](row_of(record, fields, image_files, target))
     for target, split in writers:
         _array_record(out, target, split)
     card = make_card(store, settings, mix, sources, splits, lengths)
-    _replace(out / "card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
-    _replace(out / "card.md", card_text(card))
+    write_json(out / "card.json", card)
+    write_text(out / "card.md", card_text(card))
     say(f"{sum(splits.values())} items -> {out} ({dict(splits)}, first attempts {dict(mix)})")
     return card
-
-
-class _Lines:
-    """A JSON Lines file that appears when it is whole."""
-
-    def __init__(self, path: Path):
-        self.path, self.temporary = path, path.with_name(f".{path.name}.tmp")
-        self.file = open(self.temporary, "w", encoding="utf-8")
-
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def commit(self) -> None:
-        self.file.close()
-        os.replace(self.temporary, self.path)
-
-    def discard(self) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
 
 
 def _accepted(
@@ -134,29 +113,26 @@ def copy_image(ref: ImageRef, folder: Path) -> str:
 
     Copies beside the data set make it complete: it can be moved, and needs no data root.
     """
-    path = None if ref.data is not None else resolve_path(ref)
-    data = ref.data if path is None else Path(path).read_bytes()
+    data = _image_bytes(ref)
     suffix = Path(ref.path).suffix.lower() if ref.path else ""
     suffix = suffix if suffix[1:].isalnum() else ".img"
     name = hashlib.sha256(data).hexdigest()[:32] + suffix
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / name
     if not target.is_file():
-        temporary = target.with_name(f".{name}.{os.getpid()}")
-        temporary.write_bytes(data) if path is None else shutil.copyfile(path, temporary)
-        os.replace(temporary, target)
+        with whole(target) as temporary:
+            temporary.write_bytes(data)
     return f"{folder.name}/{name}"
 
 
 def split_of(record: Record, validation_share: float, seed: int) -> str:
     """train or validation, by the first image's bytes: an image stands in one split only."""
-    if record.images:
-        ref = record.images[0]
-        data = ref.data if ref.data is not None else Path(resolve_path(ref)).read_bytes()
-    else:
-        data = record.question.encode()
+    data = _image_bytes(record.images[0]) if record.images else record.question.encode()
     digest = hashlib.sha256(f"{seed}:split:".encode() + data).digest()
     return SPLITS[int.from_bytes(digest[:8]) < validation_share * 2**64]
+
+
+def _image_bytes(ref: ImageRef) -> bytes:
+    return ref.data if ref.data is not None else Path(resolve_path(ref)).read_bytes()
 
 
 def _array_record(out: Path, target: str, split: str) -> None:
@@ -172,12 +148,6 @@ def _array_record(out: Path, target: str, split: str) -> None:
                 yield row
 
     write_array_record(out / f"{target}_{split}.array_record", rows())
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------ the card

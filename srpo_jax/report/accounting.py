@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from srpo_jax.report.rates import interval
 from srpo_jax.rewards.answers import MAX_ANSWER_CHARS, choice_indices, extract_answer, plain_text
 from srpo_jax.rewards.quantities import parse_quantity, same_quantity
 
@@ -238,8 +239,9 @@ def paired(
     change = [new[p] - base[p] for p in base]
     values, counts = np.unique(np.array([float(c) for c in change]), return_counts=True)
     # Resampling problems is drawing how often each value of the difference occurs.
-    draws = np.random.default_rng(seed).multinomial(len(change), counts / len(change), bootstrap)
-    low, high = np.percentile(draws @ values / len(change), [2.5, 97.5])
+    low, high = interval(
+        values[:, None], np.ones((len(values), 1)), times=counts, resamples=bootstrap, seed=seed
+    )[:, 0]
     better, worse = sum(c > 0 for c in change), sum(c < 0 for c in change)
     single = len(base_rows) == len(new_rows) == len(base)
     return {

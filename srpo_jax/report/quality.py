@@ -16,6 +16,7 @@ import numpy as np
 
 from srpo_jax.benchmarks.common import Row, RowError, choices, each, option_text
 from srpo_jax.reflection.teach import BadReply
+from srpo_jax.report.rates import interval
 from srpo_jax.rewards.answers import boxed, decide
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.template import Completion, parse_response
@@ -280,7 +281,7 @@ def summarise(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
             if one.get(name) is not None:
                 sums[places[str(key)], j] += one[name]
                 counts[places[str(key)], j] += 1
-    low, high = _interval(sums, counts, seed)
+    low, high = interval(sums, counts, resamples=RESAMPLES, seed=seed, empty=np.nan)
     totals = counts.sum(0)
     return {
         "rows": len(rows),
@@ -308,19 +309,6 @@ def _numbers(quality: dict[str, Any]) -> dict[str, float | None]:
         out[f"verdict_{name}"] = quality["verdict"] == name if has else None
     out |= {f"rubric_{name}": value for name, value in quality.get("rubric", {}).items()}
     return out
-
-
-def _interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The 2.5 % and 97.5 % points of the means over resampled problems, for each measure."""
-    rng, n = np.random.default_rng(seed), len(sums)
-    means = np.full((RESAMPLES, sums.shape[1]), np.nan)
-    for start in range(0, RESAMPLES, 100):  # not at once: problems times resamples may be large
-        draws = rng.multinomial(n, np.full(n, 1 / n), min(100, RESAMPLES - start)).astype(float)
-        number = draws @ counts
-        part = means[start : start + len(draws)]
-        np.divide(draws @ sums, number, out=part, where=number > 0)
-    filled = np.where(np.isnan(means).all(0), 0.0, means)
-    return tuple(np.nanpercentile(filled, (2.5, 97.5), axis=0))
 
 
 def markdown(summary: dict[str, Any]) -> str:

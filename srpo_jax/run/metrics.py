@@ -189,17 +189,6 @@ def merge_metrics(rows: list[dict[str, Any]], weigh_by: str) -> dict[str, float]
     return {name: float(value) for name, value in merged.items()}
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole JSONL file: under a temporary name, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary.replace(path)
-
-
 def _torn(path: Path) -> bool:
     """True where the file's last line has no end."""
     with open(path, "rb") as file:

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.data.files import write_json
 from tools.demo import data, report, tiles
 from tools.demo.stages import ROOT, Clock, Stage, run_stages
 from tools.lib import cli, transformers_check
@@ -204,8 +205,7 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
         },
         "gains": report.gains(folders),
     }
-    with cli.atomic(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(path, results)
     return results
 
 
@@ -234,8 +234,7 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
         return
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not a demo's folder: give another --out")
-    with cli.atomic(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(path, settings)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -254,8 +253,7 @@ def main(args: argparse.Namespace) -> int:
         clock.say(f"seed {seed}")
         seeds.append(run_seed(out / f"seed{seed}", seed, plan, split, clock))
     results = {**settings, "split": split, "seeds": seeds}
-    with cli.atomic(out / f"results_{split}.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(out / f"results_{split}.json", results)
     print(
         f"\n{report.table(seeds, split)}\n\n{report.gain_lines(seeds)}\n\n{report.reading(seeds)}"
     )

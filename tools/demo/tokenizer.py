@@ -1,10 +1,11 @@
 """A byte-level BPE tokenizer with Qwen2.5-VL's special tokens, trained on the demo's own text."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from srpo_jax.data.files import write_json
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -72,7 +73,7 @@ def write_tokenizer(tokenizer: Tokenizer, out_dir: Path) -> dict[str, int]:
         }
         for token, i in ids.items()
     }
-    _write_json(
+    write_json(
         out_dir / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -87,8 +88,8 @@ def write_tokenizer(tokenizer: Tokenizer, out_dir: Path) -> dict[str, int]:
             "chat_template": CHAT_TEMPLATE,
         },
     )
-    _write_json(out_dir / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-    _write_json(
+    write_json(out_dir / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_json(
         out_dir / "preprocessor_config.json",
         {
             "min_pixels": 3136,
@@ -103,7 +104,3 @@ def write_tokenizer(tokenizer: Tokenizer, out_dir: Path) -> dict[str, int]:
         },
     )
     return ids
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

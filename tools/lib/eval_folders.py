@@ -37,7 +37,7 @@ def read(folder: str | Path, *, summary: bool = True) -> Evaluation:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    partial = folder / "samples.partial.jsonl"
+    partial = folder / "samples.jsonl.partial"
     if not (folder / "samples.jsonl").exists():
         why = "is not finished: run it to its end" if partial.exists() else "has no samples.jsonl"
         raise FileNotFoundError(f"{folder} {why}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.prompts import srpo_messages
 from srpo_jax.data.records import load_image, to_record
@@ -33,7 +34,7 @@ def ours(
     """Greedy completions of tools.generate, run as the command that it is."""
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "prompts.jsonl", Path(folder) / "out.jsonl"
-        cli.write_jsonl(given, records)
+        write_jsonl(given, records)
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "tools.generate", f"--hf_dir={hf_dir}"),
