@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from srpo_jax.benchmarks.common import Row, RowError, choices, each, option_text
-from srpo_jax.reflection.teach import BadReply
+from srpo_jax.remote.replies import BadReply
 from srpo_jax.rewards.answers import boxed, decide
 from srpo_jax.rewards.template import Completion, parse_response
 from srpo_jax.structs import BLOCKS
