@@ -18,11 +18,11 @@ data.encoders data.quarantine data.stream data.loader
 model.config model.sizes model.layers model.attention model.vision model.text model.qwen2_5_vl
 model.hf_table model.hf_write model.hf model.sharding
 sampling.logits sampling.slots sampling.sampler
-rewards.template rewards.quantities rewards.answers rewards.verifier rewards.terms
-rewards.profiles rewards.grade
+rewards.template rewards.quantities rewards.braces rewards.answers rewards.verifier
+rewards.terms rewards.profiles rewards.grade
 learn.losses learn.optim learn.grpo learn.state learn.steps
 run.checkpoint run.metrics run.runtime run.setup run.rollout
-remote.limits remote.protocol remote.client remote.batch
+remote.limits remote.protocol remote.replies remote.client remote.batch
 reflection.store reflection.settings reflection.teach reflection.duplicates reflection.check
 reflection.accept reflection.items reflection.select reflection.drive reflection.batches
 reflection.stages reflection.write reflection.sample reflection.page
@@ -59,7 +59,7 @@ THIRD_PARTY = {
     "remote": {"openai", "aiohttp", "httpx2"},
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},
     "benchmarks.download": {"datasets"},
-    "benchmarks": {"sympy", "pyarrow", "numpy", "jinja2"},
+    "benchmarks": {"sympy", "pyarrow", "jinja2", "rapidfuzz"},
     "report": {"jinja2", "PIL", "numpy"},
     "learn": CORE,
 }

@@ -13,7 +13,6 @@ from srpo_jax.data.images import ImageRef
 from srpo_jax.data.records import Record
 from srpo_jax.reflection import teach
 from srpo_jax.reflection.settings import Settings
-from srpo_jax.remote.protocol import Reply
 from tests.data_helpers import noise_image
 
 GOLD = "4242"
@@ -26,13 +25,6 @@ def record(**more) -> Record:
     image = ImageRef("file:1", data=buffer.getvalue())
     fields = dict(id="r", question="How many?", answer=GOLD, images=(image,), origin="file:1")
     return Record(**{**fields, **more})
-
-
-def reply(text: str, **more) -> Reply:
-    fields = dict(refusal="", finish_reason="stop", model="m", prompt_tokens=1)
-    return Reply(
-        text=text, **{**fields, "completion_tokens": 1, "cost": 0.0, "seconds": 0.0, **more}
-    )
 
 
 def said(request) -> str:
@@ -99,46 +91,6 @@ def test_every_try_has_a_seed_of_its_own_and_every_run_the_same():
     assert len(seeds) == 200
     assert teach.request_seed(0, "attempt", 7, 1) == teach.request_seed(0, "attempt", 7, 1)
     assert max(seeds) < 2**31
-
-
-@pytest.mark.parametrize(
-    ("text", "more", "reason"),
-    [
-        ('{"reflection": "r"', {}, "not JSON"),
-        ("[" * 100_000, {}, "not JSON"),
-        ("[1]", {}, "outside the schema"),
-        ('{"other": "r"}', {}, "outside the schema"),
-        ('{"reflection": "r", "more": 1}', {}, "outside the schema"),
-        ('{"reflection": 3}', {}, "outside the schema"),
-        ('{"reflection": true}', {}, "outside the schema"),
-        ('{"reflection": "  "}', {}, "empty reflection"),
-        ("", {}, "empty reply"),
-        (" \n", {}, "empty reply"),
-        ('{"reflection": "r"}', {"finish_reason": "length"}, "cut off at the token limit"),
-        ("", {"refusal": "no"}, "refusal"),
-    ],
-)
-def test_a_reply_outside_the_schema_says_why(text, more, reason):
-    with pytest.raises(teach.BadReply, match=f"^{reason}$"):
-        teach.parse_reply(reply(text, **more), ["reflection"])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"reflection": "r"}',
-        '```json\n{"reflection": "r"}\n```',
-        '<think>hm { "x" }</think>\n{"reflection": " r "}',
-    ],
-)
-def test_a_fence_or_a_thought_around_the_object_is_forgiven(text):
-    assert teach.parse_reply(reply(text), ["reflection"]) == {"reflection": "r"}
-
-
-def test_a_score_is_a_number():
-    assert teach.parse_reply(reply('{"score": 4}'), ["score"], float) == {"score": 4.0}
-    with pytest.raises(teach.BadReply, match="outside the schema"):
-        teach.parse_reply(reply('{"score": true}'), ["score"], float)
 
 
 def test_prompt_files_of_a_folder_replace_ours_and_a_missing_one_is_named(tmp_path):

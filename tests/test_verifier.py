@@ -52,8 +52,8 @@ def test_equal_pairs_are_checked_once_and_remembered(pool, monkeypatch):
 def test_a_named_function_is_called_instead_in_a_warm_worker():
     module = "srpo_jax.benchmarks.olympiad_rule"
     with Verifier(workers=1, time_limit_s=20, modules=[module]) as pool:
-        judge = {"function": f"{module}:judge", "errors": [0.1]}
-        assert pool.verify_math([("5", "5.05"), ("5", "5.2")], **judge) == [True, False]
+        rule = {"function": f"{module}:equal_answers", "errors": [0.1]}
+        assert pool.verify_math([("5", "5.05"), ("5", "5.2")], **rule) == [True, False]
         assert pool.verify_math([("5", "5.05")]) == [False]  # not the other function's verdict
         assert pool.verify_math([("1", "1")], function=f"{module}:missing") == [False]
 

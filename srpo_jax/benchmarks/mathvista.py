@@ -8,6 +8,8 @@ extraction for which none of these holds has no answer by rule. What is extracte
 
 import re
 
+from rapidfuzz.distance import Levenshtein
+
 from srpo_jax.benchmarks.common import (
     LETTERS,
     Row,
@@ -104,39 +106,4 @@ def _option(text: str, options: list[str]) -> str:
         text = bracketed[1].upper()
     if len(text) == 1 and text in LETTERS[: len(options)]:
         return options[LETTERS.index(text)]
-    return min(options, key=lambda option: edit_distance(text, option))
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's distance: insertions, deletions and replacements of single characters.
-
-    Bit-parallel after Myers (1999) and Hyyrö (2003): linear in the longer text for texts that are
-    short on the other side.
-    """
-    if len(a) < len(b):
-        a, b = b, a
-    if not b or _is_subsequence(b, a):
-        return len(a) - len(b)
-    places: dict[str, int] = {}
-    for i, char in enumerate(b):
-        places[char] = places.get(char, 0) | 1 << i
-    mask, last = (1 << len(b)) - 1, 1 << (len(b) - 1)
-    plus, minus, distance = mask, 0, len(b)
-    for char in a:
-        match = places.get(char, 0)
-        diagonal = (((match & plus) + plus) ^ plus) | match | minus
-        up, down = minus | ~(diagonal | plus), diagonal & plus
-        distance += bool(up & last) - bool(down & last)
-        up, down = (up << 1 | 1) & mask, (down << 1) & mask
-        plus, minus = (down | ~(diagonal | up)) & mask, up & diagonal
-    return distance
-
-
-def _is_subsequence(short: str, text: str) -> bool:
-    """Whether deletions alone turn ``text`` into ``short``: then no fewer edits do."""
-    position = 0
-    for char in short:
-        position = text.find(char, position) + 1
-        if position == 0:
-            return False
-    return True
+    return min(options, key=lambda option: Levenshtein.distance(text, option))

@@ -1,15 +1,21 @@
-r"""OlympiadBench's judge of two answers. Runs in a worker process: sympy may take for ever."""
+r"""OlympiadBench's comparison of two answers (the official ``judge`` program, a rule, no model).
+
+Runs in a worker process: sympy may take for ever.
+"""
 
 import logging
 import math
 import re
 from functools import cache
 
+from srpo_jax.rewards.braces import braced_spans
+
 _REPLACED = {
     "\\left": "", "\\right": "", "∶": ":", "，": ",", "$": "", "\\approx": "=", "\\simeq": "=",
     "\\sim": "=", "^\\prime": "'", "^{\\prime}": "'", "^\\circ": "", "%": "",
 }  # fmt: skip
 _EDGES = "\n$,.:;^_=+`!@#$%^&*~，。"
+_BRACE = re.compile(r"(\\boxed\{)|[{}]")  # an escaped brace counts, as in the official code
 _FONT = re.compile(r"\\(?:mathrm|mathbf)\{~?([^}]*)\}")
 _CHINESE = re.compile(r"[\u4e00-\u9fff]+")
 _FORMULA = re.compile(r"\$(.*?)\$")
@@ -18,7 +24,7 @@ _MAX_EXPONENT = 1000
 _SLACK = 1.01
 
 
-def judge(gold: str, answer: str, *, errors: list[float]) -> bool:
+def equal_answers(gold: str, answer: str, *, errors: list[float]) -> bool:
     """Whether an answer gives the gold: all their parts pair off as equal.
 
     ``errors`` holds the allowed absolute error, one for all parts or one for each.
@@ -66,24 +72,13 @@ def _content(text: str) -> str:
 
     ValueError for a box that is not closed.
     """
-    boxes, start = "", text.find("\\boxed{")
-    while start >= 0:
-        start += len("\\boxed{")
-        boxes += text[start : _closing_brace(text, start)] + ","
-        start = text.find("\\boxed{", start)
+    boxes = braced_spans(text, _BRACE)
+    if any(end is None for _, _, end in boxes):
+        raise ValueError("a box that is not closed")
     if boxes:
-        return boxes
+        return "".join(f"{text[start:end]}," for _, start, end in boxes)
     formulas = _FORMULA.findall(text.strip().split("\n")[-1])
     return "".join(f"{formula}," for formula in formulas) or text
-
-
-def _closing_brace(text: str, start: int) -> int:
-    depth = 1
-    for match in re.compile(r"[{}]").finditer(text, start):
-        depth += 1 if match[0] == "{" else -1
-        if depth == 0:
-            return match.start()
-    raise ValueError("a box that is not closed")
 
 
 def _parts(text: str) -> list[str]:
@@ -201,7 +196,7 @@ def _same_intervals(left: str, right: str, error: float) -> bool:
 
 
 def warm_up() -> None:
-    """Load sympy's parser, before a worker's first judgement is timed."""
+    """Load sympy's parser, before a worker's first comparison is timed."""
     _equal("\\frac{1}{2}x=1", "2x=1", 1e-8)
 
 

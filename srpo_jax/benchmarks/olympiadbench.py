@@ -23,7 +23,7 @@ from srpo_jax.rewards.verifier import Verifier
 NAME = "olympiadbench"
 COUNTS = {150: "OE_MM_maths_en_COMP", 456: "OE_MM_physics_en_COMP"}
 WORKER_MODULES = ("srpo_jax.benchmarks.olympiad_rule",)
-JUDGE = f"{WORKER_MODULES[0]}:judge"
+RULE = f"{WORKER_MODULES[0]}:equal_answers"
 DEFAULT_ERROR = 1e-8
 EMPTY = "the response is empty"
 
@@ -42,7 +42,7 @@ def official(rows: list[Row], pool: Verifier) -> list[Scored]:
             by_errors.setdefault(allowed_errors[i], []).append(i)
     for allowed, indices in by_errors.items():
         pairs = [(golds[i], extractions[i]) for i in indices]
-        found = pool.verify_math(pairs, function=JUDGE, errors=list(allowed))
+        found = pool.verify_math(pairs, function=RULE, errors=list(allowed))
         for i, right in zip(indices, found, strict=True):
             correct[i] = right
     return [

@@ -27,6 +27,7 @@ from srpo_jax.data.images import ImageRef, RecordError, load_image, resolve_path
 
 __all__ = [
     "ImageRef",
+    "Parquet",
     "Record",
     "RecordError",
     "Records",
@@ -175,7 +176,7 @@ class _Jsonl:
         return _parse_json(line, origin), origin
 
 
-class _Parquet:
+class Parquet:
     """Rows of a parquet file; the row groups read last are kept, up to 256 MiB."""
 
     def __init__(self, path: str):
@@ -203,6 +204,12 @@ class _Parquet:
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
+
+    def columns(self) -> set[str]:
+        """The names of the table's fields."""
+        import pyarrow.parquet as pq
+
+        return set(pq.read_schema(self.path).names)
 
     def _row_group(self, group: int):
         import pyarrow.parquet as pq
@@ -359,7 +366,7 @@ def open_records(
     files = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not files:
         raise FileNotFoundError(f"{path}: no such file")
-    openers = {".jsonl": _Jsonl, ".parquet": _Parquet, ".array_record": _open_array_record}
+    openers = {".jsonl": _Jsonl, ".parquet": Parquet, ".array_record": _open_array_record}
     if data_root and not os.path.isdir(data_root):
         raise FileNotFoundError(f"data_root {data_root}: no such directory")
     readers, roots = [], []

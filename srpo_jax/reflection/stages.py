@@ -15,6 +15,7 @@ from srpo_jax.reflection.select import call_up, select
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
 from srpo_jax.remote.protocol import Endpoint, Reply
+from srpo_jax.remote.replies import BadReply, reply_fields
 from srpo_jax.rewards.answers import extract_answer
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.template import Completion, parse_response
@@ -308,9 +309,9 @@ def judge(run: Run) -> None:
 
     def handle(task: Task, reply: Reply) -> Result:
         try:
-            score = teach.parse_reply(reply, ["score"], float)["score"]
+            score = reply_fields(reply, ["score"], float)["score"]
             reason = "" if 0 <= score <= 5 else "outside the schema"
-        except teach.BadReply as error:
+        except BadReply as error:
             score, reason = None, str(error)
         data = {"score": score, "model": reply.model}
         return received(task, "judge", reply, not reason, reason, data)
@@ -365,9 +366,9 @@ def _reflect_remotely(run: Run, todo: list[tuple]) -> None:
     def handle(task: Task, reply: Reply) -> Result:
         data = {"model": reply.model}
         try:
-            data |= teach.parse_reply(reply, fields)
+            data |= reply_fields(reply, fields)
             return received(task, "reflect", reply, True, "", data)
-        except teach.BadReply as error:
+        except BadReply as error:
             data |= {"text": reply.text[:20_000], "refusal": reply.refusal[:2_000]}
             return received(task, "reflect", reply, False, str(error), data)
 

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from srpo_jax.rewards.braces import braced_spans
 from srpo_jax.rewards.quantities import Quantity, canonical_unit, parse_quantity, same_quantity
 
 MAX_ANSWER_CHARS = 2000  # a longer answer is wrong: no gold is that long, and checks cost more
 LETTERS = "ABCDEFGHIJ"  # the options where no choices are given
 
-_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\s\S]|[{}]")
+_BRACE = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\[\s\S]|[{}]")
 # What joins boxes into one list, white space aside.
 _BOX_GLUE = re.compile(r"[$.,;]*(?:\\text\{|\\quad)*(?:and|or)?\}?(?:\\quad)*[$.,;]*")
 _MAX_LIST = 50
@@ -70,20 +71,9 @@ _OPERATOR = re.compile(r"[\d+*/^=<>_|()\[\]{}\\-]")
 
 
 def _closed_boxes(text: str) -> list[tuple[int, int, int]]:
-    r"""(start, content start, content end) of every closed \boxed{..}, by start; one pass."""
-    stack: list[tuple[int, int] | None] = []
-    boxes = []
-    for match in _BRACE.finditer(text):
-        token = match[0]
-        if token == "}":
-            opening = stack.pop() if stack else None
-            if opening is not None:
-                boxes.append((*opening, match.start()))
-        elif token == "{":
-            stack.append(None)
-        elif token[-1] == "{" and len(token) > 2:
-            stack.append((match.start(), match.end()))
-    return sorted(boxes)
+    r"""(start, content start, content end) of every closed \boxed{..}, by start."""
+    spans = braced_spans(text, _BRACE)
+    return [(start, inner, end) for start, inner, end in spans if end is not None]
 
 
 def boxed(text: str, *, first: bool = False) -> str | None:

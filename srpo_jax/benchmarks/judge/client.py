@@ -22,9 +22,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from srpo_jax.benchmarks.judge.cache import JudgeCache, request_key
-from srpo_jax.reflection.teach import BadReply, object_schema, parse_reply
 from srpo_jax.remote.client import Client
 from srpo_jax.remote.protocol import Endpoint, Fatal, Rejected, Reply, Request, Unavailable
+from srpo_jax.remote.replies import BadReply, object_schema, reply_fields
 
 PROMPTS = Path(__file__).parent / "prompts"
 TRIES = 4  # the first request and three more
@@ -193,7 +193,7 @@ class _Asking:
             try:
                 if reply.finish_reason.startswith(REFUSED):
                     raise NoJudgement(reply.finish_reason)
-                found = parse_reply(reply, fields, kind)
+                found = reply_fields(reply, fields, kind)
                 check(found)
                 return found
             except BadReply as error:

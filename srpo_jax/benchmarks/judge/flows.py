@@ -27,7 +27,7 @@ from srpo_jax.benchmarks.common import (
     response,
 )
 from srpo_jax.benchmarks.judge.client import Ask, Judge, NoJudgement
-from srpo_jax.reflection.teach import BadReply
+from srpo_jax.remote.replies import BadReply
 from srpo_jax.rewards.answers import choice_indices, decide, gold_kind
 
 # The end of a response holds its answer: an endless one must not cost a fortune.
