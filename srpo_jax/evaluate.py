@@ -13,7 +13,7 @@ for the periodic evaluation of both training stages.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,23 @@ from srpo_jax.benchmarks.both_answers import score_rows
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.files import JsonlLog, write_jsonl
-from srpo_jax.learn.steps import make_encode_step
 from srpo_jax.report import accounting
 from srpo_jax.report.rates import rates
 from srpo_jax.rewards.answers import gold_problem
-from srpo_jax.rewards.profiles import PAPER, Profile, profile_named
-from srpo_jax.rewards.template import TokenText
-from srpo_jax.rewards.verifier import Verifier
-from srpo_jax.run import setup
-from srpo_jax.run.checkpoint import gather_bytes
-from srpo_jax.run.rollout import Generator, Graded, Sampled, make_token_text, sampling_config
-from srpo_jax.run.runtime import CompileGuard, RunError, StopRequest, below, flat_config
-from srpo_jax.run.setup import Parts
-from srpo_jax.structs import Params
+from srpo_jax.rewards.profiles import Profile
+from srpo_jax.run import feed, processes
+from srpo_jax.run.command import main
+from srpo_jax.run.guard import StopRequest
+from srpo_jax.run.parts import Parts, load_weights, start
+from srpo_jax.run.resume import below, flat_config
+from srpo_jax.run.rollout import Generator, Graded, Sampled
+from srpo_jax.run.settings import (
+    EvaluateSettings,
+    RunSettings,
+    evaluate_settings,
+    evaluation_sampling,
+)
+from srpo_jax.structs import Params, RunError
 
 Row = dict[str, Any]
 
@@ -46,11 +50,10 @@ NOT_SETTINGS = (
     "grading", "data.workers", "compilation_cache_dir", "compile_guard", "bootstrap",
     "eval.scoring", "eval.stop_after",
 )  # fmt: skip
-STOPS = ("first", "confident", "final")  # what eval.stop_after can be
 
 
 def evaluate(
-    config: Any, workdir: str, *, encode: Callable[..., Any] | None = None
+    config: Any, workdir: str, *, encode: feed.Encode | None = None
 ) -> dict[str, Any] | None:
     """Evaluate hf_dir or a checkpoint on a file of records.
 
@@ -62,67 +65,61 @@ def evaluate(
     Returns:
         the summary (`rates`), or None where a signal stopped the run early.
     """
-    check_settings(config.eval)
-    profile = profile_named(config.reward.profile)
-    parts = setup.start(config)
-    params, origin = setup.load_weights(config, parts, config.model.dtype)
-    kept = {k: v for k, v in flat_config(config.to_dict()).items() if not below(k, NOT_SETTINGS)}
-    log = RowLog(Path(workdir), kept | {"weights": origin})
-    guard = CompileGuard(config.compile_guard)
-    with (
-        Verifier(config.grading.workers, config.grading.timeout) as verifier,
-        StopRequest() as stop,
-    ):
-        evaluator = make_evaluator(
-            config,
-            parts,
-            make_encode_step(parts.model, mesh=parts.mesh),
-            make_token_text(parts),
-            verifier,
-            guard,
-            profile=profile,
-            prompt=config.data.prompt,
-            encode=encode,
-        )
+    settings = evaluate_settings(config, workdir)
+    check_benchmark(settings)
+    with start(settings) as parts, StopRequest() as stop:
+        params, origin = load_weights(settings, parts, settings.model.dtype)
+        flat = flat_config(settings.plain)
+        kept = {key: value for key, value in flat.items() if not below(key, NOT_SETTINGS)}
+        log = RowLog(settings.workdir, kept | {"weights": origin})
+        encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
+        evaluator = Evaluator(settings, parts, settings.reward.profile, encode)
         done = {row["origin"] for row in log.rows}
-        setup.say(f"{len(evaluator)} records, {len(done)} of them done before; weights of {origin}")
-        start, before = time.monotonic(), len(done)
-        for rows in evaluator.run(params, seed=config.seed, skip=frozenset(done)):
+        processes.say(
+            f"{len(evaluator)} records, {len(done)} of them done before; weights of {origin}"
+        )
+        begun, before = time.monotonic(), len(done)
+        for rows in evaluator.run(params, seed=settings.seed, skip=frozenset(done)):
             log.append(rows)
             done |= {row["origin"] for row in rows}
-            pace = (time.monotonic() - start) / max(len(done) - before, 1)
+            pace = (time.monotonic() - begun) / max(len(done) - before, 1)
             left = pace * (len(evaluator) - len(done))
-            setup.say(f"{len(done)}/{len(evaluator)} records, about {left:.0f} s left")
-            if setup.agree_maximum(int(stop.requested)):
-                setup.say("stopped; the same command goes on from here")
+            processes.say(f"{len(done)}/{len(evaluator)} records, about {left:.0f} s left")
+            if processes.maximum(int(stop.requested)):
+                processes.say("stopped; the same command goes on from here")
                 return None
-    guard.close()
     told = {"skipped_records": len(evaluator) - len(done), "weights": origin}
-    summary = conclude(config, evaluator.source, log.rows, Path(workdir), told)
+    summary = conclude(settings, evaluator.source, log.rows, told)
     log.finish()
     return summary
 
 
 def conclude(
-    config: Any, source: Any, rows: list[Row], folder: Path, told: dict[str, Any]
+    settings: EvaluateSettings, source: Any, rows: list[Row], told: dict[str, Any]
 ) -> dict[str, Any]:
     """The summary of all rows; summary.json, and scored.jsonl where a benchmark is named."""
-    summary = rates(rows, bootstrap=config.bootstrap, seed=config.seed) | told
-    summary |= more_accounts(rows, config.eval.samples, config.eval.stop_after)
+    summary = rates(rows, bootstrap=settings.bootstrap, seed=settings.seed) | told
+    summary |= more_accounts(rows, settings.eval.samples, settings.eval.stop_after)
     if jax.process_index() == 0:
-        if config.eval.benchmark and rows:
-            summary["benchmark"] = score_benchmark(config, source, rows, folder)
-        write_jsonl(folder / "summary.json", [summary])
-    setup.say(", ".join(f"{k} {summary[k]:.4f}" for k in ("acc@1", "acc@2", "fix", "harm")))
+        if settings.eval.benchmark and rows:
+            summary["benchmark"] = score_benchmark(settings, source, rows)
+        write_jsonl(settings.workdir / "summary.json", [summary])
+    processes.say(", ".join(f"{k} {summary[k]:.4f}" for k in ("acc@1", "acc@2", "fix", "harm")))
     return summary
 
 
-def check_settings(one: Any) -> None:
+def check_benchmark(settings: RunSettings) -> None:
     """RunError, before hours of sampling, for what would fail after them."""
-    if one.stop_after not in STOPS:
-        raise RunError(f"eval.stop_after={one.stop_after}: choose one of {', '.join(STOPS)}")
-    module = scoring.BENCHMARKS.get(one.benchmark)
-    if module is not None and one.scoring == "official_rule" and module.official is None:
+    one = settings.eval
+    if not one.benchmark:
+        return
+    if one.benchmark not in scoring.BENCHMARKS:
+        known = ", ".join(scoring.BENCHMARKS)
+        raise RunError(f"eval.benchmark={one.benchmark}: choose one of {known}")
+    if one.scoring not in scoring.MODES:
+        raise RunError(f"eval.scoring={one.scoring}: choose one of {', '.join(scoring.MODES)}")
+    official = scoring.BENCHMARKS[one.benchmark].official
+    if one.scoring == "official_rule" and official is None:
         raise RunError(
             f"{one.benchmark} has no official rule, a language model judges it: set "
             "--config.eval.scoring=strict; afterwards, tools.score_eval --mode judge"
@@ -142,13 +139,14 @@ def more_accounts(rows: list[Row], samples: int, stop_after: str) -> dict[str, A
     return found
 
 
-def score_benchmark(config: Any, source: Any, rows: list[Row], folder: Path) -> dict[str, Any]:
+def score_benchmark(settings: EvaluateSettings, source: Any, rows: list[Row]) -> dict[str, Any]:
     """The benchmark's own scores of all rows (`write_scores`)."""
-    name, mode = config.eval.benchmark, config.eval.scoring
-    workers, limit = config.grading.workers, config.grading.timeout
-    scores = score_rows(name, source, rows, mode, workers=workers, time_limit=limit)
-    found = write_scores(folder, *scores, bootstrap=config.bootstrap, seed=config.seed)
-    setup.say(f"{name}, {mode}: first {found['acc@1']:.4f}, final {found['acc@2']:.4f}")
+    name, mode, pool = settings.eval.benchmark, settings.eval.scoring, settings.grading
+    scores = score_rows(name, source, rows, mode, workers=pool.workers, time_limit=pool.timeout)
+    found = write_scores(
+        settings.workdir, *scores, bootstrap=settings.bootstrap, seed=settings.seed
+    )
+    processes.say(f"{name}, {mode}: first {found['acc@1']:.4f}, final {found['acc@2']:.4f}")
     return found
 
 
@@ -181,7 +179,7 @@ class RowLog:
             except ValueError as error:
                 raise RunError(str(error)) from None
             own = list(self._log.rows())
-        self.rows: list[Row] = json.loads(gather_bytes(json.dumps(own).encode())[0])
+        self.rows: list[Row] = json.loads(processes.gather_bytes(json.dumps(own).encode())[0])
 
     def append(self, rows: list[Row]) -> None:
         """Keep the rows of one batch, of records that were not there yet."""
@@ -201,28 +199,23 @@ class RowLog:
 class Evaluator:
     """Evaluates parameters on one set of problems, again and again with the same programs."""
 
-    def __init__(
-        self,
-        parts: Parts,
-        generator: Generator,
-        source: Any,
-        encode: Any,
-        *,
-        batch_size: int,
-        prompts_per_row: int,
-        loading: dict[str, Any],
-        guard: CompileGuard,
-        check: Callable[[Any], str | None] | None = gold_problem,
-    ):
-        """``check`` says why a record is left out; None: no record is."""
-        rows = setup.rows_per_shard(
-            "eval.batch_size", batch_size, prompts_per_row, parts.shards, fill=True
-        )
-        self._parts, self._generator = parts, generator
-        self.source, self._encode, self._guard = source, encode, guard
-        self._check = check
-        self._loading = loading | {
-            "global_batch_size": rows * parts.shards * prompts_per_row,
+    def __init__(self, settings: RunSettings, parts: Parts, profile: Profile, encode: feed.Encode):
+        """As the sections ``eval``, ``data`` and ``sampling`` say; raises as `open_problems`."""
+        self._parts, self._encode = parts, encode
+        self._generator = Generator(parts, evaluation_sampling(settings), profile)
+        source = open_problems(settings)
+        count = min(settings.eval.limit or len(source), len(source))
+        self.source = feed.Subset(source, range(count))
+        # Every problem of a benchmark counts; what cannot be graded here, its own rule decides.
+        self._check = None if settings.eval.benchmark else gold_problem
+        data = settings.data
+        rows = -(-settings.eval.batch_size // (parts.shards * data.prompts_per_row))
+        self._loading = {
+            "token_budget": data.prompt_tokens,
+            "patch_budgets": data.patch_budgets,
+            "workers": data.workers,
+            "max_bad_share": data.max_bad_share,
+            "global_batch_size": rows * parts.shards * data.prompts_per_row,
             "rows_per_shard": rows,
         }
 
@@ -241,10 +234,10 @@ class Evaluator:
         """
         source = self.source
         if skip:
-            source = setup.Subset(source, setup.without_origins(source, skip))
+            source = feed.Subset(source, feed.without_origins(source, skip))
             if not len(source):
                 return
-        loader = setup.open_loader(
+        loader = feed.open_loader(
             self._parts,
             source,
             self._encode,
@@ -257,7 +250,7 @@ class Evaluator:
         try:
             for loaded in loader:
                 start = time.monotonic()
-                with self._guard.step(f"evaluation, {setup.bucket_of(loaded.arrays)}"):
+                with self._parts.guard.step(f"evaluation, {feed.bucket_of(loaded.arrays)}"):
                     sampled = self._generator.sample(
                         params, self._generator.sampler_params(params), loaded, seed=seed, step=0
                     )
@@ -266,7 +259,7 @@ class Evaluator:
                 seconds = round((time.monotonic() - start) / max(len(rows), 1), 3)
                 for row in rows:  # a batch is one piece of work: each sample's even share of it
                     row["seconds"] = seconds
-                shared = gather_bytes(json.dumps(rows).encode())
+                shared = processes.gather_bytes(json.dumps(rows).encode())
                 yield [row for part in shared for row in json.loads(part)]
         finally:
             loader.close()
@@ -311,65 +304,22 @@ class Evaluator:
         return rows
 
 
-def make_evaluator(
-    config: Any,
-    parts: Parts,
-    encode_step: Callable[..., Any],
-    token_text: TokenText,
-    verifier: Verifier,
-    guard: CompileGuard,
-    *,
-    profile: Profile = PAPER,
-    prompt: str = "srpo",
-    encode: Callable[..., Any] | None = None,
-) -> Evaluator:
-    """The evaluation that a config's ``eval``, ``data`` and ``sampling`` sections describe."""
-    if config.eval.samples > 1 and config.eval.temperature == 0:
-        raise RunError(
-            f"eval.samples={config.eval.samples} greedy samples are all the same: set "
-            "--config.eval.temperature, or eval.samples=1"
-        )
-    sampling = sampling_config(
-        parts,
-        config.sampling,
-        group_size=config.eval.samples,
-        temperature=config.eval.temperature,
-    )
-    source = open_problems(config)
-    count = min(config.eval.limit or len(source), len(source))
-    return Evaluator(
-        parts,
-        Generator(parts, sampling, encode_step, token_text, verifier, profile),
-        setup.Subset(source, range(count)),
-        encode or PromptEncoder(parts.processor, prompt),
-        batch_size=config.eval.batch_size,
-        prompts_per_row=config.data.prompts_per_row,
-        loading={
-            "token_budget": config.data.prompt_tokens,
-            "patch_budgets": tuple(config.data.patch_budgets),
-            "workers": config.data.workers,
-            "max_bad_share": config.data.max_bad_share,
-        },
-        guard=guard,
-        # Every problem of a benchmark counts; what cannot be graded here, its own rule decides.
-        check=None if config.eval.benchmark else gold_problem,
-    )
+def open_problems(settings: RunSettings) -> Any:
+    """The records of ``eval.file``, in the form of ``eval.benchmark`` where one is named.
 
-
-def open_problems(config: Any) -> Any:
-    """The records of ``eval.file``, in the form of ``eval.benchmark`` where one is named."""
-    one = config.eval
-    name, mode, counts = one.benchmark, one.scoring, () if one.any_count else None
-    if not name:
-        return setup.open_source("eval.file", one.file, config.data.root)
-    if name not in scoring.BENCHMARKS:
-        raise RunError(f"eval.benchmark={name}: choose one of {', '.join(scoring.BENCHMARKS)}")
-    if mode not in scoring.MODES:
-        raise RunError(f"eval.scoring={mode}: choose one of {', '.join(scoring.MODES)}")
+    Raises RunError where the two do not name something that there is.
+    """
+    one, root = settings.eval, settings.data.root
+    if not one.benchmark:
+        return feed.open_source("eval.file", one.file, root)
+    check_benchmark(settings)
     if not one.file:
-        raise RunError(f"eval.file is empty: where is {name}? (a file, a folder of parquet files)")
-    return load(name, one.file, image_root=config.data.root or None, counts=counts)
+        raise RunError(
+            f"eval.file is empty: where is {one.benchmark}? (a file, a folder of parquet files)"
+        )
+    counts = () if one.any_count else None
+    return load(one.benchmark, one.file, image_root=root or None, counts=counts)
 
 
 if __name__ == "__main__":
-    setup.main(evaluate)
+    main(evaluate)

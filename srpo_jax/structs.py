@@ -23,6 +23,11 @@ import numpy as np
 Array = jax.Array | np.ndarray
 Params = dict[str, Array]  # "text/layers/attn/q/kernel" -> array; see model/qwen2_5_vl.py
 
+
+class RunError(RuntimeError):
+    """A run cannot start or go on; the message names the key, the values and the remedy."""
+
+
 # The five blocks of a response, in the order of the last axis of ``Verdict.block_tokens``.
 BLOCKS = ("first_think", "first_answer", "reflection", "second_think", "second_answer")
 
@@ -85,6 +90,29 @@ class Verdict:
     first_tokens: Array  # [P, G] int32 length of the first response (think 1 + answer 1), no tags
     total_tokens: Array  # [P, G] int32 whole completion with tags, without EOS
     block_tokens: Array  # [P, G, 5] int32 tokens of each block in BLOCKS, 0 where missing
+
+
+@flax.struct.dataclass
+class Experience:
+    """What an update learns from: P prompts, their P * G completions, and what was found in them.
+
+    On the host it holds this process's part as numpy arrays; the jitted steps take global arrays,
+    all with the same sharding.
+    """
+
+    batch: Batch  # fillers have ``valid`` False; without pixels where features are given
+    rollout: Rollout
+    verdict: Verdict
+    # [M, N/4, D] from ``encode_step``; None: images are encoded inside the loss, which is required
+    # when the tower trains.
+    features: Array | None = None
+    # [P, G, R] from ``logp_step``; None: this is the only update of the rollout, and the policy
+    # itself is the old one.
+    old_logp: Array | None = None
+    ref_logp: Array | None = None  # [P, G, R] of the reference; None when kl_coef is 0
+    # [P] float32. A group of weight 0 is left out of the loss and of its normaliser, as if it were
+    # not in the batch (dynamic sampling); other weights scale it. None: all 1.
+    weight: Array | None = None
 
 
 @flax.struct.dataclass

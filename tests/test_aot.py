@@ -50,8 +50,8 @@ def test_the_7b_recipe_compiles_and_fits_eight_devices(recipe, programs, topolog
 ATTENTION = """
 import jax, jax.numpy as jnp
 from srpo_jax.model.attention import attention
-from srpo_jax.sharding import make_mesh, batch_sharding
-from tools.topologies import describe
+from srpo_jax.model.sharding import make_mesh, batch_sharding
+from tools.lib.topologies import describe
 
 mesh = make_mesh(1, 4, 2, devices=describe("{topology}").devices)
 def array(shape, dtype=jnp.bfloat16):

@@ -15,8 +15,7 @@ from openai_server import Server
 from srpo_jax import evaluate
 from srpo_jax.benchmarks.both_answers import answer_row, score_rows
 from srpo_jax.data.records import Record
-from srpo_jax.run.runtime import RunError
-from srpo_jax.structs import BLOCKS
+from srpo_jax.structs import BLOCKS, RunError
 from tools import score_eval
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,21 +1,28 @@
 """Configs: every size and mode instantiates, arguments are checked, the recipe's values stand."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from train_helpers import Recorder
+from train_helpers import Reads
 
 from configs import common, grpo, sft
 from configs import eval as evaluation
-from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.optim import OptimConfig, make_optimizer
 from srpo_jax.model.sizes import size_config
-from srpo_jax.run.setup import optim_config
+from srpo_jax.run.settings import (
+    GrpoSettings,
+    evaluate_settings,
+    grpo_config,
+    grpo_settings,
+    sft_settings,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"sft": sft, "grpo": grpo, "eval": evaluation}
+SETTINGS = {"sft": sft_settings, "grpo": grpo_settings, "eval": evaluate_settings}
 
 
 @pytest.mark.parametrize("mode", common.MODES)
@@ -24,17 +31,14 @@ CONFIGS = {"sft": sft, "grpo": grpo, "eval": evaluation}
 def test_every_size_and_mode_gives_valid_settings(name, size, mode):
     config = CONFIGS[name].get_config(f"size={size},mode={mode}")
     assert config.size == size
+    settings = SETTINGS[name](config)  # raises for a key or a value that it does not know
     if size != "tiny":
-        size_config(size, **config.model)  # raises for an unknown key or value
-        heads = size_config(size).text.num_attention_heads
-        assert heads % config.mesh.tensor == 0
+        model = size_config(size, **dataclasses.asdict(settings.model))
+        assert model.text.num_attention_heads % settings.mesh.tensor == 0
     if name != "eval":
-        make_optimizer(optim_config(config.optim), 100)
+        make_optimizer(settings.optim, 100)
     if name == "grpo":
-        section = {
-            k: v or None if k in ("dual_clip", "tis_cap") else v for k, v in config.grpo.items()
-        }
-        GrpoConfig(**section, micro_batches=16, length_cap=config.sampling.max_new_tokens)
+        grpo_config(settings, 1, forbidden_ids=())
     # One image of the largest size, with every window padded, fits into some patch budget.
     side = int(config.max_pixels**0.5) // 112 + 1
     assert max(config.data.patch_budgets) >= side * side * 64
@@ -50,7 +54,7 @@ def test_the_default_is_the_full_7b_recipe():
     assert (config.data.prompt_tokens, config.sampling.max_new_tokens) == (1024, 2048)
     assert (config.sampling.temperature, config.sampling.top_p) == (1.0, 1.0)
     assert (config.min_pixels, config.max_pixels) == (3136, 501_760)
-    assert optim_config(config.optim) == OptimConfig(
+    assert grpo_settings(config).optim == OptimConfig(
         lr=1e-6, warmup_ratio=0.03, final_fraction=0.1, b1=0.9, b2=0.95, weight_decay=0.0,
         grad_clip=1.0,
     )  # fmt: skip
@@ -108,11 +112,44 @@ def test_help_shows_an_example_and_a_wrong_setting_is_one_line():
     assert done.stderr.splitlines()[-1].startswith("error: hf_dir is empty")
 
 
-def test_recorder_finds_keys_that_nobody_reads():
-    config = common.base("7b")
-    seen = set()
-    recorder = Recorder(config, seen)
-    _ = recorder.hf_dir, dict(recorder.mesh), {**recorder.model}
-    assert "hf_dir" not in recorder.unread() and "mesh.fsdp" not in recorder.unread()
-    assert "model.remat" not in recorder.unread()
-    assert {"seed", "distributed.enabled"} <= recorder.unread()
+def test_keys_that_nobody_reads_are_found(monkeypatch):
+    config = grpo.get_config()
+    reads = Reads(monkeypatch, GrpoSettings)
+    settings = grpo_settings(config)
+    _ = settings.hf_dir, dataclasses.asdict(settings.mesh), settings.grpo.clip_low
+    _ = dataclasses.replace(settings.sampling, top_k=1)
+    assert not {"hf_dir", "mesh.fsdp", "grpo.clip_low"} & reads.unread(config)
+    assert {"seed", "distributed.enabled", "sampling.top_p"} <= reads.unread(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim.lr": -1.0}, "^optim.lr=-1.0: must not be negative"),
+        ({"steps": 0}, "^steps=0: must be at least 1"),
+        ({"steps": -5}, "^steps=-5: must not be negative"),
+        ({"data.global_batch_size": 0}, "^data.global_batch_size=0: must be at least 1"),
+        ({"filter.low": 0.9, "filter.high": 0.1}, "^filter.low=0.9 lies above filter.high=0.1"),
+        ({"filter.high": 1.5}, "^filter.high=1.5: must lie between 0 and 1"),
+        ({"data.prompt": "spro"}, "^data.prompt=spro: choose one of srpo, plain"),
+        ({"reward.profile": "papr"}, "^reward.profile: .*'papr'.* paper, openrlhf"),
+        ({"optim.schedule": "linear"}, "^optim.schedule=linear: choose one of cosine, constant"),
+        ({"sampling.top_p": 0.0}, r"^sampling.top_p: must be in \(0, 1\]"),
+        ({"min_pixels": 10**6}, "^min_pixels=1000000 lies above max_pixels=501760"),
+        ({"eval.samples": 4}, "^eval.samples=4 greedy samples are all the same"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_by_key(changes, message):
+    config = grpo.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        grpo_settings(config)
+
+
+def test_another_programs_config_is_refused_by_key():
+    with pytest.raises(ValueError, match="^epochs: no such key; is this the program's own config"):
+        grpo_settings(sft.get_config())
+    config = grpo.get_config()
+    del config.data.prompt
+    with pytest.raises(ValueError, match="^data.prompt: is missing"):
+        grpo_settings(config)

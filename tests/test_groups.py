@@ -1,9 +1,11 @@
 """Which groups teach something, and groups that wait for a later update."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import train_helpers as helpers
@@ -63,28 +65,29 @@ def fill(pool: Pool, world, first: int, step: int) -> None:
         sample_logp=-tokens.astype(np.float32),
         policy_logp=-tokens.astype(np.float32),
     )
-    sampled = SimpleNamespace(
-        records=[world.records[first + i] for i in range(P)], slots=np.arange(P)
+    one = SimpleNamespace(
+        sampled=SimpleNamespace(
+            records=[world.records[first + i] for i in range(P)], slots=np.arange(P)
+        ),
+        graded=SimpleNamespace(verdict=verdict(FINAL), rollout=rollout),
+        weight=informative(verdict(FINAL), 0.1, 0.9),
     )
-    graded = SimpleNamespace(verdict=verdict(FINAL), rollout=rollout)
-    pool.add(sampled, graded, informative(graded.verdict, 0.1, 0.9), step)
+    pool.add(one, step)
 
 
-def take(pool: Pool, world, step: int, rows: int, per_row: int, budgets=(64, 128)):
-    return pool.take(
-        step, world.encode, world.processor, rows=rows, per_row=per_row, tokens=64,
-        patch_budgets=budgets,
-    )  # fmt: skip
+def new_pool(world, per_row: int = 2, budgets=(64, 128)) -> Pool:
+    data = SimpleNamespace(prompts_per_row=per_row, prompt_tokens=64, patch_budgets=budgets)
+    return Pool(world.encode, world.processor, data)
 
 
 def test_pool_gives_the_oldest_groups_with_their_own_prompts_and_keeps_the_rest(world):
-    pool = Pool()
+    pool = new_pool(world)
     fill(pool, world, 0, step=5)  # keeps records 2, 3, 4
     fill(pool, world, 10, step=6)  # keeps records 12, 13, 14
-    update = take(pool, world, 6, rows=2, per_row=2)
-    assert update.count == 4 and update.batch.valid.all()
+    update, carried = pool.take(6, rows=2)
+    assert update.batch.valid.all() and update.weight.tolist() == [1] * 4
     assert update.rollout.completions[:, 0, 0].tolist() == [2, 3, 4, 12]
-    assert update.carried.tolist() == [True, True, True, False]
+    assert carried.tolist() == [True, True, True, False]
     assert update.verdict.final_correct.tolist() == [*FINAL[2:5].tolist(), FINAL[2].tolist()]
     assert update.batch.vision.patches.shape[:2] == (2, 128)  # two pictures of 16 patches a row
     for p, number in enumerate((2, 3, 4, 12)):
@@ -93,33 +96,33 @@ def test_pool_gives_the_oldest_groups_with_their_own_prompts_and_keeps_the_rest(
         np.testing.assert_array_equal(got, wanted.token_ids)
     assert [group.record.id for group in pool.groups] == ["train-13", "train-14"]
 
-    rest = take(pool, world, 7, rows=2, per_row=2)
-    assert rest.count == 2 and rest.batch.valid.tolist() == [True, True, False, False]
+    rest, _ = pool.take(7, rows=2)
+    assert rest.batch.valid.tolist() == [True, True, False, False]
+    assert rest.weight.tolist() == [1, 1, 0, 0]
     assert rest.rollout.completion_mask[2:].sum() == 0 and not pool.groups
-    empty = take(pool, world, 8, rows=2, per_row=2)
-    assert empty.count == 0 and empty.rollout.completions.shape == (4, G, R)
+    empty, _ = pool.take(8, rows=2)
+    assert not empty.weight.any() and empty.rollout.completions.shape == (4, G, R)
 
 
 def test_group_that_does_not_fit_a_rows_patches_waits(world):
-    pool = Pool()
+    pool = new_pool(world, budgets=(64,))  # one picture a row
     fill(pool, world, 0, step=0)
-    update = take(pool, world, 0, rows=2, per_row=2, budgets=(64,))  # one picture a row
+    update, _ = pool.take(0, rows=2)
     assert update.batch.valid.tolist() == [True, False, True, False]
     assert [group.record.id for group in pool.groups] == ["train-4"]
 
 
 def test_pool_survives_the_checkpoint(world):
-    pool, again = Pool(), Pool()
+    pool, again = (new_pool(world, per_row=3, budgets=(256,)) for _ in range(2))
     fill(pool, world, 0, step=3)
     values, arrays = checkpoint.unpack_host(checkpoint.pack_host(*_wrapped(pool)))
     again.load(values["pending"], arrays)
     assert [g.step for g in again.groups] == [3, 3, 3]
-    one, other = (take(p, world, 4, rows=1, per_row=3, budgets=(256,)) for p in (pool, again))
-    for a, b in zip(vars(one).values(), vars(other).values(), strict=True):
-        for x, y in zip(_leaves(a), _leaves(b), strict=True):
-            np.testing.assert_array_equal(x, y)
-    empty = Pool()
-    empty.load(*Pool().state())
+    one, other = (p.take(4, rows=1) for p in (pool, again))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
+    empty = new_pool(world)
+    empty.load(*new_pool(world).state())
     assert empty.groups == []
 
 
@@ -128,16 +131,8 @@ def _wrapped(pool: Pool):
     return {"pending": values}, arrays
 
 
-def _leaves(tree):
-    import jax
-
-    return jax.tree.leaves(tree)
-
-
 def test_image_bytes_and_odd_fields_of_a_record_go_through_the_checkpoint(world):
-    import dataclasses
-
-    pool, again = Pool(), Pool()
+    pool, again = new_pool(world), new_pool(world)
     fill(pool, world, 0, step=0)
     data = Path(world.folder / "train_images" / "2.png").read_bytes()
     old = pool.groups[0]

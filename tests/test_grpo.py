@@ -7,7 +7,7 @@ import pytest
 
 from srpo_jax.learn import grpo
 from srpo_jax.learn.grpo import GrpoConfig
-from srpo_jax.structs import Rollout, Verdict
+from srpo_jax.structs import Experience, Rollout, Verdict
 
 P, G, R = 2, 2, 4
 
@@ -41,29 +41,36 @@ def _verdict(first, final):
 
 
 VERDICT = _verdict([[1, 0], [0, 0]], [[1, 1], [0, 1]])
+
+
+def _experience(rollout=None, verdict=VERDICT, **fields):
+    """What the loss reads of an update; it never looks at the prompts."""
+    return Experience(None, _rollout() if rollout is None else rollout, verdict, **fields)
+
+
 BOTH = jnp.ones(P, bool)
 
 
 def test_prepare_weights_are_those_of_the_whole_update():
-    ready = grpo.prepare(GrpoConfig(aggregation="token"), _rollout(), VERDICT, BOTH, None)
+    ready = grpo.prepare(GrpoConfig(aggregation="token"), _experience(), BOTH)
     np.testing.assert_allclose(ready.weights_PGR.sum(-1) * 10, [[4, 2], [1, 3]], rtol=1e-6)
     assert ready.tokens == 10
-    ready = grpo.prepare(GrpoConfig(), _rollout(), VERDICT, BOTH, None)
+    ready = grpo.prepare(GrpoConfig(), _experience(), BOTH)
     np.testing.assert_allclose(ready.weights_PGR.sum(-1), [[0.25, 0.25], [0.25, 0.25]], rtol=1e-6)
 
 
 def test_prepare_leaves_out_fillers_and_groups_of_weight_zero():
     cfg = GrpoConfig(aggregation="token")
-    filler = grpo.prepare(cfg, _rollout(), VERDICT, jnp.array([False, True]), None)
-    dropped = grpo.prepare(cfg, _rollout(), VERDICT, BOTH, jnp.array([0.0, 1.0]))
+    filler = grpo.prepare(cfg, _experience(), jnp.array([False, True]))
+    dropped = grpo.prepare(cfg, _experience(weight=jnp.array([0.0, 1.0])), BOTH)
     for ready in (filler, dropped):
         np.testing.assert_allclose(ready.weights_PGR.sum(-1) * 4, [[0, 0], [1, 3]], rtol=1e-6)
         assert ready.tokens == 4
 
 
 def test_prepare_masks_truncated_samples_but_keeps_them_in_the_baseline():
-    plain = grpo.prepare(GrpoConfig(), _rollout(), VERDICT, BOTH, None)
-    masked = grpo.prepare(GrpoConfig(mask_truncated=True), _rollout(), VERDICT, BOTH, None)
+    plain = grpo.prepare(GrpoConfig(), _experience(), BOTH)
+    masked = grpo.prepare(GrpoConfig(mask_truncated=True), _experience(), BOTH)
     assert (masked.weights_PGR[1, 1] == 0).all() and (plain.weights_PGR[1, 1] != 0).any()
     np.testing.assert_allclose(masked.weights_PGR.sum(-1), [[1 / 3, 1 / 3], [1 / 3, 0]], rtol=1e-6)
     np.testing.assert_array_equal(plain.adv_PG, masked.adv_PG)
@@ -72,12 +79,17 @@ def test_prepare_masks_truncated_samples_but_keeps_them_in_the_baseline():
 def test_nothing_to_learn_from_is_zero_and_not_nan():
     cfg = GrpoConfig(mask_truncated=True, kl_coef=0.1)
     rollout = _rollout(finished=((False, False), (False, False)))
-    ready = grpo.prepare(cfg, rollout, VERDICT, BOTH, None)
+    ready = grpo.prepare(cfg, _experience(rollout), BOTH)
     logp = jnp.full((P, G, R), -2.0)
 
     def loss(logp):
         return grpo.policy_loss(
-            cfg, logp, logp, rollout, ready.adv_PG, ready.weights_PGR, None, logp - 1.0
+            cfg,
+            logp,
+            logp,
+            _experience(rollout, ref_logp=logp - 1.0),
+            ready.adv_PG,
+            ready.weights_PGR,
         )
 
     (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(logp)
@@ -92,7 +104,7 @@ def test_policy_loss_by_hand():
     rollout = jax.tree.map(lambda x: x[:1], _rollout())
     verdict = jax.tree.map(lambda x: x[:1], _verdict([[1, 0], [0, 0]], [[1, 0], [0, 0]]))
     verdict = verdict.replace(format_ok=jnp.ones((1, G), bool))
-    ready = grpo.prepare(cfg, rollout, verdict, BOTH[:1], None)
+    ready = grpo.prepare(cfg, _experience(rollout, verdict), BOTH[:1])
     a = 1 / np.sqrt(2)
     np.testing.assert_allclose(ready.adv_PG, [[a, -a]], rtol=1e-4)
 
@@ -104,7 +116,12 @@ def test_policy_loss_by_hand():
     entropy = jnp.full((1, G, R), 3.0)
 
     loss, aux = grpo.policy_loss(
-        cfg, logp, entropy, rollout, ready.adv_PG, ready.weights_PGR, old, ref
+        cfg,
+        logp,
+        entropy,
+        _experience(rollout, verdict, old_logp=old, ref_logp=ref),
+        ready.adv_PG,
+        ready.weights_PGR,
     )
     # Sample 0: 4 tokens, one clipped at 1.2. Sample 1: 2 tokens. TIS 2 is capped at 1.5.
     policy = -1.5 * 0.5 * (a * (3 + 1.2) / 4 - a * 2 / 2)
@@ -132,10 +149,11 @@ def test_policy_loss_by_hand():
 def test_micro_batches_add_up_to_the_metrics_of_the_whole():
     cfg = GrpoConfig(aggregation="token", kl_coef=0.1)
     rollout = _rollout()
-    ready = grpo.prepare(cfg, rollout, VERDICT, BOTH, None)
+    ready = grpo.prepare(cfg, _experience(rollout), BOTH)
     logp = -jax.random.uniform(jax.random.key(0), (P, G, R))
     old, ref = logp - 0.3 * jnp.sin(9 * logp), logp + 0.1
-    args = (logp, -logp, rollout, ready.adv_PG, ready.weights_PGR, old, ref)
+    samples = _experience(rollout, old_logp=old, ref_logp=ref)
+    args = (logp, -logp, samples, ready.adv_PG, ready.weights_PGR)
 
     _, whole = grpo.policy_loss(cfg, *args)
     parts = [
@@ -152,7 +170,7 @@ def test_micro_batches_add_up_to_the_metrics_of_the_whole():
 def test_rollout_metrics_count_first_and_final_answers():
     cfg = GrpoConfig()
     rollout = _rollout()
-    terms = grpo.prepare(cfg, rollout, VERDICT, BOTH, None).terms
+    terms = grpo.prepare(cfg, _experience(rollout), BOTH).terms
     got = grpo.rollout_metrics(terms, VERDICT, rollout, BOTH)
     # first 1 0 0 0, final 1 1 0 1: two of three wrong first answers are mended, none harmed.
     want = {
@@ -189,7 +207,7 @@ def test_rollout_metrics_ignore_fillers():
     rollout = _rollout()
     verdict = _verdict([[0, 0], [1, 0]], [[0, 0], [0, 0]])
     verdict = verdict.replace(format_ok=jnp.ones((P, G), bool))
-    terms = grpo.prepare(GrpoConfig(), rollout, verdict, BOTH, None).terms
+    terms = grpo.prepare(GrpoConfig(), _experience(rollout, verdict), BOTH).terms
     got = grpo.rollout_metrics(terms, verdict, rollout, jnp.array([False, True]))
     assert got["samples"] == 2 and got["accuracy/first"] == 0.5 and got["tokens"] == 4
     assert got["harm/count"] == 1 and got["harm/of"] == 1 and got["fix/of"] == 1

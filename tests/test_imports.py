@@ -21,7 +21,8 @@ sampling.logits sampling.slots sampling.sampler
 rewards.template rewards.quantities rewards.braces rewards.answers rewards.verifier
 rewards.terms rewards.profiles rewards.grade
 learn.losses learn.optim learn.grpo learn.state learn.steps
-run.checkpoint run.metrics run.runtime run.setup run.rollout
+run.settings run.resume run.checkpoint run.metrics run.processes run.guard run.parts run.feed run.rollout
+run.pool run.session run.command
 remote.limits remote.protocol remote.replies remote.client remote.batch
 reflection.store reflection.settings reflection.teach reflection.duplicates reflection.check
 reflection.accept reflection.items reflection.select reflection.drive reflection.batches
@@ -33,7 +34,7 @@ benchmarks.olympiad_rule benchmarks.olympiadbench benchmarks.judge.cache
 benchmarks.judge.client benchmarks.judge.flows benchmarks.scoring benchmarks.load
 benchmarks.both_answers benchmarks.download
 report.rates report.quality report.accounting report.table report.page
-evaluate run.session run.pool train_sft train_grpo
+evaluate train_sft train_grpo
 """.split()
 
 # Folder or module -> third-party packages that may appear there.

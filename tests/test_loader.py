@@ -8,7 +8,7 @@ import pytest
 from data_helpers import make_hf_dir, noise_image, png, write_dots, write_jsonl
 
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.loader import RunError, make_loader, preflight
+from srpo_jax.data.loader import make_loader, preflight
 from srpo_jax.data.processing import Processor, VisionIds, encode_arrays
 from srpo_jax.data.records import (
     ImageRef,
@@ -18,6 +18,7 @@ from srpo_jax.data.records import (
     open_records,
     write_array_record,
 )
+from srpo_jax.structs import RunError
 
 PAD = 9
 

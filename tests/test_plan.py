@@ -9,8 +9,8 @@ from srpo_jax.learn import optim
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.model import sharding
 from srpo_jax.model.sizes import size_config
-from srpo_jax.run.runtime import RunError
 from srpo_jax.sampling.sampler import SamplingConfig
+from srpo_jax.structs import RunError
 from tools import plan
 
 
@@ -22,18 +22,12 @@ def parameters(dtype: str, part: str = "") -> int:
 
 def programs(mesh, *, kl_coef: float = 0.0, param_dtype: str = "float32") -> dict[str, int]:
     """Program -> bytes held beside it, of the 3B with a small batch."""
-    shapes = plan.Shapes(sequences=8, tokens=64, rows=8, patches=64, group_size=2, completion=8)
+    shapes = plan.Shapes(sequences=8, tokens=64, rows=8, patches=64)
     model = size_config("3b", dtype="bfloat16", param_dtype=param_dtype)
-    found = plan.grpo_programs(
-        model,
-        shapes,
-        mesh,
-        optimizer=optim.OptimConfig(),
-        step=GrpoConfig(kl_coef=kl_coef),
-        sampling=SamplingConfig(max_new_tokens=8, group_size=2, segment=8),
-        sample_dtype="bfloat16",
-    )
-    return {name: beside for name, _, beside in found}
+    step = GrpoConfig(kl_coef=kl_coef)
+    sampling = SamplingConfig(max_new_tokens=8, group_size=2, segment=8)
+    recipe = plan.Recipe(model, mesh, shapes, optim.OptimConfig(), step, sampling)
+    return {name: beside for name, _, beside in plan.programs(recipe)}
 
 
 def test_bytes_of_an_array_are_those_of_its_shard():
@@ -76,7 +70,7 @@ def test_a_reference_is_held_all_the_time():
 def test_settings_are_read_as_in_training_and_what_cannot_run_is_refused():
     config = recipe.get_config("size=7b")
     mesh = sharding.make_mesh(1, 8, 1)
-    names = [name for name, _, _ in plan.recipe_programs(config, mesh)]
+    names = [name for name, _, _ in plan.programs(plan.read_recipe(config, mesh))]
     assert names == ["encode", "prefill", "decode_segment", "logp_step", "grpo_step"]
     config.update_from_flattened_dict(
         {
@@ -93,4 +87,4 @@ def test_settings_are_read_as_in_training_and_what_cannot_run_is_refused():
     with pytest.raises(ValueError, match="--config.data.nothing: the configuration has no such"):
         plan._parsed(config, "data.nothing", "1")
     with pytest.raises(RunError, match="prompts_per_row=2 .*or --config.grpo.updates"):
-        plan.recipe_programs(config, mesh)
+        plan.read_recipe(config, mesh)

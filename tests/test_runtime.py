@@ -10,14 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from srpo_jax.run.runtime import (
-    CompileGuard,
-    RunError,
-    StopRequest,
-    check_agreement,
-    check_config,
-    init_distributed,
-)
+from srpo_jax.run import resume
+from srpo_jax.run.guard import CompileGuard, StopRequest
+from srpo_jax.run.processes import check_agreement, join
+from srpo_jax.run.resume import check_config
+from srpo_jax.structs import RunError
 
 
 @pytest.fixture
@@ -90,9 +87,9 @@ def test_processes_that_disagree_are_named_with_key_and_values():
 
 def test_distributed_settings_given_by_half_are_refused(monkeypatch):
     monkeypatch.delenv("SRPO_COORDINATOR", raising=False)
-    init_distributed(False)  # nothing asked for, nothing done
+    join(False)  # nothing asked for, nothing done
     with pytest.raises(RunError, match="give all three"):
-        init_distributed(True, coordinator="localhost:1", num_processes=2)
+        join(True, coordinator="localhost:1", num_processes=2)
 
 
 def test_first_signal_asks_and_old_handlers_come_back():
@@ -108,7 +105,7 @@ def test_first_signal_asks_and_old_handlers_come_back():
 def test_second_signal_kills():
     code = (
         "import os, signal, time\n"
-        "from srpo_jax.run.runtime import StopRequest\n"
+        "from srpo_jax.run.guard import StopRequest\n"
         "with StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -120,12 +117,13 @@ def test_second_signal_kills():
     assert done.stdout.count("finishing this step") <= 1
 
 
-def test_changed_config_is_refused_by_key_unless_the_key_is_free():
+def test_changed_config_is_refused_by_key_unless_the_key_is_free(monkeypatch):
     saved = {"optim": {"lr": 1e-6, "betas": (0.9, 0.95)}, "log": {"every": 1}, "steps": 5}
     now = {"optim": {"lr": 1e-5, "betas": [0.9, 0.95]}, "log": {"every": 9}, "steps": 5}
     with pytest.raises(RunError, match=r"optim.lr was 1e-06, is 1e-05") as error:
-        check_config(saved, now, free=("log",))
+        check_config(saved, now)
     assert "log.every" not in str(error.value) and "betas" not in str(error.value)
-    check_config(saved, now, free=("log", "optim.lr"))
     with pytest.raises(RunError, match="steps was 5, is None"):
-        check_config(saved, {"optim": saved["optim"], "log": {}}, free=("log",))
+        check_config(saved, {"optim": saved["optim"], "log": {}})
+    monkeypatch.setattr(resume, "FREE", ("log", "optim.lr"))
+    check_config(saved, now)

@@ -19,7 +19,7 @@ from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params, bind
 from srpo_jax.rewards.profiles import PAPER
-from srpo_jax.structs import Batch, Rollout, Verdict
+from srpo_jax.structs import Batch, Experience, Rollout, Verdict
 
 IMAGE = 60  # image token id
 M, P, G, S, R = 4, 8, 4, 12, 5  # rows, prompts (two a row), samples, prompt and completion tokens
@@ -210,13 +210,15 @@ def run_grpo(
     """One step from the common start -> (gradient, metrics)."""
     new, metrics = grpo_step(cfg, freeze=freeze)(
         new_state(freeze=freeze) if at is None else at,
-        prompts() if batch is None else batch,
-        rollout()[0] if samples is None else samples,
-        rollout()[1] if verdict is None else verdict,
-        features() if feats is True else feats,
-        old,
-        ref,
-        weight,
+        Experience(
+            prompts() if batch is None else batch,
+            rollout()[0] if samples is None else samples,
+            rollout()[1] if verdict is None else verdict,
+            features=features() if feats is True else feats,
+            old_logp=old,
+            ref_logp=ref,
+            weight=weight,
+        ),
         indices,
     )
     return new.opt_state, metrics
@@ -416,7 +418,7 @@ def test_descending_on_the_kl_alone_brings_the_policy_to_the_reference():
     ref = jnp.where(rollout()[0].completion_mask, old_logp() + 0.5, 0.0)
     history = []
     for _ in range(10):
-        args = (prompts(), rollout()[0], wrong, features(), None, ref, None, None)
+        args = (Experience(prompts(), rollout()[0], wrong, features(), ref_logp=ref), None)
         now, metrics = grpo_step(KL, ADAM)(now, *args)
         assert metrics["loss/policy"] == 0
         history.append(float(metrics["kl"]))
@@ -505,7 +507,10 @@ def test_a_non_finite_gradient_is_skipped_and_counted():
     bad[0, 0, 0] = np.nan
     now = new_state()
     before = jax.tree.map(np.asarray, now)
-    args = (prompts(), *rollout(), features(), bad, None, np.ones(P, np.float32), None)
+    samples = Experience(
+        prompts(), *rollout(), features(), old_logp=bad, weight=np.ones(P, np.float32)
+    )
+    args = (samples, None)
     now, metrics = grpo_step()(now, *args)
     assert_close(jax.tree.map(np.asarray, now.replace(skipped=before.skipped)), before, 0)
     assert now.skipped == 1 and metrics["skipped"] == 1 and not np.isfinite(metrics["grad_norm"])
@@ -520,7 +525,7 @@ def test_training_raises_the_probability_of_the_rewarded_sample():
     )
     now = new_state(ADAM)
     for _ in range(8):
-        args = (prompts(), samples, verdict, features(), None, old_logp(), None, None)
+        args = (Experience(prompts(), samples, verdict, features(), ref_logp=old_logp()), None)
         now, _ = grpo_step(KL, ADAM)(now, *args)
     logp, _ = logp_step()(state.merge_params(now), prompts(), samples, features())
     gain = np.asarray(logp - old_logp()).sum(-1)[prompts().valid]
@@ -556,7 +561,7 @@ def test_eight_devices_compute_what_one_device_computes(kind):
         eight = sft_step(SftConfig(micro_batches=1), ADAM, mesh=mesh)
     else:
         ref = np.asarray(old_logp()) - 0.1
-        args = (prompts(), *rollout(), np.asarray(features()), None, ref, None, None)
+        args = (Experience(prompts(), *rollout(), np.asarray(features()), ref_logp=ref), None)
         one, eight = grpo_step(KL, ADAM), grpo_step(with_(KL, micro_batches=1), ADAM, mesh=mesh)
     end_1, history_1 = three_steps(one, new_state(ADAM), args)
 

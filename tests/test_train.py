@@ -13,12 +13,20 @@ import numpy as np
 import pytest
 import train_helpers as helpers
 
+from configs import grpo as recipe
 from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
-from srpo_jax.run import checkpoint, rollout, session, setup
+from srpo_jax.run import checkpoint, rollout, session
 from srpo_jax.run.metrics import read_rows
-from srpo_jax.run.runtime import RunError
+from srpo_jax.run.settings import (
+    EvaluateSettings,
+    GrpoSettings,
+    SftSettings,
+    grpo_config,
+    grpo_settings,
+)
+from srpo_jax.structs import RunError
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,14 +95,14 @@ def numbers(workdir, names) -> list[tuple]:
 def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
     paths, tmp_path, monkeypatch, capsys
 ):
-    seen = set()
+    reads = helpers.Reads(monkeypatch, SftSettings)
 
     def config(**changes):
         one = helpers.sft_config(paths, steps=5, **MESH)
         one.compilation_cache_dir = paths["cache"]
         one.optim.lr = 1e-2
         one.update(changes)
-        return helpers.Recorder(one, seen)
+        return one
 
     whole = train_sft.train(config(export_hf_dir=str(tmp_path / "hf")), tmp_path / "whole")
     assert whole["finished"] and whole["step"] == 5 and np.isfinite(whole["loss"])
@@ -117,7 +125,7 @@ def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
     assert numbers(tmp_path / "whole", names) == numbers(tmp_path / "broken", names)
     assert len({row[1] for row in numbers(tmp_path / "whole", names)}) == 5
 
-    assert broken.unread() == {"epochs"}  # steps are given
+    assert reads.unread(broken) == {"epochs"}  # steps are given
 
     # The export is the final state, in HF form.
     exported = hf.load_params(tmp_path / "hf", load_config(tmp_path / "hf"))
@@ -132,7 +140,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     paths, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
-    seen = set()
+    reads = helpers.Reads(monkeypatch, GrpoSettings)
 
     def config():
         one = helpers.grpo_config(paths, steps=4, **MESH)
@@ -144,7 +152,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         one.filter.resample = True
         one.filter.low, one.filter.high = 0.2, 0.8
         one.checkpoint.every = 2
-        return helpers.Recorder(one, seen)
+        return one
 
     whole = train_grpo.train(config(), tmp_path / "whole")
     assert whole["finished"] and whole["kl"] > 0 and whole["updates"] == 2
@@ -157,7 +165,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     last = config()
     last.eval.file = paths["held_out"]
     train_grpo.train(last, tmp_path / "broken")
-    assert last.unread() == set()
+    assert reads.unread(last) == set()
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
     names = ("loss", "kl", "reward/mean", "filter/pending_groups", "filter/rounds")
@@ -256,16 +264,16 @@ def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
 
 def test_evaluation_goes_on_where_it_was_stopped(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
-    seen = set()
+    reads = helpers.Reads(monkeypatch, EvaluateSettings)
 
     def config():
         one = helpers.evaluation_config(paths, **MESH)
         one.compilation_cache_dir = paths["cache"]
         one.eval.samples, one.eval.temperature = 2, 1.0
-        return helpers.Recorder(one, seen)
+        return one
 
     whole = evaluate.evaluate(config(), tmp_path / "whole")
-    assert config().unread() == set()
+    assert reads.unread(config()) == set()
     assert whole["records"] == 6 and whole["samples"] == 12 and whole["skipped_records"] == 0
     low, high = whole["interval"]["acc@2"]
     assert 0 <= low <= whole["acc@2"] <= high <= 1
@@ -334,12 +342,20 @@ def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp
     assert train_sft.train(unguarded, tmp_path / "unguarded")["finished"]
 
 
+def updates_of(shards: int, per_row: int) -> int:
+    """Updates of the 7B recipe's rollouts, 128 prompts in 8 updates."""
+    config = recipe.get_config()
+    config.data.prompts_per_row = per_row
+    settings = grpo_settings(config)
+    return grpo_config(settings, shards, forbidden_ids=()).updates_per_rollout
+
+
 def test_a_rollout_that_cannot_be_split_into_updates_says_what_to_set():
-    setup.check_updates(8, 8, sequences=128, shards=8, per_row=2)
+    assert updates_of(shards=8, per_row=2) == 8
     with pytest.raises(RunError, match="set --config.data.prompts_per_row=1 .*per_rollout=4$"):
-        setup.check_updates(4, 8, sequences=128, shards=16, per_row=2)
+        updates_of(shards=16, per_row=2)
     with pytest.raises(RunError, match="set --config.grpo.updates_per_rollout=2$"):
-        setup.check_updates(2, 8, sequences=128, shards=64, per_row=1)
+        updates_of(shards=64, per_row=1)
 
 
 @pytest.mark.parametrize(

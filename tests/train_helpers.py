@@ -1,6 +1,9 @@
 """A Hugging Face directory of a tiny model and small data files, for tests that train for real."""
 
+import dataclasses
 import json
+import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from configs import eval as eval_config
 from configs import grpo, sft
 from srpo_jax.model.sizes import Shape
-from srpo_jax.run.runtime import flat_config
+from srpo_jax.rewards.profiles import Profile
+from srpo_jax.run.resume import flat_config
 from srpo_jax.structs import Verdict
 from tools.demo.tokenizer import SPECIAL_TOKENS, write_tokenizer
 from tools.make_hf import TOKEN_KEYS, make_config, write_random_hf
@@ -90,32 +94,36 @@ def world(folder: Path) -> dict[str, str]:
     }
 
 
-class Recorder:
-    """A config that notes in ``seen`` which keys are read; writing goes to the config itself."""
+class Reads:
+    """Which keys of a config its settings are read for, while ``patch`` is in force.
 
-    def __init__(self, config, seen: set[str], prefix: str = ""):
-        vars(self).update(_config=config, _seen=seen, _prefix=prefix)
+    Copies, comparisons and checks of a dataclass read all of its fields and mean nothing by it.
+    """
 
-    def __getattr__(self, name):
-        value = getattr(self._config, name)
-        if isinstance(value, ConfigDict):
-            return Recorder(value, self._seen, f"{self._prefix}{name}.")
-        if name in self._config:
-            self._seen.add(self._prefix + name)
-        return value
+    NOT_READING = ("__post_init__", "_value", "<lambda>", "replace", "_replace", "__eq__")
 
-    def __setattr__(self, name, value):
-        setattr(self._config, name, value)
+    def __init__(self, patch, settings: type):
+        self._seen: set[str] = set()
+        self._watch(patch, settings, "")
 
-    def __getitem__(self, name):
-        return getattr(self, name)
+    def _watch(self, patch, kind: type, prefix: str) -> None:
+        hints = typing.get_type_hints(kind)
+        names = {field.name for field in dataclasses.fields(kind)}
+        original = kind.__getattribute__
 
-    def keys(self):
-        return self._config.keys()
+        def noting(one, name):
+            if name in names and sys._getframe(1).f_code.co_name not in self.NOT_READING:
+                self._seen.add(prefix + name)
+            return original(one, name)
 
-    def unread(self) -> set[str]:
-        """Dotted names of the keys that nobody has read."""
-        return set(flat_config(self._config.to_dict())) - self._seen
+        patch.setattr(kind, "__getattribute__", noting)
+        for name in names:
+            if dataclasses.is_dataclass(hints[name]) and hints[name] is not Profile:
+                self._watch(patch, hints[name], f"{prefix}{name}.")
+
+    def unread(self, config: ConfigDict) -> set[str]:
+        """Dotted names of the config's keys that nobody has read."""
+        return set(flat_config(config.to_dict())) - self._seen
 
 
 def _small(config, paths):

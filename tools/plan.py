@@ -34,10 +34,15 @@ from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import size_config
-from srpo_jax.rewards.profiles import profile_named
-from srpo_jax.run import setup
+from srpo_jax.run.settings import (
+    GrpoSettings,
+    grpo_config,
+    grpo_settings,
+    sft_config,
+    sft_settings,
+)
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
-from srpo_jax.structs import Batch, Rollout, Verdict, VisionInputs
+from srpo_jax.structs import Batch, Experience, Rollout, Verdict, VisionInputs
 from tools.lib import cli
 from tools.lib.topologies import Topology, describe, memory_gib
 
@@ -54,8 +59,19 @@ class Shapes:
     tokens: int  # S, or T for SFT
     rows: int  # M
     patches: int  # N of each row
-    group_size: int = 1  # G
-    completion: int = 1  # R
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run as its programs see it. G and R are those of ``sampling``, which SFT has not."""
+
+    model: ModelConfig
+    mesh: Mesh
+    shapes: Shapes
+    optimizer: optim.OptimConfig
+    step: steps.SftConfig | GrpoConfig
+    sampling: SamplingConfig | None = None
+    freeze: tuple[str, ...] = FREEZE_VISION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +99,22 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
-def abstract_batch(model: ModelConfig, shapes: Shapes, mesh: Mesh, *, vision: bool) -> Batch:
-    """The loader's arrays as ShapeDtypeStructs, leading axis over the data shards."""
+def _over_rows(mesh: Mesh) -> Callable[..., Any]:
+    """-> ``array(shape, dtype)``: a ShapeDtypeStruct, leading axis over the data shards.
+
+    (Any: it stands where the steps' structs hold arrays.)
+    """
     over_rows = sharding.batch_sharding(mesh)
 
-    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=over_rows)
 
+    return array
+
+
+def abstract_batch(recipe: Recipe) -> Batch:
+    """The loader's arrays, with images."""
+    array, model, shapes = _over_rows(recipe.mesh), recipe.model, recipe.shapes
     B, T, M, N = shapes.sequences, shapes.tokens, shapes.rows, shapes.patches
     W = model.vision.window_slots
     images = VisionInputs(
@@ -108,30 +133,36 @@ def abstract_batch(model: ModelConfig, shapes: Shapes, mesh: Mesh, *, vision: bo
         next_pos=array((B,)),
         loss_mask=array((B, T), jnp.float32),
         valid=array((B,), jnp.bool_),
-        vision=images if vision else None,
+        vision=images,
     )
 
 
-def _abstract_samples(shapes: Shapes, mesh: Mesh) -> tuple[Rollout, Verdict, jax.ShapeDtypeStruct]:
-    """A rollout, its verdict and one log-prob array."""
-    over_rows = sharding.batch_sharding(mesh)
-    P, G, R = shapes.sequences, shapes.group_size, shapes.completion
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=over_rows)
-
+def abstract_experience(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) -> Experience:
+    """What the update takes, its images as features."""
+    array, shapes = _over_rows(recipe.mesh), recipe.shapes
+    P, G, R = shapes.sequences, sampling.group_size, sampling.max_new_tokens
+    merged = shapes.patches // recipe.model.vision.merge_unit
+    width, dtype = recipe.model.vision.out_hidden_size, jnp.dtype(recipe.model.dtype)
     logp = array((P, G, R), jnp.float32)
     rollout = Rollout(
-        completions=array((P, G, R), jnp.int32),
+        completions=array((P, G, R)),
         completion_mask=array((P, G, R), jnp.bool_),
         finished=array((P, G), jnp.bool_),
         sample_logp=logp,
         policy_logp=logp,
     )
     fields = {f.name: array((P, G), jnp.bool_) for f in dataclasses.fields(Verdict)}
-    fields |= {name: array((P, G), jnp.int32) for name in ("first_tokens", "total_tokens")}
-    fields["block_tokens"] = array((P, G, 5), jnp.int32)
-    return rollout, Verdict(**fields), logp
+    fields |= {name: array((P, G)) for name in ("first_tokens", "total_tokens")}
+    fields["block_tokens"] = array((P, G, 5))
+    return Experience(
+        batch=dataclasses.replace(abstract_batch(recipe), vision=None),
+        rollout=rollout,
+        verdict=Verdict(**fields),
+        features=array((shapes.rows, merged, width), dtype),
+        old_logp=logp if step.updates_per_rollout > 1 else None,
+        ref_logp=logp if step.needs_reference else None,
+        weight=array((P,), jnp.float32),
+    )
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -140,46 +171,30 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def _train_inputs(model: ModelConfig, optimizer: optim.Optimizer, mesh: Mesh, freeze: tuple):
+def _train_inputs(recipe: Recipe, optimizer: optim.Optimizer) -> tuple[Any, dict[str, Any]]:
     """Train state and all parameters in the layout of the update."""
-    state = abstract_state(model, optimizer, freeze=freeze)
-    state = _with_shardings(state, state_shardings(state, mesh))
+    state = abstract_state(recipe.model, optimizer, freeze=recipe.freeze)
+    state = _with_shardings(state, state_shardings(state, recipe.mesh))
     return state, {**state.frozen, **state.params}
 
 
-def sft_programs(
-    model: ModelConfig,
-    shapes: Shapes,
-    mesh: Mesh,
-    *,
-    optimizer: optim.OptimConfig,
-    step: steps.SftConfig,
-    freeze: tuple[str, ...] = FREEZE_VISION,
-) -> Iterator[Lowering]:
+def sft_programs(recipe: Recipe, step: steps.SftConfig) -> Iterator[Lowering]:
     """Every program of an SFT run."""
-    transform = optim.make_optimizer(optimizer, 1000)
-    state, _ = _train_inputs(model, transform, mesh, freeze)
-    batch = abstract_batch(model, shapes, mesh, vision=True)
-    make = steps.make_sft_step(model, step, transform, freeze=freeze, mesh=mesh)
+    transform = optim.make_optimizer(recipe.optimizer, 1000)
+    state, _ = _train_inputs(recipe, transform)
+    batch = abstract_batch(recipe)
+    make = steps.make_sft_step(
+        recipe.model, step, transform, freeze=recipe.freeze, mesh=recipe.mesh
+    )
     yield "sft_step", lambda: make.lower(state, batch, None), 0
 
 
-def grpo_programs(
-    model: ModelConfig,
-    shapes: Shapes,
-    mesh: Mesh,
-    *,
-    optimizer: optim.OptimConfig,
-    step: GrpoConfig,
-    sampling: SamplingConfig,
-    sample_dtype: str | None = "bfloat16",
-    freeze: tuple[str, ...] = FREEZE_VISION,
-) -> Iterator[Lowering]:
+def grpo_programs(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) -> Iterator[Lowering]:
     """Every program of a GRPO run."""
-    transform = optim.make_optimizer(optimizer, 1000)
-    state, params = _train_inputs(model, transform, mesh, freeze)
-    prompts = abstract_batch(model, shapes, mesh, vision=True)
-    features = _features(model, shapes, mesh)
+    model, mesh = recipe.model, recipe.mesh
+    transform = optim.make_optimizer(recipe.optimizer, 1000)
+    state, params = _train_inputs(recipe, transform)
+    experience = abstract_experience(recipe, step, sampling)
     reference = 0
     if step.needs_reference:
         copy = {path: _as(leaf, model.dtype) for path, leaf in state.params.items()}
@@ -188,28 +203,11 @@ def grpo_programs(
     # ``encode``, the decoder's beside ``encode``.
     always = device_bytes(state) + reference
     encode = steps.make_encode_step(model, mesh=mesh)
-    yield (
-        "encode",
-        lambda: encode.lower(params, prompts.vision),
-        (always - device_bytes(_tower(params, True))),
-    )
+    images = abstract_batch(recipe).vision
+    beside = always - device_bytes(_tower(params, True))
+    yield "encode", lambda: encode.lower(params, images), beside
 
-    sample_dtype = sample_dtype or model.param_dtype
-    held = abstract_params(dataclasses.replace(model, param_dtype=sample_dtype))
-    held = _with_shardings(held, sharding.param_specs(held, mesh, "sample"))
-    sampler = Sampler(dataclasses.replace(model, param_dtype=sample_dtype), sampling, mesh)
-
-    def lower_sampler(name: str) -> jax.stages.Lowered:
-        args = sampler.abstract_args(
-            held,
-            prompts=shapes.sequences,
-            prompt_tokens=shapes.tokens,
-            rows=shapes.rows,
-            merged_tokens=shapes.patches // model.vision.merge_unit,
-        )
-        with jax.set_mesh(mesh):
-            return getattr(sampler, name).lower(*args[name])
-
+    lower, held = _sampler_lowering(recipe, sampling)
     # Parameters that sampling takes as they are (`state.relayout`) are held once.
     shared = {
         path: leaf
@@ -218,50 +216,43 @@ def grpo_programs(
         and leaf.sharding.is_equivalent_to(params[path].sharding, leaf.ndim)
     }
     copies = device_bytes(held) - device_bytes(shared)
-    beside = always + device_bytes(features) + copies - device_bytes(_tower(held, False))
+    beside = always + device_bytes(experience.features) + copies
+    beside -= device_bytes(_tower(held, False))
     for name in ("prefill", "decode_segment"):
-        yield name, lambda name=name: lower_sampler(name), beside
+        yield name, functools.partial(lower, name), beside
 
-    rollout, verdict, logp = _abstract_samples(shapes, mesh)
-    text = prompts.replace(vision=None)
     logps = steps.make_logp_step(model, step, mesh=mesh)
-    yield (
-        "logp_step",
-        lambda: logps.lower(params, text, rollout, features),
-        (always - device_bytes(_tower(params, False))),
-    )
-    update = steps.make_grpo_step(model, step, transform, freeze=freeze, mesh=mesh)
-    split = step.updates_per_rollout > 1
-    chosen = jax.ShapeDtypeStruct(
-        (step.micro_batches // step.updates_per_rollout,),
-        jnp.int32,
-        sharding=sharding.replicated(mesh),
-    )
-    weight = jax.ShapeDtypeStruct(
-        (shapes.sequences,), jnp.float32, sharding=sharding.batch_sharding(mesh)
-    )
-    yield (
-        "grpo_step",
-        lambda: update.lower(
-            state,
-            text,
-            rollout,
-            verdict,
-            features,
-            logp if split else None,
-            logp if step.needs_reference else None,
-            weight,
-            chosen if split else None,
-        ),
-        reference,
-    )
+    parts = (params, experience.batch, experience.rollout, experience.features)
+    yield "logp_step", lambda: logps.lower(*parts), always - device_bytes(_tower(params, False))
+    update = steps.make_grpo_step(model, step, transform, freeze=recipe.freeze, mesh=mesh)
+    chosen = None
+    if step.updates_per_rollout > 1:
+        size = step.micro_batches // step.updates_per_rollout
+        chosen = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding.replicated(mesh))
+    yield "grpo_step", lambda: update.lower(state, experience, chosen), reference
 
 
-def _features(model: ModelConfig, shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    shape = (shapes.rows, shapes.patches // model.vision.merge_unit, model.vision.out_hidden_size)
-    return jax.ShapeDtypeStruct(
-        shape, jnp.dtype(model.dtype), sharding=sharding.batch_sharding(mesh)
-    )
+def _sampler_lowering(
+    recipe: Recipe, sampling: SamplingConfig
+) -> tuple[Callable[[str], jax.stages.Lowered], dict[str, Any]]:
+    """A function that lowers a program of the sampler by its name, and the sampler's parameters."""
+    model, shapes = recipe.model, recipe.shapes
+    held = abstract_params(dataclasses.replace(model, param_dtype=model.dtype))
+    held = _with_shardings(held, sharding.param_specs(held, recipe.mesh, "sample"))
+    sampler = Sampler(dataclasses.replace(model, param_dtype=model.dtype), sampling, recipe.mesh)
+
+    def lower(name: str) -> jax.stages.Lowered:
+        args = sampler.abstract_args(
+            held,
+            prompts=shapes.sequences,
+            prompt_tokens=shapes.tokens,
+            rows=shapes.rows,
+            merged_tokens=shapes.patches // model.vision.merge_unit,
+        )
+        with jax.set_mesh(recipe.mesh):
+            return getattr(sampler, name).lower(*args[name])
+
+    return lower, held
 
 
 def _tower(params: dict[str, Any], inside: bool) -> dict[str, Any]:
@@ -273,15 +264,15 @@ def _as(leaf: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
 
 
-def compile_programs(programs: Iterator[Lowering]) -> Iterator[Program]:
+def compile_programs(lowerings: Iterator[Lowering]) -> Iterator[Program]:
     """Compiles one program after the other and reads its memory."""
-    for name, lower, beside in programs:
+    for name, lower, beside in lowerings:
         start = time.perf_counter()
         memory = memory_gib(lower().compile())
         yield Program(name, memory, time.perf_counter() - start, beside / 2**30)
 
 
-def report(programs: Iterator[Program], topology: Topology) -> bool:
+def report(compiled: Iterator[Program], topology: Topology) -> bool:
     """Prints one line per program; True if each fits its device."""
     budget = topology.memory_gib * USABLE
     print(f"{topology.name}: {len(topology.devices)} devices, {budget:.1f} GiB usable on each")
@@ -289,7 +280,7 @@ def report(programs: Iterator[Program], topology: Topology) -> bool:
     head = f"{'program':16}" + "".join(f" {c:>11}" for c in (*columns, "beside", "total"))
     print(f"{head}  fits  compiled in")
     fits = True
-    for p in programs:
+    for p in compiled:
         good = p.total <= budget
         fits &= good
         numbers = (*(p.memory[c] for c in columns), p.beside, p.total)
@@ -301,57 +292,37 @@ def report(programs: Iterator[Program], topology: Topology) -> bool:
 # --- from a recipe's configuration -------------------------------------------------------------
 
 
-def recipe_programs(config: Any, mesh: Mesh) -> Iterator[Lowering]:
-    """The programs that `train_sft` or `train_grpo` would run with this configuration.
+def read_recipe(config: Any, mesh: Mesh) -> Recipe:
+    """The run that `train_sft` or `train_grpo` would start with this configuration.
 
-    Shapes are those of the largest patch budget. Raises ValueError where sizes do not divide.
+    Shapes are those of the largest patch budget. Raises ValueError where sizes do not divide, or
+    for a size that is not a released one.
     """
-    model = size_config(config.size, **config.model)
-    data, shards = config.data, sharding.num_data_shards(mesh)
-    rows = setup.rows_per_shard(
-        "data.global_batch_size", data.global_batch_size, data.prompts_per_row, shards
-    )
     reinforce = "grpo" in config
+    settings = grpo_settings(config) if reinforce else sft_settings(config)
+    model = size_config(settings.size, **dataclasses.asdict(settings.model))
+    data, shards = settings.data, sharding.num_data_shards(mesh)
+    forbidden, sampling = vision_token_ids(model), None
+    if isinstance(settings, GrpoSettings):
+        step, tokens = grpo_config(settings, shards, forbidden), data.prompt_tokens
+        sampling = dataclasses.replace(settings.sampling, forbidden_ids=forbidden)
+    else:
+        step, tokens = sft_config(settings, shards), settings.data.tokens
     shapes = Shapes(
         sequences=data.global_batch_size,
-        tokens=data.prompt_tokens if reinforce else data.tokens,
-        rows=rows * shards,
+        tokens=tokens,
+        rows=step.micro_batches * shards,
         patches=max(data.patch_budgets),
-        group_size=config.sampling.group_size if reinforce else 1,
-        completion=config.sampling.max_new_tokens,
     )
-    settings = dict(optimizer=setup.optim_config(config.optim), freeze=tuple(config.freeze))
-    if not reinforce:
-        step = steps.SftConfig(micro_batches=rows, logit_chunk=config.logit_chunk)
-        return sft_programs(model, shapes, mesh, step=step, **settings)
-    forbidden = vision_token_ids(model)
-    section = config.sampling
-    sampling = SamplingConfig(
-        max_new_tokens=section.max_new_tokens,
-        group_size=section.group_size,
-        temperature=section.temperature,
-        top_k=section.top_k,
-        top_p=section.top_p,
-        min_p=section.min_p,
-        segment=section.segment,
-        concurrent_rows=section.concurrent_rows or None,
-        forbidden_ids=forbidden,
-    )
-    setup.check_updates(
-        rows, config.grpo.updates_per_rollout, data.global_batch_size, shards, data.prompts_per_row
-    )
-    step = GrpoConfig(
-        **{k: v or None if k in ("dual_clip", "tis_cap") else v for k, v in config.grpo.items()},
-        micro_batches=rows,
-        profile=profile_named(config.reward.profile),
-        alpha=config.reward.alpha,
-        temperature=section.temperature,
-        forbidden_ids=forbidden,
-        length_cap=section.max_new_tokens,
-    )
-    return grpo_programs(
-        model, shapes, mesh, step=step, sampling=sampling, sample_dtype=model.dtype, **settings
-    )
+    return Recipe(model, mesh, shapes, settings.optim, step, sampling, settings.freeze)
+
+
+def programs(recipe: Recipe) -> Iterator[Lowering]:
+    """Every program of the run."""
+    if isinstance(recipe.step, GrpoConfig):
+        assert recipe.sampling is not None, "a GRPO recipe says how it samples"
+        return grpo_programs(recipe, recipe.step, recipe.sampling)
+    return sft_programs(recipe, recipe.step)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -371,11 +342,11 @@ def main(args: argparse.Namespace) -> None:
         sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     mesh = sharding.make_mesh(*sizes, devices=topology.devices)
     print(f"{args.config} on a mesh of {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}")
-    programs = recipe_programs(config, mesh)
+    lowerings = programs(read_recipe(config, mesh))
     if args.only:
         names = args.only.split(",")
-        programs = (program for program in programs if program[0] in names)
-    if not report(compile_programs(programs), topology):
+        lowerings = (lowering for lowering in lowerings if lowering[0] in names)
+    if not report(compile_programs(lowerings), topology):
         raise RuntimeError(
             "a program does not fit: more devices, a larger mesh.fsdp or mesh.tensor, fewer "
             "data.prompts_per_row, a smaller sampling.concurrent_rows, or bfloat16 parameters"

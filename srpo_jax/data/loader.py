@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
-from srpo_jax.data.quarantine import Preflight, Quarantine, RunError, preflight
+from srpo_jax.data.quarantine import Preflight, Quarantine, preflight
 from srpo_jax.data.records import Record, RecordError
 from srpo_jax.data.stream import Item, LoaderConfig, Stream
-from srpo_jax.structs import Batch
+from srpo_jax.structs import Batch, RunError
 
 __all__ = [
     "LoadedBatch",

@@ -10,10 +10,6 @@ from srpo_jax.data.batching import Encoded
 from srpo_jax.data.records import Record, RecordError, resolve_path
 
 
-class RunError(RuntimeError):
-    """The run cannot go on with these data or settings; the message says what to change."""
-
-
 class Quarantine:
     """Bad records, each once, as lines {origin, id, reason} appended to a file (or none).
 

@@ -10,9 +10,9 @@ import grain
 import numpy as np
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.quarantine import RunError
 from srpo_jax.data.records import Record, RecordError
 from srpo_jax.data.vision_arrays import VisionGeometry
+from srpo_jax.structs import RunError
 
 _SHARED_MEMORY = "/dev/shm"
 

@@ -13,32 +13,44 @@ import jax.numpy as jnp
 from srpo_jax.learn import losses
 from srpo_jax.rewards.profiles import PAPER, Profile
 from srpo_jax.rewards.terms import ALPHA, RewardTerms
-from srpo_jax.structs import BLOCKS, Array, Rollout, Verdict
+from srpo_jax.structs import BLOCKS, Array, Experience, Rollout, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
-class GrpoConfig:
-    """What the update does. ``temperature`` and ``forbidden_ids`` must be the sampler's."""
+class Objective:
+    """What is optimised, and in how many updates: the keys of ``config.grpo``."""
 
-    micro_batches: int = 1  # per update of all rows; gradients are summed over them
     updates_per_rollout: int = 1  # splits the micro-batches among this many updates
-    profile: Profile = PAPER
-    alpha: float = ALPHA
     adv_eps: float = 1e-6
     scale_by_std: bool = True
-    temperature: float = 1.0
-    forbidden_ids: tuple[int, ...] = ()
     clip_low: float = 0.2
     clip_high: float = 0.2
-    dual_clip: float | None = None
+    dual_clip: float | None = None  # 0 or None: off
     kl_coef: float = 0.0  # 0: no reference model is needed
     kl_kind: losses.KlKind = "k3"
     entropy_coef: float = 0.0
     aggregation: losses.Aggregation = "sequence"
-    length_cap: int | None = None  # completion token limit, for aggregation "constant"
     mask_truncated: bool = False  # samples cut off by the budget get no gradient
-    tis_cap: float | None = None  # truncated importance weight against the sampler's log-probs
+    # Cap of the importance weight against the sampler's log-probs; 0 or None: off.
+    tis_cap: float | None = None
     logit_chunk: int = 128  # positions whose logits exist at a time
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``ref_logp`` must be given to the step."""
+        return self.kl_coef != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig(Objective):
+    """What the update does. ``temperature`` and ``forbidden_ids`` must be the sampler's."""
+
+    micro_batches: int = 1  # per update of all rows; gradients are summed over them
+    profile: Profile = PAPER
+    alpha: float = ALPHA  # weight of f_len
+    temperature: float = 1.0
+    forbidden_ids: tuple[int, ...] = ()
+    length_cap: int | None = None  # completion token limit, for aggregation "constant"
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -53,11 +65,6 @@ class GrpoConfig:
         if self.aggregation == "constant" and not self.length_cap:
             raise ValueError("aggregation='constant' needs length_cap, the completion token limit")
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether ``ref_logp`` must be given to the step."""
-        return self.kl_coef != 0
-
 
 @flax.struct.dataclass
 class Prepared:
@@ -71,23 +78,19 @@ class Prepared:
 
 def prepare(
     cfg: GrpoConfig,
-    rollout: Rollout,
-    verdict: Verdict,
+    experience: Experience,
     include_P: jax.Array,
-    group_weight_P: jax.Array | None,
 ) -> Prepared:
     """Rewards, advantages and token weights of one update.
 
-    Args:
-        include_P: [P] bool, prompts that belong to this update (valid, and in its micro-batches).
-        group_weight_P: [P] or None. A group of weight 0 is left out of the loss and of its
-            normaliser, as if it were not in the batch (dynamic sampling); other weights scale it.
+    ``include_P`` [P] bool: prompts that belong to this update (valid, and in its micro-batches).
     """
-    terms = cfg.profile.terms(verdict, cfg.alpha)
+    rollout = experience.rollout
+    terms = cfg.profile.terms(experience.verdict, cfg.alpha)
     adv_PG = losses.group_advantages(terms.total, eps=cfg.adv_eps, scale_by_std=cfg.scale_by_std)
     weight_P = include_P.astype(jnp.float32)
-    if group_weight_P is not None:
-        weight_P = weight_P * group_weight_P.astype(jnp.float32)
+    if experience.weight is not None:
+        weight_P = weight_P * experience.weight.astype(jnp.float32)
     weight_PG = jnp.broadcast_to(weight_P[:, None], adv_PG.shape)
     if cfg.mask_truncated:
         weight_PG = jnp.where(rollout.finished, weight_PG, 0.0)
@@ -109,33 +112,35 @@ def policy_loss(
     cfg: GrpoConfig,
     logp_PGR: jax.Array,
     entropy_PGR: jax.Array,
-    rollout: Rollout,
+    experience: Experience,
     adv_PG: jax.Array,
     weights_PGR: jax.Array,
-    old_logp_PGR: jax.Array | None,
-    ref_logp_PGR: jax.Array | None,
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
     """Share of one micro-batch in the loss of the update (SRPO equation 2).
 
-    ``old_logp=None`` takes the policy itself as of now, so that every ratio is exactly 1.
+    Without ``experience.old_logp`` the policy itself as of now is the old one, so that every ratio
+    is exactly 1.
 
     Returns:
         loss [] (over micro-batches, shares add up to the loss), and what ``update_metrics`` reads.
     """
-    old = jax.lax.stop_gradient(logp_PGR) if old_logp_PGR is None else old_logp_PGR
+    rollout, ref_logp_PGR = experience.rollout, experience.ref_logp
+    old = experience.old_logp
+    if old is None:
+        old = jax.lax.stop_gradient(logp_PGR)
     objective, stats = losses.clipped_objective(
         logp_PGR,
         old,
         adv_PG[:, :, None],
         clip_low=cfg.clip_low,
         clip_high=cfg.clip_high,
-        dual_clip=cfg.dual_clip,
+        dual_clip=cfg.dual_clip or None,
     )
     logp_diff = jnp.abs(old - rollout.policy_logp)
     ratio = stats.pop("ratio")
     per_token = {"ratio/mean": ratio, "entropy": entropy_PGR, "sampler/logp_diff_mean": logp_diff}
     per_token |= {name.replace("_", "/"): value for name, value in stats.items()}
-    if cfg.tis_cap is not None:
+    if cfg.tis_cap:
         tis = losses.truncated_importance_weight(old, rollout.sample_logp, cfg.tis_cap)
         objective = objective * tis
         per_token["sampler/tis_weight"] = tis

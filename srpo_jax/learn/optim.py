@@ -108,6 +108,11 @@ def split_frozen(params: Params, freeze: tuple[str, ...] = ("vision/",)) -> tupl
     return trained, frozen
 
 
+def trains_vision(params: Params, freeze: tuple[str, ...]) -> bool:
+    """Whether anything of the vision tower or its merger is trained; raises as `split_frozen`."""
+    return any(path.startswith("vision/") for path in split_frozen(params, freeze)[0])
+
+
 def apply_gradients(
     state: TrainState, grads: Params, optimizer: Optimizer
 ) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -34,7 +34,7 @@ from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.layers import BATCH_AXES, shard
 from srpo_jax.model.qwen2_5_vl import Qwen2_5_VL, abstract_params, bind
-from srpo_jax.structs import Batch, Params, Rollout, TrainState, Verdict, VisionInputs
+from srpo_jax.structs import Batch, Experience, Params, Rollout, TrainState, VisionInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,61 +161,42 @@ def make_grpo_step(
     freeze: tuple[str, ...] = FREEZE_VISION,
     mesh: Mesh | None = None,
 ) -> Callable:
-    """-> ``grpo_step(state, batch, rollout, verdict, features, old_logp, ref_logp, group_weight,
-    micro_indices) -> (state, metrics)``; the state is donated.
+    """-> ``grpo_step(state, experience, micro_indices) -> (state, metrics)``; the state is donated.
 
-    Args of the step:
-        batch, rollout, verdict: P prompts and their P * G samples; fillers have ``valid`` False.
-        features: from ``encode_step``, or None: images are encoded inside the loss, which is
-            required when the tower trains.
-        old_logp: [P, G, R] from ``logp_step``; None: this is the only update of the rollout, and
-            the policy itself is the old one.
-        ref_logp: [P, G, R] of the reference, or None when ``kl_coef`` is 0.
-        group_weight: [P] float, or None: see ``grpo.prepare``.
-        micro_indices: int32 from ``micro_indices(cfg, k)``, or None: all micro-batches. Normalisers
-            and metrics are those of the chosen ones.
-
-    Raises ValueError, when traced, for arguments that contradict the configuration.
+    ``micro_indices`` is int32 from `micro_indices(cfg, k)`, or None: all micro-batches. Normalisers
+    and metrics are those of the chosen ones. Raises ValueError, when traced, for an experience that
+    contradicts the configuration.
     """
     shards = 1 if mesh is None else sharding.num_data_shards(mesh)
     layout = _state_layout(model_cfg, optimizer, freeze, mesh)
 
-    def grpo_step(
-        state: TrainState,
-        batch: Batch,
-        rollout: Rollout,
-        verdict: Verdict,
-        features_MND: jax.Array | None,
-        old_logp_PGR: jax.Array | None,
-        ref_logp_PGR: jax.Array | None,
-        group_weight_P: jax.Array | None,
-        micro_indices_A: jax.Array | None,
-    ):
-        _check_features(state.params, features_MND)
-        _check_grpo_arguments(cfg, old_logp_PGR, ref_logp_PGR, micro_indices_A)
+    def grpo_step(state: TrainState, experience: Experience, micro_indices_A: jax.Array | None):
+        _check_features(state.params, experience.features)
+        _check_experience(cfg, experience, micro_indices_A)
+        valid_P = experience.batch.valid
         indices_A = jnp.arange(cfg.micro_batches) if micro_indices_A is None else micro_indices_A
-        chosen_P = _in_micro_batches(indices_A, batch.valid.shape[0], shards, cfg.micro_batches)
-        include_P = batch.valid & chosen_P
-        ready = grpo.prepare(cfg, rollout, verdict, include_P, group_weight_P)
-        data = (_without_vision(batch, features_MND), rollout, features_MND)
-        per_sample = (ready.adv_PG, ready.weights_PGR, old_logp_PGR, ref_logp_PGR)
+        chosen_P = _in_micro_batches(indices_A, valid_P.shape[0], shards, cfg.micro_batches)
+        include_P = valid_P & chosen_P
+        ready = grpo.prepare(cfg, experience, include_P)
+        batch = _without_vision(experience.batch, experience.features)
+        data = (experience.replace(batch=batch), ready.adv_PG, ready.weights_PGR)
 
         def loss_fn(params, i):
-            (rows, samples, features), targets = micro_batch(
-                (data, per_sample), i, shards, cfg.micro_batches
-            )
+            rows, adv_PG, weights_PGR = micro_batch(data, i, shards, cfg.micro_batches)
             model = bind(model_cfg, {**state.frozen, **params})
-            logp, entropy = _completion_logps(model, cfg, rows, samples, features)
-            return grpo.policy_loss(cfg, logp, entropy, samples, *targets)
+            logp, entropy = _completion_logps(model, cfg, rows.batch, rows.rollout, rows.features)
+            return grpo.policy_loss(cfg, logp, entropy, rows, adv_PG, weights_PGR)
 
         grads, aux_A = _accumulate(loss_fn, state.params, indices_A, layout)
         state, metrics = optim.apply_gradients(state, grads, optimizer)
         metrics |= grpo.update_metrics(aux_A, ready.tokens)
-        metrics |= grpo.rollout_metrics(ready.terms, verdict, rollout, include_P)
+        metrics |= grpo.rollout_metrics(
+            ready.terms, experience.verdict, experience.rollout, include_P
+        )
         return state, metrics
 
-    data, one = _batch(mesh), _replicated(mesh)
-    return _jit(grpo_step, mesh, (layout, *[data] * 7, one), (layout, one), donate=0)
+    shardings = (layout, _batch(mesh), _replicated(mesh))
+    return _jit(grpo_step, mesh, shardings, (layout, _replicated(mesh)), donate=0)
 
 
 def micro_indices(cfg: GrpoConfig, update: int) -> np.ndarray:
@@ -284,13 +265,13 @@ def _check_features(trained: Params, features_MND: jax.Array | None) -> None:
         )
 
 
-def _check_grpo_arguments(cfg: GrpoConfig, old_logp, ref_logp, indices_A) -> None:
-    if cfg.needs_reference and ref_logp is None:
+def _check_experience(cfg: GrpoConfig, experience: Experience, indices_A) -> None:
+    if cfg.needs_reference and experience.ref_logp is None:
         raise ValueError(f"kl_coef={cfg.kl_coef} needs ref_logp; compute it with logp_step")
     if cfg.updates_per_rollout == 1:
         return
     size = cfg.micro_batches // cfg.updates_per_rollout
-    if old_logp is None or indices_A is None or indices_A.shape != (size,):
+    if experience.old_logp is None or indices_A is None or indices_A.shape != (size,):
         raise ValueError(
             f"updates_per_rollout={cfg.updates_per_rollout} needs old_logp (from logp_step before "
             f"the first update) and micro_indices(cfg, k), {size} of them"

@@ -8,20 +8,20 @@ beyond that wait here for the next step, and lie in the checkpoint meanwhile.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
-from srpo_jax.data.batching import collate_packed
+from srpo_jax.data.batching import Encoded, collate_packed
 from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import Record
-from srpo_jax.run.rollout import Graded, Sampled
-from srpo_jax.structs import Batch, Rollout, Verdict
-
-ROLLOUT_FIELDS = tuple(Rollout.__dataclass_fields__)
-VERDICT_FIELDS = tuple(Verdict.__dataclass_fields__)
+from srpo_jax.run import processes
+from srpo_jax.run.feed import Encode
+from srpo_jax.run.rollout import Round
+from srpo_jax.run.settings import DataSettings
+from srpo_jax.structs import Experience, Rollout, Verdict
 
 
 def informative(verdict: Verdict, low: float, high: float) -> np.ndarray:
@@ -34,69 +34,81 @@ def informative(verdict: Verdict, low: float, high: float) -> np.ndarray:
     return ((share >= low) & (share <= high)).astype(np.float32)
 
 
+# What an experience holds of the completions, of all prompts or (in a group) of one.
+Samples = tuple[Rollout, Verdict]
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """One prompt with its graded completions, on the host."""
 
     record: Record
     step: int  # in which it was sampled: an earlier one means an older policy
-    arrays: dict[str, np.ndarray]  # rollout and verdict fields without the prompt axis
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What `Pool.take` puts together: this process's part of an update's arrays."""
-
-    batch: Batch
-    rollout: Rollout
-    verdict: Verdict
-    carried: np.ndarray  # [P] bool, sampled by an older policy
-    count: int  # groups that are not filler
+    samples: Samples  # arrays without the prompt axis
 
 
 class Pool:
     """Informative groups of this process that no update has used yet."""
 
-    def __init__(self):
+    def __init__(self, encode: Encode, processor: Processor, data: DataSettings):
+        self._encode, self._processor, self._data = encode, processor, data
         self.groups: list[Group] = []
-        self._filler: dict[str, np.ndarray] = {}
+        self._blank: Samples | None = None
 
-    def add(self, sampled: Sampled, graded: Graded, weight_P: np.ndarray, step: int) -> None:
+    def add(self, one: Round, step: int) -> None:
         """Keep the groups of a round whose weight is not 0."""
-        self._filler = {n: np.zeros_like(x[0]) for n, x in _fields(graded).items()}
-        for record, p in zip(sampled.records, sampled.slots.tolist(), strict=True):
-            if weight_P[p]:
-                fields = {n: x[p] for n, x in _fields(graded).items()}
-                self.groups.append(Group(record, step, fields))
+        samples = (one.graded.rollout, one.graded.verdict)
+        self._blank = jax.tree.map(lambda x: np.zeros_like(x[0]), samples)
+        for record, p in zip(one.sampled.records, one.sampled.slots.tolist(), strict=True):
+            if one.weight[p]:
+                own = jax.tree.map(lambda x, p=p: x[p], samples)
+                self.groups.append(Group(record, step, own))
 
-    def take(
-        self,
-        step: int,
-        encode: Callable[[Record], Any],
-        processor: Processor,
-        *,
-        rows: int,
-        per_row: int,
-        tokens: int,
-        patch_budgets: tuple[int, ...],
-        budget_index: Callable[[int], int] = lambda index: index,
-    ) -> Update:
+    def take(self, step: int, rows: int) -> tuple[Experience, np.ndarray]:
         """The oldest groups, as many as fit, collated anew; the rest of the batch is filler.
 
         Args:
             step: the present one.
-            encode: of the prompts; images are decoded again.
-            rows, per_row, tokens, patch_budgets: of this process's part of the update.
-            budget_index: makes processes agree on the larger of their patch budgets.
+            rows: of this process's part of the update. Processes agree on the larger of their
+                patch budgets (collective).
+
+        Returns:
+            this process's part of the update, on the host, its prompts with their pixels; and [P]
+            bool: sampled by an older policy.
         """
-        most = max(patch_budgets, default=0)
-        table: list[list[tuple[Group, Any]]] = [[] for _ in range(rows)]
+        data = self._data
+        table = self._fill(rows)
+        needed = max(sum(e.num_slots for _, e in row) for row in table)
+        index = processes.maximum(sum(budget < needed for budget in data.patch_budgets))
+        places = [
+            row[i] if i < len(row) else None for row in table for i in range(data.prompts_per_row)
+        ]
+        batch = collate_packed(
+            [[place[1]] if place else [] for place in places],
+            rows=rows,
+            tokens=data.prompt_tokens,
+            patches=data.patch_budgets[index] if data.patch_budgets else 0,
+            pad_id=self._processor.pad_id,
+            geometry=self._processor.geometry,
+        )
+        blank = self._blank
+        if blank is None:  # after a restart
+            blank = next(jax.tree.map(np.zeros_like, place[0].samples) for place in places if place)
+        rollout, verdict = _stack([place[0].samples if place else blank for place in places])
+        weight = batch.valid.astype(np.float32)
+        carried = np.array([bool(place and place[0].step < step) for place in places])
+        return Experience(batch, rollout, verdict, weight=weight), carried
+
+    def _fill(self, rows: int) -> list[list[tuple[Group, Encoded]]]:
+        """Groups leave the pool for the first row that has room for them, oldest first."""
+        per_row, most = self._data.prompts_per_row, max(self._data.patch_budgets, default=0)
+        table: list[list[tuple[Group, Encoded]]] = [[] for _ in range(rows)]
         left = []
         for group in self.groups:
             if all(len(row) == per_row for row in table):
                 left.append(group)
                 continue
-            encoded = encode(group.record)
+            encoded = self._encode(group.record)  # images are decoded again
             room = [
                 row
                 for row in table
@@ -104,30 +116,8 @@ class Pool:
                 and sum(e.num_slots for _, e in row) + encoded.num_slots <= most
             ]
             (room[0].append((group, encoded)) if room else left.append(group))
-        needed = max(sum(e.num_slots for _, e in row) for row in table)
-        index = budget_index(sum(budget < needed for budget in patch_budgets))
         self.groups = left
-        places = [row[i] if i < len(row) else None for row in table for i in range(per_row)]
-        chosen = [place[0] for place in places if place]
-        batch = collate_packed(
-            [[place[1]] if place else [] for place in places],
-            rows=rows,
-            tokens=tokens,
-            patches=patch_budgets[index] if patch_budgets else 0,
-            pad_id=processor.pad_id,
-            geometry=processor.geometry,
-        )
-        example = chosen[0].arrays if chosen else self._filler
-        blank = {name: np.zeros_like(value) for name, value in example.items()}
-        arrays = [place[0].arrays if place else blank for place in places]
-        stacked = {name: np.stack([one[name] for one in arrays]) for name in blank}
-        return Update(
-            batch=batch,
-            rollout=Rollout(**{n: stacked[f"rollout/{n}"] for n in ROLLOUT_FIELDS}),
-            verdict=Verdict(**{n: stacked[f"verdict/{n}"] for n in VERDICT_FIELDS}),
-            carried=np.array([bool(place and place[0].step < step) for place in places]),
-            count=len(chosen),
-        )
+        return table
 
     # --- checkpoint ---
 
@@ -136,8 +126,11 @@ class Pool:
         values = [
             {"record": _record_values(group.record), "step": group.step} for group in self.groups
         ]
-        names = self.groups[0].arrays if self.groups else ()
-        return values, {name: np.stack([g.arrays[name] for g in self.groups]) for name in names}
+        if not self.groups:
+            return values, {}
+        rollout, verdict = _stack([group.samples for group in self.groups])
+        parts = {"rollout": vars(rollout), "verdict": vars(verdict)}
+        return values, {f"{part}/{n}": x for part, held in parts.items() for n, x in held.items()}
 
     def load(self, values: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> None:
         """The inverse of `state`."""
@@ -146,13 +139,17 @@ class Pool:
             fields = value["record"]
             images = tuple(ImageRef(**image) for image in fields["images"])
             record = Record(**{**fields, "images": images, "choices": tuple(fields["choices"])})
-            group = {name: array[i] for name, array in arrays.items()}
-            self.groups.append(Group(record, value["step"], group))
+            rollout, verdict = (
+                {n.removeprefix(f"{part}/"): x[i] for n, x in arrays.items() if n.startswith(part)}
+                for part in ("rollout", "verdict")
+            )
+            self.groups.append(
+                Group(record, value["step"], (Rollout(**rollout), Verdict(**verdict)))
+            )
 
 
-def _fields(graded: Graded) -> dict[str, np.ndarray]:
-    fields = {f"rollout/{n}": np.asarray(getattr(graded.rollout, n)) for n in ROLLOUT_FIELDS}
-    return fields | {f"verdict/{n}": np.asarray(getattr(graded.verdict, n)) for n in VERDICT_FIELDS}
+def _stack(samples: list[Samples]) -> Samples:
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *samples)
 
 
 def _record_values(record: Record) -> dict[str, Any]:

@@ -10,23 +10,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from srpo_jax.data.loader import LoadedBatch
-from srpo_jax.data.processing import token_bytes
 from srpo_jax.data.records import Record
 from srpo_jax.learn import grpo, losses
 from srpo_jax.learn.state import relayout
 from srpo_jax.model import sharding
-from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.rewards.grade import grade
 from srpo_jax.rewards.profiles import Profile
-from srpo_jax.rewards.template import TokenText
-from srpo_jax.rewards.verifier import Verifier
-from srpo_jax.run import setup
-from srpo_jax.run.metrics import ModelFlops
-from srpo_jax.run.setup import Parts
-from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
-from srpo_jax.structs import BLOCKS, Batch, Params, Rollout, Verdict
+from srpo_jax.run import processes
+from srpo_jax.run.feed import prompt_keys
+from srpo_jax.run.parts import Parts
+from srpo_jax.sampling.sampler import Sampler, SamplingConfig
+from srpo_jax.structs import BLOCKS, Batch, Experience, Params, Rollout, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +37,6 @@ class Sampled:
     features: jax.Array | None
     rollout: Rollout
 
-    @property
-    def bucket(self) -> str:
-        """The budgets of the batch, in words."""
-        return setup.bucket_of(self.local)
-
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
@@ -55,29 +47,6 @@ class Graded:
     rollout: Rollout  # [P, G, R], this process's part
 
 
-def sampling_config(parts: Parts, config: Any, *, group_size: int, temperature: float):
-    """`SamplingConfig` of a config's ``sampling`` section and the tokenizer's special ids."""
-    return SamplingConfig(
-        max_new_tokens=config.max_new_tokens,
-        group_size=group_size,
-        temperature=temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        segment=min(config.segment, config.max_new_tokens),
-        concurrent_rows=config.concurrent_rows or None,
-        eos_ids=parts.processor.eos_ids,
-        pad_id=parts.processor.pad_id,
-        forbidden_ids=forbidden_ids(parts),
-    )
-
-
-def forbidden_ids(parts: Parts) -> tuple[int, ...]:
-    """Tokens that no completion may hold: images and their markers, by tokenizer and by config."""
-    ids = {*vision_token_ids(parts.model), *parts.processor.forbidden_ids}
-    return tuple(sorted(i for i in ids if i < parts.model.text.vocab_size))
-
-
 class Generator:
     """Samples and grades batches of one shape with one set of sampling parameters."""
 
@@ -85,18 +54,21 @@ class Generator:
         self,
         parts: Parts,
         sampling: SamplingConfig,
-        encode_step: Callable[..., jax.Array],
-        token_text: TokenText,
-        verifier: Verifier,
         profile: Profile,
         *,
         keep_pixels: bool = False,
     ):
-        """``keep_pixels`` leaves ``Sampled.batch.vision`` for an update that trains the tower."""
-        self._keep_pixels = keep_pixels
-        self.parts, self.sampling = parts, sampling
-        self._encode_step = encode_step
-        self._token_text, self._verifier, self._profile = token_text, verifier, profile
+        """Token ids of ``sampling`` are set to the model's.
+
+        ``keep_pixels`` leaves ``Sampled.batch.vision`` for an update that trains the tower.
+        """
+        self.parts, self._profile, self._keep_pixels = parts, profile, keep_pixels
+        sampling = dataclasses.replace(
+            sampling,
+            eos_ids=parts.processor.eos_ids,
+            pad_id=parts.processor.pad_id,
+            forbidden_ids=parts.forbidden_ids,
+        )
         self._sampler = Sampler(parts.model, sampling, parts.mesh)
 
     def sampler_params(self, params: Params) -> Params:
@@ -115,7 +87,7 @@ class Generator:
         """Encode the images of a batch and sample its group of completions."""
         local = loaded.arrays
         batch, features = self.encode(params, local)
-        keys = setup.prompt_keys(loaded.records, loaded.slots, local.tokens.shape[0])
+        keys = prompt_keys(loaded.records, loaded.slots, local.tokens.shape[0])
         keys = sharding.to_global(keys, self.parts.mesh)
         rows = self.parts.shards if features is None else None
         rollout = self._sampler.generate(
@@ -128,12 +100,12 @@ class Generator:
         batch = sharding.to_global(local, self.parts.mesh)
         if batch.vision is None:
             return batch, None
-        features = self._encode_step(params, batch.vision)
+        features = self.parts.encode_step(params, batch.vision)
         return (batch if self._keep_pixels else batch.replace(vision=None)), features
 
     def grade(self, sampled: Sampled) -> Graded:
         """Grade this process's completions on the host; fillers get a verdict of all wrong."""
-        rollout = setup.to_local(sampled.rollout)
+        rollout = processes.to_local(sampled.rollout)
         prompts = rollout.completions.shape[0]
         golds, choices = ["0"] * prompts, [()] * prompts
         for record, slot in zip(sampled.records, sampled.slots, strict=True):
@@ -141,10 +113,10 @@ class Generator:
         verdict, details = grade(
             rollout.completions,
             rollout.completion_mask,
-            token_text=self._token_text,
+            token_text=self.parts.token_text,
             golds=golds,
             choices=choices,
-            verifier=self._verifier,
+            verifier=self.parts.verifier,
             profile=self._profile,
         )
         return Graded(verdict, details, rollout)
@@ -153,7 +125,7 @@ class Generator:
         """Tokens up to and with the first answer block's closing tag; None without the block."""
         if spans["first_answer"] is None:
             return None
-        closed = self._token_text.completion(token_ids)
+        closed = self.parts.token_text.completion(token_ids)
         end = closed.text.find(b"</answer>", int(closed.offsets[spans["first_answer"][1] - 1]))
         return closed.token_span((0, end + len(b"</answer>")))[1]
 
@@ -162,7 +134,7 @@ class Generator:
         return {
             name: None
             if spans[name] is None
-            else self._token_text.completion(token_ids[slice(*spans[name])]).decode()
+            else self.parts.token_text.completion(token_ids[slice(*spans[name])]).decode()
             for name in BLOCKS
         }
 
@@ -173,13 +145,22 @@ class Round:
 
     sampled: Sampled
     graded: Graded
-    verdict: Verdict  # global arrays
+    experience: Experience  # global arrays
     weight: np.ndarray  # [P] of this process: 0 for groups that the filter leaves out
     scores: tuple[Any, ...]  # of score_step, on device
-    logps: tuple[jax.Array | None, jax.Array | None]  # old, reference
+
+    @property
+    def local(self) -> Experience:
+        """This process's part, on the host."""
+        return Experience(
+            batch=self.sampled.local,
+            rollout=self.graded.rollout,
+            verdict=self.graded.verdict,
+            weight=self.weight,
+        )
 
 
-def make_score_step(cfg: grpo.GrpoConfig, mesh: Any) -> Callable[..., Any]:
+def make_score_step(cfg: grpo.GrpoConfig, mesh: Mesh) -> Callable[..., Any]:
     """-> ``score_step(verdict, rollout, valid) -> (terms, adv_PG, metrics)`` of all samples.
 
     The same functions as inside of ``grpo_step``, for the rollout files and for metrics that do
@@ -199,7 +180,7 @@ def make_score_step(cfg: grpo.GrpoConfig, mesh: Any) -> Callable[..., Any]:
 
 def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
     """The rows of rollouts/ of one round."""
-    terms, adv_PG = setup.to_local(one.scores[:2])
+    terms, adv_PG = processes.to_local(one.scores[:2])
     verdict, rollout = one.graded.verdict, one.graded.rollout
     group = adv_PG.shape[1]
     rows = []
@@ -232,19 +213,6 @@ def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def make_token_text(parts: Parts) -> TokenText:
-    """The bytes of every token id of the model."""
-    table = token_bytes(parts.processor.tokenizer, parts.model.text.vocab_size)
-    return TokenText(table, parts.processor.eos_ids)
-
-
-def make_flops(parts: Parts) -> ModelFlops:
-    """FLOP counts of the model."""
-    return ModelFlops.of(
-        abstract_params(parts.model), len(parts.model.vision.fullatt_block_indexes)
-    )
 
 
 def vision_work(batch: Batch) -> tuple[float, float, float]:

@@ -33,7 +33,7 @@ class SamplingConfig:
     """How to sample. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
     ``segment`` is the number of tokens decoded between two looks of the host at what is done;
-    ``concurrent_rows`` the rows per data shard in the cache at a time (None: all), which bounds its
+    ``concurrent_rows`` the rows per data shard in the cache at a time (0: all), which bounds its
     memory: 2 * layers * kv_heads * head_dim * (S + G * R) numbers per prompt. ``forbidden_ids`` are
     never sampled and have no part in any log-probability.
     """
@@ -48,15 +48,18 @@ class SamplingConfig:
     pad_id: int = 151_643
     forbidden_ids: tuple[int, ...] = ()
     segment: int = 32
-    concurrent_rows: int | None = None
+    concurrent_rows: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eos_ids", tuple(int(i) for i in self.eos_ids))
         forbidden = tuple(sorted({int(i) for i in self.forbidden_ids}))
         object.__setattr__(self, "forbidden_ids", forbidden)
-        for key in ("max_new_tokens", "group_size", "segment", "concurrent_rows"):
+        for key in ("max_new_tokens", "group_size", "segment"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, f"{key}: must be at least 1, is {value}")
+            _require(value >= 1, f"{key}: must be at least 1, is {value}")
+        object.__setattr__(self, "segment", min(self.segment, self.max_new_tokens))
+        rows = self.concurrent_rows
+        _require(rows >= 0, f"concurrent_rows: must not be negative (0 is all), is {rows}")
         _require(self.temperature >= 0, f"temperature: must not be negative, is {self.temperature}")
         _require(self.top_k >= 0, f"top_k: must not be negative (0 is off), is {self.top_k}")
         _require(0 < self.top_p <= 1, f"top_p: must be in (0, 1] (1 is off), is {self.top_p}")

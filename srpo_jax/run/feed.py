@@ -1,0 +1,160 @@
+"""Records in, batches out: data opened for this process's part of the mesh, and checked first."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from srpo_jax.data.batching import Encoded
+from srpo_jax.data.loader import Loader, make_loader
+from srpo_jax.data.records import Record, open_records
+from srpo_jax.run import processes
+from srpo_jax.run.parts import Parts
+from srpo_jax.run.settings import TrainSettings, rows_per_shard
+from srpo_jax.structs import Batch, RunError
+
+Encode = Callable[[Record], Encoded]
+Check = Callable[[Record], str | None]  # why a record is left out, or None
+
+
+def open_source(key: str, path: str, root: str = "") -> Any:
+    """The records of a file; RunError naming the config key where none is given."""
+    if not path:
+        raise RunError(f"{key} is empty: pass --config.{key}=FILE (.jsonl, .parquet, ...)")
+    return open_records(path, root or None)
+
+
+def open_training(
+    settings: TrainSettings,
+    parts: Parts,
+    encode: Encode,
+    *,
+    tokens: int,
+    check: Check | None = None,
+) -> tuple[Loader, int]:
+    """The endless loader of ``data.train``, and the number of records.
+
+    Args:
+        tokens: budget of a sequence.
+        check: records for which it gives a reason are set aside.
+
+    Raises:
+        RunError: none of the first records can be used.
+    """
+    data = settings.data
+    source = open_source("data.train", data.train, data.root)
+    _check_first_records(source, encode, parts, check, (tokens, max(data.patch_budgets, default=0)))
+    loader = open_loader(
+        parts,
+        source,
+        encode,
+        check_record=check,
+        quarantine_path=settings.workdir / "quarantine.jsonl",
+        global_batch_size=data.global_batch_size,
+        rows_per_shard=rows_per_shard(data, parts.shards),
+        token_budget=tokens,
+        patch_budgets=data.patch_budgets,
+        pack=getattr(data, "pack", False),
+        shuffle=data.shuffle,
+        seed=settings.seed,
+        workers=data.workers,
+        max_bad_share=data.max_bad_share,
+    )
+    return loader, len(source)
+
+
+def open_loader(parts: Parts, source: Any, encode: Encode, **settings: Any) -> Loader:
+    """`make_loader` for this mesh: which part of the data is this process's, pads, geometry."""
+    processes.agree({"data": str(getattr(source, "fingerprint", len(source)))})
+    index, count = processes.data_place(parts.mesh)
+    return make_loader(
+        source,
+        encode,
+        agree=processes.maximum,
+        num_shards=parts.shards,
+        process_index=index,
+        process_count=count,
+        pad_id=parts.processor.pad_id,
+        geometry=parts.processor.geometry,
+        **settings,
+    )
+
+
+def _check_first_records(
+    source: Any, encode: Encode, parts: Parts, check: Check | None, budgets: tuple[int, int]
+) -> None:
+    """Encode the first records until one is usable (and passes ``check``); RunError if none is.
+
+    Single bad records are the loader's business; here it is about budgets (tokens of a sequence,
+    patches of a row) that no record meets.
+    """
+    image_token = parts.processor.image_token_id
+    tokens, patches = budgets
+    problem = "no records"
+    for index in range(min(8, len(source))):
+        try:
+            record = source[index]
+            encoded = encode(record)
+            problem = check(record) if check else None
+        except ValueError as error:
+            problem = str(error)
+            continue
+        places = int((encoded.token_ids == image_token).sum())
+        if places != encoded.vision.num_merged:
+            raise RunError(
+                f"{encoded.origin}: {places} image tokens, but {encoded.vision.num_merged} merged "
+                "image patches: tokenizer and image processor do not belong together"
+            )
+        if problem is not None:
+            problem = f"{encoded.origin}: {problem}"
+            continue
+        if encoded.num_tokens <= tokens and encoded.num_slots <= patches:
+            return
+        problem = (
+            f"{encoded.origin} has {encoded.num_tokens} tokens and {encoded.num_slots} patches, "
+            f"the budgets are {tokens} tokens and {patches} patches a row"
+        )
+    raise RunError(f"data.train: none of the first records can be used; the last one: {problem}")
+
+
+class Subset:
+    """Some records of a source, by index."""
+
+    def __init__(self, source: Any, indices: Sequence[int]):
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[self._indices[index]]
+
+
+def without_origins(source: Any, origins: frozenset[str]) -> list[int]:
+    """Indices of the records that are not among ``origins``; unreadable ones are kept."""
+    kept = []
+    for index in range(len(source)):
+        try:
+            known = source[index].origin in origins
+        except ValueError:
+            known = False
+        if not known:
+            kept.append(index)
+    return kept
+
+
+def bucket_of(batch: Batch) -> str:
+    """The budgets of a batch in words: what a program is compiled for."""
+    text = f"tokens {list(batch.tokens.shape)}"
+    return (
+        text if batch.vision is None else f"{text}, patches {list(batch.vision.patches.shape[:2])}"
+    )
+
+
+def prompt_keys(records: Sequence[Record], slots: np.ndarray, size: int) -> np.ndarray:
+    """[size] uint32: the sampler's key of each prompt, from its id; 0 for fillers."""
+    keys = np.zeros(size, np.uint32)
+    for record, slot in zip(records, slots, strict=True):
+        keys[slot] = zlib.crc32(record.id.encode())
+    return keys

@@ -1,0 +1,142 @@
+"""What watches a run from outside of its numbers: signals, and compilation after warm-up."""
+
+import contextlib
+import os
+import signal
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from srpo_jax.structs import RunError
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+# --- signals ---------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """Turns the first SIGTERM or SIGINT into a request; the second one acts as it always does.
+
+    Used as a context manager; the loop reads ``requested`` between steps, saves and leaves.
+    """
+
+    def __init__(self, say: Callable[[str], None] = print):
+        self.requested = False
+        self._say = say
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: types.FrameType | None) -> None:
+        if self.requested:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.requested = True
+        self._say(
+            f"{signal.Signals(number).name}: finishing this step, then saving; a second one kills"
+        )
+
+
+# --- compilation -----------------------------------------------------------------------------
+
+
+def use_compilation_cache(folder: str | Path) -> None:
+    """Keep compiled programs in ``folder`` for later runs; nothing happens where it is empty."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser().resolve()))
+
+
+class CompileGuard:
+    """Fails a step that compiles again what an earlier step of the same bucket had compiled.
+
+    A bucket names the budgets of a step's arrays. Every program may be compiled once for each
+    bucket; a second time means that a shape, a dtype or a sharding changed behind its back, which
+    costs minutes at full size. All programs are seen, wrapped ones with their argument shapes.
+    ``enabled`` False makes it do nothing.
+    """
+
+    def __init__(self, enabled: bool = True):
+        self._enabled = enabled
+        self._done: set[tuple[str, str]] = set()
+        self._events: list[str] = []
+        self._shapes: dict[str, str] = {}
+        self._thread: int | None = None
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, with the shapes of the arguments it compiled for kept for the message."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            mark = len(self._events)
+            out = function(*args, **kwargs)
+            for name in self._events[mark:]:
+                self._shapes[name] = describe((args, kwargs))
+            return out
+
+        return watched
+
+    @contextlib.contextmanager
+    def step(self, bucket: str) -> Iterator[None]:
+        """Guard one step whose arrays have the budgets that ``bucket`` names.
+
+        Raises:
+            RunError: a program was compiled for this bucket in an earlier step already.
+        """
+        self._events.clear()
+        self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._thread = None
+        if not self._enabled:
+            return
+        compiled = {(name, bucket) for name in self._events}
+        again = sorted(name for name, _ in compiled & self._done)
+        self._done |= compiled
+        if again:
+            shapes = "; ".join(
+                f"{name} with {self._shapes[name]}" for name in again if name in self._shapes
+            )
+            raise RunError(
+                f"recompiled after warm-up: {', '.join(again)} for bucket {bucket}, which had been "
+                f"compiled before{'; ' + shapes if shapes else ''}. An argument's shape, dtype or "
+                "sharding changes between steps that should be alike"
+            )
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._thread = None
+        with contextlib.suppress(AttributeError, ValueError, AssertionError):
+            jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, _: float, **info: Any) -> None:
+        # Other threads compile too (asynchronous checkpoints): those are none of the step's.
+        if event == _COMPILED and self._thread == threading.get_ident():
+            self._events.append(str(info.get("fun_name", "a function")))
+
+
+def describe(tree: Any, limit: int = 10) -> str:
+    """Shapes and dtypes of the first leaves that are no parameters, in short."""
+    leaves = [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    ]
+    state = ("params", "frozen", "opt_state")
+    inputs = [x for x in leaves if not any(word in x[0] for word in state)] or leaves
+    shown = [f"{name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in inputs[:limit]]
+    return ", ".join(shown)

@@ -1,0 +1,166 @@
+"""What every program starts from: mesh, model, processor, weights; and the export at its end."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from srpo_jax.data.processing import Processor, token_bytes
+from srpo_jax.learn.steps import make_encode_step
+from srpo_jax.model import hf, sharding
+from srpo_jax.model.config import ModelConfig, load_config
+from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.sizes import size_config
+from srpo_jax.rewards.template import TokenText
+from srpo_jax.rewards.verifier import Verifier
+from srpo_jax.run import checkpoint, processes
+from srpo_jax.run.guard import CompileGuard, use_compilation_cache
+from srpo_jax.run.metrics import ModelFlops, Timers
+from srpo_jax.run.resume import config_hash
+from srpo_jax.run.settings import GradingSettings, RunSettings
+from srpo_jax.sampling.sampler import vision_token_ids
+from srpo_jax.structs import Params, RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a program holds from its start to its end; a context manager that releases it."""
+
+    mesh: Mesh
+    model: ModelConfig
+    processor: Processor
+    shapes: dict[str, jax.ShapeDtypeStruct]  # of all parameters
+    grading: GradingSettings
+    guard: CompileGuard
+    lockstep: processes.Lockstep  # called before each batch of training
+    timers: Timers = dataclasses.field(default_factory=Timers)
+
+    def __enter__(self) -> "Parts":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.guard.close()
+        if "verifier" in vars(self):
+            self.verifier.close()
+
+    @property
+    def shards(self) -> int:
+        """Data shards of the mesh."""
+        return sharding.num_data_shards(self.mesh)
+
+    @functools.cached_property
+    def verifier(self) -> Verifier:
+        """The answer check; its worker processes start with the first use."""
+        return Verifier(self.grading.workers, self.grading.timeout)
+
+    @functools.cached_property
+    def encode_step(self) -> Callable[..., jax.Array]:
+        """The compiled vision tower, one for all that encode images."""
+        return self.guard.watch(make_encode_step(self.model, mesh=self.mesh))
+
+    @functools.cached_property
+    def token_text(self) -> TokenText:
+        """The bytes of every token id of the model."""
+        table = token_bytes(self.processor.tokenizer, self.model.text.vocab_size)
+        return TokenText(table, self.processor.eos_ids)
+
+    @functools.cached_property
+    def flops(self) -> ModelFlops:
+        """FLOP counts of the model."""
+        return ModelFlops.of(self.shapes, len(self.model.vision.fullatt_block_indexes))
+
+    @property
+    def forbidden_ids(self) -> tuple[int, ...]:
+        """Tokens that no completion may hold: images and their markers, by tokenizer and config."""
+        ids = {*vision_token_ids(self.model), *self.processor.forbidden_ids}
+        return tuple(sorted(i for i in ids if i < self.model.text.vocab_size))
+
+
+def start(settings: RunSettings) -> Parts:
+    """Join the other processes, then mesh, processor and model config.
+
+    Raises:
+        RunError: hf_dir is missing, holds a model of another size, or its tokenizer does not fit.
+    """
+    spread = settings.distributed
+    processes.join(spread.enabled, spread.coordinator, spread.num_processes, spread.process_id)
+    use_compilation_cache(settings.compilation_cache_dir)
+    if not settings.hf_dir:
+        raise RunError(
+            "hf_dir is empty: pass --config.hf_dir=DIR, a Hugging Face Qwen2.5-VL directory "
+            "(config, tokenizer and image processor are read from it, weights too unless "
+            "init_from is set)"
+        )
+    model = load_config(settings.hf_dir, **dataclasses.asdict(settings.model))
+    _check_size(settings.size, model, settings.hf_dir)
+    processor = Processor(
+        settings.hf_dir, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels
+    )
+    if processor.vocab_size > model.text.vocab_size:
+        raise RunError(
+            f"{settings.hf_dir}: the tokenizer has {processor.vocab_size} tokens, config.json has "
+            f"a vocab_size of {model.text.vocab_size}: they are not of the same model"
+        )
+    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
+    guard = CompileGuard(settings.compile_guard)
+    lockstep = processes.Lockstep(config_hash(settings.plain))
+    shapes = abstract_params(model)
+    return Parts(mesh, model, processor, shapes, settings.grading, guard, lockstep)
+
+
+def _check_size(size: str, model: ModelConfig, hf_dir: str) -> None:
+    """RunError where config argument ``size`` and the model in ``hf_dir`` differ."""
+    if size == "tiny":
+        return
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        found, wanted = getattr(model.text, key), getattr(size_config(size).text, key)
+        if found != wanted:
+            raise RunError(
+                f"{hf_dir}: {key} is {found}, that of size={size} is {wanted}; give the size of "
+                "the model after the config file's colon, or size=tiny for any other model"
+            )
+
+
+def load_weights(
+    settings: RunSettings, parts: Parts, dtype: str, source: str = ""
+) -> tuple[Params, str]:
+    """All parameters in the training layout, from ``source``, init_from or hf_dir.
+
+    Returns:
+        the parameters, and where they came from: a checkpoint's own directory even where a run's
+        --workdir was named, so that a restart finds the same weights while that run goes on.
+    """
+    shardings = sharding.param_specs(parts.shapes, parts.mesh, "train")
+    source = source or settings.init_from
+    if source and not (Path(source) / "config.json").is_file():
+        folder = checkpoint.find_params(source)
+        return checkpoint.load_params(folder, shardings, dtype, parts.shapes), str(folder)
+    source = source or settings.hf_dir
+    params = hf.load_params(source, parts.model, shardings=shardings, dtype=dtype)
+    return checkpoint.own_buffers(params), str(source)
+
+
+def check_export(out_dir: str, done: bool) -> bool:
+    """Whether an export is to be written; RunError before hours of training where it could not."""
+    if not out_dir:
+        return False
+    path = Path(out_dir)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if done:
+            return False
+        raise RunError(
+            f"export_hf_dir={out_dir} exists and is not an empty directory; choose another one"
+        )
+    return True
+
+
+def export(params: Params, parts: Parts, hf_dir: str, out_dir: str) -> None:
+    """Write a Hugging Face directory, in the dtype that ``hf_dir``'s config.json names."""
+    described = json.loads((Path(hf_dir) / "config.json").read_text())
+    dtype = described.get("dtype") or described.get("torch_dtype")
+    hf.save_hf(params, parts.model, out_dir, hf_dir, dtype=dtype)

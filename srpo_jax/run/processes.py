@@ -1,0 +1,184 @@
+"""All talk between the processes of a run: joining, agreeing, gathering.
+
+Every function here that talks is collective: all processes call it, in the same order. With one
+process each of them is the identity.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from srpo_jax.model import sharding
+from srpo_jax.structs import RunError
+
+_AGREEMENT_BYTES = 1024
+
+
+def join(
+    enabled: bool, coordinator: str = "", num_processes: int = 0, process_id: int = -1
+) -> None:
+    """Join the other processes of this run, once, before anything touches a device.
+
+    Args:
+        enabled: the config's switch. The variable SRPO_COORDINATOR asks for it too.
+        coordinator: ``host:port`` of process 0; empty: SRPO_COORDINATOR, and without that what
+            jax finds by itself on a TPU pod, under SLURM or under MPI.
+        num_processes: how many; 0: SRPO_NUM_PROCESSES, or found by jax.
+        process_id: which one this is; -1: SRPO_PROCESS_ID, or found by jax.
+
+    Raises:
+        RunError: some of the three are given and some are not, or joining failed.
+    """
+    coordinator = coordinator or os.environ.get("SRPO_COORDINATOR", "")
+    if not (enabled or coordinator) or jax.distributed.is_initialized():
+        return
+    num_processes = num_processes or int(os.environ.get("SRPO_NUM_PROCESSES", "0"))
+    process_id = process_id if process_id >= 0 else int(os.environ.get("SRPO_PROCESS_ID", "-1"))
+    given = [bool(coordinator), num_processes > 0, process_id >= 0]
+    if any(given) and not all(given):
+        raise RunError(
+            f"distributed: coordinator={coordinator!r}, num_processes={num_processes}, "
+            f"process_id={process_id}: give all three, or none where jax finds them (TPU, SLURM)"
+        )
+    try:
+        if all(given):
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        else:
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"distributed: joining the other processes failed: {error}") from error
+
+
+def say(text: str) -> None:
+    """One line on the first process's standard output."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+# --- agreement -------------------------------------------------------------------------------
+
+
+def agree(values: Mapping[str, Any]) -> None:
+    """Stop with a clear error unless every process holds the same ``values`` (JSON values).
+
+    Called before the first collective of each step: processes that are about to run different
+    programs would hang in it without a word. RunError names the first value that differs and what
+    each process holds.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(dict(values)).encode()
+    if len(text) > _AGREEMENT_BYTES:
+        raise RunError(f"agreement of {len(text)} bytes, at most {_AGREEMENT_BYTES}: {text!r}")
+    row = np.zeros(_AGREEMENT_BYTES, np.uint8)
+    row[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row))
+    check_agreement([json.loads(bytes(r).rstrip(b"\0").decode()) for r in rows])
+
+
+def check_agreement(held: list[dict[str, Any]]) -> None:
+    """Raise RunError for the first key on which the processes' values differ."""
+    for key in {key: None for values in held for key in values}:
+        seen = [values.get(key) for values in held]
+        if any(value != seen[0] for value in seen):
+            shown = ", ".join(f"process {i}: {value!r}" for i, value in enumerate(seen))
+            raise RunError(
+                f"processes disagree on {key}: {shown}. Start all of them with the same config, "
+                "code, data files and checkpoint"
+            )
+
+
+class Lockstep:
+    """Agreement before each batch of a run: the same config, step, shapes and number of batches."""
+
+    def __init__(self, config: str):
+        self._config, self._batches = config, 0
+
+    def __call__(self, step: int, bucket: str) -> None:
+        """RunError unless all processes are about to run the same step on the same shapes."""
+        self._batches += 1
+        agree({"config": self._config, "step": step, "bucket": bucket, "batches": self._batches})
+
+
+def maximum(value: int) -> int:
+    """The largest value over all processes."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def any_true(values: Sequence[bool]) -> list[bool]:
+    """Element by element, whether any process holds True."""
+    if jax.process_count() == 1:
+        return [bool(value) for value in values]
+    return np.any(multihost_utils.process_allgather(np.asarray(values, bool)), axis=0).tolist()
+
+
+def add_up(values: Sequence[float]) -> list[float]:
+    """Element by element, the sum over all processes."""
+    if jax.process_count() == 1:
+        return [float(value) for value in values]
+    return np.sum(multihost_utils.process_allgather(np.asarray(values, np.float32)), 0).tolist()
+
+
+def gather_bytes(own: bytes) -> list[bytes]:
+    """What each process passed, in process order, on every process."""
+    if jax.process_count() == 1:
+        return [own]
+    sizes = multihost_utils.process_allgather(np.array(len(own), np.int32)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
+def together(act: Callable[[], None] | None) -> None:
+    """Run ``act`` where there is one; if it fails on one process, no other waits for it forever.
+
+    Raises what ``act`` raised, and RunError on the processes where it did not fail.
+    """
+    error = None
+    try:
+        if act:
+            act()
+    except (OSError, ValueError) as caught:
+        error = caught
+    failed = any_true([error is not None])[0]
+    if error is not None:
+        raise error
+    if failed:
+        raise RunError("another process could not go on; its own error tells why")
+
+
+# --- this process's part ---------------------------------------------------------------------
+
+
+def data_place(mesh: Mesh) -> tuple[int, int]:
+    """(index, count) of this process among those that read different data.
+
+    Processes that hold the same data shards (``tensor`` spans them) read the same rows.
+    """
+    own = sharding.process_shards(mesh)
+    count = sharding.num_data_shards(mesh) // len(own)
+    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
+        raise RunError(f"mesh: this process holds the data shards {own}, which are not one block")
+    return own[0] // len(own), count
+
+
+def to_local(tree: Any) -> Any:
+    """Global arrays -> numpy arrays with the rows of this process, in order (no communication)."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return np.asarray(leaf)
+        parts = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
+        return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)])
+
+    jax.tree.map(lambda x: x.copy_to_host_async() if isinstance(x, jax.Array) else None, tree)
+    return jax.tree.map(fetch, tree)

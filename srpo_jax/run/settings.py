@@ -1,0 +1,463 @@
+"""A ConfigDict as frozen dataclasses, checked once, and what steps and sampler get from it.
+
+``sft_settings``, ``grpo_settings`` and ``evaluate_settings`` are the border: no ConfigDict goes
+beyond them. The dataclasses mirror ``configs/`` key by key, so a key that nothing could read is an
+error. Training, evaluation and `tools.plan` build the configurations of update and sampler from
+them with the same functions: what is planned is what runs.
+"""
+
+import dataclasses
+import functools
+import json
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from srpo_jax.data.encoders import TARGETS
+from srpo_jax.data.prompts import MESSAGES
+from srpo_jax.learn.grpo import GrpoConfig, Objective
+from srpo_jax.learn.optim import OptimConfig
+from srpo_jax.learn.steps import SftConfig
+from srpo_jax.rewards.profiles import Profile, profile_named
+from srpo_jax.rewards.terms import ALPHA
+from srpo_jax.sampling.sampler import SamplingConfig
+from srpo_jax.structs import RunError
+
+T = TypeVar("T")
+R = TypeVar("R", bound="RunSettings")
+STOPS = ("first", "confident", "final")  # what eval.stop_after can be
+
+
+# --- sections --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """How the model computes; fields of `ModelConfig` beside those of ``config.json``."""
+
+    dtype: str
+    param_dtype: str
+    remat: str
+    attention: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Sizes of the mesh's axes; one may be -1."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedSettings:
+    """How the processes find each other (`processes.join`)."""
+
+    enabled: bool
+    coordinator: str
+    num_processes: int
+    process_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GradingSettings:
+    """The pool that checks answers."""
+
+    workers: int
+    timeout: float  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+    """Which profile, and the weight of its length term."""
+
+    profile: Profile
+    alpha: float = ALPHA
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """Evaluation on a held-out file, in training (``every``) or alone (``stop_after``)."""
+
+    file: str
+    benchmark: str
+    scoring: str
+    any_count: bool
+    limit: int
+    batch_size: int
+    temperature: float
+    samples: int
+    every: int = 0
+    at_start: bool = False
+    stop_after: str = "final"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """When steps are saved and which are kept."""
+
+    every: int
+    keep: int
+    keep_every: int
+    allow_changes: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+    """Where metrics go."""
+
+    every: int
+    tensorboard: bool
+    wandb_project: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterSettings:
+    """Which groups an update takes (dynamic sampling)."""
+
+    low: float
+    high: float
+    resample: bool
+    max_rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+    """Files of completions."""
+
+    every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Budgets and readers of prompts."""
+
+    root: str
+    prompts_per_row: int
+    prompt_tokens: int
+    patch_budgets: tuple[int, ...]
+    workers: int
+    max_bad_share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemData(DataSettings):
+    """Prompts to answer."""
+
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainData(DataSettings):
+    """Records to train on."""
+
+    train: str
+    global_batch_size: int
+    shuffle: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class RlData(TrainData):
+    """Prompts of stage 2."""
+
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SftData(TrainData):
+    """Conversations of stage 1."""
+
+    target: str
+    mask_wrong_first: str | bool
+    tokens: int
+    pack: bool
+
+    @property
+    def masks_wrong_first(self) -> bool:
+        """``mask_wrong_first`` as yes or no; "auto" depends on the target."""
+        text = str(self.mask_wrong_first).lower()
+        return self.target == "rl_aligned" if text == "auto" else text == "true"
+
+
+# --- programs --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every program reads."""
+
+    size: str
+    seed: int
+    hf_dir: str
+    init_from: str
+    min_pixels: int
+    max_pixels: int
+    model: ModelSettings
+    mesh: MeshSettings
+    distributed: DistributedSettings
+    compilation_cache_dir: str
+    compile_guard: bool
+    grading: GradingSettings
+    sampling: SamplingConfig  # without token ids: `sampler_config`
+    eval: EvalSettings
+    data: DataSettings
+    workdir: Path = Path()
+    # The whole config as JSON values: what checkpoints hold and processes compare.
+    plain: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings(RunSettings):
+    """What both stages read."""
+
+    data: TrainData
+    steps: int
+    optim: OptimConfig
+    freeze: tuple[str, ...]
+    checkpoint: CheckpointSettings
+    log: LogSettings
+    export_hf_dir: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftSettings(TrainSettings):
+    """Of configs/sft.py."""
+
+    data: SftData
+    epochs: float
+    logit_chunk: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrpoSettings(TrainSettings):
+    """Of configs/grpo.py."""
+
+    data: RlData
+    reward: RewardSettings
+    filter: FilterSettings
+    grpo: Objective
+    rollouts: RolloutSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(RunSettings):
+    """Of configs/eval.py."""
+
+    data: ProblemData
+    reward: RewardSettings
+    bootstrap: int
+
+
+def sft_settings(config: Any, workdir: str | Path = "") -> SftSettings:
+    """The settings of stage 1; ValueError naming the key that is wrong."""
+    settings = _read(SftSettings, config, workdir)
+    if settings.data.pack and not settings.steps:
+        raise ValueError("data.pack: a packed batch holds as many records as fit; set steps")
+    return settings
+
+
+def grpo_settings(
+    config: Any, workdir: str | Path = "", profile: Profile | None = None
+) -> GrpoSettings:
+    """The settings of stage 2; ValueError naming the key that is wrong.
+
+    ``profile`` takes the place of the configured one, and its name stands in checkpoints.
+    """
+    settings = _read(GrpoSettings, config, workdir)
+    if profile is not None:
+        reward = dataclasses.replace(settings.reward, profile=profile)
+        plain = settings.plain | {"reward": settings.plain["reward"] | {"profile": profile.name}}
+        settings = dataclasses.replace(settings, reward=reward, plain=plain)
+    if settings.steps < 1:
+        raise ValueError(f"steps={settings.steps}: must be at least 1")
+    if settings.filter.low > settings.filter.high:
+        raise ValueError(
+            f"filter.low={settings.filter.low} lies above filter.high={settings.filter.high}: no "
+            "group could be kept"
+        )
+    if settings.sampling.group_size < 2:
+        raise ValueError(
+            f"sampling.group_size={settings.sampling.group_size}: an advantage compares at least 2 "
+            "samples of a prompt"
+        )
+    return settings
+
+
+def evaluate_settings(config: Any, workdir: str | Path = "") -> EvaluateSettings:
+    """The settings of an evaluation; ValueError naming the key that is wrong."""
+    return _read(EvaluateSettings, config, workdir)
+
+
+def _read(kind: type[R], config: Any, workdir: str | Path) -> R:
+    settings = _checked(_build(kind, config))
+    plain = json.loads(json.dumps(config.to_dict()))
+    return dataclasses.replace(settings, workdir=Path(workdir), plain=plain)
+
+
+def _build(kind: type[T], config: Any, prefix: str = "") -> T:
+    """The dataclass ``kind`` from a ConfigDict's keys, sections as the dataclasses they are typed.
+
+    Raises ValueError for a key without a field, a field without a key, or a value that the
+    dataclass itself refuses, with the dotted key in front.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    for name in config:
+        if name not in known:
+            raise ValueError(f"{prefix}{name}: no such key; is this the program's own config file?")
+    values = {}
+    for name, field in known.items():
+        if name in config:
+            value = config[name]
+            if hints[name] is Profile:
+                value = _named_profile(f"{prefix}{name}", value)
+            elif dataclasses.is_dataclass(hints[name]):
+                value = _build(hints[name], value, f"{prefix}{name}.")
+            values[name] = tuple(value) if isinstance(value, list) else value
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{prefix}{name}: is missing; is this the program's own config file?")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def _named_profile(key: str, name: str) -> Profile:
+    try:
+        return profile_named(name)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+# (keys, what holds, in words). Keys that a program does not have are passed over.
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
+        "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
+        "grpo.tis_cap grpo.clip_low grpo.clip_high grpo.kl_coef eval.temperature",
+        lambda value: value is None or value >= 0,
+        "must not be negative",
+    ),
+    (
+        "data.global_batch_size data.prompts_per_row data.prompt_tokens data.tokens min_pixels "
+        "eval.batch_size eval.samples checkpoint.keep log.every filter.max_rounds logit_chunk "
+        "grpo.logit_chunk grpo.updates_per_rollout grading.workers",
+        lambda value: value >= 1,
+        "must be at least 1",
+    ),
+    ("grading.timeout optim.eps", lambda value: value > 0, "must be above 0"),
+    (
+        "filter.low filter.high data.max_bad_share optim.warmup_ratio optim.final_fraction "
+        "optim.b1 optim.b2",
+        lambda value: 0 <= value <= 1,
+        "must lie between 0 and 1",
+    ),
+)
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "data.prompt": tuple(MESSAGES),
+    "data.target": TARGETS,
+    "data.mask_wrong_first": ("auto", "true", "false", True, False),
+    "eval.stop_after": STOPS,
+    "optim.schedule": ("cosine", "constant"),
+    "grpo.kl_kind": ("k1", "k2", "k3"),
+    "grpo.aggregation": ("sequence", "token", "constant"),
+}
+
+
+def _checked(settings: R) -> R:
+    """``settings``, where every value can be meant; ValueError naming the first key that cannot."""
+    for keys, holds, words in _RULES:
+        for key in keys.split():
+            value = _value(settings, key)
+            if value is not _ABSENT and not holds(value):
+                raise ValueError(f"{key}={value}: {words}")
+    for key, allowed in _CHOICES.items():
+        value = _value(settings, key)
+        if value is not _ABSENT and value not in allowed:
+            raise ValueError(f"{key}={value}: choose one of {', '.join(map(str, allowed))}")
+    if settings.min_pixels > settings.max_pixels:
+        raise ValueError(
+            f"min_pixels={settings.min_pixels} lies above max_pixels={settings.max_pixels}"
+        )
+    if settings.eval.samples > 1 and settings.eval.temperature == 0:
+        raise ValueError(
+            f"eval.samples={settings.eval.samples} greedy samples are all the same: set "
+            "--config.eval.temperature, or eval.samples=1"
+        )
+    return settings
+
+
+_ABSENT = object()
+
+
+def _value(settings: Any, key: str) -> Any:
+    return functools.reduce(lambda at, name: getattr(at, name, _ABSENT), key.split("."), settings)
+
+
+# --- what follows from the settings and the machine ------------------------------------------
+
+
+def rows_per_shard(data: TrainData, shards: int) -> int:
+    """Micro-batches of a training batch: the rows that each data shard holds."""
+    each = shards * data.prompts_per_row
+    if data.global_batch_size % each:
+        raise RunError(
+            f"data.global_batch_size={data.global_batch_size} must be a multiple of data shards x "
+            f"prompts_per_row = {shards} x {data.prompts_per_row} = {each}: change it, "
+            "data.prompts_per_row, or the mesh"
+        )
+    return data.global_batch_size // each
+
+
+def sft_config(settings: SftSettings, shards: int) -> SftConfig:
+    """What an SFT update does; one micro-batch is one row of every data shard."""
+    return SftConfig(rows_per_shard(settings.data, shards), settings.logit_chunk)
+
+
+def grpo_config(settings: GrpoSettings, shards: int, forbidden_ids: tuple[int, ...]) -> GrpoConfig:
+    """What a GRPO update does; one micro-batch is one row of every data shard."""
+    rows = rows_per_shard(settings.data, shards)
+    _check_updates(settings, rows, shards)
+    return GrpoConfig(
+        **vars(settings.grpo),
+        micro_batches=rows,
+        profile=settings.reward.profile,
+        alpha=settings.reward.alpha,
+        temperature=settings.sampling.temperature,
+        forbidden_ids=forbidden_ids,
+        length_cap=settings.sampling.max_new_tokens,
+    )
+
+
+def _check_updates(settings: GrpoSettings, rows: int, shards: int) -> None:
+    """RunError, with what to set, where a rollout of ``rows`` micro-batches has no such parts."""
+    updates, data = settings.grpo.updates_per_rollout, settings.data
+    sequences, per_row = data.global_batch_size, data.prompts_per_row
+    if rows % updates == 0:
+        return
+    whole = [n for n in range(1, per_row) if sequences % (shards * n * updates) == 0]
+    fewer = max(n for n in range(1, updates + 1) if rows % n == 0)
+    remedy = f"--config.grpo.updates_per_rollout={fewer}"
+    if whole:
+        remedy = (
+            f"--config.data.prompts_per_row={whole[-1]} (and data.patch_budgets by the same "
+            f"factor), or {remedy}"
+        )
+    raise RunError(
+        f"grpo.updates_per_rollout={updates} must divide the {rows} rows of a data shard "
+        f"(data.global_batch_size={sequences} / {shards} data shards / "
+        f"data.prompts_per_row={per_row}): set {remedy}"
+    )
+
+
+def evaluation_sampling(settings: RunSettings) -> SamplingConfig:
+    """How the evaluation samples, without token ids."""
+    return dataclasses.replace(
+        settings.sampling,
+        group_size=settings.eval.samples,
+        temperature=settings.eval.temperature,
+    )
