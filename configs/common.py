@@ -4,6 +4,7 @@ Sources named in the comments: P = paper (arXiv 2506.01713 v3), R = the authors'
 OpenRLHF scripts for RL, the LLaMA-Factory yaml for SFT); the rest is a choice of this project.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ from srpo_jax.model.sizes import SIZES  # tiny: any small model, in float32
 MODES = ("full", "debug")  # debug: two steps of a few samples, to see that everything is in place
 
 
-def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
+def parse_arg(arg: str | None, **known: Any) -> SimpleNamespace:
     """``"size=7b,mode=debug"`` -> the values of ``known``, replaced where the argument says so.
 
     A tuple in ``known`` lists the allowed values, its first one is the default; any other value is
@@ -43,7 +44,7 @@ def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
             except ValueError:
                 kind = type(default).__name__
                 raise ValueError(f"config argument {part!r}: {name} takes {kind}") from None
-    return ConfigDict(values)
+    return SimpleNamespace(**values)
 
 
 def base(size: str) -> ConfigDict:
@@ -57,22 +58,22 @@ def base(size: str) -> ConfigDict:
     config.hf_dir = ""
     config.init_from = ""
 
-    config.model = ConfigDict()
-    config.model.dtype = "float32" if size == "tiny" else "bfloat16"  # matrix products (R: bf16)
-    config.model.param_dtype = "float32"  # master weights
-    config.model.remat = "none" if size == "tiny" else "block"
-    config.model.attention = "auto"
+    config.model = model = ConfigDict()
+    model.dtype = "float32" if size == "tiny" else "bfloat16"  # matrix products (R: bf16)
+    model.param_dtype = "float32"  # master weights
+    model.remat = "none" if size == "tiny" else "block"
+    model.attention = "auto"
 
-    config.mesh = ConfigDict()
-    config.mesh.data = 1  # across slices and nodes that share no fast interconnect
-    config.mesh.fsdp = -1  # all devices that are left
-    config.mesh.tensor = SIZES[size].tensor_parallel
+    config.mesh = mesh = ConfigDict()
+    mesh.data = 1  # across slices and nodes that share no fast interconnect
+    mesh.fsdp = -1  # all devices that are left
+    mesh.tensor = SIZES[size].tensor_parallel
 
-    config.distributed = ConfigDict()
-    config.distributed.enabled = False  # True: several processes
-    config.distributed.coordinator = ""  # host:port; empty: found on TPU pods and under SLURM
-    config.distributed.num_processes = 0
-    config.distributed.process_id = -1
+    config.distributed = distributed = ConfigDict()
+    distributed.enabled = False  # True: several processes
+    distributed.coordinator = ""  # host:port; empty: found on TPU pods and under SLURM
+    distributed.num_processes = 0
+    distributed.process_id = -1
 
     config.compilation_cache_dir = ""  # where compiled programs are kept for later runs
     config.compile_guard = True  # a recompilation after warm-up stops the run
@@ -89,51 +90,53 @@ def add_training(config: ConfigDict) -> None:
     """Checkpoints, logs and export of both training stages."""
     config.export_hf_dir = ""  # a Hugging Face directory to write at the end
 
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 50  # steps; also at the end, and on SIGTERM
-    config.checkpoint.keep = 2  # newest; the best evaluated one is kept besides
-    config.checkpoint.keep_every = 500  # and every multiple of this (R: every 500 steps); 0: none
-    config.checkpoint.allow_changes = False  # resume although the config differs
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 50  # steps; also at the end, and on SIGTERM
+    checkpoint.keep = 2  # newest; the best evaluated one is kept besides
+    checkpoint.keep_every = 500  # and every multiple of this (R: every 500 steps); 0: none
+    checkpoint.allow_changes = False  # resume although the config differs
 
-    config.log = ConfigDict()
-    config.log.every = 1  # steps between rows of metrics.jsonl
-    config.log.tensorboard = True
-    config.log.wandb_project = ""  # empty: no W&B
+    config.log = log = ConfigDict()
+    log.every = 1  # steps between rows of metrics.jsonl
+    log.tensorboard = True
+    log.wandb_project = ""  # empty: no W&B
 
 
-def add_evaluation(config: ConfigDict, *, periodic: bool) -> None:
-    """Evaluation on a held-out file."""
-    config.eval = ConfigDict()
-    config.eval.file = ""  # records; in training, empty means no evaluation
-    config.eval.benchmark = ""  # the file is this benchmark in its published form
-    config.eval.scoring = "official_rule"  # of a benchmark; or "strict": this project's grader
-    config.eval.any_count = False  # allow another number of problems than the published one
+def add_evaluation(config: ConfigDict, *, periodic: bool) -> ConfigDict:
+    """Evaluation on a held-out file; returns the section."""
+    config.eval = held_out = ConfigDict()
+    held_out.file = ""  # records; in training, empty means no evaluation
+    held_out.benchmark = ""  # the file is this benchmark in its published form
+    held_out.scoring = "official_rule"  # of a benchmark; or "strict": this project's grader
+    held_out.any_count = False  # allow another number of problems than the published one
     if periodic:
-        config.eval.every = 50  # steps
-        config.eval.at_start = False
-    config.eval.limit = 0  # first so many records; 0: all
-    config.eval.batch_size = 128  # prompts at a time
-    config.eval.temperature = 0.0  # greedy
-    config.eval.samples = 1  # for each prompt
+        held_out.every = 50  # steps
+        held_out.at_start = False
+    held_out.limit = 0  # first so many records; 0: all
+    held_out.batch_size = 128  # prompts at a time
+    held_out.temperature = 0.0  # greedy
+    held_out.samples = 1  # for each prompt
+    return held_out
 
 
-def add_sampling(config: ConfigDict) -> None:
-    """How completions are drawn, in training and evaluation alike."""
-    config.sampling = ConfigDict()
-    config.sampling.max_new_tokens = 2048  # (R: generate_max_len)
-    config.sampling.top_k = 0  # off
-    config.sampling.top_p = 1.0  # off (R)
-    config.sampling.min_p = 0.0  # off
-    config.sampling.segment = 64  # tokens between two looks at what is done
-    config.sampling.concurrent_rows = 0  # rows of a shard in the cache at a time; 0: all
+def add_sampling(config: ConfigDict) -> ConfigDict:
+    """How completions are drawn, in training and evaluation alike; returns the section."""
+    config.sampling = sampling = ConfigDict()
+    sampling.max_new_tokens = 2048  # (R: generate_max_len)
+    sampling.top_k = 0  # off
+    sampling.top_p = 1.0  # off (R)
+    sampling.min_p = 0.0  # off
+    sampling.segment = 64  # tokens between two looks at what is done
+    sampling.concurrent_rows = 0  # rows of a shard in the cache at a time; 0: all
+    return sampling
 
 
 def add_grading(config: ConfigDict) -> None:
     """Worker processes that compare answers."""
-    config.grading = ConfigDict()
+    config.grading = grading = ConfigDict()
     # math-verify takes 5 to 80 ms a check
-    config.grading.workers = 2 if config.size == "tiny" else 8
-    config.grading.timeout = 5.0  # seconds a check may take before its worker is replaced
+    grading.workers = 2 if config.size == "tiny" else 8
+    grading.timeout = 5.0  # seconds a check may take before its worker is replaced
 
 
 def data_workers(size: str) -> int:
@@ -143,18 +146,23 @@ def data_workers(size: str) -> int:
 
 def shrink(config: ConfigDict) -> None:
     """mode=debug: two steps, an evaluation and a checkpoint, in as little time as possible."""
+    small = {
+        "eval.limit": 8,
+        "eval.batch_size": 8,
+        "grading.workers": 1,
+        "sampling.max_new_tokens": 16,
+        "sampling.segment": 8,
+        "data.workers": 0,
+        "data.prompts_per_row": 1,
+        "data.patch_budgets": (1024, 3584),
+    }
     if "steps" in config:
-        config.steps = 2
-        config.checkpoint.every = 2
-        config.checkpoint.keep_every = 0
-        config.log.tensorboard = False
-        config.eval.every = 2
-        config.data.global_batch_size = 8
-    config.eval.limit = 8
-    config.eval.batch_size = 8
-    config.grading.workers = 1
-    config.sampling.max_new_tokens = 16
-    config.sampling.segment = 8
-    config.data.workers = 0
-    config.data.prompts_per_row = 1
-    config.data.patch_budgets = (1024, 3584)
+        small |= {
+            "steps": 2,
+            "checkpoint.every": 2,
+            "checkpoint.keep_every": 0,
+            "log.tensorboard": False,
+            "eval.every": 2,
+            "data.global_batch_size": 8,
+        }
+    config.update_from_flattened_dict(small)

@@ -17,26 +17,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = common.parse_arg(arg, size=("7b", *common.SIZES), mode=common.MODES)
     config = common.base(args.size)
     common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760, as in RL
-    common.add_evaluation(config, periodic=False)
+    held_out = common.add_evaluation(config, periodic=False)
     # Whose accuracy and tokens are the headline: of the whole response, or of one that ends after
     # its first answer, always or where that is confident. All three are in the summary.
-    config.eval.stop_after = "final"
-    common.add_sampling(config)
-    config.sampling.max_new_tokens = 4096  # R: its evaluation scripts
+    held_out.stop_after = "final"
+    sampling = common.add_sampling(config)
+    sampling.max_new_tokens = 4096  # R: its evaluation scripts
     common.add_grading(config)
 
-    config.reward = ConfigDict()
-    config.reward.profile = "paper"  # whose format rules hold
+    config.reward = reward = ConfigDict()
+    reward.profile = "paper"  # whose format rules hold
     config.bootstrap = 1000  # resamples for the 95 % intervals
 
-    config.data = ConfigDict()
-    config.data.root = ""  # folder that images must lie in; empty: the file's
-    config.data.prompt = "srpo"  # or "plain"
-    config.data.prompt_tokens = 1024  # budget, images included
-    config.data.prompts_per_row = 4  # prompts whose images one data shard encodes at a time
-    config.data.patch_budgets = tuple(config.data.prompts_per_row * n for n in (1024, 2048, 3584))
-    config.data.workers = common.data_workers(args.size)
-    config.data.max_bad_share = 0.01
+    config.data = data = ConfigDict()
+    data.root = ""  # folder that images must lie in; empty: the file's
+    data.prompt = "srpo"  # or "plain"
+    data.prompt_tokens = 1024  # budget, images included
+    data.prompts_per_row = 4  # prompts whose images one data shard encodes at a time
+    data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 3584))
+    data.workers = common.data_workers(args.size)
+    data.max_bad_share = 0.01
 
     if args.mode == "debug":
         common.shrink(config)

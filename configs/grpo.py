@@ -24,68 +24,68 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.steps = 500  # P table 9 ("3 epochs" of P 4.1 would be 876)
 
-    config.data = ConfigDict()
-    config.data.train = ""  # records: .jsonl, .parquet, .array_record, tfds
-    config.data.root = ""  # folder that images must lie in; empty: the file's
-    config.data.prompt = "srpo"  # or "plain": one round of think and answer (GRPO control)
-    config.data.global_batch_size = 128  # prompts of a step (P 4.1)
-    config.data.prompts_per_row = common.SIZES[args.size].prompts_per_row  # memory of a micro-batch
-    config.data.prompt_tokens = 1024  # budget, images included (R: prompt_max_len)
+    config.data = data = ConfigDict()
+    data.train = ""  # records: .jsonl, .parquet, .array_record, tfds
+    data.root = ""  # folder that images must lie in; empty: the file's
+    data.prompt = "srpo"  # or "plain": one round of think and answer (GRPO control)
+    data.global_batch_size = 128  # prompts of a step (P 4.1)
+    data.prompts_per_row = common.SIZES[args.size].prompts_per_row  # memory of a micro-batch
+    data.prompt_tokens = 1024  # budget, images included (R: prompt_max_len)
     # Patch slots of a row; a batch takes the smallest that fits. An image takes up to 2,560
     # patches (max_pixels / 14**2) plus the padding of its windows.
-    config.data.patch_budgets = tuple(config.data.prompts_per_row * n for n in (1024, 2048, 3584))
-    config.data.shuffle = True
-    config.data.workers = common.data_workers(args.size)
-    config.data.max_bad_share = 0.01  # more unreadable records than this stop the run
+    data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 3584))
+    data.shuffle = True
+    data.workers = common.data_workers(args.size)
+    data.max_bad_share = 0.01  # more unreadable records than this stop the run
 
-    common.add_sampling(config)
-    config.sampling.group_size = 8  # G (P 4.1)
-    config.sampling.temperature = 1.0  # (P 4.1)
+    sampling = common.add_sampling(config)
+    sampling.group_size = 8  # G (P 4.1)
+    sampling.temperature = 1.0  # (P 4.1)
 
-    config.reward = ConfigDict()
-    config.reward.profile = "paper"  # or "openrlhf", "verl_fixed", "grpo"
-    config.reward.alpha = 0.1  # weight of the length term (P 3.2, table 6)
+    config.reward = reward = ConfigDict()
+    reward.profile = "paper"  # or "openrlhf", "verl_fixed", "grpo"
+    reward.alpha = 0.1  # weight of the length term (P 3.2, table 6)
 
-    config.filter = ConfigDict()
-    config.filter.low = 0.1  # groups whose mean correctness of the final answer lies outside
-    config.filter.high = 0.9  # [low, high] get weight 0 (P 4.1; R takes the composite accuracy)
-    config.filter.resample = False  # True: sample on until the batch is full of groups inside (R)
-    config.filter.max_rounds = 4  # of sampling in one step
+    config.filter = groups = ConfigDict()
+    groups.low = 0.1  # groups whose mean correctness of the final answer lies outside
+    groups.high = 0.9  # [low, high] get weight 0 (P 4.1; R takes the composite accuracy)
+    groups.resample = False  # True: sample on until the batch is full of groups inside (R)
+    groups.max_rounds = 4  # of sampling in one step
 
-    config.grpo = ConfigDict()
-    config.grpo.updates_per_rollout = 8  # R: 1024 samples in updates of 128
-    config.grpo.adv_eps = 1e-6  # added to the group's std (R has 1e-9)
-    config.grpo.scale_by_std = True  # P equation 3
-    config.grpo.clip_low = 0.2  # R: eps_clip, symmetric
-    config.grpo.clip_high = 0.2
-    config.grpo.dual_clip = 3.0  # R caps the ratio at 3
-    config.grpo.kl_coef = 0.0  # R: init_kl_coef 0; P has a coefficient but no number
-    config.grpo.kl_kind = "k3"  # P B.3
-    config.grpo.entropy_coef = 0.0
-    config.grpo.aggregation = "sequence"  # mean over tokens, then over sequences (R)
-    config.grpo.mask_truncated = False
-    config.grpo.tis_cap = 0.0  # cap of the weight against the sampler's probabilities; 0: off
-    config.grpo.logit_chunk = 256  # positions whose logits exist at a time
+    config.grpo = update = ConfigDict()
+    update.updates_per_rollout = 8  # R: 1024 samples in updates of 128
+    update.adv_eps = 1e-6  # added to the group's std (R has 1e-9)
+    update.scale_by_std = True  # P equation 3
+    update.clip_low = 0.2  # R: eps_clip, symmetric
+    update.clip_high = 0.2
+    update.dual_clip = 3.0  # R caps the ratio at 3
+    update.kl_coef = 0.0  # R: init_kl_coef 0; P has a coefficient but no number
+    update.kl_kind = "k3"  # P B.3
+    update.entropy_coef = 0.0
+    update.aggregation = "sequence"  # mean over tokens, then over sequences (R)
+    update.mask_truncated = False
+    update.tis_cap = 0.0  # cap of the weight against the sampler's probabilities; 0: off
+    update.logit_chunk = 256  # positions whose logits exist at a time
 
-    config.optim = ConfigDict()
-    config.optim.lr = 1e-6  # P 4.1
-    config.optim.schedule = "cosine"
-    config.optim.warmup_ratio = 0.03  # R
-    config.optim.final_fraction = 0.1  # R: cosine with a floor of a tenth
-    config.optim.b1 = 0.9  # R
-    config.optim.b2 = 0.95  # R
-    config.optim.eps = 1e-8
-    config.optim.weight_decay = 0.0  # R
-    config.optim.grad_clip = 1.0  # R
-    config.optim.moment_dtype = "float32"
+    config.optim = optim = ConfigDict()
+    optim.lr = 1e-6  # P 4.1
+    optim.schedule = "cosine"
+    optim.warmup_ratio = 0.03  # R
+    optim.final_fraction = 0.1  # R: cosine with a floor of a tenth
+    optim.b1 = 0.9  # R
+    optim.b2 = 0.95  # R
+    optim.eps = 1e-8
+    optim.weight_decay = 0.0  # R
+    optim.grad_clip = 1.0  # R
+    optim.moment_dtype = "float32"
     config.freeze = ("vision/",)  # tower and merger (P 4.1; R: freeze_prefix visual)
 
-    config.rollouts = ConfigDict()
-    config.rollouts.every = 1  # steps between files of completions; 0: none
+    config.rollouts = rollouts = ConfigDict()
+    rollouts.every = 1  # steps between files of completions; 0: none
 
     if args.mode == "debug":
         common.shrink(config)
-        config.sampling.group_size = 2
-        config.grpo.updates_per_rollout = 1
-        config.filter.low, config.filter.high = 0.0, 1.0
+        sampling.group_size = 2
+        update.updates_per_rollout = 1
+        groups.low, groups.high = 0.0, 1.0
     return config

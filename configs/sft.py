@@ -24,40 +24,40 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.epochs = 1  # P 4.1 and table 9 (R: 3)
     config.steps = 0  # updates; 0: as many as the epochs hold
 
-    config.data = ConfigDict()
-    config.data.train = ""  # records with reflections: .jsonl, .parquet, .array_record, tfds
-    config.data.root = ""  # folder that images must lie in; empty: the file's
+    config.data = data = ConfigDict()
+    data.train = ""  # records with reflections: .jsonl, .parquet, .array_record, tfds
+    data.root = ""  # folder that images must lie in; empty: the file's
     # "rl_aligned": five blocks, as RL wants them; "paper": the paper's one think and two answers;
     # "plain": one round; "gold": the gold answer in five blocks, where nobody wrote reasoning.
-    config.data.target = "rl_aligned"
+    data.target = "rl_aligned"
     # No loss on a wrong first attempt: "true", "false", or "auto": so for rl_aligned, while paper
     # imitates all (P, R).
-    config.data.mask_wrong_first = "auto"
-    config.data.global_batch_size = 16  # R: 8 GPUs x 1 x accumulation 2
-    config.data.prompts_per_row = common.SIZES[args.size].sequences_per_row
-    config.data.tokens = 4096  # budget of a conversation (R: cutoff_len)
-    config.data.pack = False  # several conversations in one sequence; needs steps
-    config.data.prompt_tokens = 1024  # budget of a prompt in the evaluation
-    config.data.patch_budgets = tuple(config.data.prompts_per_row * n for n in (1024, 2048))
-    config.data.shuffle = True
-    config.data.workers = common.data_workers(args.size)
-    config.data.max_bad_share = 0.01
+    data.mask_wrong_first = "auto"
+    data.global_batch_size = 16  # R: 8 GPUs x 1 x accumulation 2
+    data.prompts_per_row = common.SIZES[args.size].sequences_per_row
+    data.tokens = 4096  # budget of a conversation (R: cutoff_len)
+    data.pack = False  # several conversations in one sequence; needs steps
+    data.prompt_tokens = 1024  # budget of a prompt in the evaluation
+    data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048))
+    data.shuffle = True
+    data.workers = common.data_workers(args.size)
+    data.max_bad_share = 0.01
 
     common.add_sampling(config)  # of the evaluation
 
     config.logit_chunk = 256  # positions whose logits exist at a time
 
-    config.optim = ConfigDict()
-    config.optim.lr = 1e-5  # R
-    config.optim.schedule = "cosine"
-    config.optim.warmup_ratio = 0.1  # R
-    config.optim.final_fraction = 0.0  # R: cosine to zero
-    config.optim.b1 = 0.9  # R: its framework's default
-    config.optim.b2 = 0.999
-    config.optim.eps = 1e-8
-    config.optim.weight_decay = 0.0
-    config.optim.grad_clip = 1.0
-    config.optim.moment_dtype = "float32"
+    config.optim = optim = ConfigDict()
+    optim.lr = 1e-5  # R
+    optim.schedule = "cosine"
+    optim.warmup_ratio = 0.1  # R
+    optim.final_fraction = 0.0  # R: cosine to zero
+    optim.b1 = 0.9  # R: its framework's default
+    optim.b2 = 0.999
+    optim.eps = 1e-8
+    optim.weight_decay = 0.0
+    optim.grad_clip = 1.0
+    optim.moment_dtype = "float32"
     config.freeze = ("vision/",)  # R: freeze_vision_tower, freeze_multi_modal_projector
 
     if args.mode == "debug":
