@@ -145,8 +145,8 @@ def more_accounts(rows: list[Row], samples: int, stop_after: str) -> dict[str, A
 def score_benchmark(config: Any, source: Any, rows: list[Row], folder: Path) -> dict[str, Any]:
     """The benchmark's own scores of all rows (`write_scores`)."""
     name, mode = config.eval.benchmark, config.eval.scoring
-    workers, limit = config.grading.workers, config.grading.timeout
-    scores = score_rows(name, source, rows, mode, workers=workers, time_limit=limit)
+    workers, timeout = config.grading.workers, config.grading.timeout
+    scores = score_rows(name, source, rows, mode, workers=workers, timeout=timeout)
     found = write_scores(folder, *scores, bootstrap=config.bootstrap, seed=config.seed)
     setup.say(f"{name}, {mode}: first {found['acc@1']:.4f}, final {found['acc@2']:.4f}")
     return found

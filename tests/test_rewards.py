@@ -186,7 +186,7 @@ BYTES = TokenText(ONE_BYTE)
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(workers=1, time_limit_s=20) as pool:
+    with Verifier(workers=1, timeout=20) as pool:
         yield pool
 
 

@@ -45,7 +45,7 @@ class Verifier:
     def __init__(
         self,
         workers: int = 2,
-        time_limit_s: float = 5.0,
+        timeout: float = 5.0,
         *,
         memory_limit_mb: int = 2048,
         cache_size: int = 200_000,
@@ -53,19 +53,19 @@ class Verifier:
     ):
         """Start ``workers`` processes (they come up in the background).
 
-        ``time_limit_s`` holds for one check; ``memory_limit_mb`` for one worker's own data, beyond
-        which the check fails rather than the machine. ``modules`` are those whose functions
-        ``verify_math`` will name: workers import them, and call their ``warm_up()``, before they
-        take a check. ValueError for non-positive values.
+        ``timeout`` is in seconds, for one check; ``memory_limit_mb`` holds for one worker's own
+        data, beyond which the check fails rather than the machine. ``modules`` are those whose
+        functions ``verify_math`` will name: workers import them, and call their ``warm_up()``,
+        before they take a check. ValueError for non-positive values.
         """
-        if workers < 1 or time_limit_s <= 0 or memory_limit_mb < 1:
+        if workers < 1 or timeout <= 0 or memory_limit_mb < 1:
             raise ValueError(
-                f"workers={workers}, time_limit_s={time_limit_s} and memory_limit_mb="
+                f"workers={workers}, timeout={timeout} and memory_limit_mb="
                 f"{memory_limit_mb} must be positive"
             )
         self.timeouts = 0
         self.crashes = 0
-        self._time_limit_s = float(time_limit_s)
+        self._timeout = float(timeout)
         self._memory_limit_mb = int(memory_limit_mb)
         self._modules = tuple(modules)
         self._cache: dict[tuple, bool] = {}
@@ -142,7 +142,7 @@ class Verifier:
     # ------------------------------------------------------------------------------------- pool
 
     def _start(self) -> "_Worker":
-        return _Worker(self._time_limit_s, self._memory_limit_mb, self._modules)
+        return _Worker(self._timeout, self._memory_limit_mb, self._modules)
 
     def _run(self, requests: list[bytes]) -> list[bool]:
         """Hand requests to idle workers until every one has its answer."""
@@ -198,14 +198,14 @@ class Verifier:
 class _Worker:
     """One process: starting, then in turn idle and busy with the request ``task``."""
 
-    def __init__(self, time_limit_s: float, memory_limit_mb: int, modules: tuple[str, ...] = ()):
+    def __init__(self, timeout: float, memory_limit_mb: int, modules: tuple[str, ...] = ()):
         self.task: int | None = None
         self.idle = False
-        self._time_limit_s = time_limit_s
+        self._timeout = timeout
         self.deadline = time.monotonic() + _START_LIMIT_S
         self.connection, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in kill)
-        arguments = f"{theirs.fileno()}, {time_limit_s}, {memory_limit_mb}, {modules!r}"
+        arguments = f"{theirs.fileno()}, {timeout}, {memory_limit_mb}, {modules!r}"
         program = f"from srpo_jax.rewards.verifier import serve; serve({arguments})"
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # One thread each: the pool is the parallelism.
@@ -227,7 +227,7 @@ class _Worker:
         except OSError:
             return False
         self.task, self.idle = task, False
-        self.deadline = time.monotonic() + self._time_limit_s
+        self.deadline = time.monotonic() + self._timeout
         return True
 
     def receive(self) -> bytes | None:
@@ -294,7 +294,7 @@ def math_equal(
     )
 
 
-def serve(fd: int, time_limit_s: float, memory_limit_mb: int, modules: Sequence[str] = ()) -> None:
+def serve(fd: int, timeout: float, memory_limit_mb: int, modules: Sequence[str] = ()) -> None:
     """A worker's life: answer requests from the pipe ``fd`` until it closes."""
     connection = Connection(fd)
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the run still wants its last
@@ -313,7 +313,7 @@ def serve(fd: int, time_limit_s: float, memory_limit_mb: int, modules: Sequence[
             gold, predicted, options = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
-        _limit_cpu(3 * time_limit_s + 5)
+        _limit_cpu(3 * timeout + 5)
         try:
             verdict = _named(options.pop("function", None))(gold, predicted, **options)
         except Exception:  # whatever sympy raises, MemoryError and RecursionError included
