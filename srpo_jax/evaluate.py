@@ -142,7 +142,7 @@ def more_accounts(rows: list[Row], samples: int, stop_after: str) -> dict[str, A
 def score_benchmark(settings: EvaluateSettings, source: Any, rows: list[Row]) -> dict[str, Any]:
     """The benchmark's own scores of all rows (`write_scores`)."""
     name, mode, pool = settings.eval.benchmark, settings.eval.scoring, settings.grading
-    scores = score_rows(name, source, rows, mode, workers=pool.workers, time_limit=pool.timeout)
+    scores = score_rows(name, source, rows, mode, workers=pool.workers, timeout=pool.timeout)
     found = write_scores(
         settings.workdir, *scores, bootstrap=settings.bootstrap, seed=settings.seed
     )

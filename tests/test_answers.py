@@ -22,7 +22,7 @@ from srpo_jax.rewards.verifier import Verifier
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(workers=1, time_limit_s=20) as pool:
+    with Verifier(workers=1, timeout=20) as pool:
         yield pool
 
 

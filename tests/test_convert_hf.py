@@ -18,7 +18,7 @@ from tools.lib import cli
 def run(*arguments):
     """The tool's exit code, as from the command line."""
     with pytest.raises(SystemExit) as stop:
-        cli.run(convert_hf.main, convert_hf.parser(), [str(a) for a in arguments])
+        cli.run(convert_hf.main, convert_hf.make_parser(), [str(a) for a in arguments])
     return stop.value.code
 
 

@@ -11,7 +11,7 @@ from srpo_jax.data.prompts import (
     SYSTEM_PROMPT,
     TAGS,
     TEMPLATE,
-    boxed,
+    add_box,
     paper_sft_response,
     plain_messages,
     plain_response,
@@ -80,11 +80,11 @@ def test_choices_are_lettered():
 
 
 def test_boxed_wraps_once():
-    assert boxed("7") == "$\\boxed{7}$"
-    assert boxed("2 \\sqrt{21}") == "$\\boxed{2 \\sqrt{21}}$"
-    assert boxed("$x^2$") == "$\\boxed{x^2}$"
-    assert boxed("so $\\boxed{7}$") == "so $\\boxed{7}$"
-    assert boxed("$a$ and $b$") == "$\\boxed{$a$ and $b$}$"
+    assert add_box("7") == "$\\boxed{7}$"
+    assert add_box("2 \\sqrt{21}") == "$\\boxed{2 \\sqrt{21}}$"
+    assert add_box("$x^2$") == "$\\boxed{x^2}$"
+    assert add_box("so $\\boxed{7}$") == "so $\\boxed{7}$"
+    assert add_box("$a$ and $b$") == "$\\boxed{$a$ and $b$}$"
 
 
 def test_responses_hold_their_blocks():

@@ -1,5 +1,6 @@
 """Reward terms against the paper's constants and against what the authors' files measure."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -17,8 +18,8 @@ from srpo_jax.rewards.profiles import (
     Profile,
     profile_named,
 )
-from srpo_jax.rewards.template import TokenText
-from srpo_jax.rewards.terms import ALPHA, RewardTerms, length_factor
+from srpo_jax.rewards.template import FormatRule, TokenText
+from srpo_jax.rewards.terms import ALPHA, RewardTerms, add_up, length_factor
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import Verdict
 
@@ -185,7 +186,7 @@ BYTES = TokenText(ONE_BYTE)
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(workers=1, time_limit_s=20) as pool:
+    with Verifier(workers=1, timeout=20) as pool:
         yield pool
 
 
@@ -322,6 +323,24 @@ def test_grade_keeps_prompts_and_samples_in_their_places(verifier):
     assert texts[1][1][start:end] == "A"
     totals = PAPER.terms(found, 0.0).total.tolist()
     assert totals == [[1.5, 1.25], [0.0, 1.25]]
+
+
+def final_only(v: Verdict, alpha: float) -> RewardTerms:
+    return add_up(alpha, r_acc=jnp.where(v.final_correct, 2.0, 0.0))
+
+
+def test_a_profile_of_ones_own_is_one_of_the_four_with_parts_replaced(verifier):
+    rules = dataclasses.replace(PAPER.template, format_ok=FormatRule(orders=(("answer",),)))
+    mine = dataclasses.replace(PAPER, name="mine", template=rules, terms=final_only)
+    assert mine != PAPER and mine == dataclasses.replace(mine) and len({mine, PAPER}) == 2
+    alone = "<answer>2</answer>"
+    found, _ = grade_sequences(
+        [list(alone.encode()), list(respond("2", "3").encode())], token_text=BYTES,
+        golds=["2", "2"], choices=[(), ()], verifier=verifier, profile=mine,
+    )  # fmt: skip
+    assert found.format_ok.tolist() == [True, False]
+    assert mine.terms(found, 0.1).total.tolist() == [2.0, 0.0]
+    assert score(verifier, alone, "2", PAPER).r_format == 0.0
 
 
 def test_grade_refuses_golds_that_do_not_match_the_prompts(verifier):

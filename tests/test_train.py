@@ -1,5 +1,6 @@
 """Both loops for real on a tiny model, 8 devices as data x fsdp x tensor = 2 x 2 x 2."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +19,8 @@ from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
 from srpo_jax.run import checkpoint, rollout, session
+from srpo_jax.rewards.profiles import PAPER
+from srpo_jax.rewards.terms import add_up
 from srpo_jax.run.metrics import read_rows
 from srpo_jax.run.settings import (
     EvaluateSettings,
@@ -257,6 +260,24 @@ def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
     fixed = sum(s["final_correct"] and not s["first_correct"] for s in samples)
     wrong = sum(not s["first_correct"] for s in samples)
     assert row["fix_rate"] == pytest.approx(fixed / wrong)
+
+
+def test_a_profile_of_ones_own_rewards_the_training(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
+    config = helpers.grpo_config(paths, steps=1, **MESH)
+    config.compilation_cache_dir = paths["cache"]
+
+    def brief(verdict, alpha):
+        return add_up(alpha, r_acc=1.0 / verdict.total_tokens)
+
+    mine = dataclasses.replace(PAPER, name="brief", terms=brief)
+    row = train_grpo.train(config, tmp_path, profile=mine)
+    samples = [json.loads(s) for s in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]
+    wanted = [1.0 / s["tokens"] for s in samples]
+    assert [s["total"] for s in samples] == pytest.approx(wanted)
+    assert row["reward/mean"] == pytest.approx(np.mean(wanted)) and row["updates"] == 1
+    with pytest.raises(RunError, match=r"reward\.profile was 'brief', is 'paper'"):
+        train_grpo.train(helpers.grpo_config(paths, steps=1, **MESH), tmp_path)
 
 
 # --- evaluation ----------------------------------------------------------------------------------

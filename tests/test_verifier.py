@@ -19,7 +19,7 @@ RIGHT, WRONG = (r"$\frac{1}{2}$", "$0.5$"), (r"$\frac{1}{2}$", "$0.6$")
 
 @pytest.fixture(scope="module")
 def pool():
-    with Verifier(workers=2, time_limit_s=20) as out:
+    with Verifier(workers=2, timeout=20) as out:
         yield out
 
 
@@ -51,7 +51,7 @@ def test_equal_pairs_are_checked_once_and_remembered(pool, monkeypatch):
 
 def test_a_named_function_is_called_instead_in_a_warm_worker():
     module = "srpo_jax.benchmarks.olympiad_rule"
-    with Verifier(workers=1, time_limit_s=20, modules=[module]) as pool:
+    with Verifier(workers=1, timeout=20, modules=[module]) as pool:
         rule = {"function": f"{module}:equal_answers", "errors": [0.1]}
         assert pool.verify_math([("5", "5.05"), ("5", "5.2")], **rule) == [True, False]
         assert pool.verify_math([("5", "5.05")]) == [False]  # not the other function's verdict
@@ -64,7 +64,7 @@ def test_gold_goes_first(pool):
 
 
 def test_a_hung_check_costs_one_sample_its_time_limit():
-    with Verifier(workers=2, time_limit_s=3) as pool:
+    with Verifier(workers=2, timeout=3) as pool:
         assert pool.verify_math([RIGHT]) == [True]  # up and running
         start = time.monotonic()
         assert pool.verify_math([HANG, RIGHT, WRONG, HANG]) == [False, True, False, False]
@@ -176,7 +176,7 @@ def test_a_closed_pool_says_so():
         pool.verify_math([RIGHT])
 
 
-@pytest.mark.parametrize("bad", [{"workers": 0}, {"time_limit_s": 0}, {"memory_limit_mb": 0}])
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"timeout": 0}, {"memory_limit_mb": 0}])
 def test_limits_must_be_positive(bad):
     with pytest.raises(ValueError, match="must be positive"):
         Verifier(**bad)

@@ -31,9 +31,9 @@ def measure(command: list[str]) -> tuple[float, float]:
     return usage.ru_maxrss / 1024, time.monotonic() - start
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    out = cli.parser(__doc__, "python -m tools.bench_convert --hidden 2048 --layers 24")
+    out = cli.base_parser(__doc__, "python -m tools.bench_convert --hidden 2048 --layers 24")
     out.add_argument("--hidden", type=int, default=2048)
     out.add_argument("--layers", type=int, default=24)
     out.add_argument("--vocab_size", type=int, default=151_936)
@@ -85,4 +85,4 @@ def tensor_bytes(hf_dir: Path) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    cli.run(main, parser())
+    cli.run(main, make_parser())

@@ -45,7 +45,7 @@ BUILDING = ("run", *STAGES)
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line: one option for each field of ``Settings``."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__,
         "python -m tools.build_reflection_data run --workdir runs/data --records train.jsonl "
         "--policy_hf_dir Qwen2.5-VL-7B-Instruct --teacher_model o4-mini --budget_usd 50",

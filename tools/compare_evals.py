@@ -25,7 +25,7 @@ KEYS = {  # -> which rows, and their field
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__, "python -m tools.compare_evals --base runs/eval_sft --new runs/eval_rl"
     )
     parser.add_argument("--base", required=True, help="folder of an evaluation")

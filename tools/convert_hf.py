@@ -206,14 +206,14 @@ def export_hf(
 # --- command line ----------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     examples = {
         "import": "python -m tools.convert_hf import --hf_dir Qwen2.5-VL-7B-Instruct --out ckpt",
         "export": "python -m tools.convert_hf export --checkpoint runs/grpo --hf_dir trained "
         "--reference Qwen2.5-VL-7B-Instruct",
     }
-    out = cli.parser(__doc__, "\n  ".join(examples.values()))
+    out = cli.base_parser(__doc__, "\n  ".join(examples.values()))
     commands = out.add_subparsers(dest="command", required=True)
 
     def command(name: str, does: str):
@@ -272,4 +272,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, parser())
+    cli.run(main, make_parser())

@@ -12,7 +12,7 @@ from tools.lib import cli
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__,
         "python -m tools.download_benchmark --benchmark mathvista --out data/mathvista",
     )

@@ -25,7 +25,7 @@ KS = (1, 2, 4, 8, 16, 32, 64)
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__, "python -m tools.eval_report --workdir runs/eval_mathvista --out report"
     )
     parser.add_argument(

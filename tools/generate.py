@@ -134,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__,
         "python -m tools.generate --hf_dir Qwen2.5-VL-3B-Instruct --input prompts.jsonl "
         "--output out.jsonl --n 8 --temperature 1.0",

@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__,
         "python -m tools.logprobs --hf_dir Qwen2.5-VL-3B-Instruct --input conversations.jsonl "
         "--output out.jsonl",

@@ -165,9 +165,9 @@ def make_config(shape: Shape, token_ids: Mapping[str, int]) -> dict[str, Any]:
     return {**shape.config().to_hf(), **token_ids}
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    out = cli.parser(
+    out = cli.base_parser(
         __doc__,
         "python -m tools.make_hf --out tiny --tokenizer QWEN_DIR --hidden 128 --layers 2",
     )
@@ -246,4 +246,4 @@ def cli_percent(advance) -> hf.Progress:
 
 
 if __name__ == "__main__":
-    cli.run(main, parser())
+    cli.run(main, make_parser())

@@ -316,7 +316,7 @@ def main(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(__doc__, "python -m tools.real_input --out runs/real_input")
+    parser = cli.base_parser(__doc__, "python -m tools.real_input --out runs/real_input")
     add = parser.add_argument
     add("--out", default=os.path.join("runs", "real_input"), help="new folder (%(default)s)")
     add("--data", default=str(SHARED / "geometry3k_formalgeo_1500"), help="folder of data.jsonl")

@@ -24,7 +24,7 @@ from tools.lib import cli, judge_options
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__,
         "python -m tools.score_benchmark --benchmark mathvision --predictions predictions.jsonl "
         "--output scored.jsonl --report scores",
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         pool, advance = None, lambda n: None
         if modules is not None:
-            pool = stack.enter_context(Verifier(args.workers, args.time_limit, modules=modules))
+            pool = stack.enter_context(Verifier(args.workers, args.timeout, modules=modules))
         try:
             if judge is not None:
                 advance = stack.enter_context(cli.progress("judging", len(rows), "rows"))

@@ -17,7 +17,7 @@ from tools.lib import cli, eval_folders, judge_options
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__,
         "python -m tools.score_eval --workdir runs/eval --benchmark mathverse "
         "--file data/mathverse --mode judge --judge_model gpt-4o",
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
             found.rows,
             args.mode,
             workers=args.workers,
-            time_limit=args.time_limit,
+            timeout=args.timeout,
             judge=judge,
             advance=advance,
         )

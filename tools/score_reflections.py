@@ -27,7 +27,7 @@ from tools.lib import cli, judge_options
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__,
         "python -m tools.score_reflections --input samples.jsonl --output quality.jsonl "
         "--report quality --judge_model gpt-4o",

@@ -38,7 +38,7 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__,
         "python -m tools.score_responses --input responses.jsonl --output scored.jsonl "
         "--tokenizer Qwen2.5-VL-7B-Instruct --profile paper",
@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="processes that compare answers (%(default)s)",
     )
     parser.add_argument(
-        "--time_limit", type=float, default=5.0, help="seconds for one comparison (%(default)s)"
+        "--timeout", type=float, default=5.0, help="seconds for one comparison (%(default)s)"
     )
     return parser
 
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     token_text = TokenText(token_bytes(tokenizer), end_ids(tokenizer, args.tokenizer))
     scored: list[dict] = []
     with (
-        Verifier(args.workers, args.time_limit) as verifier,
+        Verifier(args.workers, args.timeout) as verifier,
         cli.progress("scoring", len(rows), "responses") as advance,
     ):
         for start in range(0, len(rows), CHUNK):
@@ -190,7 +190,7 @@ def _summarise(scored: list[dict], verifier: Verifier, args: argparse.Namespace)
     if problems or verifier.timeouts or verifier.crashes:
         print(
             f"{problems} answers that cannot be graded (see gold_problem), {verifier.timeouts} "
-            f"comparisons over {args.time_limit:g} s and {verifier.crashes} crashed, all scored "
+            f"comparisons over {args.timeout:g} s and {verifier.crashes} crashed, all scored "
             "as wrong",
             file=sys.stderr,
         )

@@ -50,7 +50,7 @@ def score_rows(
     mode: str,
     *,
     workers: int = 2,
-    time_limit: float = 5.0,
+    timeout: float = 5.0,
     judge: "Judge | None" = None,
     advance: Callable[[int], Any] = lambda n: None,
 ) -> tuple[list[Row], dict[str, Any]]:
@@ -62,7 +62,7 @@ def score_rows(
         rows: of ``evaluate``.
         mode: of ``scoring.MODES``, or ``scoring.JUDGE``.
         workers: processes that compare answers, where the mode needs them.
-        time_limit: seconds for one comparison.
+        timeout: seconds for one comparison.
         judge: for the mode JUDGE.
         advance: called with 1 for every answer that the judge is done with.
 
@@ -82,7 +82,7 @@ def score_rows(
     with contextlib.ExitStack() as stack:
         pool = None
         if modules is not None:
-            pool = stack.enter_context(Verifier(workers, time_limit, modules=modules))
+            pool = stack.enter_context(Verifier(workers, timeout, modules=modules))
         asked = {
             which: [answer_row(records[row["origin"]], row, which) for row in rows]
             for which in ROUNDS

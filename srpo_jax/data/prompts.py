@@ -114,7 +114,7 @@ def plain_messages(
     ]
 
 
-def boxed(answer: str) -> str:
+def add_box(answer: str) -> str:
     r"""The answer as the template wants it, ``$\boxed{...}$``; untouched if it holds a box."""
     answer = answer.strip()
     if "\\boxed" in answer:
@@ -143,18 +143,19 @@ def srpo_response(
 
     ValueError when a block is blank or holds a tag.
     """
-    contents = (first_think, boxed(first_answer), reflection, second_think, boxed(second_answer))
     if not first_answer.strip() or not second_answer.strip():
         raise ValueError("the answer block is empty")
+    first, second = add_box(first_answer), add_box(second_answer)
+    contents = (first_think, first, reflection, second_think, second)
     return "\n".join(block(name, text) for name, text in zip(TEMPLATE, contents, strict=True))
 
 
-def first_round(think: str, answer: str) -> str:
+def review_prefix(think: str, answer: str) -> str:
     """The first two blocks of a response and the opening of its third: where a review goes on.
 
     ValueError as in ``srpo_response``.
     """
-    return "\n".join([block("think", think), block("answer", boxed(answer)), TAGS["reflection"][0]])
+    return plain_response(think, answer) + "\n" + TAGS["reflection"][0]
 
 
 def paper_sft_response(think: str, first_answer: str, reflection: str, gold: str) -> str:
@@ -171,7 +172,7 @@ def plain_response(think: str, answer: str) -> str:
     """The one-round target of ``plain_messages``; ValueError as in ``srpo_response``."""
     if not answer.strip():
         raise ValueError("the answer block is empty")
-    return "\n".join([block("think", think), block("answer", boxed(answer))])
+    return "\n".join([block("think", think), block("answer", add_box(answer))])
 
 
 # How a template's prompt is called in configurations and on command lines.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from srpo_jax.data.prompts import CONTROL_TOKENS, block, boxed, paper_sft_response, srpo_response
+from srpo_jax.data.prompts import CONTROL_TOKENS, add_box, block, paper_sft_response, srpo_response
 from srpo_jax.data.records import Record
 from srpo_jax.reflection import check
 from srpo_jax.reflection.settings import Settings
@@ -15,7 +15,7 @@ def target_problem(think: str, answer: str) -> str | None:
         return "control token in the text"
     try:
         block("think", think)
-        block("answer", boxed(answer))
+        block("answer", add_box(answer))
     except ValueError:
         return "not the template"
     return None if answer.strip() else "not the template"

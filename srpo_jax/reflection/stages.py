@@ -387,7 +387,7 @@ def _reflect_locally(run: Run, todo: list[tuple]) -> None:
 
     def prefix(item: int, trial: int) -> str:
         found = attempt_of(run.store, item, samples[item, trial])
-        return templates.first_round(found["think"], found["answer"])
+        return templates.review_prefix(found["think"], found["answer"])
 
     def ask(item: int, trial: int) -> Ask:
         seed = teach.request_seed(run.settings.seed, "reflect", item, trial)

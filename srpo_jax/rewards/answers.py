@@ -211,7 +211,7 @@ def _option_letter(text: str, choices: tuple[str, ...]) -> int | None:
     labelled = _LABEL.fullmatch(text) or _LETTER_TEXT.fullmatch(text)
     if labelled is None:
         return None
-    letter, rest = next(g for g in labelled.groups() if g), labelled[labelled.lastindex]
+    letter, rest = filter(None, labelled.groups())
     place = index(letter)
     if place is None:
         return None
@@ -255,7 +255,7 @@ def _read_gold(gold: str, choices: tuple[str, ...]) -> Gold | str:
         return Gold("choice", _unwrap(option), indices, parse_quantity(plain_text(option)))
     if indices is not None and not re.fullmatch(r"[a-z]", plain):  # x and e are variables
         labelled = _LABEL.fullmatch(plain)
-        option = labelled[labelled.lastindex] if labelled else ""
+        option = labelled.groups()[-1] if labelled else ""
         return Gold("choice", option, indices, parse_quantity(option) if option else None)
     number = parse_quantity(plain)
     if number is not None:

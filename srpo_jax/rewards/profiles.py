@@ -35,14 +35,8 @@ from srpo_jax.rewards.template import (
     rounds_by_answers,
     rounds_by_pairs,
 )
-from srpo_jax.rewards.terms import (
-    RewardTerms,
-    add_up,
-    by_outcome,
-    length_factor,
-    right_answers,
-)
-from srpo_jax.structs import Verdict
+from srpo_jax.rewards.terms import RewardTerms, add_up, by_outcome, length_factor, right_answers
+from srpo_jax.structs import Array, Verdict
 
 
 class Answers(NamedTuple):
@@ -135,7 +129,7 @@ def grpo_terms(verdict: Verdict, alpha: float) -> RewardTerms:
     )
 
 
-def _f_len(verdict: Verdict):
+def _f_len(verdict: Verdict) -> Array:
     return length_factor(verdict.total_tokens, verdict.first_tokens)
 
 
@@ -143,19 +137,14 @@ def _f_len(verdict: Verdict):
 
 PAPER = Profile(
     name="paper",
-    template=TemplateRules(
-        tag=TAG,
-        innermost=True,
-        rounds=rounds_by_answers,
-        format_ok=FormatRule(),
-    ),
+    template=TemplateRules(TAG, innermost=True, rounds=rounds_by_answers, format_ok=FormatRule()),
     answers=answer_blocks,
     terms=paper_terms,
 )
 OPENRLHF = Profile(
     name="openrlhf",
     template=TemplateRules(
-        tag=TAG,
+        TAG,
         innermost=False,
         rounds=rounds_by_pairs,
         format_ok=FormatRule(text_before=True, white_space_fills=True),
@@ -166,7 +155,7 @@ OPENRLHF = Profile(
 VERL_FIXED = Profile(
     name="verl_fixed",
     template=TemplateRules(
-        tag=LOOSE_TAG,  # the file deletes white space around < > / before it looks for tags,
+        LOOSE_TAG,  # the file deletes white space around < > / before it looks for tags,
         innermost=False,
         rounds=rounds_by_pairs,
         format_ok=FormatRule(text_before=True),  # so that a blank block is an empty one

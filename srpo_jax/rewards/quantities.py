@@ -140,8 +140,7 @@ def canonical_unit(text: str, *, glued: bool = False) -> str | None:
     names, position = [], 0
     while position < len(text):
         part = _UNIT_PART.match(text, position)
-        name = _unit_name(part[2], glued=glued) if part else None
-        if name is None:
+        if part is None or (name := _unit_name(part[2], glued=glued)) is None:
             return None
         power = part[3] or part[4]
         names.append(("/" if part[1] == "/" else "") + name + (f"^{power}" if power else ""))

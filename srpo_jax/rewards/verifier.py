@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from typing import Any
 
 from srpo_jax.rewards.answers import decide
 
@@ -45,7 +46,7 @@ class Verifier:
     def __init__(
         self,
         workers: int = 2,
-        time_limit_s: float = 5.0,
+        timeout: float = 5.0,
         *,
         memory_limit_mb: int = 2048,
         cache_size: int = 200_000,
@@ -53,19 +54,19 @@ class Verifier:
     ):
         """Start ``workers`` processes (they come up in the background).
 
-        ``time_limit_s`` holds for one check; ``memory_limit_mb`` for one worker's own data, beyond
-        which the check fails rather than the machine. ``modules`` are those whose functions
-        ``verify_math`` will name: workers import them, and call their ``warm_up()``, before they
-        take a check. ValueError for non-positive values.
+        ``timeout`` is in seconds, for one check; ``memory_limit_mb`` holds for one worker's own
+        data, beyond which the check fails rather than the machine. ``modules`` are those whose
+        functions ``verify_math`` will name: workers import them, and call their ``warm_up()``,
+        before they take a check. ValueError for non-positive values.
         """
-        if workers < 1 or time_limit_s <= 0 or memory_limit_mb < 1:
+        if workers < 1 or timeout <= 0 or memory_limit_mb < 1:
             raise ValueError(
-                f"workers={workers}, time_limit_s={time_limit_s} and memory_limit_mb="
+                f"workers={workers}, timeout={timeout} and memory_limit_mb="
                 f"{memory_limit_mb} must be positive"
             )
         self.timeouts = 0
         self.crashes = 0
-        self._time_limit_s = float(time_limit_s)
+        self._timeout = float(timeout)
         self._memory_limit_mb = int(memory_limit_mb)
         self._modules = tuple(modules)
         self._cache: dict[tuple, bool] = {}
@@ -80,17 +81,14 @@ class Verifier:
 
         Only what plain comparison cannot settle goes to the workers, each distinct pair once.
         """
-        decisions: dict[tuple, bool | tuple[str, str]] = {}
         keys = [(gold, answer, tuple(choices)) for gold, answer, choices in items]
-        for key in keys:
-            if key not in decisions:
-                decisions[key] = decide(*key)
+        decisions = {key: decide(*key) for key in dict.fromkeys(keys)}
         pairs = list({d for d in decisions.values() if not isinstance(d, bool)})
         verdicts = dict(zip(pairs, self.verify_math(pairs), strict=True))
-        return [d if isinstance(d, bool) else verdicts[d] for d in map(decisions.get, keys)]
+        return [d if isinstance(d, bool) else verdicts[d] for d in map(decisions.__getitem__, keys)]
 
     def verify_math(
-        self, pairs: Sequence[tuple[str, str]], *, function: str | None = None, **options
+        self, pairs: Sequence[tuple[str, str]], *, function: str | None = None, **options: Any
     ) -> list[bool]:
         """math-verify's verdict on (gold, prediction) strings, in order; ``options`` as math_equal.
 
@@ -142,7 +140,7 @@ class Verifier:
     # ------------------------------------------------------------------------------------- pool
 
     def _start(self) -> "_Worker":
-        return _Worker(self._time_limit_s, self._memory_limit_mb, self._modules)
+        return _Worker(self._timeout, self._memory_limit_mb, self._modules)
 
     def _run(self, requests: list[bytes]) -> list[bool]:
         """Hand requests to idle workers until every one has its answer."""
@@ -172,7 +170,7 @@ class Verifier:
                 if message is None:
                     self._count_loss(worker, late=worker.connection not in readable)
                     self._replace(slot)
-                elif message == _READY:
+                elif task is None:  # it is ready
                     self._failed_starts = 0
                 else:
                     results[task] = message == _YES
@@ -198,14 +196,14 @@ class Verifier:
 class _Worker:
     """One process: starting, then in turn idle and busy with the request ``task``."""
 
-    def __init__(self, time_limit_s: float, memory_limit_mb: int, modules: tuple[str, ...] = ()):
+    def __init__(self, timeout: float, memory_limit_mb: int, modules: tuple[str, ...] = ()):
         self.task: int | None = None
         self.idle = False
-        self._time_limit_s = time_limit_s
+        self._timeout = timeout
         self.deadline = time.monotonic() + _START_LIMIT_S
         self.connection, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in kill)
-        arguments = f"{theirs.fileno()}, {time_limit_s}, {memory_limit_mb}, {modules!r}"
+        arguments = f"{theirs.fileno()}, {timeout}, {memory_limit_mb}, {modules!r}"
         program = f"from srpo_jax.rewards.verifier import serve; serve({arguments})"
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # One thread each: the pool is the parallelism.
@@ -227,7 +225,7 @@ class _Worker:
         except OSError:
             return False
         self.task, self.idle = task, False
-        self.deadline = time.monotonic() + self._time_limit_s
+        self.deadline = time.monotonic() + self._timeout
         return True
 
     def receive(self) -> bytes | None:
@@ -279,13 +277,18 @@ def math_equal(
         "string": mv.StringExtractionConfig,
     }
     targets = [kinds[name]() for name in match_types]
-    gold_parsed = mv.parse(gold, targets, parsing_timeout=None)
+
+    def parse(text: str) -> list[Any]:
+        # No number of seconds turns the alarm off, only what the library's annotation lacks.
+        return mv.parse(text, targets, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
+    gold_parsed = parse(gold)
     if not gold_parsed:
         return False
     return bool(
         mv.verify(
             gold_parsed,
-            mv.parse(predicted, targets, parsing_timeout=None),
+            parse(predicted),
             float_rounding=float_rounding,
             strict=strict,
             allow_set_relation_comp=allow_set_relation_comp,
@@ -294,7 +297,7 @@ def math_equal(
     )
 
 
-def serve(fd: int, time_limit_s: float, memory_limit_mb: int, modules: Sequence[str] = ()) -> None:
+def serve(fd: int, timeout: float, memory_limit_mb: int, modules: Sequence[str] = ()) -> None:
     """A worker's life: answer requests from the pipe ``fd`` until it closes."""
     connection = Connection(fd)
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the run still wants its last
@@ -313,7 +316,7 @@ def serve(fd: int, time_limit_s: float, memory_limit_mb: int, modules: Sequence[
             gold, predicted, options = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
-        _limit_cpu(3 * time_limit_s + 5)
+        _limit_cpu(3 * timeout + 5)
         try:
             verdict = _named(options.pop("function", None))(gold, predicted, **options)
         except Exception:  # whatever sympy raises, MemoryError and RecursionError included

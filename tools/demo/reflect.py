@@ -108,7 +108,9 @@ def main(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(__doc__, "python -m tools.demo.reflect --demo runs/demo --out runs/reflect")
+    parser = cli.base_parser(
+        __doc__, "python -m tools.demo.reflect --demo runs/demo --out runs/reflect"
+    )
     parser.add_argument("--demo", default=str(ROOT / "runs/demo"), help="a finished quickstart")
     parser.add_argument("--out", default=str(ROOT / "runs/reflect"), help="folder of this run")
     parser.add_argument("--steps", type=cli.positive, default=120, help="of SFT (%(default)s)")

@@ -270,7 +270,7 @@ def main(args: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(__doc__, "bash tools/quickstart.sh --seeds 3 --out runs/demo")
+    parser = cli.base_parser(__doc__, "bash tools/quickstart.sh --seeds 3 --out runs/demo")
     add = parser.add_argument
     add("--out", default=str(ROOT / "runs/demo"), help="folder of the run (%(default)s)")
     add("--seeds", type=int, default=1, help="how many seeds to run, one after another")

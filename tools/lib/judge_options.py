@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
-    """--benchmark, --mode, --workers and --time_limit."""
+    """--benchmark, --mode, --workers and --timeout."""
     add = parser.add_argument
     add("--benchmark", required=True, choices=sorted(scoring.BENCHMARKS))
     modes = (*scoring.MODES, scoring.JUDGE)
@@ -56,7 +56,7 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     workers = min(4, os.cpu_count() or 1)
     text = "processes that compare expressions (%(default)s)"
     add("--workers", type=cli.positive, default=workers, help=text)
-    add("--time_limit", type=float, default=5.0, help="seconds for one comparison (%(default)s)")
+    add("--timeout", type=float, default=5.0, help="seconds for one comparison (%(default)s)")
 
 
 def _price(text: str) -> float:

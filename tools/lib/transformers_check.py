@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(
+    parser = cli.base_parser(
         __doc__, "python -m tools.lib.transformers_check --hf_dir runs/hf --input test.jsonl"
     )
     add = parser.add_argument
