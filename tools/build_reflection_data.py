@@ -32,11 +32,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.data.files import write_text
 from srpo_jax.reflection import settings as settings_lib
 from srpo_jax.reflection import stages
 from srpo_jax.reflection.items import Items
 from srpo_jax.reflection.store import STAGES, Store
 from srpo_jax.reflection.write import account, export, tally
+from srpo_jax.report import reflection_page
 from tools.lib import cli
 
 STOPPED = 3  # exit code
@@ -163,15 +165,13 @@ def status(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Write the page of random items."""
-    from srpo_jax.reflection.page import write_page
-    from srpo_jax.reflection.sample import items_to_show
-
     path = Path(args.out or Path(args.workdir) / "inspect.html")
     with Store(args.workdir, write=False) as store:
         settings = read_settings(store, args)
         items = Items(settings.records, settings.data_root)
-        shown = items_to_show(store, items, args.n, random.Random(settings.seed))
-        write_page(path, shown, f"Reflection data: {args.workdir}", account(store))
+        shown = reflection_page.items_to_show(store, items, args.n, random.Random(settings.seed))
+        html = reflection_page.page(shown, f"Reflection data: {args.workdir}", account(store))
+    write_text(path, html)
     print(f"{len(shown)} items: {path}")
     return 0
 

@@ -16,7 +16,7 @@ from PIL import Image
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.files import write_json, write_text
 from srpo_jax.data.records import load_image, open_records
-from srpo_jax.report import accounting, page, table
+from srpo_jax.report import accounting, eval_page, table
 from tools.lib import cli, eval_folders
 from tools.lib.eval_folders import Evaluation
 
@@ -32,7 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--workdir", required=True, action="append", help="folder of an evaluation; may be repeated"
     )
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--items", type=int, default=page.LIMIT, help="on the page (%(default)s)")
+    parser.add_argument(
+        "--items", type=int, default=eval_page.LIMIT, help="on the page (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of their draw (%(default)s)")
     parser.add_argument(
         "--image_root", help="folder that image paths are relative to (default: the data file's)"
@@ -63,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
         for row in one.shown
     ]
     images = None if args.no_images else record_images(args.image_root)
-    html = page.page(items, images, limit=args.items, seed=args.seed)
+    html = eval_page.page(items, images, limit=args.items, seed=args.seed)
     out = Path(args.out)
     write_text(out / "report.md", markdown(summaries, accounts))
     write_json(out / "report.json", report)
