@@ -108,7 +108,9 @@ def conclude(
 ) -> dict[str, Any]:
     """The summary of all rows; summary.json, and scored.jsonl where a benchmark is named."""
     summary = rates(rows, bootstrap=config.bootstrap, seed=config.seed) | told
-    summary |= more_accounts(rows, config.eval.samples, config.eval.stop_after)
+    if rows:
+        summary |= accounting.accounts(rows)
+        summary["headline"] = summary["stop"]["points"][config.eval.stop_after]
     if jax.process_index() == 0:
         if config.eval.benchmark and rows:
             summary["benchmark"] = score_benchmark(config, source, rows, folder)
@@ -127,19 +129,6 @@ def check_settings(one: Any) -> None:
             f"{one.benchmark} has no official rule, a language model judges it: set "
             "--config.eval.scoring=strict; afterwards, tools.score_eval --mode judge"
         )
-
-
-def more_accounts(rows: list[Row], samples: int, stop_after: str) -> dict[str, Any]:
-    """Early stops ("stop", with the point ``stop_after`` as "headline"), and pass@k and maj@k."""
-    if not rows:
-        return {}
-    stop = accounting.stop_curve(rows)
-    found: dict[str, Any] = {"stop": stop, "headline": stop["points"][stop_after]}
-    if samples > 1:
-        ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
-        found["pass@k"] = {str(k): v for k, v in accounting.pass_at_k(rows, ks).items()}
-        found["maj@k"] = {str(k): v for k, v in accounting.majority_at_k(rows, ks).items()}
-    return found
 
 
 def score_benchmark(config: Any, source: Any, rows: list[Row], folder: Path) -> dict[str, Any]:

@@ -414,7 +414,7 @@ def test_the_command_writes_tables_numbers_and_page(tmp_path, data):
     assert "| confident | 0.900 | 100.0 | 100.0 | 40.0 |" in text
     found = json.loads((out / "report.json").read_text())["evaluations"]["validation"]
     assert found["summary"] == summary()
-    assert found["pass_at_k"] == {"1": 1.0, "2": 1.0, "4": 1.0}
+    assert found["pass@k"] == {"1": 1.0, "2": 1.0, "4": 1.0}
     assert found["stop"]["points"]["final"]["tokens"] == 99.0
     html_text = (out / "items.html").read_text()
     assert html_text.count("<article") == 5

@@ -25,6 +25,7 @@ is enough then. Exit code 3: stopped by --budget_usd, --max_items or a signal, n
 """
 
 import argparse
+import functools
 import random
 import sys
 import time
@@ -91,9 +92,9 @@ def build(args: argparse.Namespace) -> int:
             store.set_meta("run", uuid.uuid4().hex)
         policy = None
         if settings.policy_hf_dir:
-            from tools.lib.reflection_policy import open_policy  # loads jax only where it is needed
+            from tools.lib.reflection_policy import SamplerPolicy  # loads jax only where needed
 
-            policy = lambda: open_policy(settings)  # noqa: E731
+            policy = functools.partial(SamplerPolicy, settings)
         run = stages.Run(store, settings, say, policy)
         names = ("attempt", "grade", "judge", "select", "reflect")
         try:

@@ -7,7 +7,6 @@ from typing import Any
 
 from srpo_jax.data.records import RecordError, load_image
 from srpo_jax.reflection.items import Items
-from srpo_jax.reflection.stages import attempt_of
 from srpo_jax.reflection.store import Store
 from srpo_jax.report.html import problem, render
 
@@ -19,7 +18,9 @@ _CHECKED = (
 )
 
 
-def items_to_show(store: Store, items: Items, number: int, rng: random.Random) -> list[dict]:
+def items_to_show(
+    store: Store, items: Items, number: int, rng: random.Random
+) -> list[dict[str, Any]]:
     """Up to ``number`` items, half of them accepted where there are enough of both kinds."""
     accepted = [item for (item,) in store.query(_CHECKED.format(""))]
     rejected = [item for (item,) in store.query(_CHECKED.format("NOT"))]
@@ -40,7 +41,6 @@ def _shown(store: Store, items: Items, item: int) -> dict[str, Any]:
         for r in replies
         if (reason := r.reason or (checks[r.trial].reason if r.trial in checks else "not checked"))
     ]
-    attempt = attempt_of(store, item, store.results("select", item)[0].data["sample"])
     record = items[item]
     try:
         images = [load_image(ref) for ref in record.images]
@@ -52,7 +52,7 @@ def _shown(store: Store, items: Items, item: int) -> dict[str, Any]:
         "choices": list(record.choices),
         "answer": record.answer,
         "images": images,
-        "attempt": attempt,
+        "attempt": store.first_attempt(item).data,
         "reflection": reply.get("reflection", reply.get("text", "")),
         "second_think": reply.get("second_think", ""),
         "second_answer": reply.get("second_answer", ""),
