@@ -99,7 +99,9 @@ def conclude(
 ) -> dict[str, Any]:
     """The summary of all rows; summary.json, and scored.jsonl where a benchmark is named."""
     summary = rates(rows, bootstrap=settings.bootstrap, seed=settings.seed) | told
-    summary |= more_accounts(rows, settings.eval.samples, settings.eval.stop_after)
+    if rows:
+        summary |= accounting.accounts(rows)
+        summary["headline"] = summary["stop"]["points"][settings.eval.stop_after]
     if jax.process_index() == 0:
         if settings.eval.benchmark and rows:
             summary["benchmark"] = score_benchmark(settings, source, rows)
@@ -124,19 +126,6 @@ def check_benchmark(settings: RunSettings) -> None:
             f"{one.benchmark} has no official rule, a language model judges it: set "
             "--config.eval.scoring=strict; afterwards, tools.score_eval --mode judge"
         )
-
-
-def more_accounts(rows: list[Row], samples: int, stop_after: str) -> dict[str, Any]:
-    """Early stops ("stop", with the point ``stop_after`` as "headline"), and pass@k and maj@k."""
-    if not rows:
-        return {}
-    stop = accounting.stop_curve(rows)
-    found: dict[str, Any] = {"stop": stop, "headline": stop["points"][stop_after]}
-    if samples > 1:
-        ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
-        found["pass@k"] = {str(k): v for k, v in accounting.pass_at_k(rows, ks).items()}
-        found["maj@k"] = {str(k): v for k, v in accounting.majority_at_k(rows, ks).items()}
-    return found
 
 
 def score_benchmark(settings: EvaluateSettings, source: Any, rows: list[Row]) -> dict[str, Any]:

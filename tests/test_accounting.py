@@ -2,7 +2,14 @@
 
 import pytest
 
-from srpo_jax.report.accounting import CONFIDENT, majority_at_k, paired, pass_at_k, stop_curve
+from srpo_jax.report.accounting import (
+    CONFIDENT,
+    accounts,
+    majority_at_k,
+    paired,
+    pass_at_k,
+    stop_curve,
+)
 
 
 def samples(origin, answers, right=()):
@@ -35,6 +42,16 @@ def test_pass_at_k_needs_k_samples_of_every_problem():
         pass_at_k(rows, (0,))
     with pytest.raises(ValueError, match="no rows"):
         pass_at_k([], (1,))
+
+
+def test_rows_are_accounted_for_as_far_as_they_tell():
+    rows = samples("a", ["1", "1", "2"], {"1"}) + samples("b", ["2", "2", "2"])
+    found = accounts(rows)
+    assert list(found) == ["pass@k", "maj@k"]
+    assert found["maj@k"] == {"1": 0.5, "2": 0.5, "3": 0.5}
+    assert found["pass@k"] == {str(k): v for k, v in pass_at_k(rows, (1, 2, 3)).items()}
+    told = {"tokens_to_first": None, "first_confidence": None, "first_correct": True, "tokens": 9}
+    assert list(accounts([row | told for row in samples("a", ["1"])])) == ["stop"]
 
 
 def test_a_sample_that_is_there_twice_is_an_error():

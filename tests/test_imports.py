@@ -27,14 +27,15 @@ run.pool run.session run.command
 remote.limits remote.protocol remote.replies remote.client remote.batch
 reflection.store reflection.settings reflection.teach reflection.duplicates reflection.check
 reflection.accept reflection.items reflection.select reflection.drive reflection.batches
-reflection.stages reflection.write reflection.sample reflection.page
+reflection.stages reflection.write
 benchmarks.common benchmarks.latex.tokens benchmarks.latex.tree benchmarks.latex.value
 benchmarks.mathvision benchmarks.mathvista benchmarks.mmmu_pro benchmarks.mmmu
 benchmarks.word_numbers benchmarks.emma benchmarks.mathverse benchmarks.wemath benchmarks.mmk12
 benchmarks.olympiad_rule benchmarks.olympiadbench benchmarks.judge.cache
 benchmarks.judge.client benchmarks.judge.flows benchmarks.scoring benchmarks.load
 benchmarks.both_answers benchmarks.download
-report.rates report.quality report.accounting report.table report.page
+report.rates report.quality report.accounting report.table report.html
+report.eval_page report.reflection_page
 evaluate train_sft train_grpo
 """.split()
 

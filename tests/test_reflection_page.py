@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from srpo_jax.reflection.page import write_page
+from srpo_jax.report import reflection_page
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}</style></p>"
@@ -57,15 +57,12 @@ def item(**changed):
     } | changed
 
 
-def page(tmp_path, items, title="Title", summary=None):
-    path = tmp_path / "deep" / "page.html"
-    write_page(path, items, title, summary or {})
-    assert [p.name for p in path.parent.iterdir()] == ["page.html"]
-    return Page(path.read_text("utf-8"))
+def page(items, title="Title", summary=None):
+    return Page(reflection_page.page(items, title, summary or {}))
 
 
-def test_every_part_of_an_item_is_shown(tmp_path):
-    found = page(tmp_path, [item()], summary={"accepted": 12345, "mix": {"right": 1, "wrong": 2}})
+def test_every_part_of_an_item_is_shown():
+    found = page([item()], summary={"accepted": 12345, "mix": {"right": 1, "wrong": 2}})
     text = " ".join(found.texts)
     for part in (
         *("puzzle-1", "Which number is missing?", "(A) 6", "(B) 12", "3 + 4", "$\\boxed{7}$"),
@@ -76,20 +73,19 @@ def test_every_part_of_an_item_is_shown(tmp_path):
     assert [attrs.get("class") for attrs in found.all("li")] == [None, "gold"]
 
 
-def test_nothing_a_model_wrote_runs(tmp_path):
+def test_nothing_a_model_wrote_runs():
     parts = dict.fromkeys(["id", "question", "answer", "reflection", "teacher"], EVIL)
     parts |= {"second_think": EVIL, "second_answer": EVIL, "choices": [EVIL, "x"]}
     parts |= {"attempt": {"think": EVIL, "answer": EVIL, "correct": False}, "reasons": [EVIL]}
-    found = page(tmp_path, [item(**parts, accepted=False)], EVIL, {EVIL: EVIL})
+    found = page([item(**parts, accepted=False)], EVIL, {EVIL: EVIL})
     assert len(found.all("script")) == 1
     assert len(found.all("img")) == 1
     assert not any(name.startswith("on") for _, attrs in found.tags for name in attrs)
     assert sum(EVIL in text for text in found.texts) >= 12
 
 
-def test_only_the_pages_own_script_is_allowed(tmp_path):
-    write_page(tmp_path / "page.html", [item()], "Title", {})
-    html = (tmp_path / "page.html").read_text("utf-8")
+def test_only_the_pages_own_script_is_allowed():
+    html = reflection_page.page([item()], "Title", {})
     script = re.search(r"<script>(.*)</script>", html, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = Page(html).all("meta")[2]["content"]
@@ -97,8 +93,8 @@ def test_only_the_pages_own_script_is_allowed(tmp_path):
     assert "default-src 'none'" in policy
 
 
-def test_the_page_asks_for_nothing_from_outside(tmp_path):
-    found = page(tmp_path, [item()])
+def test_the_page_asks_for_nothing_from_outside():
+    found = page([item()])
     for _, attrs in found.tags:
         assert "href" not in attrs
         assert attrs.get("src", "data:").startswith("data:")
@@ -106,19 +102,19 @@ def test_the_page_asks_for_nothing_from_outside(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1", "CMYK", "I;16"])
-def test_images_of_any_mode_become_small_thumbnails(tmp_path, mode):
-    found = page(tmp_path, [item(images=[Image.new(mode, (1200, 300))])])
+def test_images_of_any_mode_become_small_thumbnails(mode):
+    found = page([item(images=[Image.new(mode, (1200, 300))])])
     data = base64.b64decode(found.all("img")[0]["src"].partition("base64,")[2])
     assert Image.open(io.BytesIO(data)).size == (512, 128)
 
 
-def test_items_can_be_filtered_by_state_and_reason(tmp_path):
+def test_items_can_be_filtered_by_state_and_reason():
     items = [
         item(),
         item(accepted=False, reasons=["try 1: leaked gold", "try 2: leaked gold"]),
         item(accepted=False, reasons=["try 1: second answer wrong", "try 2: leaked gold"]),
     ]
-    found = page(tmp_path, items)
+    found = page(items)
     tags = [attrs["data-tags"].split() for attrs in found.all("article")]
     assert tags[0] == ["all", "accepted"]
     assert tags[1] == ["all", "rejected", "reason-0"]
@@ -130,32 +126,30 @@ def test_items_can_be_filtered_by_state_and_reason(tmp_path):
         assert label in text
 
 
-def test_without_javascript_everything_is_visible(tmp_path):
-    found = page(tmp_path, [item(), item(accepted=False)])
+def test_without_javascript_everything_is_visible():
+    found = page([item(), item(accepted=False)])
     assert all("hidden" not in attrs for attrs in found.all("article"))
     assert "hidden" in found.all("nav")[0]
 
 
-def test_odd_characters_do_not_stop_the_page(tmp_path):
+def test_odd_characters_do_not_stop_the_page():
     odd = "half \ud83d, zero \0, right to left \u202e, \u2028 end"
-    found = page(tmp_path, [item(reflection=odd, choices=[], images=[], second_answer="")])
+    found = page([item(reflection=odd, choices=[], images=[], second_answer="")])
     assert "\0" not in "".join(found.texts)
     assert found.all("img") == []
 
 
-def test_a_page_without_items_says_so(tmp_path):
-    assert "No items yet." in page(tmp_path, []).texts
+def test_a_page_without_items_says_so():
+    assert "No items yet." in page([]).texts
 
 
-def test_a_missing_part_is_an_error_and_leaves_no_page(tmp_path):
+def test_a_missing_part_is_an_error():
     broken = item()
     del broken["answer"]
     with pytest.raises(KeyError):
-        write_page(tmp_path / "page.html", [broken], "Title", {})
-    assert list(tmp_path.iterdir()) == []
+        page([broken])
 
 
-def test_the_same_items_give_the_same_page(tmp_path):
-    write_page(tmp_path / "one.html", [item()], "Title", {"n": 1})
-    write_page(tmp_path / "two.html", [item()], "Title", {"n": 1})
-    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+def test_the_same_items_give_the_same_page():
+    one, two = (reflection_page.page([item()], "Title", {"n": 1}) for _ in range(2))
+    assert one == two

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from srpo_jax.data.files import write_jsonl
-from srpo_jax.report import page, table
+from srpo_jax.report import eval_page, table
 from tools import eval_report
 from tools.lib import cli
 
@@ -184,7 +184,7 @@ class Reader(html.parser.HTMLParser):
 def test_the_page_shows_question_gold_both_rounds_and_verdicts():
     scored = item(first=False, extraction="60", prediction="60.0", mode="official_rule",
                   first_confidence=0.75, choices=["fifty", "sixty"])  # fmt: skip
-    (text,) = Reader(page.page([scored])).articles
+    (text,) = Reader(eval_page.page([scored])).articles
     for part in ("item-0", "Question 0?", "60", "think one", "59", "check again", "think two",
                  "fifty", "99 tokens", "0.75", "fixed"):  # fmt: skip
         assert part in text
@@ -195,9 +195,9 @@ def test_the_page_shows_question_gold_both_rounds_and_verdicts():
 
 
 def test_a_response_without_the_format_is_shown_whole():
-    (text,) = Reader(page.page([item(format_ok=False)])).articles
+    (text,) = Reader(eval_page.page([item(format_ok=False)])).articles
     assert "all of it" in text
-    (text,) = Reader(page.page([item(blocks={})])).articles
+    (text,) = Reader(eval_page.page([item(blocks={})])).articles
     assert "all of it" in text
     assert "First round" not in text
 
@@ -215,13 +215,13 @@ def test_a_response_without_the_format_is_shown_whole():
     ],
 )
 def test_tags_say_what_became_of_an_item(fields, expected):
-    assert page.tags(item(**fields)) == expected
+    assert eval_page.tags(item(**fields)) == expected
 
 
 def test_a_row_scored_elsewhere_has_one_verdict():
     row = {"id": "7", "question": "Why?", "answer": "B", "response": "(B)", "correct": False}
-    assert page.tags(row) == ["wrong"]
-    (text,) = Reader(page.page([row])).articles
+    assert eval_page.tags(row) == ["wrong"]
+    (text,) = Reader(eval_page.page([row])).articles
     for part in ("Why?", "B", "(B)", "wrong"):
         assert part in text
 
@@ -232,7 +232,7 @@ def test_text_of_models_and_data_is_escaped():
     row = item(id=evil, prompt=evil, gold=evil, blocks=blocks, choices=[evil], extraction=evil,
                prediction=evil, no_answer=evil, categories={evil: [evil]}, format_ok=False,
                response=evil, benchmark=evil, mode=evil)  # fmt: skip
-    text = page.page([row], title=evil)
+    text = eval_page.page([row], title=evil)
     found = Reader(text)
     assert len(found.all("script")) == 1
     assert found.all("img") == []
@@ -245,7 +245,7 @@ def test_filters_know_the_items_by_tags_and_categories():
         item(0, categories={"level": ["1"], "subject": ["area", "angle"]}, benchmark="mathvision"),
         item(1, final=False, categories={"level": ["2"]}),
     ]
-    found = Reader(page.page(rows))
+    found = Reader(eval_page.page(rows))
     articles = found.all("article")
     assert [a["data-tags"] for a in articles] == ["right", "wrong|harmed"]
     values = [option["value"] for option in found.all("option")]
@@ -257,7 +257,7 @@ def test_filters_know_the_items_by_tags_and_categories():
     assert zero == [by_name[name] for name in names]
     assert articles[1]["data-groups"] == by_name["level: 2"]
     boxes = [i["value"] for i in found.all("input") if i.get("type") == "checkbox"]
-    assert boxes == list(page.TAGS)
+    assert boxes == list(eval_page.TAGS)
 
 
 # As much of a browser as the page's script asks for; prints which items each choice shows.
@@ -286,7 +286,7 @@ console.log(JSON.stringify([form.hidden, shown]));
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node to run JavaScript")
 def test_filters_narrow_by_kind_category_and_text():
-    script = re.search(r"<script>(.*)</script>", page.page([item()]), re.DOTALL)[1]
+    script = re.search(r"<script>(.*)</script>", eval_page.page([item()]), re.DOTALL)[1]
     items = [["right|fixed", "0|11", "A Cat"], ["wrong|harmed|truncated", "1", "a dog"],
              ["right", "1", "cats"]]  # fmt: skip
     choices = {
@@ -307,13 +307,13 @@ def test_filters_narrow_by_kind_category_and_text():
 
 
 def test_without_javascript_everything_but_the_filters_is_there():
-    found = Reader(page.page([item(0), item(1)]))
+    found = Reader(eval_page.page([item(0), item(1)]))
     assert [form["id"] for form in found.all("form") if "hidden" in form] == ["filters"]
     assert not any("hidden" in article for article in found.all("article"))
 
 
 def test_the_page_stands_alone_in_light_and_dark():
-    text = page.page([item()], lambda row: [Image.new("RGB", (4, 4))])
+    text = eval_page.page([item()], lambda row: [Image.new("RGB", (4, 4))])
     assert not re.search(r"https?://|@import|url\(", text)
     assert found_sources(text)[0].startswith("data:image/")
     assert "prefers-color-scheme: dark" in text
@@ -329,13 +329,13 @@ def test_images_are_thumbnails_of_the_items():
     noise = Image.fromarray(rng.integers(0, 255, (600, 1200, 3), np.uint8))
     line = Image.new("RGBA", (30, 20), (255, 0, 0, 255))
     pictures = {"f:0": [noise, line], "f:1": []}
-    text = page.page([item(0), item(1)], lambda row: pictures[row["origin"]])
+    text = eval_page.page([item(0), item(1)], lambda row: pictures[row["origin"]])
     first, second = found_sources(text)
     assert first.startswith("data:image/jpeg;base64,")  # a photo is smaller so
     assert second.startswith("data:image/png;base64,")
     large, small = (Image.open(io.BytesIO(base64.b64decode(s.split(",")[1]))) for s in
                     (first, second))  # fmt: skip
-    assert large.size == (page.THUMBNAIL, page.THUMBNAIL // 2)
+    assert large.size == (eval_page.THUMBNAIL, eval_page.THUMBNAIL // 2)
     assert small.size == (30, 20)
     assert small.getpixel((3, 3)) == (255, 0, 0)
 
@@ -344,7 +344,7 @@ def test_an_image_that_cannot_be_read_is_named_in_its_place():
     def broken(row):
         raise OSError("no such <file>")
 
-    found = Reader(page.page([item()], broken))
+    found = Reader(eval_page.page([item()], broken))
     assert "no image: no such <file>" in found.articles[0]
     assert "Question 0?" in found.articles[0]
 
@@ -354,7 +354,7 @@ def test_many_items_are_sampled_by_a_seed_and_keep_their_order():
 
     def shown(**settings):
         return [int(re.search(r"item-(\d+)", a)[1]) for a in
-                Reader(page.page(rows, **settings)).articles]  # fmt: skip
+                Reader(eval_page.page(rows, **settings)).articles]  # fmt: skip
 
     ten = shown(limit=10)
     assert len(set(ten)) == 10
@@ -363,7 +363,7 @@ def test_many_items_are_sampled_by_a_seed_and_keep_their_order():
     assert ten != shown(limit=10, seed=1)
     assert ten != list(range(10))
     assert shown(limit=500) == list(range(40))
-    assert "10 items, drawn at random from 40" in page.page(rows, limit=10)
+    assert "10 items, drawn at random from 40" in eval_page.page(rows, limit=10)
 
 
 # -------------------------------------------------------------------------------------- command
@@ -414,7 +414,7 @@ def test_the_command_writes_tables_numbers_and_page(tmp_path, data):
     assert "| confident | 0.900 | 100.0 | 100.0 | 40.0 |" in text
     found = json.loads((out / "report.json").read_text())["evaluations"]["validation"]
     assert found["summary"] == summary()
-    assert found["pass_at_k"] == {"1": 1.0, "2": 1.0, "4": 1.0}
+    assert found["pass@k"] == {"1": 1.0, "2": 1.0, "4": 1.0}
     assert found["stop"]["points"]["final"]["tokens"] == 99.0
     html_text = (out / "items.html").read_text()
     assert html_text.count("<article") == 5

@@ -25,6 +25,7 @@ is enough then. Exit code 3: stopped by --budget_usd, --max_items or a signal, n
 """
 
 import argparse
+import functools
 import random
 import sys
 import time
@@ -32,11 +33,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.data.files import write_text
 from srpo_jax.reflection import settings as settings_lib
 from srpo_jax.reflection import stages
 from srpo_jax.reflection.items import Items
 from srpo_jax.reflection.store import STAGES, Store
 from srpo_jax.reflection.write import account, export, tally
+from srpo_jax.report import reflection_page
 from tools.lib import cli
 
 STOPPED = 3  # exit code
@@ -89,9 +92,9 @@ def build(args: argparse.Namespace) -> int:
             store.set_meta("run", uuid.uuid4().hex)
         policy = None
         if settings.policy_hf_dir:
-            from tools.lib.reflection_policy import open_policy  # loads jax only where it is needed
+            from tools.lib.reflection_policy import SamplerPolicy  # loads jax only where needed
 
-            policy = lambda: open_policy(settings)  # noqa: E731
+            policy = functools.partial(SamplerPolicy, settings)
         run = stages.Run(store, settings, say, policy)
         names = ("attempt", "grade", "judge", "select", "reflect")
         try:
@@ -163,15 +166,13 @@ def status(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Write the page of random items."""
-    from srpo_jax.reflection.page import write_page
-    from srpo_jax.reflection.sample import items_to_show
-
     path = Path(args.out or Path(args.workdir) / "inspect.html")
     with Store(args.workdir, write=False) as store:
         settings = read_settings(store, args)
         items = Items(settings.records, settings.data_root)
-        shown = items_to_show(store, items, args.n, random.Random(settings.seed))
-        write_page(path, shown, f"Reflection data: {args.workdir}", account(store))
+        shown = reflection_page.items_to_show(store, items, args.n, random.Random(settings.seed))
+        html = reflection_page.page(shown, f"Reflection data: {args.workdir}", account(store))
+    write_text(path, html)
     print(f"{len(shown)} items: {path}")
     return 0
 

@@ -16,11 +16,9 @@ from PIL import Image
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.files import write_json, write_text
 from srpo_jax.data.records import load_image, open_records
-from srpo_jax.report import accounting, page, table
+from srpo_jax.report import accounting, eval_page, table
 from tools.lib import cli, eval_folders
 from tools.lib.eval_folders import Evaluation
-
-KS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,7 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--workdir", required=True, action="append", help="folder of an evaluation; may be repeated"
     )
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--items", type=int, default=page.LIMIT, help="on the page (%(default)s)")
+    parser.add_argument(
+        "--items", type=int, default=eval_page.LIMIT, help="on the page (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of their draw (%(default)s)")
     parser.add_argument(
         "--image_root", help="folder that image paths are relative to (default: the data file's)"
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--items must not be negative, is {args.items}")
     found = [eval_folders.read(folder) for folder in dict.fromkeys(args.workdir)]
     named = dict(zip(names(found), found, strict=True))
-    accounts = {name: account(one) for name, one in named.items()}
+    accounts = {name: accounting.accounts(one.shown) for name, one in named.items()}
     summaries = {name: one.summary for name, one in named.items()}
     report = {
         "evaluations": {
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
         for row in one.shown
     ]
     images = None if args.no_images else record_images(args.image_root)
-    html = page.page(items, images, limit=args.items, seed=args.seed)
+    html = eval_page.page(items, images, limit=args.items, seed=args.seed)
     out = Path(args.out)
     write_text(out / "report.md", markdown(summaries, accounts))
     write_json(out / "report.json", report)
@@ -81,23 +81,6 @@ def names(found: list[Evaluation]) -> list[str]:
     return [name if unique.count(name) == 1 else f"{name} {i}" for i, name in enumerate(unique, 1)]
 
 
-def account(one: Evaluation) -> dict[str, Any]:
-    """pass@k and maj@k where there are several samples, early stops where rows tell of them."""
-    rows = one.shown
-    samples: dict[str, int] = {}
-    for row in rows:
-        samples[row["origin"]] = samples.get(row["origin"], 0) + 1
-    most = min(samples.values())
-    ks = sorted({k for k in KS if k <= most} | {most})
-    out: dict[str, Any] = {}
-    if len(ks) > 1:
-        out["pass_at_k"] = accounting.pass_at_k(rows, ks)
-        out["majority_at_k"] = accounting.majority_at_k(rows, ks)
-    if all({"tokens_to_first", "first_confidence"} <= row.keys() for row in rows):
-        out["stop"] = accounting.stop_curve(rows)
-    return out
-
-
 def markdown(summaries: dict[str, Any], accounts: dict[str, Any]) -> str:
     """The report for readers."""
     parts = ["# Evaluation", table.markdown(summaries).rstrip()]
@@ -113,11 +96,11 @@ def markdown(summaries: dict[str, Any], accounts: dict[str, Any]) -> str:
 
 
 def _samples(found: dict[str, Any]) -> str:
-    if "pass_at_k" not in found:
+    if "pass@k" not in found:
         return ""
     lines = ["Several samples, final answer, %:", "", "| k | pass@k | maj@k |", "|---:|---:|---:|"]
-    for k, share in found["pass_at_k"].items():
-        lines.append(f"| {k} | {100 * share:.1f} | {100 * found['majority_at_k'][k]:.1f} |")
+    for k, share in found["pass@k"].items():
+        lines.append(f"| {k} | {100 * share:.1f} | {100 * found['maj@k'][k]:.1f} |")
     return "\n".join(lines)
 
 

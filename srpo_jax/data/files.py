@@ -79,8 +79,9 @@ class JsonlLog:
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._offsets: dict[str, int] = {}
         self._head = json.dumps({"settings": settings}).encode() + b"\n"
-        self._file: IO[bytes] | None = None  # made by the first row: a run that fails before it
-        if self.partial.exists():  # leaves nothing
+        # Made by the first row: a run that fails before it leaves nothing.
+        self._file: IO[bytes] | None = None
+        if self.partial.exists():
             self._load()
 
     @property

@@ -16,8 +16,9 @@ Measured at MAX_DISTANCE, on 1,000 images each:
 import re
 import unicodedata
 from array import array
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,9 @@ _COARSE_TOLERANCE = 3  # levels that a coarse mean of one image moves by; measur
 _BUCKET, _BUCKET_TOLERANCE = 8, 2  # levels: size of a bucket, and how far a quarter's mean moves
 _FEW = 16  # so many items of one question are compared one by one
 _CHOICES = " | "  # between the question and its choices in Print.question
+
+Key = TypeVar("Key", bound=Hashable)
+Row = TypeVar("Row", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +136,9 @@ def distances(image: int, others: list[int]) -> np.ndarray:
     cells = _cells([image, *others])
     apart = np.abs(cells[1:] - cells[0])
     grey, colour = apart[:, : _GRID**2].max(1), apart[:, _GRID**2 :].max(1)
-    neutral = (np.abs(cells[:, _GRID**2 :] - 32) <= 1).all(1)  # a copy in grey has lost its colour
-    out = np.where(neutral[0] | neutral[1:], grey, np.maximum(grey, colour)).astype(int)
+    coloured = np.abs(cells[:, _GRID**2 :] - 32).max(1) > 1
+    both = coloured[0] & coloured[1:]  # a copy in grey has lost its colour
+    out = np.where(both, np.maximum(grey, colour), grey).astype(int)
     shape = _head(image)[0]
     same_shape = np.array([abs(_head(other)[0] - shape) <= 2 for other in others])
     return np.where(same_shape, out, FAR)
@@ -214,15 +219,15 @@ def _quarters(means: bytes) -> list[int]:
     return [sum(map(sum, part)) // half**2 for part in parts]
 
 
-class Index:
+class Index(Generic[Key]):
     """Prints by question and by image; ``find`` looks at few of them.
 
     Kinds of a find: ``same``: question with choices, and every image. ``question``: the question
     alone, where it has MIN_WORDS words or one of the two has no image. ``image``: an image alone.
     """
 
-    def __init__(self):
-        self._entries: list[tuple[Hashable, Print]] = []
+    def __init__(self) -> None:
+        self._entries: list[tuple[Key, Print]] = []
         self._questions: dict[str, list[int]] = {}
         self._images = _Images()
         self._owners = array("i")  # of the images, by place: the entry
@@ -230,7 +235,7 @@ class Index:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, key: Hashable, item: Print) -> None:
+    def add(self, key: Key, item: Print) -> None:
         """File a print under a key."""
         entry = len(self._entries)
         self._entries.append((key, item))
@@ -239,7 +244,7 @@ class Index:
             self._images.add(image)
             self._owners.append(entry)
 
-    def find(self, item: Print, kinds: Iterable[str] = KINDS) -> list[tuple[Hashable, str]]:
+    def find(self, item: Print, kinds: Iterable[str] = KINDS) -> list[tuple[Key, str]]:
         """(key, kind) of every print filed that resembles ``item``, each once, first filed first.
 
         ValueError for a kind that is none of KINDS.
@@ -286,9 +291,10 @@ def _stem(item: Print) -> str:
 # -------------------------------------------------------------------------------------- uses
 
 
-def duplicates(prints: Iterable[tuple[Hashable, Print]]) -> dict[Hashable, Hashable]:
+def duplicates(prints: Iterable[tuple[Key, Print]]) -> dict[Key, Key]:
     """The key of every later copy -> the key of the first: same question, choices and images."""
-    index, out = Index(), {}
+    index: Index[Key] = Index()
+    out: dict[Key, Key] = {}
     for key, item in prints:
         first = index.find(item, ("same",))
         if first:
@@ -299,15 +305,16 @@ def duplicates(prints: Iterable[tuple[Hashable, Print]]) -> dict[Hashable, Hasha
 
 
 def contamination(
-    prints: Iterable[tuple[Hashable, Print]],
-    evaluation: dict[str, list[tuple[Hashable, Print]]],
+    prints: Iterable[tuple[Key, Print]],
+    evaluation: Mapping[str, list[tuple[Row, Print]]],
     kinds: Iterable[str] = ("same", "image"),
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Every item that stands in an evaluation file: {"key", "file", "row", "kind"}.
 
     ``evaluation``: file -> (row id, print) of its rows. ``kinds`` as in ``Index``.
     """
-    index, kinds = Index(), tuple(kinds)
+    index: Index[tuple[str, Row]] = Index()
+    kinds = tuple(kinds)
     for file, rows in evaluation.items():
         for row, item in rows:
             index.add((file, row), item)

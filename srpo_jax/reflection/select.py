@@ -25,7 +25,9 @@ class Candidate:
     wrong: int | None
 
 
-def select(store: Store, items: item_lib.Items, settings: Settings, say: Callable) -> None:
+def select(
+    store: Store, items: item_lib.Items, settings: Settings, say: Callable[[str], None]
+) -> None:
     """Decide on every item, once: chosen, in reserve, or out with a reason."""
     if store.count("SELECT EXISTS(SELECT 1 FROM results WHERE stage = 'select')"):
         return
@@ -54,7 +56,7 @@ def select(store: Store, items: item_lib.Items, settings: Settings, say: Callabl
         say(f"only {sum(quota)} of the {settings.target_size} wanted: too few candidates")
 
 
-def _removed(store: Store, settings: Settings, say: Callable) -> dict[int, str]:
+def _removed(store: Store, settings: Settings, say: Callable[[str], None]) -> dict[int, str]:
     """Duplicates and items of the evaluation files, with the audit's report on disk."""
     prints = list(item_lib.prints(store))
     out: dict[int, str] = {}

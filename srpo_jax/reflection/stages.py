@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 from srpo_jax.data import prompts as templates
 from srpo_jax.data.records import Record, RecordError
@@ -14,7 +15,7 @@ from srpo_jax.reflection.items import Items, register
 from srpo_jax.reflection.select import call_up, select
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
-from srpo_jax.remote.protocol import Endpoint, Reply
+from srpo_jax.remote.protocol import Endpoint, Reply, Request
 from srpo_jax.remote.replies import BadReply, reply_fields
 from srpo_jax.rewards.answers import extract_answer
 from srpo_jax.rewards.profiles import PAPER
@@ -31,6 +32,9 @@ NEXT_TRY = (
 )
 
 
+Try = tuple[int, int, bool, int]  # item, sample of its first attempt, whether that is right, trial
+
+
 class Incomplete(RuntimeError):
     """A stage that stopped before its end; everything that arrived is kept."""
 
@@ -44,6 +48,10 @@ class Ask:
     seed: int
 
 
+# Of an ask: its text, prompt tokens, completion tokens, whether it ended by itself.
+Sampled = tuple[str, int, int, bool]
+
+
 class LocalPolicy(Protocol):
     """A policy on this machine's devices; ``name`` goes into the data card."""
 
@@ -51,11 +59,12 @@ class LocalPolicy(Protocol):
 
     def sample(
         self, asks: list[Ask], *, prompt: str, temperature: float, max_new_tokens: int
-    ) -> list[tuple[str, int, int, bool]]:
-        """For each ask: its text, prompt tokens, completion tokens, whether it ended by itself.
+    ) -> list[Sampled]:
+        """One for each ask.
 
         A prompt that does not fit gives the text "" and no tokens.
         """
+        ...
 
 
 @dataclass
@@ -67,7 +76,7 @@ class Run:
     say: Callable[[str], None]
     policy: Callable[[], LocalPolicy] | None = None  # loaded when a stage first needs it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.items = Items(self.settings.records, self.settings.data_root)
         register(self.store, self.items, self.say)
         self._loaded: LocalPolicy | None = None
@@ -75,6 +84,8 @@ class Run:
     def local_policy(self) -> LocalPolicy:
         """The local policy, loaded once."""
         if self._loaded is None:
+            if self.policy is None:
+                raise ValueError("no local policy: give --policy_hf_dir")
             self._loaded = self.policy()
         return self._loaded
 
@@ -137,7 +148,7 @@ def attempt(run: Run) -> None:
         return
     driver = run.driver("attempt", "policy")
 
-    def build(item: int, trial: int) -> Callable:
+    def build(item: int, trial: int) -> Callable[[], Request]:
         return lambda: teach.attempt_request(run.items[item], item, trial, run.settings)
 
     tasks = (Task(item, trial, build(item, trial)) for item, trial in todo)
@@ -156,7 +167,9 @@ def _attempt_result(task: Task, reply: Reply) -> Result:
     return received(task, "attempt", reply, not reason, reason, data)
 
 
-def received(task: Task, stage: str, reply: Reply, ok: bool, reason: str, data: dict) -> Result:
+def received(
+    task: Task, stage: str, reply: Reply, ok: bool, reason: str, data: dict[str, Any]
+) -> Result:
     """A result with what its reply cost."""
     return Result(
         *(task.item, stage, ok, reason, data, task.trial),
@@ -165,65 +178,65 @@ def received(task: Task, stage: str, reply: Reply, ok: bool, reason: str, data: 
 
 
 def _attempt_locally(run: Run, todo: list[tuple[int, int]]) -> None:
-    settings = run.settings
-
-    def ask(item: int, trial: int) -> Ask:
-        seed = teach.request_seed(settings.seed, "attempt", item, trial)
-        return Ask(run.items[item], "", seed)
+    settings, policy = run.settings, run.local_policy()
 
     def result(item: int, trial: int, text: str, ended: bool) -> Result:
         # In the five-block template only the first two blocks are wanted of an attempt.
         whole = ended or (settings.attempt_prompt == "srpo" and "</answer>" in text)
         reason = "" if whole else "cut off at the token limit" if text else "prompt too long"
-        data = {"text": text, "model": run.local_policy().name}
+        data = {"text": text, "model": policy.name}
         return Result(item, "attempt", not reason, reason, data, trial)
 
-    sample_locally(run, "attempt", todo, ask, result, settings.attempt_temperature,
-                   settings.attempt_max_tokens, settings.attempt_prompt)  # fmt: skip
+    sample = partial(
+        policy.sample,
+        prompt=settings.attempt_prompt,
+        temperature=settings.attempt_temperature,
+        max_new_tokens=settings.attempt_max_tokens,
+    )
+    sample_locally(run, "attempt", todo, sample, lambda item, trial: "", result)
 
 
 def sample_locally(
     run: Run,
     stage: str,
     todo: list[tuple[int, int]],
-    ask: Callable[[int, int], Ask],
+    sample: Callable[[list[Ask]], list[Sampled]],
+    prefix: Callable[[int, int], str],
     result: Callable[[int, int, str, bool], Result],
-    temperature: float,
-    max_new_tokens: int,
-    prompt: str,
 ) -> None:
-    """Sample (item, trial) pairs batch by batch with the local policy; each batch is committed."""
-    import dataclasses
+    """Sample (item, trial) pairs batch by batch with the local policy; each batch is committed.
 
-    size = run.settings.batch_size or 8
-    if run.settings.max_items:
-        todo, cut = todo[: run.settings.max_items], len(todo) > run.settings.max_items
-    else:
-        cut = False
+    Args:
+        run: what the stage works on.
+        stage: its name.
+        todo: the pairs.
+        sample: the policy's.
+        prefix: (item, trial) -> how the answer must begin.
+        result: (item, trial, text, whether it ended by itself) -> what is stored.
+    """
+    size, most = run.settings.batch_size or 8, run.settings.max_items
+    cut = bool(most) and len(todo) > most
+    todo = todo[:most] if most else todo
     progress = Progress(stage, len(todo), 0.0, run.say)
-    policy = run.local_policy()
     for start in range(0, len(todo), size):
         part, asks, results = [], [], []
         for item, trial in todo[start : start + size]:
+            seed = teach.request_seed(run.settings.seed, stage, item, trial)
             try:
-                asks.append(ask(item, trial))
+                asks.append(Ask(run.items[item], prefix(item, trial), seed))
                 part.append((item, trial))
             except RecordError as error:
                 data = {"error": str(error)}
                 results.append(Result(item, stage, False, "unreadable record", data, trial))
-        found = policy.sample(
-            asks, prompt=prompt, temperature=temperature, max_new_tokens=max_new_tokens
-        )
-        for (item, trial), (text, before, after, ended) in zip(part, found, strict=True):
+        for (item, trial), (text, before, after, ended) in zip(part, sample(asks), strict=True):
             one = result(item, trial, text, ended)
-            one = dataclasses.replace(one, prompt_tokens=before, completion_tokens=after)
-            results.append(one)
+            results.append(replace(one, prompt_tokens=before, completion_tokens=after))
         run.store.put(*results)
         for one in results:
             progress.add(one)
         progress.tick(force=start + size >= len(todo))
     if cut:
-        raise Incomplete(f"{stage} stopped: --max_items={run.settings.max_items} is reached")
+        raise Incomplete(f"{stage} stopped: --max_items={most} is reached")
 
 
 # -------------------------------------------------------------------------------------- grade
@@ -231,31 +244,32 @@ def sample_locally(
 
 def grade(run: Run) -> None:
     """Read every attempt's reasoning and answer, and check the answer as RL does."""
-    rows = run.store.query(
-        "SELECT a.item, a.try FROM results a WHERE a.stage = 'attempt' AND a.ok AND NOT EXISTS "
-        "(SELECT 1 FROM results g WHERE g.stage = 'grade' AND g.item = a.item AND g.try = a.try) "
-        "ORDER BY a.item, a.try"
-    )
-    todo = list(rows)
+    todo = run.store.unseen("attempt", "grade")
+    progress = Progress("grade", len(todo), 0.0, run.say)
+    for results in _verified(run, todo, _grade):
+        for result in results:
+            progress.add(result)
+        progress.tick(force=progress.done == len(todo))
+
+
+def _verified(
+    run: Run,
+    todo: list[tuple[int, int]],
+    check: Callable[[Run, list[tuple[int, int]], Verifier], Iterable[Result]],
+) -> Iterator[list[Result]]:
+    """What ``check`` says of (item, trial) pairs, chunk by chunk, each stored already."""
     if not todo:
         return
-    progress = Progress("grade", len(todo), 0.0, run.say)
     with Verifier(run.settings.grading_workers, run.settings.grading_timeout) as verifier:
         for start in range(0, len(todo), GRADE_CHUNK):
-            results = _grade(run, todo[start : start + GRADE_CHUNK], verifier)
+            results = list(check(run, todo[start : start + GRADE_CHUNK], verifier))
             run.store.put(*results)
-            for result in results:
-                progress.add(result)
-            progress.tick(force=start + GRADE_CHUNK >= len(todo))
+            yield results
 
 
 def _grade(run: Run, part: list[tuple[int, int]], verifier: Verifier) -> list[Result]:
     records = [run.items[item] for item, _ in part]
-    texts = [
-        next(r.data["text"] for r in run.store.results("attempt", item) if r.trial == trial)
-        for item, trial in part
-    ]
-    blocks = [first_round(text) for text in texts]
+    blocks = [first_round(run.store.result("attempt", *pair).data["text"]) for pair in part]
     verdicts = verifier.check(
         [
             (record.answer, found[1] if found else None, record.choices)
@@ -293,18 +307,13 @@ def judge(run: Run) -> None:
     """The optional judge rates the reasoning of every usable attempt."""
     if not run.settings.judge_model:
         return
-    rows = run.store.query(
-        "SELECT g.item, g.try, g.data FROM results g WHERE g.stage = 'grade' AND g.ok AND NOT "
-        "EXISTS (SELECT 1 FROM results j WHERE j.stage = 'judge' AND j.item = g.item AND "
-        "j.try = g.try) ORDER BY g.item, g.try"
-    )
-    todo = [(item, trial) for item, trial, _ in rows]
+    todo = run.store.unseen("grade", "judge")
     if not todo:
         return
     prompts = teach.Prompts(run.settings.prompts)
 
-    def build(item: int, trial: int) -> Callable:
-        found = attempt_of(run.store, item, trial)
+    def build(item: int, trial: int) -> Callable[[], Request]:
+        found = run.store.result("grade", item, trial).data
         return lambda: teach.judge_request(run.items[item], item, found, run.settings, prompts)
 
     def handle(task: Task, reply: Reply) -> Result:
@@ -318,16 +327,6 @@ def judge(run: Run) -> None:
 
     tasks = (Task(item, trial, build(item, trial)) for item, trial in todo)
     finish(run.driver("judge", "judge").run(tasks, len(todo), handle), "judge")
-
-
-def attempt_of(store: Store, item: int, sample: int) -> dict:
-    """{"think", "answer", "correct"} of one graded attempt."""
-    return next(r.data for r in store.results("grade", item) if r.trial == sample)
-
-
-def choose(run: Run) -> None:
-    """Selection; see ``select``."""
-    select(run.store, run.items, run.settings, run.say)
 
 
 # ---------------------------------------------------------------------------- reflect and check
@@ -351,14 +350,14 @@ def reflect(run: Run) -> None:
             _reflect_remotely(run, todo)
 
 
-def _reflect_remotely(run: Run, todo: list[tuple]) -> None:
+def _reflect_remotely(run: Run, todo: list[Try]) -> None:
     settings = run.settings
     prompts = teach.Prompts(settings.prompts)
     fields = teach.FIELDS[settings.target]
 
-    def build(item: int, sample: int, correct: bool, trial: int) -> Callable:
+    def build(item: int, sample: int, correct: bool, trial: int) -> Callable[[], Request]:
         # Read here, on the database's thread; the rest is done beside the event loop.
-        found = attempt_of(run.store, item, sample)
+        found = run.store.result("grade", item, sample).data
         return lambda: teach.reflect_request(
             run.items[item], item, found, correct, trial, settings, prompts
         )
@@ -381,29 +380,30 @@ def _reflect_remotely(run: Run, todo: list[tuple]) -> None:
     finish(driver.run(tasks, len(todo), handle), "reflect")
 
 
-def _reflect_locally(run: Run, todo: list[tuple]) -> None:
+def _reflect_locally(run: Run, todo: list[Try]) -> None:
     """The local policy goes on from its own first attempt: reflection, second think and answer."""
     samples = {(item, trial): sample for item, sample, _, trial in todo}
+    settings, policy = run.settings, run.local_policy()
 
     def prefix(item: int, trial: int) -> str:
-        found = attempt_of(run.store, item, samples[item, trial])
+        found = run.store.result("grade", item, samples[item, trial]).data
         return templates.review_prefix(found["think"], found["answer"])
-
-    def ask(item: int, trial: int) -> Ask:
-        seed = teach.request_seed(run.settings.seed, "reflect", item, trial)
-        return Ask(run.items[item], prefix(item, trial), seed)
 
     def result(item: int, trial: int, text: str, ended: bool) -> Result:
         fields = second_round(prefix(item, trial) + text) if ended else None
         reason = "" if fields else "not the template" if ended else "cut off at the token limit"
-        data = {"model": run.local_policy().name, **(fields or {"text": text[:20_000]})}
+        data = {"model": policy.name, **(fields or {"text": text[:20_000]})}
         return Result(item, "reflect", not reason, reason, data, trial)
 
     # Paper and RL sample at 1.0; at the attempt's 0.2 every try would say the same.
-    temperature = run.settings.teacher_temperature
-    sample_locally(run, "reflect", list(samples), ask, result,
-                   1.0 if temperature < 0 else temperature,
-                   run.settings.teacher_max_tokens, "srpo")  # fmt: skip
+    temperature = settings.teacher_temperature
+    sample = partial(
+        policy.sample,
+        prompt="srpo",
+        temperature=1.0 if temperature < 0 else temperature,
+        max_new_tokens=settings.teacher_max_tokens,
+    )
+    sample_locally(run, "reflect", list(samples), sample, prefix, result)
 
 
 def second_round(text: str) -> dict[str, str] | None:
@@ -419,21 +419,12 @@ def second_round(text: str) -> dict[str, str] | None:
 
 def verify(run: Run) -> None:
     """Check every reply that has not been checked."""
-    rows = run.store.query(
-        "SELECT r.item, r.try FROM results r WHERE r.stage = 'reflect' AND r.ok AND NOT EXISTS "
-        "(SELECT 1 FROM results c WHERE c.stage = 'check' AND c.item = r.item AND c.try = r.try) "
-        "ORDER BY r.item, r.try"
-    )
-    todo = list(rows)
+    todo = run.store.unseen("reflect", "check")
     if not todo:
         return
-    count, reasons = token_counter(run.settings.tokenizer), Counter()
-    with Verifier(run.settings.grading_workers, run.settings.grading_timeout) as verifier:
-        for start in range(0, len(todo), GRADE_CHUNK):
-            part = todo[start : start + GRADE_CHUNK]
-            results = list(_verify(run, part, verifier, count))
-            run.store.put(*results)
-            reasons.update(result.reason or "accepted" for result in results)
+    check, reasons = partial(_verify, count=token_counter(run.settings.tokenizer)), Counter()
+    for results in _verified(run, todo, check):
+        reasons.update(result.reason or "accepted" for result in results)
     found = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
     run.say(f"check {len(todo)}: {found}")
 
@@ -441,10 +432,7 @@ def verify(run: Run) -> None:
 def _verify(
     run: Run, part: list[tuple[int, int]], verifier: Verifier, count: Callable[[str], int]
 ) -> Iterator[Result]:
-    replies = [
-        next(r for r in run.store.results("reflect", item) if r.trial == trial)
-        for item, trial in part
-    ]
+    replies = [run.store.result("reflect", *pair) for pair in part]
     records = [run.items[item] for item, _ in part]
     answers = [reply.data.get("second_answer") for reply in replies]
     # A paper target has no second answer of its own: the gold stands there.
@@ -455,8 +443,7 @@ def _verify(
     for (item, trial), reply, record, right in zip(
         part, replies, records, verifier.check(items), strict=True
     ):
-        chosen = run.store.results("select", item)[0].data
-        first = attempt_of(run.store, item, chosen["sample"])
+        first = run.store.first_attempt(item).data
         reason = accept.reply_problem(record, first, reply.data, right, run.settings, count)
         yield Result(item, "check", reason is None, reason or "", {"right": right}, trial)
 
@@ -475,7 +462,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "attempt": attempt,
     "grade": grade,
     "judge": judge,
-    "select": choose,
+    "select": lambda run: select(run.store, run.items, run.settings, run.say),
     "reflect": reflect,
     "check": verify,
 }

@@ -100,7 +100,7 @@ class Store:
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     # ------------------------------------------------------------------------------- facts
@@ -167,6 +167,23 @@ class Store:
             for trial, ok, reason, data, p, c, cost in rows
         ]
 
+    def result(self, stage: str, item: int, trial: int = 0) -> Result:
+        """One try of one item in one stage, which must be there."""
+        return next(r for r in self.results(stage, item) if r.trial == trial)
+
+    def first_attempt(self, item: int) -> Result:
+        """The graded attempt {"think", "answer", "correct"} with which an item was selected."""
+        return self.result("grade", item, self.result("select", item).data["sample"])
+
+    def unseen(self, stage: str, after: str) -> list[tuple[int, int]]:
+        """(item, try) of the usable results of a stage that have no result of the one after it."""
+        rows = self.db.execute(
+            "SELECT item, try FROM results a WHERE stage = ? AND ok AND NOT EXISTS (SELECT 1 FROM "
+            "results b WHERE b.stage = ? AND b.item = a.item AND b.try = a.try) ORDER BY item, try",
+            (stage, after),
+        )
+        return list(rows)
+
     def keys(self, stage: str) -> set[tuple[int, int]]:
         """(item, try) of every result of a stage."""
         return set(self.db.execute("SELECT item, try FROM results WHERE stage = ?", (stage,)))
@@ -213,5 +230,5 @@ class _Transaction:
     def __enter__(self) -> None:
         self.db.execute("BEGIN IMMEDIATE")
 
-    def __exit__(self, kind, *rest) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.db.execute("ROLLBACK" if kind else "COMMIT")

@@ -17,7 +17,7 @@ from srpo_jax.data.records import Record, write_array_record
 from srpo_jax.reflection import teach
 from srpo_jax.reflection.items import Items
 from srpo_jax.reflection.settings import Settings
-from srpo_jax.reflection.stages import attempt_of, token_counter
+from srpo_jax.reflection.stages import token_counter
 from srpo_jax.reflection.store import STAGES, Store
 
 SPLITS = ("train", "validation")
@@ -27,7 +27,9 @@ ACCEPTED = (
 )
 
 
-def export(store: Store, items: Items, settings: Settings, out: Path, say: Callable) -> dict:
+def export(
+    store: Store, items: Items, settings: Settings, out: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Write everything accepted so far to ``out`` and return the data card.
 
     ``out`` holds images/, <target>_<split>.jsonl and .array_record for the targets that can be
@@ -71,10 +73,9 @@ def _accepted(
     """Record, reflection fields and image files of every accepted item."""
     for item, trial in list(store.query(ACCEPTED)):
         record = items[item]
-        chosen = store.results("select", item)[0].data
-        first = attempt_of(store, item, chosen["sample"])
-        reply = next(r.data for r in store.results("reflect", item) if r.trial == trial)
-        tried = next(r.data for r in store.results("attempt", item) if r.trial == chosen["sample"])
+        attempt = store.first_attempt(item)
+        first, reply = attempt.data, store.result("reflect", item, trial).data
+        tried = store.result("attempt", item, attempt.trial).data
         fields = {
             "first_think": first["think"],
             "first_answer": first["answer"],
@@ -91,7 +92,9 @@ def _accepted(
         yield record, fields, [copy_image(ref, out / "images") for ref in record.images]
 
 
-def row_of(record: Record, fields: dict[str, Any], images: list[str], target: str) -> dict:
+def row_of(
+    record: Record, fields: dict[str, Any], images: list[str], target: str
+) -> dict[str, Any]:
     """One line of a data set; the paper's target has one think, and the gold as second answer."""
     row = {
         "id": fields["id"],
@@ -132,13 +135,13 @@ def split_of(record: Record, validation_share: float, seed: int) -> str:
 
 
 def _image_bytes(ref: ImageRef) -> bytes:
-    return ref.data if ref.data is not None else Path(resolve_path(ref)).read_bytes()
+    return Path(resolve_path(ref)).read_bytes() if ref.data is None else ref.data
 
 
 def _array_record(out: Path, target: str, split: str) -> None:
     """The same rows with the image bytes inside."""
 
-    def rows() -> Iterator[dict]:
+    def rows() -> Iterator[dict[str, Any]]:
         with open(out / f"{target}_{split}.jsonl", encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)

@@ -6,6 +6,7 @@ Rates are shares of 1, lengths are in tokens.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -17,13 +18,31 @@ from srpo_jax.rewards.answers import MAX_ANSWER_CHARS, choice_indices, extract_a
 from srpo_jax.rewards.quantities import parse_quantity, same_quantity
 
 Row = dict[str, Any]
+Vote = tuple[str, Any]  # what is read in an answer, and the reading
 
 CONFIDENT = 0.9  # fixed beforehand: a threshold chosen on the rows it is judged on flatters itself
 CURVE_QUANTILES = tuple(i / 10 for i in range(11))
 BOOTSTRAP = 10_000
 _SHOWN = 3  # problems named in an error
 
-__all__ = ["CONFIDENT", "majority_at_k", "paired", "pass_at_k", "stop_curve"]
+__all__ = ["CONFIDENT", "accounts", "majority_at_k", "paired", "pass_at_k", "stop_curve"]
+
+
+def accounts(rows: Sequence[Row]) -> dict[str, Any]:
+    """What rows tell beyond rates: "pass@k" and "maj@k" by k (as text), and "stop" (`stop_curve`).
+
+    k: powers of two up to the samples of each problem, and all of them; without several samples
+    there are neither, and no "stop" where rows do not tell of their first answer's end.
+    """
+    most = min(Counter(row["origin"] for row in rows).values())
+    found: dict[str, Any] = {}
+    if all({"tokens_to_first", "first_confidence"} <= row.keys() for row in rows):
+        found["stop"] = stop_curve(rows)
+    if most > 1:
+        ks = sorted({2**i for i in range(most.bit_length())} | {most})
+        found["pass@k"] = {str(k): share for k, share in pass_at_k(rows, ks).items()}
+        found["maj@k"] = {str(k): share for k, share in majority_at_k(rows, ks).items()}
+    return found
 
 
 # ------------------------------------------------------------------------------ several samples
@@ -69,20 +88,21 @@ def majority_at_k(rows: Sequence[Row], ks: Sequence[int]) -> dict[int, float]:
 
 
 def _majority(rows: Sequence[Row]) -> bool:
-    camps: list[list[Row]] = []  # the first row of each says what all of them answer
+    camps: list[tuple[Vote, list[Row]]] = []  # each with what its first row answers
     for row in rows:
-        answer = _vote(row)
-        if answer is None:
+        vote = _vote(row)
+        if vote is None:
             continue
-        camp = next((camp for camp in camps if _same(_vote(camp[0]), answer)), None)
-        if camp is None:
-            camps.append([row])
+        own = next((own for other, own in camps if _same(other, vote)), None)
+        if own is None:
+            camps.append((vote, [row]))
         else:
-            camp.append(row)
-    return bool(max(camps, key=len)[0]["final_correct"]) if camps else False
+            own.append(row)
+    most = max((own for _, own in camps), key=len, default=None)
+    return bool(most and most[0]["final_correct"])
 
 
-def _vote(row: Row) -> tuple[str, Any] | None:
+def _vote(row: Row) -> Vote | None:
     """What a sample votes for: an option, a quantity or a text; None without an answer."""
     answer = row["final_answer"]
     if answer is None or not answer.strip():
@@ -102,7 +122,7 @@ def _vote(row: Row) -> tuple[str, Any] | None:
     return "text", "".join((text.casefold() if words else text).split())
 
 
-def _same(a: tuple[str, Any], b: tuple[str, Any]) -> bool:
+def _same(a: Vote, b: Vote) -> bool:
     if a[0] != b[0]:
         return False
     return same_quantity(a[1], b[1]) if a[0] == "quantity" else a[1] == b[1]

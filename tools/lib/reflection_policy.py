@@ -76,8 +76,3 @@ class SamplerPolicy:
         text_ids = ids[:-1] if ids and ids[-1] in processor.eos_ids else ids
         text = processor.tokenizer.decode(text_ids, skip_special_tokens=False)
         return text, prompt_tokens, length, bool(np.asarray(rollout.finished[place, 0]))
-
-
-def open_policy(settings: Settings) -> SamplerPolicy:
-    """Load the policy that the settings name."""
-    return SamplerPolicy(settings)

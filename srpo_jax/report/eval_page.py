@@ -1,19 +1,12 @@
-"""One HTML page of evaluated items: image, question, gold, both rounds, verdicts; filterable.
+"""One HTML page of evaluated items: image, question, gold, both rounds, verdicts; filterable."""
 
-The page holds everything it shows and asks no other host for anything; without JavaScript it is a
-list to read. All text of models and data is escaped.
-"""
-
-import base64
-import io
 import random
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
+
+from srpo_jax.report.html import problem, render
 
 Item = dict[str, Any]
 Images = Callable[[Item], Iterable[Image.Image]]
@@ -25,7 +18,14 @@ ROUNDS = (
     ("", "Reflection", (("reflection", "reflection"),)),
     ("final", "Second round", (("think", "second_think"), ("answer", "second_answer"))),
 )
-TAGS = ("right", "wrong", "fixed", "harmed", "no answer", "truncated")
+TAGS = {  # -> kind of badge
+    "right": "good",
+    "wrong": "bad",
+    "fixed": "good",
+    "harmed": "bad",
+    "no answer": "mixed",
+    "truncated": "mixed",
+}
 
 
 def page(
@@ -52,14 +52,14 @@ def page(
     chosen = sorted(random.Random(seed).sample(range(len(items)), min(limit, len(items))))
     groups: dict[str, int] = {}
     shown = [_view(items[index], images, groups) for index in chosen]
-    counts = {tag: sum(tag in item["tags"] for item in shown) for tag in TAGS}
-    return _template().render(
+    counts = {tag: sum((tag, TAGS[tag]) in item["badges"] for item in shown) for tag in TAGS}
+    return render(
+        "eval_page.html.jinja",
         title=title,
         items=shown,
         total=len(items),
         counts=counts,
         groups=sorted(groups.items()),
-        rounds=ROUNDS,
     )
 
 
@@ -81,27 +81,8 @@ def tags(item: Item) -> list[str]:
     return out
 
 
-def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> str:
-    """An image of at most ``side`` pixels as a data URL: PNG, or JPEG where that is smaller."""
-    small = image.convert("RGB")
-    small.thumbnail((side, side))
-    texts = []
-    for form, options in (("PNG", {}), ("JPEG", {"quality": 80})):
-        buffer = io.BytesIO()
-        small.save(buffer, form, **options)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        texts.append(f"data:image/{form.lower()};base64,{data}")
-    return min(texts, key=len)
-
-
 def _view(item: Item, images: Images | None, groups: dict[str, int]) -> Item:
     """What the template shows of an item; new categories are numbered in ``groups``."""
-    pictures, fault = [], None
-    if images is not None:
-        try:
-            pictures = [(thumbnail(image), image.size) for image in images(item)]
-        except (ValueError, OSError) as error:
-            fault = str(error)
     names = [f"{key}: {item[key]}" for key in ("evaluation", "benchmark") if item.get(key)]
     for table, members in (item.get("categories") or {}).items():
         names += [f"{table}: {member}" for member in members]
@@ -109,20 +90,27 @@ def _view(item: Item, images: Images | None, groups: dict[str, int]) -> Item:
     # A response that the blocks do not cover must be seen as a whole.
     whole = not blocks or not item.get("format_ok", True)
     final = item["final_correct"] if "final_correct" in item else item.get("correct")
-    return {
-        "id": str(item.get("id", "")),
-        "sample": item.get("sample") or 0,
-        "tags": tags(item),
-        "categories": names,
-        "groups": [groups.setdefault(name, len(groups)) for name in names],
-        "images": pictures,
-        "image_fault": fault,
-        "question": _first(item, "prompt", "question", "problem"),
-        "choices": list(item.get("choices") or ()),
-        "gold": _first(item, "gold", "answer"),
-        "blocks": blocks,
+    verdicts = {"first": item.get("first_correct"), "final": final}
+    rounds = [
+        (heading, verdicts.get(key), [(kind, blocks.get(name)) for kind, name in parts])
+        for key, heading, parts in ROUNDS
+    ]
+    sample = f", sample {item['sample']}" if item.get("sample") else ""
+    own = tags(item)
+    numbers = [str(groups.setdefault(name, len(groups))) for name in names]
+    return problem(
+        _first(item, "prompt", "question", "problem"),
+        item.get("choices") or (),
+        _first(item, "gold", "answer"),
+        lambda: images(item) if images else (),
+        THUMBNAIL,
+    ) | {
+        "name": f"{item.get('id', '')}{sample}",
+        "note": "; ".join(names),
+        "badges": [(tag, TAGS[tag]) for tag in own],
+        "data": {"data-tags": "|".join(own), "data-groups": "|".join(numbers)},
+        "rounds": rounds if blocks else [],
         "response": item.get("response") if whole else None,
-        "verdicts": {"first": item.get("first_correct"), "final": final},
         "extraction": item.get("extraction"),
         "prediction": item.get("prediction"),
         "scored": "extraction" in item,
@@ -135,15 +123,3 @@ def _view(item: Item, images: Images | None, groups: dict[str, int]) -> Item:
 
 def _first(item: Item, *names: str) -> str:
     return next((str(item[name]) for name in names if item.get(name) is not None), "")
-
-
-@lru_cache(maxsize=1)
-def _template():
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja")
