@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from srpo_jax.benchmarks.common import Row, RowError, choices, each, option_text
-from srpo_jax.report.rates import interval
 from srpo_jax.remote.replies import BadReply
+from srpo_jax.report.rates import interval
 from srpo_jax.rewards.answers import boxed, decide
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.template import Completion, parse_response

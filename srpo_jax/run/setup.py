@@ -328,7 +328,9 @@ def export(params: Params, parts: Parts, config: Any) -> None:
     """Write the Hugging Face directory, in the dtype that hf_dir's config.json names."""
     described = json.loads((Path(config.hf_dir) / "config.json").read_text())
     dtype = described.get("dtype") or described.get("torch_dtype")
-    hf.save_hf(params, parts.model, config.export_hf_dir, config.hf_dir, dtype=dtype)
+    hf.save_hf(
+        params, parts.model, config.export_hf_dir, config.hf_dir, dtype=dtype, agree=agree_maximum
+    )
 
 
 # --- command line ------------------------------------------------------------------------------
