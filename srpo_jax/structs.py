@@ -14,14 +14,17 @@ leading axis is sharded over the mesh axes ``data`` x ``fsdp``. Indices inside a
 ``shard * micro_batches + i`` is micro-batch ``i`` of that shard.
 """
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import flax.struct
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
-Params = dict[str, Array]  # "text/layers/attn/q/kernel" -> array; see model/qwen2_5_vl.py
+# What the fields of a struct are: numpy arrays on the host, jax arrays on devices and in traced
+# functions; in a layout what stands for them (ShapeDtypeStruct, PartitionSpec, NamedSharding).
+Leaf = TypeVar("Leaf", covariant=True)
+Array = jax.Array | np.ndarray  # what functions take that work on either
+Params = dict[str, jax.Array]  # "text/layers/attn/q/kernel" -> array; see model/qwen2_5_vl.py
 
 
 class RunError(RuntimeError):
@@ -33,94 +36,94 @@ BLOCKS = ("first_think", "first_answer", "reflection", "second_think", "second_a
 
 
 @flax.struct.dataclass
-class VisionInputs:
+class VisionInputs(Generic[Leaf]):
     """All images of each row, as the traced program sees them: budgets only, never ``grid_thw``.
 
     Windows have W = (window_size / patch_size)**2 slots; each window is padded to W on its own, so
     that windowed attention is a reshape to [N/W, W].
     """
 
-    patches: Array  # [M, N, 1176] float32 normalised pixels, zeros in padding
-    patch_hw: Array  # [M, N, 2] int32 row and column of the patch in its frame
-    window_valid: Array  # [M, N/W, W] bool, False in padding
-    frame_id: Array  # [M, N] int32 segment of each image frame inside the row, -1 in padding
-    merge_src: Array  # [M, N/4] int32: raster merged token j stands at merge_src[j] in window order
+    patches: Leaf  # [M, N, 1176] float32 normalised pixels, zeros in padding
+    patch_hw: Leaf  # [M, N, 2] int32 row and column of the patch in its frame
+    window_valid: Leaf  # [M, N/W, W] bool, False in padding
+    frame_id: Leaf  # [M, N] int32 segment of each image frame inside the row, -1 in padding
+    merge_src: Leaf  # [M, N/4] int32: raster merged token j stands at merge_src[j] in window order
 
 
 @flax.struct.dataclass
-class Batch:
+class Batch(Generic[Leaf]):
     """Prompts (RL, evaluation) or whole conversations (SFT, log-probs), right-padded.
 
     ``segment_ids`` is 0 in padding; 1, 2, ... number the samples packed into one sequence (a prompt
     is always the single segment 1).
     """
 
-    tokens: Array  # [B, T] int32
-    segment_ids: Array  # [B, T] int32
-    mrope: Array  # [B, 3, T] int32 temporal, height, width position
-    vision_src: Array  # [B, T] int32 index into the row's merged tokens (raster order), or -1
-    lengths: Array  # [B] int32 number of tokens that are not padding
-    next_pos: Array  # [B] int32 position of the first token after the sequence, on all three axes
-    loss_mask: Array  # [B, T] float32: weight of predicting tokens[:, t] (0 for t == 0); SFT
-    valid: Array  # [B] bool, False for filler sequences of an incomplete batch
-    vision: VisionInputs | None = None
+    tokens: Leaf  # [B, T] int32
+    segment_ids: Leaf  # [B, T] int32
+    mrope: Leaf  # [B, 3, T] int32 temporal, height, width position
+    vision_src: Leaf  # [B, T] int32 index into the row's merged tokens (raster order), or -1
+    lengths: Leaf  # [B] int32 number of tokens that are not padding
+    next_pos: Leaf  # [B] int32 position of the first token after the sequence, on all three axes
+    loss_mask: Leaf  # [B, T] float32: weight of predicting tokens[:, t] (0 for t == 0); SFT
+    valid: Leaf  # [B] bool, False for filler sequences of an incomplete batch
+    vision: VisionInputs[Leaf] | None = None
 
 
 @flax.struct.dataclass
-class Rollout:
+class Rollout(Generic[Leaf]):
     """What the sampler returns; token ids go to the update untouched."""
 
-    completions: Array  # [P, G, R] int32, pad id after the end
-    completion_mask: Array  # [P, G, R] bool, True up to and including EOS
-    finished: Array  # [P, G] bool, False where the budget R cut the sample off
-    sample_logp: Array  # [P, G, R] float32 of the distribution really sampled from
-    policy_logp: Array  # [P, G, R] float32 untruncated (no top-k/p/min-p), with temperature
+    completions: Leaf  # [P, G, R] int32, pad id after the end
+    completion_mask: Leaf  # [P, G, R] bool, True up to and including EOS
+    finished: Leaf  # [P, G] bool, False where the budget R cut the sample off
+    sample_logp: Leaf  # [P, G, R] float32 of the distribution really sampled from
+    policy_logp: Leaf  # [P, G, R] float32 untruncated (no top-k/p/min-p), with temperature
 
 
 @flax.struct.dataclass
-class Verdict:
+class Verdict(Generic[Leaf]):
     """What grading found in each completion; the only thing that reaches the reward code."""
 
-    first_correct: Array  # [P, G] bool, the first answer block equals the gold
-    final_correct: Array  # [P, G] bool, the last answer block equals the gold
-    has_first: Array  # [P, G] bool, at least one closed answer block
-    has_second: Array  # [P, G] bool, the blocks that the second round needs (profile's rule)
-    format_ok: Array  # [P, G] bool, the template holds (profile's rule)
-    reflection_ok: Array  # [P, G] bool, I_ref's condition
-    first_tokens: Array  # [P, G] int32 length of the first response (think 1 + answer 1), no tags
-    total_tokens: Array  # [P, G] int32 whole completion with tags, without EOS
-    block_tokens: Array  # [P, G, 5] int32 tokens of each block in BLOCKS, 0 where missing
+    first_correct: Leaf  # [P, G] bool, the first answer block equals the gold
+    final_correct: Leaf  # [P, G] bool, the last answer block equals the gold
+    has_first: Leaf  # [P, G] bool, at least one closed answer block
+    has_second: Leaf  # [P, G] bool, the blocks that the second round needs (profile's rule)
+    format_ok: Leaf  # [P, G] bool, the template holds (profile's rule)
+    reflection_ok: Leaf  # [P, G] bool, I_ref's condition
+    first_tokens: Leaf  # [P, G] int32 length of the first response (think 1 + answer 1), no tags
+    total_tokens: Leaf  # [P, G] int32 whole completion with tags, without EOS
+    block_tokens: Leaf  # [P, G, 5] int32 tokens of each block in BLOCKS, 0 where missing
 
 
 @flax.struct.dataclass
-class Experience:
+class Experience(Generic[Leaf]):
     """What an update learns from: P prompts, their P * G completions, and what was found in them.
 
     On the host it holds this process's part as numpy arrays; the jitted steps take global arrays,
     all with the same sharding.
     """
 
-    batch: Batch  # fillers have ``valid`` False; without pixels where features are given
-    rollout: Rollout
-    verdict: Verdict
+    batch: Batch[Leaf]  # fillers have ``valid`` False; without pixels where features are given
+    rollout: Rollout[Leaf]
+    verdict: Verdict[Leaf]
     # [M, N/4, D] from ``encode_step``; None: images are encoded inside the loss, which is required
     # when the tower trains.
-    features: Array | None = None
+    features: Leaf | None = None
     # [P, G, R] from ``logp_step``; None: this is the only update of the rollout, and the policy
     # itself is the old one.
-    old_logp: Array | None = None
-    ref_logp: Array | None = None  # [P, G, R] of the reference; None when kl_coef is 0
+    old_logp: Leaf | None = None
+    ref_logp: Leaf | None = None  # [P, G, R] of the reference; None when kl_coef is 0
     # [P] float32. A group of weight 0 is left out of the loss and of its normaliser, as if it were
     # not in the batch (dynamic sampling); other weights scale it. None: all 1.
-    weight: Array | None = None
+    weight: Leaf | None = None
 
 
 @flax.struct.dataclass
-class TrainState:
+class TrainState(Generic[Leaf]):
     """Everything the jitted step owns. ``frozen`` parameters have no optimizer state."""
 
-    step: Array  # [] int32 optimizer updates done (skipped ones not counted)
-    params: Params
-    frozen: Params
+    step: Leaf  # [] int32 optimizer updates done (skipped ones not counted)
+    params: dict[str, Leaf]
+    frozen: dict[str, Leaf]
     opt_state: Any
-    skipped: Array  # [] int32 updates left out because the gradient was not finite
+    skipped: Leaf  # [] int32 updates left out because the gradient was not finite

@@ -49,7 +49,7 @@ def test_the_7b_recipe_compiles_and_fits_eight_devices(recipe, programs, topolog
 
 ATTENTION = """
 import jax, jax.numpy as jnp
-from srpo_jax.model.attention import attention
+from srpo_jax.model.attention import Mask, attention
 from srpo_jax.model.sharding import make_mesh, batch_sharding
 from tools.lib.topologies import describe
 
@@ -57,8 +57,7 @@ mesh = make_mesh(1, 4, 2, devices=describe("{topology}").devices)
 def array(shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 def loss(q, k, v, q_segments, kv_segments):
-    out = attention(q, k, v, q_segments_BT=q_segments, kv_segments_BS=kv_segments, causal=True,
-                    q_offset=256, impl="auto")
+    out = attention(q, k, v, Mask(q_segments, kv_segments, q_offset=256))
     return out.astype(jnp.float32).sum()
 args = (array((8, 512, 8, 128)), array((8, 768, 2, 128)), array((8, 768, 2, 128)),
         array((8, 512), jnp.int32), array((8, 768), jnp.int32))

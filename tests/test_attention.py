@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 from srpo_jax.model import attention as attention_lib
-from srpo_jax.model.attention import attention, choose_impl, decode_attention
+from srpo_jax.model.attention import Mask, attention, choose_impl, decode_attention
 
 
 def draw(seed, B=2, T=6, S=6, H=4, K=2, E=8, dtype=np.float32):
@@ -46,9 +46,7 @@ def segments_of(*rows):
 def test_dense_attention_equals_loops(causal):
     q, k, v = draw(0)
     segments = segments_of([1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1])
-    out = attention(
-        q, k, v, q_segments_BT=segments, kv_segments_BS=segments, causal=causal, impl="xla"
-    )
+    out = attention(q, k, v, Mask(segments, segments, causal), "xla")
     np.testing.assert_allclose(out, naive(q, k, v, segments, segments, causal), atol=1e-6)
 
 
@@ -56,16 +54,7 @@ def test_query_offset_counts_keys_before_the_first_query():
     q, k, v = draw(1, T=3, S=7, H=3, K=3)
     q_segments = segments_of([1, 1, -1], [1, 1, 1])
     kv_segments = segments_of([1, 1, 0, 0, 1, 1, -1], [1, 1, 1, 1, 1, 1, 1])
-    out = attention(
-        q,
-        k,
-        v,
-        q_segments_BT=q_segments,
-        kv_segments_BS=kv_segments,
-        causal=True,
-        q_offset=4,
-        impl="xla",
-    )
+    out = attention(q, k, v, Mask(q_segments, kv_segments, q_offset=4), "xla")
     np.testing.assert_allclose(out, naive(q, k, v, q_segments, kv_segments, True, 4), atol=1e-6)
 
 
@@ -74,16 +63,7 @@ def loss_and_grads(impl, q, k, v, q_segments, kv_segments, causal, q_offset, wei
     weight = jax.random.normal(jax.random.key(9), q.shape) if weight is None else weight
 
     def loss(q, k, v):
-        out = attention(
-            q,
-            k,
-            v,
-            q_segments_BT=q_segments,
-            kv_segments_BS=kv_segments,
-            causal=causal,
-            q_offset=q_offset,
-            impl=impl,
-        )
+        out = attention(q, k, v, Mask(q_segments, kv_segments, causal, q_offset), impl)
         return jnp.sum(out * weight), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -111,10 +91,7 @@ def test_memory_grows_with_length_not_with_its_square(monkeypatch):
         segments = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
         def loss(q, segments):
-            out = attention(
-                q, q, q, q_segments_BT=segments, kv_segments_BS=segments, causal=True, impl="xla"
-            )
-            return jnp.sum(out)
+            return jnp.sum(attention(q, q, q, Mask(segments, segments), "xla"))
 
         return jax.jit(jax.grad(loss)).lower(q, segments).compile().memory_analysis()
 
@@ -144,9 +121,9 @@ def test_softmax_of_large_logits_is_float32_in_bfloat16():
     """Logits near 40: in bfloat16 they would be off by 0.1, and their weights by a tenth."""
     q, k, v = draw(11, T=20, S=20, dtype=jnp.bfloat16)
     ones = jnp.ones((2, 20), jnp.int32)
-    args = dict(q_segments_BT=ones, kv_segments_BS=ones, causal=False, impl="xla")
-    half = attention(q * 16, k, v, **args)
-    exact = attention(*(x.astype(jnp.float32) for x in (q * 16, k, v)), **args)
+    args = (Mask(ones, ones, causal=False), "xla")
+    half = attention(q * 16, k, v, *args)
+    exact = attention(*(x.astype(jnp.float32) for x in (q * 16, k, v)), *args)
     np.testing.assert_allclose(np.asarray(half, np.float32), exact, atol=0.015)
 
 
@@ -210,7 +187,7 @@ def test_cudnn_refuses_what_it_cannot_compute():
     q, k, v = draw(8)
     ones = jnp.ones((2, 6), jnp.int32)
     with pytest.raises(ValueError, match="float32.*attention=xla"):
-        attention(q, k, v, q_segments_BT=ones, kv_segments_BS=ones, causal=True, impl="cudnn")
+        attention(q, k, v, Mask(ones, ones), "cudnn")
 
 
 def test_auto_is_the_best_of_the_platform(monkeypatch):

@@ -17,10 +17,11 @@ import json, sys
 import jax, numpy as np
 port, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, index)
-from srpo_jax import sharding
-from srpo_jax.model import hf
+from jax.experimental import multihost_utils
+from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.run.setup import agree_maximum
 
 cfg = load_config(f"{folder}/hf")
 # fsdp across the processes, so that a process holds half of what is divided.
@@ -42,10 +43,11 @@ def counting_open(path, mode="r", *args, **kwargs):
     return real_open(path, mode, *args, **kwargs)
 import builtins
 builtins.open = counting_open
-hf.save_hf(params, cfg, f"{folder}/out", f"{folder}/hf", max_shard_bytes=100_000)
+out = f"{folder}/out"
+hf.save_hf(params, cfg, out, f"{folder}/hf", max_shard_bytes=100_000, agree=agree_maximum)
 builtins.open = real_open
 try:
-    hf.save_hf(params, cfg, f"{folder}/hf", f"{folder}/hf")
+    hf.save_hf(params, cfg, f"{folder}/hf", f"{folder}/hf", agree=agree_maximum)
     refused = "no"
 except ValueError as error:
     refused = str(error)
@@ -53,7 +55,7 @@ except ValueError as error:
 shards = sharding.process_shards(mesh)
 local = np.array([[10 * s + 1, 10 * s + 2] for s in shards], np.int32)
 rows = sharding.to_global({"x": local}, mesh)["x"]
-whole = sharding.to_host({"x": rows})["x"]
+whole = multihost_utils.process_allgather(rows, tiled=True)
 report = dict(read=sum(r.nbytes for r in read), held=held, opened=len(opened), refused=refused,
               total=sum(p.nbytes for p in params.values()), shards=shards, rows=whole.tolist())
 with open(f"{folder}/report-{index}.json", "w") as file:

@@ -26,7 +26,7 @@ from model_helpers import (
 )
 
 from srpo_jax.model import qwen2_5_vl
-from srpo_jax.model.attention import attention
+from srpo_jax.model.attention import Mask, attention
 from srpo_jax.model.layers import RMSNorm, SwiGLU, rotate, text_mrope
 from srpo_jax.model.qwen2_5_vl import abstract_params, bind, init_params
 from srpo_jax.model.sharding import batch_sharding, make_mesh, param_specs
@@ -247,18 +247,20 @@ def test_scanned_layers_equal_a_loop_over_layers():
 
     @jax.jit
     def scan(params, batch):
-        args = (batch.tokens, batch.mrope, batch.segment_ids)
-        return bind(CFG, params).hidden(*args, return_layers=True)
+        model = bind(CFG, params)
+        x = model.embed(batch.tokens)
+        x, layers = model.text.run(x, batch.mrope, batch.segment_ids, lambda x, k, v: x)
+        return model.text.norm(x), layers
 
     @jax.jit
     def loop(params, batch):
         model = bind(CFG, params)
         x, rope, outputs = model.embed(batch.tokens), model.text.rope(batch.mrope), []
-        segments = dict(q_segments_BT=batch.segment_ids, kv_segments_BS=batch.segment_ids)
+        mask = Mask(batch.segment_ids, batch.segment_ids)
         for i in range(CFG.text.num_hidden_layers):
             layer = jax.tree.map(lambda p, i=i: p[i], model.text.layers)
             q, k, v = layer.qkv(x, rope)
-            x = layer.finish(x, attention(q, k, v, causal=True, impl="xla", **segments))
+            x = layer.finish(x, attention(q, k, v, mask, "xla"))
             outputs.append(x)
         return model.text.norm(x), jnp.stack(outputs)
 
@@ -319,7 +321,7 @@ def test_norms_and_rotations_stay_float32_inside_bfloat16():
     x = 3 * jax.random.normal(jax.random.key(6), (4, 64), jnp.bfloat16)
     exact = np.asarray(x, np.float32)
     exact = exact / np.sqrt(np.mean(exact**2, axis=-1, keepdims=True) + 1e-6)
-    norm = RMSNorm(64, eps=1e-6, dtype="bfloat16", param_dtype="float32")
+    norm = RMSNorm(64, 1e-6, replace(CFG, dtype="bfloat16"))
     np.testing.assert_allclose(np.asarray(norm(x), np.float32), exact, rtol=2**-8)
     # Position 4,001 is not a bfloat16 number.
     cos, _ = text_mrope(jnp.full((1, 3, 1), 4001), 8, 16.0, (1, 1, 2), "bfloat16")
@@ -413,10 +415,10 @@ def test_rotation_turns_pairs_half_a_head_apart():
 
 
 def test_norm_and_mlp_by_hand():
-    norm = RMSNorm(2, eps=0.5, dtype="float32", param_dtype="float32")
+    norm = RMSNorm(2, 0.5, CFG)
     norm.scale[...] = jnp.asarray([1.0, 10])
     close(norm(jnp.asarray([[1.0, 2]])), np.array([[1, 20]]) / np.sqrt(2.5 + 0.5), 1e-6)
-    mlp = SwiGLU(1, 1, bias=True, std=0.0, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    mlp = SwiGLU(1, 1, CFG, bias=True, rngs=nnx.Rngs(0))
     mlp.gate.kernel[...], mlp.up.kernel[...], mlp.down.kernel[...] = ([[2.0]], [[3.0]], [[5.0]])
     mlp.down.bias[...] = jnp.asarray([7.0])
     sigmoid = 1 / (1 + np.exp(-2.0))

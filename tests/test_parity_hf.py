@@ -43,9 +43,11 @@ def loaded(request, tmp_path_factory):
 
     def forward(params, text, vision):
         ours = bind(cfg, params)
-        features, blocks = ours.encode_images(vision, return_blocks=True)
-        h, layers = ours.hidden(*text, features, return_layers=True)
-        return ours.logits(h), layers, blocks
+        features, blocks = ours.vision(vision, keep_blocks=True)
+        tokens, mrope, segments, vision_src = text
+        x = ours.embed(tokens, vision_src, features)
+        x, layers = ours.text.run(x, mrope, segments, lambda x, k, v: x)
+        return ours.logits(ours.text.norm(x)), layers, blocks
 
     return model, cfg, hf.load_params(folder, cfg), jax.jit(forward)
 

@@ -360,7 +360,7 @@ def test_log_probs_equal_those_of_the_training_pass(params, rows, change):
     sampler = make_sampler(**change)
     starts = []
     collect = sampler.collect
-    sampler.collect = lambda *args: (starts.append(np.asarray(args[1].start)), collect(*args))[1]
+    sampler.collect = lambda *args: (starts.append(np.asarray(args[1][0].start)), collect(*args))[1]
     out = run(sampler, params, batch, features, rows=rows)
     if rows > 1:
         assert len({int(s) % 8 for s in np.concatenate(starts)}) > 1  # the ring did turn
@@ -488,7 +488,9 @@ def test_programs_lower_from_shapes_and_decode_moves_no_cache_weights_or_logits(
     abstract = {
         k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=specs[k]) for k, v in abstract.items()
     }
-    lowered = sampler.lower(abstract, prompts=32, prompt_tokens=S, rows=16, merged_tokens=N4)
+    args = sampler.abstract_args(abstract, prompts=32, prompt_tokens=S, rows=16, merged_tokens=N4)
+    with jax.set_mesh(sampler.mesh):
+        lowered = {name: getattr(sampler, name).lower(*values) for name, values in args.items()}
     assert set(lowered) == {"prefill", "decode_segment", "collect"}
     compiled = lowered["decode_segment"].compile()
     # Both sample caches are updated in place: layers, slots, columns, kv heads, width, per device.

@@ -19,7 +19,7 @@ from model_helpers import (
     replace,
 )
 
-from srpo_jax.model.attention import attention
+from srpo_jax.model.attention import Mask, attention
 from srpo_jax.model.layers import vision_rope
 from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.model.vision import full_block_pattern, window_attention
@@ -69,9 +69,7 @@ def test_windows_by_reshape_equal_a_dense_window_mask():
         return jnp.sum(jnp.sin(out)), out
 
     def by_mask(q, k, v):
-        out = attention(
-            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, causal=False, impl="xla"
-        )
+        out = attention(q, k, v, Mask(segments, segments, causal=False), "xla")
         out = jnp.where(valid[..., None, None], out, 0)
         return jnp.sum(jnp.sin(out)), out
 
@@ -94,7 +92,7 @@ def test_scanned_blocks_equal_a_loop_over_blocks(full):
     cfg = replace(CFG, vision=dict(fullatt_block_indexes=full))
     vision = make_rows([make_images(14, (1, 6, 10))], patches=7 * W)
     model = bind(cfg, random_params(cfg))
-    _, blocks = jax.jit(lambda v: model.encode_images(v, return_blocks=True))(vision)
+    _, blocks = jax.jit(lambda v: model.vision(v, keep_blocks=True))(vision)
 
     @jax.jit
     def loop(vision):

@@ -35,7 +35,7 @@ def token_logps(
     chunk: int = 128,
     count: jax.Array | None = None,
     entropy_grad: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:  # eight: three arrays, and switches that are each off by default
     """Log-probability of each target and entropy of each position, without a [B, T, V] array.
 
     A scan over chunks of the time axis (the batch axis may be sharded, the time axis is not) whose
@@ -64,12 +64,12 @@ def token_logps(
     targets_NBC = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, n, c).swapaxes(0, 1)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def compute(h_BCD, targets_BC):
+    def compute(h_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = _chunk_logits(h_BCD, head_DV, temperature, forbidden_ids)
         logp, entropy = _logp_and_entropy(logits, targets_BC)
         return logp, entropy if entropy_grad else jax.lax.stop_gradient(entropy)
 
-    def leave_out(h_BCD, targets_BC):
+    def leave_out(h_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         nothing_BC = (targets_BC * 0).astype(jnp.float32)  # divided over devices as results are
         return nothing_BC, nothing_BC
 
@@ -83,7 +83,9 @@ def token_logps(
     return join(logp_NBC), join(entropy_NBC)
 
 
-def _chunk_logits(h_BCD, head_DV, temperature: float, forbidden_ids: tuple[int, ...]) -> jax.Array:
+def _chunk_logits(
+    h_BCD: jax.Array, head_DV: jax.Array, temperature: float, forbidden_ids: tuple[int, ...]
+) -> jax.Array:
     """float32 logits [B, C, V] of one chunk, divided by the temperature, forbidden ids cut out."""
     logits = jnp.einsum(
         "bcd,dv->bcv", h_BCD, head_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32

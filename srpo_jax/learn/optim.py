@@ -1,14 +1,15 @@
 """The optimizer: AdamW with warm-up, cosine decay and clipping; freezing; non-finite gradients."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from srpo_jax.structs import Params, TrainState
+from srpo_jax.structs import Leaf, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +29,18 @@ class OptimConfig:
     moment_dtype: str = "float32"  # of the first moment; the second is always float32
 
 
+Schedule = Callable[[ArrayLike], jax.Array]  # number of the update, from 0 -> learning rate
+
+
 class Optimizer(NamedTuple):
     """An optax transformation with its learning-rate schedule, which the metrics report."""
 
     init: Callable[[Params], Any]
-    update: Callable[..., tuple[Params, Any]]
-    schedule: Callable[[jax.Array], jax.Array]
+    update: optax.TransformUpdateExtraArgsFn
+    schedule: Schedule
 
 
-def make_schedule(cfg: OptimConfig, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+def make_schedule(cfg: OptimConfig, total_steps: int) -> Schedule:
     """Learning rate of update number ``count`` (from 0): linear warm-up, then cosine or constant.
 
     With W warm-up steps update ``W - 1`` is the first at the peak (update 0 is not wasted on a rate
@@ -50,7 +54,7 @@ def make_schedule(cfg: OptimConfig, total_steps: int) -> Callable[[jax.Array], j
     if cfg.schedule not in ("cosine", "constant"):
         raise ValueError(f"schedule must be cosine or constant, not {cfg.schedule!r}")
 
-    def schedule(count):
+    def schedule(count: ArrayLike) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
         ramp = jnp.minimum(1.0, (count + 1.0) / max(1, warmup))
         if cfg.schedule == "constant":
@@ -79,7 +83,7 @@ def make_optimizer(cfg: OptimConfig, total_steps: int) -> Optimizer:
     parts.append(optax.scale_by_learning_rate(schedule))
     chain = optax.chain(*parts)
 
-    def init(params: Params):
+    def init(params: Params) -> Any:
         # optax sizes the moments after the parameters: show it float32 ones.
         return chain.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
 
@@ -91,7 +95,9 @@ def decay_mask(params: Params) -> dict[str, bool]:
     return {path: path.rsplit("/", 1)[-1] in ("kernel", "embedding") for path in params}
 
 
-def split_frozen(params: Params, freeze: tuple[str, ...] = ("vision/",)) -> tuple[Params, Params]:
+def split_frozen(
+    params: Mapping[str, Leaf], freeze: tuple[str, ...] = ("vision/",)
+) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """Split by path prefix into (trained, frozen); works on arrays, shapes and shardings alike.
 
     Frozen parameters stay outside of the function that is differentiated and outside of the
@@ -114,8 +120,8 @@ def trains_vision(params: Params, freeze: tuple[str, ...]) -> bool:
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, optimizer: Optimizer
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    state: TrainState[jax.Array], grads: Params, optimizer: Optimizer
+) -> tuple[TrainState[jax.Array], dict[str, jax.Array]]:
     """One update, or none at all if the gradient is not finite.
 
     A skipped update leaves parameters, moments, schedule and ``step`` as they were and adds 1 to
@@ -129,7 +135,8 @@ def apply_gradients(
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-    new_state = state.replace(
+    new_state = dataclasses.replace(
+        state,
         step=state.step + finite.astype(jnp.int32),
         params=jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),

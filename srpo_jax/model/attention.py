@@ -1,10 +1,10 @@
 """One attention function with named implementations, and the decode step's own attention.
 
 ``attention`` is what training, scoring and prefill use: "xla" runs everywhere, "cudnn" on GPUs,
-"splash" on TPUs. A pair of query and key is visible when their segments are equal and, if causal,
-the key does not stand after the query. Padding has a segment of its own: it sees only itself.
+"splash" on TPUs. Padding has a segment of its own: it sees only itself.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -25,30 +25,31 @@ LANES = 128  # splash attention wants lengths and head widths in multiples of th
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Who sees whom: query t sees key s iff their segments are equal and, if ``causal``,
+    s <= t + q_offset."""
+
+    q_segments_BT: jax.Array
+    kv_segments_BS: jax.Array
+    causal: bool = True
+    q_offset: int = 0  # where the first query stands among the keys
+
+
 def attention(
-    q_BTHE: jax.Array,
-    k_BSKE: jax.Array,
-    v_BSKE: jax.Array,
-    *,
-    q_segments_BT: jax.Array,
-    kv_segments_BS: jax.Array,
-    causal: bool,
-    q_offset: int = 0,
-    impl: str = "auto",
+    q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask: Mask, impl: str = "auto"
 ) -> jax.Array:
     """Grouped-query attention -> [B, T, H, E] in the dtype of ``q``; softmax in float32.
 
-    Query t sees key s iff their segments are equal and (not causal or s <= t + q_offset).
     Query head h uses key/value head h // (H / K). Raises ValueError where ``impl`` cannot run.
     """
-    segments = (q_segments_BT, kv_segments_BS)
     impl = choose_impl(impl, q_BTHE)
     if impl == "xla":
-        return _xla(q_BTHE, k_BSKE, v_BSKE, *segments, causal, q_offset)
+        return _xla(q_BTHE, k_BSKE, v_BSKE, mask)
     if impl == "cudnn":
-        return _cudnn(q_BTHE, k_BSKE, v_BSKE, *segments, causal, q_offset)
+        return _cudnn(q_BTHE, k_BSKE, v_BSKE, mask)
     if impl == "splash":
-        return _splash(q_BTHE, k_BSKE, v_BSKE, *segments, causal, q_offset)
+        return _splash(q_BTHE, k_BSKE, v_BSKE, mask)
     raise ValueError(f"attention: {impl!r} is not one of auto, xla, cudnn, splash")
 
 
@@ -118,31 +119,31 @@ def _visible(
     return visible
 
 
-def _xla(q_BTHE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, causal, q_offset) -> jax.Array:
+def _xla(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask: Mask) -> jax.Array:
     """Plain JAX; in chunks of queries, each recomputed in the backward pass, if T x S is big."""
     B, T, H, E = q_BTHE.shape
     S, K = k_BSKE.shape[1:3]
 
-    def attend(q_BCHE, segments_BC, index_C):
+    def attend(q_BCHE: jax.Array, segments_BC: jax.Array, index_C: jax.Array) -> jax.Array:
         C = q_BCHE.shape[1]
         q_BCKNE = q_BCHE.reshape(B, C, K, H // K, E)
         logits = jnp.einsum(
             "btkne,bske->bknts", q_BCKNE, k_BSKE, preferred_element_type=jnp.float32
         )
-        visible = _visible(segments_BC, kv_segments_BS, causal, index_C)
+        visible = _visible(segments_BC, mask.kv_segments_BS, mask.causal, index_C)
         weights = _softmax(logits * E**-0.5, visible[:, None, None]).astype(v_BSKE.dtype)
         return jnp.einsum("bknts,bske->btkne", weights, v_BSKE).reshape(B, C, H, E)
 
-    index_T = jnp.arange(T) + q_offset
+    index_T = jnp.arange(T) + mask.q_offset
     chunk = _chunk_size(T, S * math.prod(local_shape((B, H), "batch", "tensor")))
     if chunk >= T:
-        return attend(q_BTHE, q_segments_BT, index_T)
+        return attend(q_BTHE, mask.q_segments_BT, index_T)
     chunks = -(-T // chunk)
     pad = chunks * chunk - T
     q = jnp.pad(q_BTHE, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    segments = jnp.pad(q_segments_BT, ((0, 0), (0, pad)), mode="edge")
+    segments = jnp.pad(mask.q_segments_BT, ((0, 0), (0, pad)), mode="edge")
     split = lambda x: jnp.moveaxis(x.reshape(B, chunks, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
-    index = (jnp.arange(chunks * chunk) + q_offset).reshape(chunks, chunk)
+    index = (jnp.arange(chunks * chunk) + mask.q_offset).reshape(chunks, chunk)
     out = jax.lax.map(
         jax.checkpoint(lambda args: attend(*args), prevent_cse=False),
         (split(q), split(segments), index),
@@ -166,7 +167,7 @@ def _cudnn_refusal(q_BTHE: jax.Array) -> str | None:
     return None
 
 
-def _cudnn(q_BTHE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, causal, q_offset) -> jax.Array:
+def _cudnn(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask: Mask) -> jax.Array:
     """cuDNN's fused attention with a mask [B, 1, T, S]; the logits never exist."""
     refusal = _cudnn_refusal(q_BTHE)
     if refusal:
@@ -175,14 +176,15 @@ def _cudnn(q_BTHE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, causal, q_offs
     # Its backward pass wants even lengths. A key of padding is seen by nobody; a query of padding
     # repeats the last segment, so that it sees something.
     q, k, v = (_pad_to(x, 2, (1,)) for x in (q_BTHE, k_BSKE, v_BSKE))
-    q_segments = jnp.pad(q_segments_BT, ((0, 0), (0, T % 2)), mode="edge")
-    kv_segments = _pad_to(kv_segments_BS.astype(jnp.int32), 2, (1,), UNUSED_SEGMENT)
-    visible = _visible(q_segments, kv_segments, causal, jnp.arange(q.shape[1]) + q_offset)
+    q_segments = jnp.pad(mask.q_segments_BT, ((0, 0), (0, T % 2)), mode="edge")
+    kv_segments = _pad_to(mask.kv_segments_BS.astype(jnp.int32), 2, (1,), UNUSED_SEGMENT)
+    index = jnp.arange(q.shape[1]) + mask.q_offset
+    visible = _visible(q_segments, kv_segments, mask.causal, index)
     out = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="cudnn")
     return out[:, :T]
 
 
-def _splash(q_BTHE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, causal, q_offset) -> jax.Array:
+def _splash(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask: Mask) -> jax.Array:
     """TPU splash attention, on each device's own sequences and heads; interpreted elsewhere."""
     T, E = q_BTHE.shape[1], q_BTHE.shape[3]
     q_BTHE = q_BTHE * jnp.asarray(E**-0.5, q_BTHE.dtype)
@@ -190,12 +192,11 @@ def _splash(q_BTHE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, causal, q_off
     q, k, v = (_pad_to(x, LANES, (1, 3)) for x in (q_BTHE, k_BSKE, v_BSKE))
     q_segments, kv_segments = (
         _pad_to(s.astype(jnp.int32), LANES, (1,), UNUSED_SEGMENT)
-        for s in (q_segments_BT, kv_segments_BS)
+        for s in (mask.q_segments_BT, mask.kv_segments_BS)
     )
-    interpret = target_platform() != "tpu"
 
     def local(q, k, v, q_segments, kv_segments):
-        kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[1], causal, q_offset, interpret)
+        kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[1], mask)
         by_head = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
         ids = splash.SegmentIds(q_segments, kv_segments)
         return by_head(jax.vmap(kernel)(by_head(q), by_head(k), by_head(v), ids))
@@ -213,11 +214,12 @@ def _splash(q_BTHE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, causal, q_off
     return local(q, k, v, q_segments, kv_segments)[:, :T, :, :E]
 
 
-def _splash_kernel(heads: int, T: int, S: int, causal: bool, q_offset: int, interpret: bool):
+def _splash_kernel(heads: int, T: int, S: int, mask: Mask) -> splash.SplashAttentionKernel:
     """The kernel for these lengths; its block mask is computed on the host at trace time."""
-    mask = (
-        splash_mask.CausalMask((T, S), offset=q_offset) if causal else splash_mask.FullMask((T, S))
-    )
+    if mask.causal:
+        block_mask = splash_mask.CausalMask((T, S), offset=mask.q_offset)
+    else:
+        block_mask = splash_mask.FullMask((T, S))
     block_q, block_kv = (next(b for b in (512, 256, LANES) if n % b == 0) for n in (T, S))
     blocks = splash.BlockSizes(
         block_q=block_q,
@@ -228,15 +230,17 @@ def _splash_kernel(heads: int, T: int, S: int, causal: bool, q_offset: int, inte
         block_kv_dq=block_kv,
     )
     return splash.make_splash_mha(
-        splash_mask.MultiHeadMask([mask] * heads),
+        splash_mask.MultiHeadMask([block_mask] * heads),
         block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,
-        interpret=interpret,
+        interpret=target_platform() != "tpu",
     )
 
 
-def _repeat_kv_for_mesh(q_BTHE, k_BSKE, v_BSKE) -> tuple[jax.Array, jax.Array]:
+def _repeat_kv_for_mesh(
+    q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Repeats key/value heads just enough for each tensor shard of query heads to hold its own."""
     mesh = jax.sharding.get_abstract_mesh()
     H, K = q_BTHE.shape[2], k_BSKE.shape[2]

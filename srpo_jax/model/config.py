@@ -143,17 +143,14 @@ class ModelConfig:
         if "qwen2_5_vl" not in str(hf.get("model_type", "")):
             raise ValueError(f"config.json: model_type: {hf.get('model_type')!r} is not qwen2_5_vl")
         vision = hf.get("vision_config")
-        _require(isinstance(vision, dict), "config.json: vision_config: missing or not a table")
+        if not isinstance(vision, dict):
+            raise ValueError("config.json: vision_config: missing or not a table")
         nested = hf.get("text_config")
         text = nested if isinstance(nested, dict) else hf
         tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
-        token_ids = {k: _integer(hf, k) for k in _TOKEN_IDS if k in hf}
-        fields = dict(
-            vision=_vision_from_hf(vision),
-            text=_text_from_hf(text),
-            tie_word_embeddings=bool(tied),
-            **token_ids,
-        )
+        fields: dict[str, Any] = {k: _integer(hf, k) for k in _TOKEN_IDS if k in hf}
+        fields |= {"vision": _vision_from_hf(vision), "text": _text_from_hf(text)}
+        fields["tie_word_embeddings"] = bool(tied)
         unknown = sorted(set(overrides) - {f.name for f in dataclasses.fields(cls)})
         _require(not unknown, f"unknown model configuration keys: {', '.join(unknown)}")
         return cls(**(fields | overrides))

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
 from srpo_jax.data.files import whole
@@ -307,7 +306,12 @@ def _place(leaf: HFLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
             read[key] = leaf[index]
         return read[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, slice_of)
+    # jax's type lets the index be None, which it is for devices of other processes only.
+    return jax.make_array_from_callback(
+        leaf.shape,
+        sharding,
+        slice_of,  # pyright: ignore[reportArgumentType]
+    )
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -322,7 +326,8 @@ def save_hf(
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
-) -> None:
+    agree: Callable[[int], int] | None = None,
+) -> None:  # eight: one model, where it goes, and four switches that are each off by default
     """Write a directory that transformers and vLLM load, in the released layout.
 
     Collective: with several processes all call it, and the first one writes. At no time is more
@@ -338,10 +343,15 @@ def save_hf(
         dtype: dtype to write; None keeps that of each parameter.
         max_shard_bytes: size at which a new safetensors file is begun.
         progress: called after each tensor.
+        agree: maximum of an integer over all processes; needed where there are several.
 
     Raises:
         HFError: parameters, reference and ``cfg`` are not the same model, or out_dir is not empty.
     """
+    if agree is None:
+        if jax.process_count() > 1:
+            raise ValueError("save_hf on several processes needs agree")
+        agree = int
     out_dir, reference_dir = Path(out_dir).resolve(), Path(reference_dir)
     _check_params(params, cfg, reference_dir)
     dtypes = {k: np.dtype(p.dtype if dtype is None else dtype) for k, p in params.items()}
@@ -351,11 +361,11 @@ def save_hf(
     files = hf_write.plan(hf_tensors(cfg), dtypes, max_shard_bytes)
     writes = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        partial = _together(lambda: stack.enter_context(_new_folder(out_dir)) if writes else None)
+        partial = _begin(lambda: stack.enter_context(_new_folder(out_dir)), writes, agree)
         hf_write.write_files(files, params, dtypes, partial, progress)
         if partial:
             hf_write.copy_reference(reference_dir, partial, set(dtypes.values()))
-    _together(lambda: None)
+    agree(0)  # nobody goes on before all is written
 
 
 @contextlib.contextmanager
@@ -370,20 +380,18 @@ def _new_folder(out_dir: Path) -> Iterator[Path]:
         yield partial
 
 
-def _together(act: Callable[[], Path | None]) -> Path | None:
-    """What ``act`` returns; if it fails on one process, no other waits for it forever."""
-    found = error = None
+def _begin(make: Callable[[], Path], writes: bool, agree: Callable[[int], int]) -> Path | None:
+    """What ``make`` returns where this process writes; if it fails, no process waits for it."""
+    made = error = None
     try:
-        found = act()
+        made = make() if writes else None
     except (OSError, HFError) as caught:
         error = caught
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.int32(error is not None))
-        if np.any(failed) and error is None:
-            raise HFError("the process that writes could not begin; its error tells why")
+    if agree(int(error is not None)) and error is None:
+        raise HFError("the process that writes could not begin; its error tells why")
     if error is not None:
         raise error
-    return found
+    return made
 
 
 def _check_params(params: Mapping[str, Any], cfg: ModelConfig, reference_dir: Path) -> None:

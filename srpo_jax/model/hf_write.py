@@ -67,7 +67,7 @@ def write_files(
                     if out:
                         data = np.empty(block.shape, dtypes[tensor.row.path])
                         assign(data, block)
-                        out.write(data.reshape(-1).view(np.uint8))
+                        out.write(data.reshape(-1).view(np.uint8).data)
                 done += sizes[tensor.name]
                 if progress:
                     progress(tensor.name, done, total)
@@ -131,7 +131,9 @@ def _host_reader(leaf: Any) -> Callable[[Index], np.ndarray]:
 @functools.lru_cache(maxsize=64)
 def _slicer(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
     """Slice of an array that lies as ``sharding`` says, replicated."""
-    whole = NamedSharding(sharding.mesh, PartitionSpec()) if hasattr(sharding, "mesh") else None
+    whole = None
+    if isinstance(sharding, NamedSharding):
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
     return jax.jit(
         lambda x, starts, sizes: jax.lax.dynamic_slice(x, starts, sizes),
         static_argnums=2,

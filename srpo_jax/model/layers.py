@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from srpo_jax.model.config import ModelConfig
+
 BATCH_AXES = ("data", "fsdp")
+Rope = tuple[jax.Array, jax.Array]  # cosine and sine, [..., E]
+Args = ParamSpec("Args")
+Out = TypeVar("Out")
 
 
 def partition_spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec | None:
@@ -43,7 +49,7 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
-def remat(body: Callable, policy: str) -> Callable:
+def remat(body: Callable[Args, Out], policy: str) -> Callable[Args, Out]:
     """Recomputes ``body`` in the backward pass: "none" never, "dots" all but matrix products."""
     if policy == "none":
         return body
@@ -59,18 +65,15 @@ class Linear(nnx.Module):
         self,
         inputs: tuple[int, ...],
         outputs: tuple[int, ...],
+        cfg: ModelConfig,
         *,
         bias: bool,
-        std: float,
-        dtype: str,
-        param_dtype: str,
         rngs: nnx.Rngs,
     ):
-        shape = (*inputs, *outputs)
-        self.kernel = nnx.Param(_normal(rngs, shape, std, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, param_dtype)) if bias else None
+        self.kernel = nnx.Param(_normal(rngs, (*inputs, *outputs), cfg))
+        self.bias = nnx.Param(jnp.zeros(outputs, cfg.param_dtype)) if bias else None
         self.num_inputs = len(inputs)
-        self.dtype = dtype
+        self.dtype = cfg.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
@@ -84,18 +87,10 @@ class Linear(nnx.Module):
 class Embed(nnx.Module):
     """Token embedding table [V, D]."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        width: int,
-        *,
-        std: float,
-        dtype: str,
-        param_dtype: str,
-        rngs: nnx.Rngs,
-    ):
-        self.embedding = nnx.Param(_normal(rngs, (vocab_size, width), std, param_dtype))
-        self.dtype = dtype
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        shape = (cfg.text.vocab_size, cfg.text.hidden_size)
+        self.embedding = nnx.Param(_normal(rngs, shape, cfg))
+        self.dtype = cfg.dtype
 
     def __call__(self, tokens: jax.Array, divided: bool = False) -> jax.Array:
         """[...] -> [..., D]. ``divided``: the table's width lies over fsdp, as in training.
@@ -115,10 +110,10 @@ class Embed(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm with float32 statistics, as HF's ``Qwen2_5_VLRMSNorm``."""
 
-    def __init__(self, width: int, *, eps: float, dtype: str, param_dtype: str):
-        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+    def __init__(self, width: int, eps: float, cfg: ModelConfig):
+        self.scale = nnx.Param(jnp.ones((width,), cfg.param_dtype))
         self.eps = eps
-        self.dtype = dtype
+        self.dtype = cfg.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
@@ -130,17 +125,17 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """``down(silu(gate(x)) * up(x))``; with biases in the vision tower, without in the decoder."""
 
-    def __init__(self, width: int, mlp: int, *, bias: bool, rngs: nnx.Rngs, **linear):
-        self.gate = Linear((width,), (mlp,), bias=bias, rngs=rngs, **linear)
-        self.up = Linear((width,), (mlp,), bias=bias, rngs=rngs, **linear)
-        self.down = Linear((mlp,), (width,), bias=bias, rngs=rngs, **linear)
+    def __init__(self, width: int, mlp: int, cfg: ModelConfig, *, bias: bool, rngs: nnx.Rngs):
+        self.gate = Linear((width,), (mlp,), cfg, bias=bias, rngs=rngs)
+        self.up = Linear((width,), (mlp,), cfg, bias=bias, rngs=rngs)
+        self.down = Linear((mlp,), (width,), cfg, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = jax.nn.silu(self.gate(x)) * self.up(x)
         return self.down(shard(x, "batch", *(None,) * (x.ndim - 2), "tensor"))
 
 
-def vision_rope(patch_hw: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def vision_rope(patch_hw: jax.Array, head_dim: int, theta: float) -> Rope:
     """Cosine and sine [..., E], float32, of patch rows and columns [..., 2].
 
     Rows turn the first quarter of the head, columns the second, and both repeat in the other half
@@ -154,7 +149,7 @@ def vision_rope(patch_hw: jax.Array, head_dim: int, theta: float) -> tuple[jax.A
 
 def text_mrope(
     mrope_B3T: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...], dtype: str
-) -> tuple[jax.Array, jax.Array]:
+) -> Rope:
     """Cosine and sine [B, T, E] in ``dtype`` (computed in float32) of multimodal positions.
 
     Part i of ``sections`` of the half head takes its position from axis i mod 3: temporal, height,
@@ -180,14 +175,15 @@ def rotate(x_BTHE: jax.Array, cos_BTE: jax.Array, sin_BTE: jax.Array) -> jax.Arr
 
 def _mesh_axes(mesh: AbstractMesh, size: int, axis: str | None) -> tuple[str, ...] | None:
     """Mesh axes over which a dim of ``size`` lies; None where it stays whole."""
-    names = BATCH_AXES if axis == "batch" else (axis,)
-    names = tuple(n for n in names if n in mesh.axis_names)
+    wanted = BATCH_AXES if axis == "batch" else (axis,)
+    names = tuple(n for n in wanted if n is not None and n in mesh.axis_names)
     parts = math.prod(mesh.shape[n] for n in names)
     return names if parts > 1 and size % parts == 0 else None
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> jax.Array:
-    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], cfg: ModelConfig) -> jax.Array:
+    values = jax.random.normal(rngs.params(), shape, jnp.float32)
+    return (cfg.text.initializer_range * values).astype(cfg.param_dtype)
 
 
 def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
@@ -201,6 +197,6 @@ def _angles(positions: jax.Array, freqs: np.ndarray) -> jax.Array:
     return positions[..., None].astype(jnp.float32) * freqs
 
 
-def _cos_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cos_sin(angles: jax.Array) -> Rope:
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)

@@ -28,16 +28,13 @@ class Qwen2_5_VL(nnx.Module):
         self.text = TextModel(cfg, rngs=rngs)
         self.cfg = cfg
 
-    def encode_images(
-        self, vision: VisionInputs, return_blocks: bool = False
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    def encode_images(self, vision: VisionInputs[jax.Array]) -> jax.Array:
         """Images of M rows -> features [M, N/4, D], merged tokens in raster order.
 
-        With ``return_blocks`` also the hidden states after each block, [L, M, N, width], in window
-        order. Slots of padding hold finite values without meaning.
+        Slots of padding hold finite values without meaning.
         """
-        features_MND, blocks_LMND = self.vision(vision, return_blocks)
-        return (features_MND, blocks_LMND) if return_blocks else features_MND
+        features_MND, _ = self.vision(vision)
+        return features_MND
 
     def hidden(
         self,
@@ -46,18 +43,14 @@ class Qwen2_5_VL(nnx.Module):
         segment_ids_BT: jax.Array,
         vision_src_BT: jax.Array | None = None,
         features_MND: jax.Array | None = None,
-        return_layers: bool = False,
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    ) -> jax.Array:
         """Final hidden states [B, T, D], norm applied; ``h[:, t]`` predicts token t + 1.
 
         Tokens attend causally by index inside their segment. ``features_MND`` None: text only.
-        With ``return_layers`` also the residual stream after each layer, [L, B, T, D].
         """
         x = self.embed(tokens_BT, vision_src_BT, features_MND, divided=True)
-        keep = "layers" if return_layers else ""
-        x, layers_LBTD = self.text.run(x, mrope_B3T, segment_ids_BT, keep)
-        h_BTD = self.text.norm(x)
-        return (h_BTD, layers_LBTD) if return_layers else h_BTD
+        x, _ = self.text.run(x, mrope_B3T, segment_ids_BT, lambda x, k, v: None)
+        return self.text.norm(x)
 
     def prefill(
         self,
@@ -69,12 +62,14 @@ class Qwen2_5_VL(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """-> (hidden state [P, D] at each prompt's last token, keys and values [L, P, K, S, E])."""
         x = self.embed(tokens_PS, vision_src_PS, features_MND)
-        x, (k_LPKSE, v_LPKSE) = self.text.run(x, mrope_P3S, segment_ids_PS, "cache")
+        x, (k_LPKSE, v_LPKSE) = self.text.run(
+            x, mrope_P3S, segment_ids_PS, lambda x, k, v: (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        )
         return self.text.norm(_last_token(x, segment_ids_PS)), k_LPKSE, v_LPKSE
 
     def completion_hidden(
         self,
-        batch: Batch,
+        batch: Batch[jax.Array],
         features_MND: jax.Array | None,
         completions_PGR: jax.Array,
         completion_mask_PGR: jax.Array,
@@ -145,6 +140,8 @@ class Qwen2_5_VL(nnx.Module):
         """
         x_BTD = shard(self.text.embed(tokens_BT, divided), "batch", None, None)
         if features_MND is not None:
+            if vision_src_BT is None:
+                raise ValueError("features_MND without vision_src_BT: their places are not known")
             x_BTD = _place_features(x_BTD, vision_src_BT, features_MND)
         return shard(x_BTD, "batch", None, None)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from srpo_jax.structs import Array
@@ -238,19 +238,7 @@ def to_global(tree: Any, mesh: Mesh) -> Any:
             start = each * place[(index[0].start or 0) // max(each, 1)]
             return leaf[start : start + each]
 
-        return jax.make_array_from_callback(shape, sharding, rows)
+        # jax's type lets the index be None, which it is for devices of other processes only.
+        return jax.make_array_from_callback(shape, sharding, rows)  # pyright: ignore[reportArgumentType]
 
     return jax.tree.map(put, tree)
-
-
-def to_host(tree: Any) -> Any:
-    """Global arrays -> numpy arrays with all rows, on every process (collective)."""
-
-    def fetch(leaf: Any) -> np.ndarray:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            return np.asarray(leaf)
-        if leaf.is_fully_replicated:
-            return np.asarray(leaf.addressable_data(0))
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-
-    return jax.tree.map(fetch, tree)

@@ -5,43 +5,53 @@ values and one way to finish; the four passes (full, prompt with cache, shared p
 completions, one decode step) differ only in what the queries attend to.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srpo_jax.model.attention import attention, decode_attention
+from srpo_jax.model.attention import Mask, attention, decode_attention
 from srpo_jax.model.config import ModelConfig
-from srpo_jax.model.layers import Embed, Linear, RMSNorm, SwiGLU, remat, rotate, shard, text_mrope
+from srpo_jax.model.layers import (
+    Embed,
+    Linear,
+    RMSNorm,
+    Rope,
+    SwiGLU,
+    remat,
+    rotate,
+    shard,
+    text_mrope,
+)
 
-Rope = tuple[jax.Array, jax.Array]  # cosine and sine, [B, T, E]
 Cache = tuple[jax.Array, jax.Array]  # keys and values with the layers leading
+Kept = TypeVar("Kept")
 
 
 class Attention(nnx.Module):
     """Projections of one layer's attention; q, k and v have biases, o has none."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        text, linear = cfg.text, _linear_args(cfg)
+        text = cfg.text
         D, E = text.hidden_size, text.head_dim
         H, K = text.num_attention_heads, text.num_key_value_heads
-        self.q = Linear((D,), (H, E), bias=True, rngs=rngs, **linear)
-        self.k = Linear((D,), (K, E), bias=True, rngs=rngs, **linear)
-        self.v = Linear((D,), (K, E), bias=True, rngs=rngs, **linear)
-        self.o = Linear((H, E), (D,), bias=False, rngs=rngs, **linear)
+        self.q = Linear((D,), (H, E), cfg, bias=True, rngs=rngs)
+        self.k = Linear((D,), (K, E), cfg, bias=True, rngs=rngs)
+        self.v = Linear((D,), (K, E), cfg, bias=True, rngs=rngs)
+        self.o = Linear((H, E), (D,), cfg, bias=False, rngs=rngs)
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and mlp with residuals."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        text = cfg.text
-        norm = dict(eps=text.rms_norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        self.input_norm = RMSNorm(text.hidden_size, **norm)
+        D, eps = cfg.text.hidden_size, cfg.text.rms_norm_eps
+        self.input_norm = RMSNorm(D, eps, cfg)
         self.attn = Attention(cfg, rngs=rngs)
-        self.post_norm = RMSNorm(text.hidden_size, **norm)
-        self.mlp = SwiGLU(
-            text.hidden_size, text.intermediate_size, bias=False, rngs=rngs, **_linear_args(cfg)
-        )
+        self.post_norm = RMSNorm(D, eps, cfg)
+        self.mlp = SwiGLU(D, cfg.text.intermediate_size, cfg, bias=False, rngs=rngs)
 
     def qkv(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, H, E] and keys [B, T, K, E], and values [B, T, K, E]."""
@@ -63,16 +73,14 @@ class TextModel(nnx.Module):
     """Embedding, stacked decoder layers, final norm and, unless tied, the output head."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        text, linear = cfg.text, _linear_args(cfg)
-        self.embed = Embed(text.vocab_size, text.hidden_size, rngs=rngs, **linear)
+        text = cfg.text
+        self.embed = Embed(cfg, rngs=rngs)
         keys = jax.random.split(rngs.params(), text.num_hidden_layers)
         self.layers = jax.vmap(lambda key: DecoderLayer(cfg, rngs=nnx.Rngs(key)))(keys)
-        self.norm = RMSNorm(
-            text.hidden_size, eps=text.rms_norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype
-        )
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, cfg)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(
-                (text.hidden_size,), (text.vocab_size,), bias=False, rngs=rngs, **linear
+                (text.hidden_size,), (text.vocab_size,), cfg, bias=False, rngs=rngs
             )
         self.cfg = cfg
 
@@ -84,19 +92,23 @@ class TextModel(nnx.Module):
         )
 
     def run(
-        self, x_BTD: jax.Array, mrope_B3T: jax.Array, segment_ids_BT: jax.Array, keep: str = ""
-    ) -> tuple[jax.Array, Cache | jax.Array | None]:
-        """All layers over whole sequences -> (residual stream [B, T, D], what ``keep`` asks for).
+        self,
+        x_BTD: jax.Array,
+        mrope_B3T: jax.Array,
+        segment_ids_BT: jax.Array,
+        keep: Callable[[jax.Array, jax.Array, jax.Array], Kept],
+    ) -> tuple[jax.Array, Kept]:
+        """All layers over whole sequences -> (residual stream [B, T, D], what ``keep`` returned).
 
-        ``keep``: "" nothing, "cache" keys and values [L, B, K, T, E], "layers" the residual stream
-        after each layer [L, B, T, D].
+        ``keep(x_BTD, k_BTKE, v_BTKE)`` sees each layer's result and its keys and values; what it
+        returns is stacked on a leading axis L.
         """
-        rope = self.rope(mrope_B3T)
+        rope, mask = self.rope(mrope_B3T), Mask(segment_ids_BT, segment_ids_BT)
 
-        def body(x, layer):
+        def body(x: jax.Array, layer: DecoderLayer) -> tuple[jax.Array, Kept]:
             q, k, v = layer.qkv(x, rope)
-            x = layer.finish(x, self._attend(q, k, v, segment_ids_BT, segment_ids_BT))
-            return x, {"": None, "cache": (k.swapaxes(1, 2), v.swapaxes(1, 2)), "layers": x}[keep]
+            x = layer.finish(x, attention(q, k, v, mask, self.cfg.attention))
+            return x, keep(x, k, v)
 
         return jax.lax.scan(remat(body, self.cfg.remat), x_BTD, self.layers)
 
@@ -116,17 +128,19 @@ class TextModel(nnx.Module):
         prompt_rope, own_rope = self.rope(mrope_P3S), self.rope(mrope_B3R)
         S = x_PSD.shape[1]
         segments = jnp.concatenate([_repeat(prompt_segments_PS, group), own_segments_BR], axis=1)
+        prompt_mask = Mask(prompt_segments_PS, prompt_segments_PS)
+        own_mask, impl = Mask(own_segments_BR, segments, q_offset=S), self.cfg.attention
 
-        def body(carry, layer):
+        def body(carry: tuple[jax.Array, jax.Array], layer: DecoderLayer):
             x, y = carry
             q, k, v = layer.qkv(x, prompt_rope)
-            x = layer.finish(x, self._attend(q, k, v, prompt_segments_PS, prompt_segments_PS))
+            x = layer.finish(x, attention(q, k, v, prompt_mask, impl))
             q, own_k, own_v = layer.qkv(y, own_rope)
             k, v = (
                 jnp.concatenate([_repeat(shared, group), own], axis=1)
                 for shared, own in ((k, own_k), (v, own_v))
             )
-            y = layer.finish(y, self._attend(q, k, v, own_segments_BR, segments, q_offset=S))
+            y = layer.finish(y, attention(q, k, v, own_mask, impl))
             return (x, y), None
 
         streams, _ = jax.lax.scan(remat(body, self.cfg.remat), (x_PSD, y_BRD), self.layers)
@@ -146,43 +160,31 @@ class TextModel(nnx.Module):
         P, G, _ = x_PGD.shape
         rope = self.rope(jnp.broadcast_to(positions_PG[:, None, :], (P, 3, G)))
 
-        def body(carry, xs):
+        def body(carry: tuple[jax.Array, Cache], xs: tuple[DecoderLayer, jax.Array, Cache]):
             # The sample cache rides in the carry: XLA then updates one column in place, while a
             # scanned-over cache would be copied layer by layer.
             x, cache = carry
-            layer, index, *prompt_kv = xs
+            layer, index, prompt_kv = xs
             q, k, v = layer.qkv(x, rope)
-            start = (index, 0, 0, 0, column, 0)
-            cache = tuple(
-                jax.lax.dynamic_update_slice(c, new[None, :, :, :, None].astype(c.dtype), start)
-                for c, new in zip(cache, (k, v), strict=True)
-            )
-            own_kv = tuple(jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
+
+            def write(ring: jax.Array, new: jax.Array) -> jax.Array:
+                new = new[None, :, :, :, None].astype(ring.dtype)
+                return jax.lax.dynamic_update_slice(ring, new, (index, 0, 0, 0, column, 0))
+
+            def read(ring: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_index_in_dim(ring, index, keepdims=False)
+
+            cache = (write(cache[0], k), write(cache[1], v))
+            own_kv = (read(cache[0]), read(cache[1]))
             out = decode_attention(q, prompt_kv, own_kv, prompt_visible_PS, own_visible_PGR)
             return (layer.finish(x, out), cache), None
 
-        xs = (self.layers, jnp.arange(self.cfg.text.num_hidden_layers), *prompt_cache)
-        (x, cache), _ = jax.lax.scan(body, (x_PGD, tuple(sample_cache)), xs)
+        xs = (self.layers, jnp.arange(self.cfg.text.num_hidden_layers), prompt_cache)
+        (x, cache), _ = jax.lax.scan(body, (x_PGD, sample_cache), xs)
         return x, cache
-
-    def _attend(self, q, k, v, q_segments, kv_segments, q_offset: int = 0) -> jax.Array:
-        return attention(
-            q,
-            k,
-            v,
-            q_segments_BT=q_segments,
-            kv_segments_BS=kv_segments,
-            causal=True,
-            q_offset=q_offset,
-            impl=self.cfg.attention,
-        )
 
 
 def _repeat(x: jax.Array, group: int) -> jax.Array:
     """[P, ...] -> [P*G, ...]: each prompt's entry once per sample, prompt-major."""
     x = jnp.broadcast_to(x[:, None], (x.shape[0], group, *x.shape[1:]))
     return x.reshape(-1, *x.shape[2:])
-
-
-def _linear_args(cfg: ModelConfig) -> dict:
-    return dict(std=cfg.text.initializer_range, dtype=cfg.dtype, param_dtype=cfg.param_dtype)

@@ -10,9 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srpo_jax.model.attention import attention
+from srpo_jax.model.attention import Mask, attention
 from srpo_jax.model.config import ModelConfig
-from srpo_jax.model.layers import Linear, RMSNorm, SwiGLU, remat, rotate, shard, vision_rope
+from srpo_jax.model.layers import (
+    Linear,
+    RMSNorm,
+    Rope,
+    SwiGLU,
+    remat,
+    rotate,
+    shard,
+    vision_rope,
+)
 from srpo_jax.structs import VisionInputs
 
 
@@ -20,30 +29,32 @@ class VisionAttention(nnx.Module):
     """Joint query, key and value projection [D, 3, H, E] and output projection, with biases."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        vision, linear = cfg.vision, _linear_args(cfg)
+        vision = cfg.vision
         D, H, E = vision.hidden_size, vision.num_heads, vision.head_dim
-        self.qkv = Linear((D,), (3, H, E), bias=True, rngs=rngs, **linear)
-        self.proj = Linear((H, E), (D,), bias=True, rngs=rngs, **linear)
+        self.qkv = Linear((D,), (3, H, E), cfg, bias=True, rngs=rngs)
+        self.proj = Linear((H, E), (D,), cfg, bias=True, rngs=rngs)
 
 
 class VisionBlock(nnx.Module):
     """Pre-norm attention, windowed or per frame, and mlp with residuals."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        D = cfg.vision.hidden_size
-        self.norm1 = _norm(cfg)
+        D, eps = cfg.vision.hidden_size, cfg.vision.rms_norm_eps
+        self.norm1 = RMSNorm(D, eps, cfg)
         self.attn = VisionAttention(cfg, rngs=rngs)
-        self.norm2 = _norm(cfg)
-        self.mlp = SwiGLU(
-            D, cfg.vision.intermediate_size, bias=True, rngs=rngs, **_linear_args(cfg)
-        )
+        self.norm2 = RMSNorm(D, eps, cfg)
+        self.mlp = SwiGLU(D, cfg.vision.intermediate_size, cfg, bias=True, rngs=rngs)
 
-    def __call__(self, x_MND, rope, vision: VisionInputs, full: bool, impl: str) -> jax.Array:
+    def __call__(
+        self, x_MND: jax.Array, rope: Rope, vision: VisionInputs[jax.Array], full: bool, impl: str
+    ) -> jax.Array:
+        """The patches' next hidden states; ``full``: attention per frame, else per window."""
         qkv = shard(self.attn.qkv(self.norm1(x_MND)), "batch", None, None, "tensor", None)
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = rotate(q, *rope), rotate(k, *rope)  # float32, as in HF
         if full:
-            out = frame_attention(q, k, v, vision, impl)
+            frames = Mask(vision.frame_id, vision.frame_id, causal=False)
+            out = attention(q, k, v, frames, impl)
         else:
             out = window_attention(q, k, v, vision)
         out = shard(out, "batch", None, "tensor", None)
@@ -56,11 +67,9 @@ class PatchMerger(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         width = cfg.vision.hidden_size * cfg.vision.merge_unit
-        self.norm = _norm(cfg)
-        self.fc1 = Linear((width,), (width,), bias=True, rngs=rngs, **_linear_args(cfg))
-        self.fc2 = Linear(
-            (width,), (cfg.vision.out_hidden_size,), bias=True, rngs=rngs, **_linear_args(cfg)
-        )
+        self.norm = RMSNorm(cfg.vision.hidden_size, cfg.vision.rms_norm_eps, cfg)
+        self.fc1 = Linear((width,), (width,), cfg, bias=True, rngs=rngs)
+        self.fc2 = Linear((width,), (cfg.vision.out_hidden_size,), cfg, bias=True, rngs=rngs)
 
     def __call__(self, x_MND: jax.Array) -> jax.Array:
         M, N, D = x_MND.shape
@@ -76,7 +85,7 @@ class VisionModel(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         vision = cfg.vision
         self.patch_embed = Linear(
-            (vision.patch_dim,), (vision.hidden_size,), bias=False, rngs=rngs, **_linear_args(cfg)
+            (vision.patch_dim,), (vision.hidden_size,), cfg, bias=False, rngs=rngs
         )
         keys = jax.random.split(rngs.params(), vision.depth)
         self.blocks = jax.vmap(lambda key: VisionBlock(cfg, rngs=nnx.Rngs(key)))(keys)
@@ -84,7 +93,7 @@ class VisionModel(nnx.Module):
         self.cfg = cfg
 
     def __call__(
-        self, vision: VisionInputs, keep_blocks: bool = False
+        self, vision: VisionInputs[jax.Array], keep_blocks: bool = False
     ) -> tuple[jax.Array, jax.Array | None]:
         """-> merged tokens in raster order [M, N/4, out_hidden], each block's output [L, M, N, D].
 
@@ -99,7 +108,7 @@ class VisionModel(nnx.Module):
         return shard(raster, "batch", None, None), blocks_LMND
 
     def _run_blocks(
-        self, x_MND, rope, vision: VisionInputs, keep: bool
+        self, x_MND: jax.Array, rope: Rope, vision: VisionInputs[jax.Array], keep: bool
     ) -> tuple[jax.Array, jax.Array | None]:
         """Scans over the shortest repeating group of windowed and full blocks."""
         pattern = full_block_pattern(self.cfg.vision.depth, self.cfg.vision.fullatt_block_indexes)
@@ -107,13 +116,13 @@ class VisionModel(nnx.Module):
         single = size == self.cfg.vision.depth
         groups = jax.tree.map(lambda p: p.reshape(-1, size, *p.shape[1:]), self.blocks)
 
-        def run_group(x, group):
+        def run_group(x: jax.Array, group: VisionBlock) -> tuple[jax.Array, jax.Array | None]:
             outputs, start = [], 0
             for full, run in itertools.groupby(pattern):
                 stop = start + len(list(run))
                 blocks = jax.tree.map(lambda p, a=start, b=stop: p[a:b], group)
 
-                def run_block(x, block, full=full):
+                def run_block(x: jax.Array, block: VisionBlock, full: bool = full):
                     x = block(x, rope, vision, full, self.cfg.attention)
                     return x, x if keep else None
 
@@ -125,10 +134,12 @@ class VisionModel(nnx.Module):
 
         body = run_group if single else remat(run_group, policy)
         x, blocks = jax.lax.scan(body, x_MND, groups)
-        return x, blocks.reshape(-1, *x_MND.shape) if keep else None
+        return x, None if blocks is None else blocks.reshape(-1, *x_MND.shape)
 
 
-def window_attention(q_MNHE, k_MNHE, v_MNHE, vision: VisionInputs) -> jax.Array:
+def window_attention(
+    q_MNHE: jax.Array, k_MNHE: jax.Array, v_MNHE: jax.Array, vision: VisionInputs[jax.Array]
+) -> jax.Array:
     """Attention inside each window: [M, N, ...] -> [M * N/W, W, ...]; padding sees only padding.
 
     Always plain dense attention: W is 64, below the block of any fused kernel.
@@ -136,24 +147,7 @@ def window_attention(q_MNHE, k_MNHE, v_MNHE, vision: VisionInputs) -> jax.Array:
     M, windows, W = vision.window_valid.shape
     segments = vision.window_valid.reshape(M * windows, W).astype(jnp.int32)
     q, k, v = (x.reshape(M * windows, W, *x.shape[2:]) for x in (q_MNHE, k_MNHE, v_MNHE))
-    out = attention(
-        q, k, v, q_segments_BT=segments, kv_segments_BS=segments, causal=False, impl="xla"
-    )
-    return out.reshape(q_MNHE.shape)
-
-
-def frame_attention(q_MNHE, k_MNHE, v_MNHE, vision: VisionInputs, impl: str) -> jax.Array:
-    """Attention inside each image frame of the row."""
-    frames = vision.frame_id
-    return attention(
-        q_MNHE,
-        k_MNHE,
-        v_MNHE,
-        q_segments_BT=frames,
-        kv_segments_BS=frames,
-        causal=False,
-        impl=impl,
-    )
+    return attention(q, k, v, Mask(segments, segments, causal=False), "xla").reshape(q_MNHE.shape)
 
 
 def full_block_pattern(depth: int, full_indexes: tuple[int, ...]) -> tuple[bool, ...]:
@@ -163,14 +157,3 @@ def full_block_pattern(depth: int, full_indexes: tuple[int, ...]) -> tuple[bool,
         if depth % size == 0 and full == full[:size] * (depth // size):
             return full[:size]
     return full
-
-
-def _norm(cfg: ModelConfig) -> RMSNorm:
-    vision = cfg.vision
-    return RMSNorm(
-        vision.hidden_size, eps=vision.rms_norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype
-    )
-
-
-def _linear_args(cfg: ModelConfig) -> dict:
-    return dict(std=cfg.text.initializer_range, dtype=cfg.dtype, param_dtype=cfg.param_dtype)

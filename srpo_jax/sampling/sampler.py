@@ -12,6 +12,7 @@ positions are applied before caching, hence the physical order does not matter t
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from srpo_jax.model.sharding import batch_sharding, num_data_shards, replicated,
 from srpo_jax.sampling import logits as sampling_logits
 from srpo_jax.sampling import slots as blocks
 from srpo_jax.sampling.slots import Prompts, Slots
-from srpo_jax.structs import Batch, Params, Rollout
+from srpo_jax.structs import Array, Batch, Params, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Sampler:
     """Samples completions of a model on a mesh; owns its compiled functions.
 
     ``prefill``, ``decode_segment`` and ``collect`` are jitted and can be lowered from shapes alone
-    (``lower``). They compile once per budget (P, M, S, N); ``compile_count`` counts it.
+    (``abstract_args``). They compile once per budget (P, M, S, N); ``compile_count`` counts it.
     """
 
     def __init__(self, cfg: ModelConfig, sampling: SamplingConfig, mesh: Mesh):
@@ -95,7 +96,7 @@ class Sampler:
         self.cfg, self.sampling, self.mesh = cfg, sampling, mesh
         self.shards = num_data_shards(mesh)
         self._specs = blocks.specs(cfg, mesh)
-        prompts, slots, rollout = jax.tree.map(
+        state, rollout = jax.tree.map(
             lambda spec: NamedSharding(mesh, spec),
             self._specs,
             is_leaf=lambda x: isinstance(x, PartitionSpec),
@@ -103,34 +104,33 @@ class Sampler:
         self._empty = jax.jit(
             self._empty_state,
             static_argnames=("slot_prompts", "all_prompts", "prompt_tokens"),
-            out_shardings=(prompts, slots, rollout),
+            out_shardings=(state, rollout),
         )
-        self.prefill = jax.jit(
-            self._prefill, donate_argnames=("prompts", "slots"), out_shardings=(prompts, slots)
-        )
+        self.prefill = jax.jit(self._prefill, donate_argnames=("state",), out_shardings=state)
         self.decode_segment = jax.jit(
             self._decode_segment,
             donate_argnames=("slots",),
-            out_shardings=(slots, replicated(mesh)),
+            out_shardings=(state[1], replicated(mesh)),
         )
         self.collect = jax.jit(self._collect, donate_argnames=("rollout",), out_shardings=rollout)
 
     def compile_count(self) -> int:
         """Programs compiled so far; it does not grow between calls with equal shapes."""
         functions = (self._empty, self.prefill, self.decode_segment, self.collect)
-        return sum(f._cache_size() for f in functions)
+        # jax's type leaves its only count of compiled programs out.
+        return sum(f._cache_size() for f in functions)  # pyright: ignore[reportAttributeAccessIssue]
 
     def generate(
         self,
         params: Params,
-        batch: Batch,
+        batch: Batch[jax.Array],
         features_MND: jax.Array | None,
-        keys: jax.Array | np.ndarray,
+        keys: Array,
         *,
         seed: int,
         step: int,
         rows: int | None = None,
-    ) -> Rollout:
+    ) -> Rollout[jax.Array]:
         """Sample ``group_size`` completions of every prompt of ``batch``.
 
         Args:
@@ -158,46 +158,27 @@ class Sampler:
         if not isinstance(keys, jax.Array):
             keys = to_global(np.asarray(keys, np.uint32), self.mesh)
         base = sampling_logits.base_key(seed, step)
-        inputs = (params, batch.replace(vision=None), features_MND, keys, base)
+        text = dataclasses.replace(batch, vision=None)
+        inputs = (params, text, features_MND, keys, base)
         with jax.set_mesh(self.mesh):
             return self._loop(inputs, prompts // rows, per_shard, concurrent)
 
-    def lower(
+    def abstract_args(
         self,
-        params: Params,
+        params: Mapping[str, jax.ShapeDtypeStruct],
         *,
         prompts: int,
         prompt_tokens: int,
         rows: int,
         merged_tokens: int | None,
-    ) -> dict[str, Any]:
-        """The lowered programs {"prefill", "decode_segment", "collect"} from shapes alone.
+    ) -> dict[str, tuple[Any, ...]]:
+        """Positional arguments of the three functions as ShapeDtypeStructs, by their names.
 
         Args:
-            params: ShapeDtypeStructs with shardings (layout "sample").
+            params: with shardings (layout "sample").
             prompts, prompt_tokens, rows, merged_tokens: P, S, M and N/4 (None: text only).
         """
         self._check_rows(prompts, rows)
-        args = self.abstract_args(
-            params,
-            prompts=prompts,
-            prompt_tokens=prompt_tokens,
-            rows=rows,
-            merged_tokens=merged_tokens,
-        )
-        with jax.set_mesh(self.mesh):
-            return {name: getattr(self, name).lower(*values) for name, values in args.items()}
-
-    def abstract_args(
-        self,
-        params: Params,
-        *,
-        prompts: int,
-        prompt_tokens: int,
-        rows: int,
-        merged_tokens: int | None,
-    ) -> dict[str, tuple]:
-        """Positional arguments of the three functions as ShapeDtypeStructs; see ``lower``."""
         A, S = prompts, prompt_tokens
         per_shard = rows // self.shards
         concurrent = min(self.sampling.concurrent_rows or per_shard, per_shard)
@@ -206,12 +187,9 @@ class Sampler:
         def array(shape: tuple[int, ...], dtype: Any, sharding: Any = along_rows) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-        state = jax.eval_shape(
-            lambda: self._empty_state(A // rows * concurrent * self.shards, A, S)
-        )
-        state = jax.tree.map(
+        state, rollout = jax.tree.map(
             lambda x, spec: array(x.shape, x.dtype, NamedSharding(self.mesh, spec)),
-            state,
+            jax.eval_shape(lambda: self._empty_state(A // rows * concurrent * self.shards, A, S)),
             self._specs,
         )
         ints = {"tokens": (A, S), "segment_ids": (A, S), "mrope": (A, 3, S), "vision_src": (A, S)}
@@ -228,9 +206,9 @@ class Sampler:
         base = array((2,), jnp.uint32, replicated(self.mesh))
         keys = array((A,), jnp.uint32)
         return {
-            "prefill": (params, batch, features, keys, base, *state[:2], rows_DC),
-            "decode_segment": (params, *state[:2]),
-            "collect": (state[2], *state[:2], rows_DC),
+            "prefill": (params, batch, features, keys, base, state, rows_DC),
+            "decode_segment": (params, *state),
+            "collect": (rollout, state, rows_DC),
         }
 
     def _check_rows(self, prompts: int, rows: int) -> None:
@@ -239,9 +217,11 @@ class Sampler:
             f"{prompts} prompts in {rows} rows do not divide over {self.shards} data shards",
         )
 
-    def _loop(self, inputs: tuple, row_prompts: int, per_shard: int, concurrent: int) -> Rollout:
+    def _loop(
+        self, inputs: tuple[Any, ...], row_prompts: int, per_shard: int, concurrent: int
+    ) -> Rollout[jax.Array]:
         """Fill the blocks, decode segment by segment, retire and refill until every row is done."""
-        prompts, slots, rollout = self._empty(
+        state, rollout = self._empty(
             slot_prompts=self.shards * concurrent * row_prompts,
             all_prompts=self.shards * per_shard * row_prompts,
             prompt_tokens=inputs[1].tokens.shape[1],
@@ -252,18 +232,19 @@ class Sampler:
         upcoming = np.zeros(self.shards, np.int32)
         while True:
             while (fill := _next_fill(running, upcoming, per_shard)) is not None:
-                prompts, slots = self.prefill(*inputs, prompts, slots, fill)
-            slots, prompt_done = self.decode_segment(inputs[0], prompts, slots)
+                state = self.prefill(*inputs, state, fill)
+            slots, prompt_done = self.decode_segment(inputs[0], *state)
+            state = (state[0], slots)
             done = np.asarray(prompt_done).reshape(*running.shape, -1).all(axis=-1) & (running >= 0)
             if done.any():
-                rollout = self.collect(rollout, prompts, slots, np.where(done, running, -1))
+                rollout = self.collect(rollout, state, np.where(done, running, -1))
                 running[done] = -1
             if (running < 0).all() and (upcoming >= per_shard).all():
                 return rollout
 
     def _empty_state(
         self, slot_prompts: int, all_prompts: int, prompt_tokens: int
-    ) -> tuple[Prompts, Slots, Rollout]:
+    ) -> tuple[blocks.Arrays, Rollout[jax.Array]]:
         return blocks.empty(
             self.cfg,
             slot_prompts=slot_prompts,
@@ -277,18 +258,18 @@ class Sampler:
     def _prefill(
         self,
         params: Params,
-        batch: Batch,
+        batch: Batch[jax.Array],
         features_MND: jax.Array | None,
         keys_A: jax.Array,
         base: jax.Array,
-        prompts: Prompts,
-        slots: Slots,
+        state: blocks.Arrays,
         rows_DC: jax.Array,
-    ) -> tuple[Prompts, Slots]:
+    ) -> blocks.Arrays:
         """Run one pending row of every shard and put it, with its first tokens, into a block.
 
         rows_DC: [data shards, C] int32: the row, at the block it goes to; -1 elsewhere.
         """
+        prompts, slots = state
         row_prompts = prompts.next_pos.shape[0] // rows_DC.size
         (batch, keys_P), features = blocks.select_row(
             self.mesh, (batch, keys_A), features_MND, rows_DC, row_prompts
@@ -325,25 +306,27 @@ class Sampler:
             done=finished_PG | (length_PG >= self.sampling.max_new_tokens),
             finished=finished_PG,
         )
-        return blocks.place(
-            self.mesh, self._specs[:2], (prompts, slots), new_prompts, first, rows_DC
-        )
+        return blocks.place(self.mesh, self._specs[0], state, new_prompts, first, rows_DC)
 
     def _decode_segment(
-        self, params: Params, prompts: Prompts, slots: Slots
-    ) -> tuple[Slots, jax.Array]:
+        self, params: Params, prompts: Prompts[jax.Array], slots: Slots[jax.Array]
+    ) -> tuple[Slots[jax.Array], jax.Array]:
         """Up to ``segment`` tokens of every slot that is not done; (slots, done prompts [P])."""
 
-        def running(carry: tuple[jax.Array, Slots]) -> jax.Array:
+        def running(carry: tuple[jax.Array, Slots[jax.Array]]) -> jax.Array:
             return (carry[0] < self.sampling.segment) & ~jnp.all(carry[1].done)
 
-        def advance(carry: tuple[jax.Array, Slots]) -> tuple[jax.Array, Slots]:
+        def advance(
+            carry: tuple[jax.Array, Slots[jax.Array]],
+        ) -> tuple[jax.Array, Slots[jax.Array]]:
             return carry[0] + 1, self._decode_token(params, prompts, carry[1])
 
         _, slots = jax.lax.while_loop(running, advance, (jnp.int32(0), slots))
         return slots, jnp.all(slots.done, axis=1)
 
-    def _decode_token(self, params: Params, prompts: Prompts, slots: Slots) -> Slots:
+    def _decode_token(
+        self, params: Params, prompts: Prompts[jax.Array], slots: Slots[jax.Array]
+    ) -> Slots[jax.Array]:
         """Feed every slot's last token, sample its next one."""
         P, G, R = slots.tokens.shape
         column = slots.step % R
@@ -388,11 +371,9 @@ class Sampler:
         )
 
     def _collect(
-        self, rollout: Rollout, prompts: Prompts, slots: Slots, rows_DC: jax.Array
-    ) -> Rollout:
-        return blocks.collect(
-            self.mesh, rollout, slots, prompts.start, rows_DC, self.sampling.pad_id
-        )
+        self, rollout: Rollout[jax.Array], state: blocks.Arrays, rows_DC: jax.Array
+    ) -> Rollout[jax.Array]:
+        return blocks.collect(self.mesh, rollout, state, rows_DC, self.sampling.pad_id)
 
     def _sample(
         self, logits_PGV: jax.Array, keys_PG2: jax.Array, index_PG: jax.Array

@@ -8,7 +8,9 @@ The copies run under ``shard_map``, so that a block index is a local offset and 
 devices by construction.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic
 
 import flax.struct
 import jax
@@ -16,45 +18,47 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from srpo_jax.model.config import ModelConfig
-from srpo_jax.structs import Rollout
+from srpo_jax.structs import Leaf, Rollout
 
 ROWS = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 
 
 @flax.struct.dataclass
-class Prompts:
+class Prompts(Generic[Leaf]):
     """What prefill leaves in the blocks; decode only reads it."""
 
-    k: jax.Array  # [L, P, K, S, E] compute dtype
-    v: jax.Array  # [L, P, K, S, E]
-    segment_ids: jax.Array  # [P, S] int32, 0 in padding
-    next_pos: jax.Array  # [P] int32 position of the first sampled token
-    start: jax.Array  # [P] int32 global step at which the prompt's samples started
-    keys: jax.Array  # [P, G, 2] uint32 key data of every sample
+    k: Leaf  # [L, P, K, S, E] compute dtype
+    v: Leaf  # [L, P, K, S, E]
+    segment_ids: Leaf  # [P, S] int32, 0 in padding
+    next_pos: Leaf  # [P] int32 position of the first sampled token
+    start: Leaf  # [P] int32 global step at which the prompt's samples started
+    keys: Leaf  # [P, G, 2] uint32 key data of every sample
 
 
 @flax.struct.dataclass
-class Slots:
+class Slots(Generic[Leaf]):
     """What decode updates. In the rings, token j of a prompt lies in column (start + j) % R."""
 
-    k: jax.Array  # [L, P, G, K, R, E] ring, compute dtype
-    v: jax.Array  # [L, P, G, K, R, E] ring
-    tokens: jax.Array  # [P, G, R] int32 ring
-    sample_logp: jax.Array  # [P, G, R] float32 ring
-    policy_logp: jax.Array  # [P, G, R] float32 ring
-    last: jax.Array  # [P, G] int32 token to be fed next
-    length: jax.Array  # [P, G] int32 tokens sampled, EOS included
-    done: jax.Array  # [P, G] bool
-    finished: jax.Array  # [P, G] bool: done by an EOS, or a filler prompt
-    step: jax.Array  # [] int32 global step
+    k: Leaf  # [L, P, G, K, R, E] ring, compute dtype
+    v: Leaf  # [L, P, G, K, R, E] ring
+    tokens: Leaf  # [P, G, R] int32 ring
+    sample_logp: Leaf  # [P, G, R] float32 ring
+    policy_logp: Leaf  # [P, G, R] float32 ring
+    last: Leaf  # [P, G] int32 token to be fed next
+    length: Leaf  # [P, G] int32 tokens sampled, EOS included
+    done: Leaf  # [P, G] bool
+    finished: Leaf  # [P, G] bool: done by an EOS, or a filler prompt
+    step: Leaf  # [] int32 global step
 
 
+Arrays = tuple[Prompts[jax.Array], Slots[jax.Array]]  # what the blocks hold
+Specs = tuple[Prompts[PartitionSpec], Slots[PartitionSpec]]
 RINGS = ("tokens", "sample_logp", "policy_logp")
 PER_SLOT = ("last", "length", "done", "finished")
 
 
-def specs(cfg: ModelConfig, mesh: Mesh) -> tuple[Prompts, Slots, Rollout]:
+def specs(cfg: ModelConfig, mesh: Mesh) -> tuple[Specs, Rollout[PartitionSpec]]:
     """PartitionSpecs: prompts over data x fsdp, key/value heads over tensor where they divide."""
     heads = "tensor" if cfg.text.num_key_value_heads % mesh.shape["tensor"] == 0 else None
     prompt_cache = PartitionSpec(None, ROWS[0], heads, None, None)
@@ -66,7 +70,7 @@ def specs(cfg: ModelConfig, mesh: Mesh) -> tuple[Prompts, Slots, Rollout]:
         step=REPLICATED,
         **dict.fromkeys((*RINGS, *PER_SLOT), ROWS),
     )
-    return prompts, slots, Rollout(*[ROWS] * 5)
+    return (prompts, slots), Rollout(*[ROWS] * 5)
 
 
 _PROMPT_FIELDS = ("segment_ids", "next_pos", "start", "keys")
@@ -74,7 +78,7 @@ _PROMPT_FIELDS = ("segment_ids", "next_pos", "start", "keys")
 
 def empty(
     cfg: ModelConfig, *, slot_prompts: int, all_prompts: int, S: int, G: int, R: int, pad_id: int
-) -> tuple[Prompts, Slots, Rollout]:
+) -> tuple[Arrays, Rollout[jax.Array]]:
     """Blocks without work (every slot done) and a result that nothing was written to yet."""
     P, text = slot_prompts, cfg.text
     L, K, E = text.num_hidden_layers, text.num_key_value_heads, text.head_dim
@@ -107,7 +111,7 @@ def empty(
         sample_logp=jnp.zeros((all_prompts, G, R), jnp.float32),
         policy_logp=jnp.zeros((all_prompts, G, R), jnp.float32),
     )
-    return prompts, slots, rollout
+    return (prompts, slots), rollout
 
 
 def select_row(mesh: Mesh, per_prompt: Any, per_row: Any, rows_DC: jax.Array, p: int) -> Any:
@@ -138,12 +142,12 @@ def select_row(mesh: Mesh, per_prompt: Any, per_row: Any, rows_DC: jax.Array, p:
 
 def place(
     mesh: Mesh,
-    layout: tuple[Prompts, Slots],
-    state: tuple[Prompts, Slots],
-    new_prompts: Prompts,
+    layout: Specs,
+    state: Arrays,
+    new_prompts: Prompts[jax.Array],
     first: dict[str, jax.Array],
     rows_DC: jax.Array,
-) -> tuple[Prompts, Slots]:
+) -> Arrays:
     """Write one row of every shard into the block whose entry of ``rows_DC`` is not -1.
 
     Args:
@@ -156,8 +160,12 @@ def place(
     """
 
     def local(
-        prompts: Prompts, slots: Slots, new: Prompts, first: dict, rows_1C: jax.Array
-    ) -> tuple[Prompts, Slots]:
+        prompts: Prompts[jax.Array],
+        slots: Slots[jax.Array],
+        new: Prompts[jax.Array],
+        first: dict[str, jax.Array],
+        rows_1C: jax.Array,
+    ) -> Arrays:
         used = jnp.max(rows_1C) >= 0
         p = new.next_pos.shape[0]
         at = jnp.argmax(rows_1C[0]) * p
@@ -178,7 +186,8 @@ def place(
             v=put(prompts.v, new.v, 1),
             **{f: put(getattr(prompts, f), getattr(new, f)) for f in _PROMPT_FIELDS},
         )
-        slots = slots.replace(
+        slots = dataclasses.replace(
+            slots,
             **{f: put_first(getattr(slots, f), first[f]) for f in RINGS},
             **{f: put(getattr(slots, f), first[f]) for f in PER_SLOT},
         )
@@ -189,14 +198,19 @@ def place(
 
 
 def collect(
-    mesh: Mesh, rollout: Rollout, slots: Slots, start_P: jax.Array, rows_DC: jax.Array, pad_id: int
-) -> Rollout:
+    mesh: Mesh, rollout: Rollout[jax.Array], state: Arrays, rows_DC: jax.Array, pad_id: int
+) -> Rollout[jax.Array]:
     """Copy the blocks whose entry of ``rows_DC`` [D, C] is not -1 to that row of the result.
 
     The rings are turned back to the order of the tokens; logps are 0 after the end.
     """
 
-    def local(rollout: Rollout, fields: dict, start_P: jax.Array, rows_1C: jax.Array) -> Rollout:
+    def local(
+        rollout: Rollout[jax.Array],
+        fields: dict[str, jax.Array],
+        start_P: jax.Array,
+        rows_1C: jax.Array,
+    ) -> Rollout[jax.Array]:
         blocks = rows_1C.shape[1]
         P, G, R = fields["tokens"].shape
         order_PR = (start_P[:, None] + jnp.arange(R)[None]) % R
@@ -222,11 +236,14 @@ def collect(
 
         return jax.tree.map(put, rollout, found)
 
+    prompts, slots = state
     fields = {f: getattr(slots, f) for f in (*RINGS, "length", "finished")}
-    return _per_shard(mesh, local, (ROWS,) * 4, ROWS)(rollout, fields, start_P, rows_DC)
+    return _per_shard(mesh, local, (ROWS,) * 4, ROWS)(rollout, fields, prompts.start, rows_DC)
 
 
-def _per_shard(mesh: Mesh, function: Any, in_specs: Any, out_specs: Any) -> Any:
+def _per_shard(
+    mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
     """``function`` on the local part of every device. step is replicated by its spec."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
