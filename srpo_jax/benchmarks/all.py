@@ -1,4 +1,7 @@
-"""The benchmarks by name, in the order in which messages list them."""
+"""The benchmarks by name, in the order in which messages list them.
+
+A further one is a module with its ``BENCHMARK``, named here.
+"""
 
 from srpo_jax.benchmarks import (
     emma,

@@ -70,7 +70,7 @@ def response(row: Row) -> str:
     return value if isinstance(value, str) else ""
 
 
-def extraction_or(extract: Callable[[str], str | None], row: Row) -> str | None:
+def extraction_or(extract: Callable[[str], _T], row: Row) -> str | _T:
     """The extraction that the row brings, else what ``extract`` takes from its response."""
     given = row.get("extraction")
     return extract(response(row)) if given is None else str(given)

@@ -6,6 +6,7 @@ decoded on the way.
 
 import os
 from pathlib import Path
+from typing import Any
 
 from srpo_jax.benchmarks.common import Place
 from srpo_jax.data.files import whole
@@ -40,7 +41,7 @@ def download(place: Place, folder: str | os.PathLike) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def _undecoded(feature, datasets):
+def _undecoded(feature: Any, datasets: Any) -> Any:
     """The feature of an image column, or of a column of lists of images, as bytes; else None."""
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)

@@ -65,7 +65,7 @@ def _place(row: Row) -> int:
 def _official(row: Row, generator: random.Random) -> Scored:
     wanted = golds(row)
     if is_open(row):
-        parts = parse_open(extraction_or(str, row) or "")
+        parts = parse_open(extraction_or(str, row))
         shown = sorted(parts, key=str)
         return Scored(_joined(shown), shown, open_correct(wanted, parts))
     letter = read_option(row)

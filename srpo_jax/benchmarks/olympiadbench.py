@@ -44,7 +44,7 @@ def official(rows: Sequence[Row], pool: Verifier | None) -> list[Scored]:
         if extraction:
             by_errors.setdefault(allowed_errors[i], []).append(i)
     for allowed, indices in by_errors.items():
-        pairs = [(golds[i], extractions[i] or "") for i in indices]
+        pairs = [(golds[i], extractions[i]) for i in indices]
         found = pool.verify_math(pairs, function=RULE, errors=list(allowed))
         for i, right in zip(indices, found, strict=True):
             correct[i] = right

@@ -23,7 +23,7 @@ from srpo_jax.data.files import write_json, write_text
 PLAIN_PROGRESS_SECONDS = 10.0  # between two lines of progress where stderr is not a terminal
 
 
-def parser(description: str, example: str) -> argparse.ArgumentParser:
+def parser(description: str | None, example: str) -> argparse.ArgumentParser:
     """An argument parser whose ``--help`` ends with ``example``, with ``--debug`` already there."""
     out = argparse.ArgumentParser(
         description=description,
