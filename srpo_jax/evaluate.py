@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from srpo_jax.benchmarks import scoring
+from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.both_answers import score_rows
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.encoders import PromptEncoder
@@ -115,12 +116,12 @@ def check_benchmark(settings: RunSettings) -> None:
     one = settings.eval
     if not one.benchmark:
         return
-    if one.benchmark not in scoring.BENCHMARKS:
-        known = ", ".join(scoring.BENCHMARKS)
+    if one.benchmark not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
         raise RunError(f"eval.benchmark={one.benchmark}: choose one of {known}")
     if one.scoring not in scoring.MODES:
         raise RunError(f"eval.scoring={one.scoring}: choose one of {', '.join(scoring.MODES)}")
-    official = scoring.BENCHMARKS[one.benchmark].official
+    official = BENCHMARKS[one.benchmark].official
     if one.scoring == "official_rule" and official is None:
         raise RunError(
             f"{one.benchmark} has no official rule, a language model judges it: set "
@@ -130,8 +131,9 @@ def check_benchmark(settings: RunSettings) -> None:
 
 def score_benchmark(settings: EvaluateSettings, source: Any, rows: list[Row]) -> dict[str, Any]:
     """The benchmark's own scores of all rows (`write_scores`)."""
-    name, mode, pool = settings.eval.benchmark, settings.eval.scoring, settings.grading
-    scores = score_rows(name, source, rows, mode, workers=pool.workers, timeout=pool.timeout)
+    name, mode, grading = settings.eval.benchmark, settings.eval.scoring, settings.grading
+    with scoring.open_pool(name, mode, grading.workers, grading.timeout) as pool:
+        scores = score_rows(name, source, rows, mode, pool)
     found = write_scores(
         settings.workdir, *scores, bootstrap=settings.bootstrap, seed=settings.seed
     )

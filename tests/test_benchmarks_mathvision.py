@@ -12,7 +12,7 @@ LETTERS = ["A", "B", "C", "D", "E"]
 
 def right(answer: str, response: str, choices=()) -> bool:
     row = {"answer": answer, "response": response, "choices": list(choices)}
-    return mathvision.official([row])[0].correct
+    return mathvision.official(row).correct
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_a_gold_letter_without_its_option_is_compared_as_text():
 
 def test_a_given_extraction_is_used_instead_of_the_response():
     row = {"answer": "5", "response": r"\boxed{4}", "extraction": "5", "choices": []}
-    assert mathvision.official([row])[0].correct
-    assert mathvision.official([row])[0].extraction == "5"
+    assert mathvision.official(row).correct
+    assert mathvision.official(row).extraction == "5"
 
 
 def test_the_tables_are_levels_subjects_and_both():
@@ -175,7 +175,7 @@ def test_pathological_responses_are_wrong_and_cheap(response):
 
 def test_the_official_results_of_a_real_model_are_reproduced():
     rows = parity_rows("mathvision")
-    scored = mathvision.official([without(row, "extraction") for row in rows])
+    scored = mathvision.BENCHMARK.official([without(row, "extraction") for row in rows], None)
     differing = [
         row["id"]
         for row, result in zip(rows, scored, strict=True)

@@ -12,7 +12,7 @@ FRUIT = ["apple pie", "banana split", "cherry tart", "date cake"]
 
 
 def pro(response, answer="B", choices=FRUIT):
-    return mmmu_pro.official([{"response": response, "answer": answer, "choices": choices}])[0]
+    return mmmu_pro.official({"response": response, "answer": answer, "choices": choices})
 
 
 def multiple(response, choices=FRUIT, **fields):
@@ -71,11 +71,11 @@ def test_mmmu_pro_takes_an_error_object_as_no_response():
 
 def test_mmmu_pro_options_may_be_the_text_of_a_list():
     row = {"response": "Answer: J", "answer": "J", "options": str(list("0123456789"))}
-    assert mmmu_pro.official([row])[0].correct
+    assert mmmu_pro.official(row).correct
     with pytest.raises(RowError, match="not the text of a list"):
-        mmmu_pro.official([row | {"options": "['a'"}])
+        mmmu_pro.official(row | {"options": "['a'"})
     with pytest.raises(RowError, match="needs them"):
-        mmmu_pro.official([without(row, "options")])
+        mmmu_pro.official(without(row, "options"))
 
 
 def test_mmmu_pro_tables_are_domains_and_subjects():
@@ -89,7 +89,7 @@ def test_mmmu_pro_tables_are_domains_and_subjects():
 
 def test_mmmu_pro_reproduces_the_official_results_of_a_real_model():
     rows = [row for row in parity_rows("mmmu_pro") if row["deterministic"]]
-    scored = mmmu_pro.official([without(row, "extraction") for row in rows])
+    scored = mmmu_pro.BENCHMARK.official([without(row, "extraction") for row in rows], None)
     differing = [
         row["id"]
         for row, result in zip(rows, scored, strict=True)

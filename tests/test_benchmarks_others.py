@@ -14,7 +14,7 @@ from srpo_jax.rewards.verifier import Verifier
 
 def emma_right(response, answer, options=()):
     row = {"response": response, "answer": answer, "options": list(options)}
-    return emma.official([row])[0].correct
+    return emma.official(row).correct
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_emma_answers_that_are_wrong(response, answer):
 
 
 def test_emma_says_where_there_is_no_response():
-    assert emma.official([{"response": "", "answer": "5"}])[0].no_answer == emma.EMPTY
+    assert emma.official({"response": "", "answer": "5"}).no_answer == emma.EMPTY
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_mathverse_matches_a_given_extraction_only():
         {"answer": "A", "extraction": "a", "response": "A"},
         {"answer": "A", "response": "A"},
     ]
-    scored = mathverse.official(rows)
+    scored = mathverse.BENCHMARK.official(rows, None)
     assert [result.correct for result in scored] == [True, False, False]
     assert [result.no_answer for result in scored] == [None, None, mathverse.NEEDS_MODEL]
 

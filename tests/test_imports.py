@@ -28,12 +28,12 @@ remote.limits remote.protocol remote.replies remote.client remote.batch
 reflection.store reflection.settings reflection.teach reflection.duplicates reflection.check
 reflection.accept reflection.items reflection.select reflection.drive reflection.batches
 reflection.stages reflection.write
-benchmarks.common benchmarks.latex.tokens benchmarks.latex.tree benchmarks.latex.value
+benchmarks.common benchmarks.judge.cache benchmarks.judge.client benchmarks.judge.flows
+benchmarks.latex.tokens benchmarks.latex.tree benchmarks.latex.value
 benchmarks.mathvision benchmarks.mathvista benchmarks.mmmu_pro benchmarks.mmmu
 benchmarks.word_numbers benchmarks.emma benchmarks.mathverse benchmarks.wemath benchmarks.mmk12
-benchmarks.olympiad_rule benchmarks.olympiadbench benchmarks.judge.cache
-benchmarks.judge.client benchmarks.judge.flows benchmarks.scoring benchmarks.load
-benchmarks.both_answers benchmarks.download
+benchmarks.olympiad_rule benchmarks.olympiadbench benchmarks.all benchmarks.scoring
+benchmarks.load benchmarks.both_answers benchmarks.download
 report.rates report.quality report.accounting report.table report.html
 report.eval_page report.reflection_page
 evaluate train_sft train_grpo
@@ -62,7 +62,7 @@ THIRD_PARTY = {
     "remote": {"openai", "aiohttp", "httpx2"},
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},
     "benchmarks.download": {"datasets"},
-    "benchmarks": {"sympy", "pyarrow", "jinja2", "rapidfuzz"},
+    "benchmarks": {"sympy", "jinja2", "rapidfuzz"},
     "report": {"jinja2", "PIL", "numpy"},
     "learn": CORE,
 }
@@ -132,6 +132,12 @@ def test_modules_are_short_and_say_what_they_are(path):
 
 def test_grading_workers_start_without_jax():
     code = "import sys, srpo_jax.rewards.verifier; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("tool", ["score_benchmark", "score_reflections", "download_benchmark"])
+def test_tools_that_may_ask_a_judge_start_without_its_client(tool):
+    code = f"import sys, tools.{tool}; sys.exit('openai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

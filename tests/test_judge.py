@@ -1,5 +1,6 @@
 """The mode ``judge``: what is asked, what is not, faults, nonsense, and the cache."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from srpo_jax.benchmarks import scoring
+from srpo_jax.benchmarks.common import RowError
 from srpo_jax.benchmarks.judge import client as judge_client
 from srpo_jax.benchmarks.judge.cache import JudgeCache, request_key
 from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
@@ -224,7 +226,7 @@ def test_what_needs_no_judge_is_settled(gold, text, options, unit, verdict):
 def test_a_missing_field_costs_no_call(tmp_path, benchmark, row, message):
     good = VISTA | K12 | PRO | {"response": "ANS: 5"}
     with Server(answer) as server:
-        with pytest.raises(scoring.RowError, match=message) as caught:
+        with pytest.raises(RowError, match=message) as caught:
             scoring.score(benchmark, [good, row], "judge", judge=make_judge(server, tmp_path))
     assert caught.value.index == 1
     assert server.requests == 0
@@ -329,8 +331,8 @@ def test_a_server_that_refuses_everything_stops_the_run(tmp_path):
         with pytest.raises(Fatal, match="--judge_schema off"):
             scoring.score("mmk12", rows, "judge", judge=make_judge(server, tmp_path))
     assert server.requests < 50
-    with JudgeCache(tmp_path / "cache.sqlite") as cache:
-        assert len(cache) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "cache.sqlite")) as cache:
+        assert cache.execute("SELECT COUNT(*) FROM replies").fetchone() == (0,)
 
 
 # ----------------------------------------------------------------------------------------- cache

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from srpo_jax.benchmarks import scoring
+from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.rewards.verifier import Verifier
 from tests.benchmark_helpers import parity_rows, without, write_rows
 from tests.tool_helpers import read_jsonl
@@ -131,7 +132,7 @@ def test_strict_works_on_every_benchmark_and_compares_expressions():
     row = {"answer": r"2\sqrt{3}", "final_answer": [r"2\sqrt{3}"], "choices": []}
     rows = [row | {"response": r"\boxed{\sqrt{12}}"}, row | {"response": r"\boxed{\sqrt{13}}"}]
     with Verifier(1, 20) as pool:
-        for name in scoring.BENCHMARKS:
+        for name in BENCHMARKS:
             scored = scoring.score(name, rows, "strict", pool)
             assert [r["correct"] for r in scored] == [True, False], name
 

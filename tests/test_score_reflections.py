@@ -197,18 +197,18 @@ def test_pathological_texts_take_little_time():
 
 def test_means_have_intervals_over_problems():
     rows = [fields(id=str(i), reflection="wrong" if i % 4 else "fine") for i in range(40)]
-    summary = quality.summarise(quality.measured(rows))
+    summary = quality.measure_means(quality.measured(rows))
     wrong = summary["measures"]["verdict_wrong"]
     assert wrong["mean"] == 0.75
     assert 0.55 < wrong["low"] < 0.68  # 0.75 -+ 1.96 sqrt(0.75 * 0.25 / 40) = 0.62, 0.88
     assert 0.82 < wrong["high"] < 0.93
     assert wrong["rows"] == 40
-    assert summary == quality.summarise(quality.measured(rows))
+    assert summary == quality.measure_means(quality.measured(rows))
 
 
 def test_samples_of_one_problem_are_not_independent():
     def width(rows):
-        found = quality.summarise(quality.measured(rows))["measures"]["verdict_wrong"]
+        found = quality.measure_means(quality.measured(rows))["measures"]["verdict_wrong"]
         return found["high"] - found["low"]
 
     texts = ["wrong" if i % 2 else "fine" for i in range(10)]
@@ -219,7 +219,7 @@ def test_samples_of_one_problem_are_not_independent():
 
 def test_a_measure_counts_only_where_it_has_a_meaning():
     rows = quality.measured([fields(), {"response": "no tags"}, fields(reflection="a b")])
-    summary = quality.summarise(rows)
+    summary = quality.measure_means(rows)
     assert summary["rows"] == 3
     assert summary["reflections"] == 2
     assert summary["measures"]["reflection_words"]["mean"] == 7

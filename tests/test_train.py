@@ -18,9 +18,9 @@ from configs import grpo as recipe
 from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
-from srpo_jax.run import checkpoint, rollout, session
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.terms import add_up
+from srpo_jax.run import checkpoint, rollout, session
 from srpo_jax.run.metrics import read_rows
 from srpo_jax.run.settings import (
     EvaluateSettings,

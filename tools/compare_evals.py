@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     found = []
     for key in dict.fromkeys(args.key or ["final_correct"]):
         which, field = KEYS[key]
-        rows = [getattr(side, which) for side in sides]
+        base, new = rows = [getattr(side, which) for side in sides]
         for side, own in zip(sides, rows, strict=True):
             if not own:
                 raise ValueError(f"--key {key}: {side.folder} has no scored.jsonl")
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
         if which == "scored" and modes[0] != modes[1]:
             shown = [" and ".join(sorted(map(str, mode))) for mode in modes]
             raise ValueError(f"--key {key}: scored by {shown[0]} in base, by {shown[1]} in new")
-        result = paired(*rows, field, bootstrap=args.bootstrap, seed=args.seed)
+        result = paired(base, new, field, bootstrap=args.bootstrap, seed=args.seed)
         found.append(result | {"key": key})
     print(table(found))
     if args.output:

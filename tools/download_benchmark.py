@@ -5,7 +5,9 @@ Needs the datasets library (pip install datasets) and a connection; nothing else
 
 import argparse
 
-from srpo_jax.benchmarks.download import PLACES, Place, download
+from srpo_jax.benchmarks.all import BENCHMARKS
+from srpo_jax.benchmarks.common import Place
+from srpo_jax.benchmarks.download import download
 from srpo_jax.benchmarks.load import load
 from tools.lib import cli
 
@@ -17,8 +19,8 @@ def make_parser() -> argparse.ArgumentParser:
         "python -m tools.download_benchmark --benchmark mathvista --out data/mathvista",
     )
     add = parser.add_argument
-    add("--benchmark", required=True, choices=sorted(PLACES))
-    splits = "; ".join(f"{name}: {', '.join(found)}" for name, found in sorted(PLACES.items()))
+    add("--benchmark", required=True, choices=sorted(BENCHMARKS))
+    splits = "; ".join(f"{name}: {', '.join(b.places)}" for name, b in sorted(BENCHMARKS.items()))
     add("--split", help=f"default: the first ({splits})")
     add("--out", required=True, help="folder to make")
     add("--repo", help="another repository with the same fields, or a local folder")
@@ -27,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Download, then read it back as an evaluation would."""
-    splits = PLACES[args.benchmark]
+    splits = BENCHMARKS[args.benchmark].places
     split = args.split or next(iter(splits))
     if split not in splits:
         raise ValueError(f"--split={split}: {args.benchmark} has {', '.join(splits)}")

@@ -13,12 +13,13 @@ command is run again. Exit code 3: some judgements did not arrive, run again.
 """
 
 import argparse
-import contextlib
 import sys
+from contextlib import nullcontext
 
 from srpo_jax.benchmarks import scoring
+from srpo_jax.benchmarks.all import BENCHMARKS
+from srpo_jax.benchmarks.common import naming_rows
 from srpo_jax.data.files import write_jsonl
-from srpo_jax.rewards.verifier import Verifier
 from tools.lib import cli, judge_options
 
 
@@ -53,28 +54,21 @@ def main(args: argparse.Namespace) -> int:
             )
     if args.re_extract:
         rows = [{k: v for k, v in row.items() if k != "extraction"} for row in rows]
-    modules = scoring.worker_modules(args.benchmark, args.mode)
-    judge = judge_options.open_judge(args) if args.mode == scoring.JUDGE else None
-    with contextlib.ExitStack() as stack:
-        pool, advance = None, lambda n: None
-        if modules is not None:
-            pool = stack.enter_context(Verifier(args.workers, args.timeout, modules=modules))
-        try:
-            if judge is not None:
-                advance = stack.enter_context(cli.progress("judging", len(rows), "rows"))
-            scored = scoring.score(args.benchmark, rows, args.mode, pool, judge, advance)
-        except scoring.RowError as error:
-            line = numbered[error.index][0] if error.index is not None else "?"
-            raise ValueError(f"{args.predictions}:{line}: {error}") from None
-    summary = scoring.summarise(args.benchmark, args.mode, scored)
+    asked = args.mode == scoring.JUDGE
+    with (
+        judge_options.open_judge(args, len(rows), "rows") if asked else nullcontext() as judge,
+        scoring.open_pool(args.benchmark, args.mode, args.workers, args.timeout) as pool,
+        naming_rows([f"{args.predictions}:{number}" for number, _ in numbered]),
+    ):
+        scored = scoring.score(args.benchmark, rows, args.mode, pool, judge)
+    summary = scoring.accuracies(args.benchmark, args.mode, scored)
     summary["timeouts"], summary["crashes"] = (pool.timeouts, pool.crashes) if pool else (0, 0)
-    if judge is not None:
-        summary["judge"] = judge.summary()
+    code = judge_options.conclude(judge, summary)
     write_jsonl(args.output, scored)
     if args.report:
         cli.write_report(args.report, summary, scoring.markdown(summary))
     _show(summary, args.output)
-    return judge_options.UNAVAILABLE if judge is not None and judge.stats.unavailable else 0
+    return code
 
 
 def _show(summary: dict, output: str) -> None:
@@ -89,17 +83,15 @@ def _show(summary: dict, output: str) -> None:
         cells = [f"{group} {c['correct']}/{c['total']} = {c['accuracy']:.2f} %"
                  for group, c in groups.items()]  # fmt: skip
         print(f"  {table}: " + "; ".join(cells))
-    if summary.get("four_dimensions"):
-        strict, loose = (summary["four_dimensions"][side]["score"] for side in ("strict", "loose"))
-        print(f"  score over problems of several steps: strict {strict:.2f} %, loose {loose:.2f} %")
-    if "judge" in summary:
-        for line in judge_options.describe(summary["judge"]):
-            print(f"  {line}")
+    benchmark = BENCHMARKS[summary["benchmark"]]
+    if benchmark.measures and (line := benchmark.measures.line(summary)):
+        print(f"  {line}")
+    for line in judge_options.describe(summary):
+        print(f"  {line}")
     for note in scoring.notes(summary):
         print(f"note: {note}", file=sys.stderr)
     if not summary["complete"]:
-        counts = scoring.BENCHMARKS[summary["benchmark"]].COUNTS
-        full = ", ".join(f"{count} ({name})" for count, name in counts.items())
+        full = ", ".join(f"{count} ({name})" for count, name in benchmark.counts.items())
         print(f"note: {summary['total']} rows; the full benchmark has {full}", file=sys.stderr)
 
 

@@ -7,7 +7,7 @@ again. Exit code 3: some judgements did not arrive, run again.
 """
 
 import argparse
-import contextlib
+from contextlib import nullcontext
 from pathlib import Path
 
 from srpo_jax.benchmarks import scoring
@@ -41,31 +41,19 @@ def main(args: argparse.Namespace) -> int:
 
     found = eval_folders.read(args.workdir)
     source = load(args.benchmark, args.file, image_root=args.image_root, counts=())
-    judge, advance = None, lambda n: None
-    if args.mode == scoring.JUDGE:
-        beside = judge_options.default_cache(found.folder / "scored.jsonl")
-        args.judge_cache = args.judge_cache or beside
-        judge = judge_options.open_judge(args)
-    with contextlib.ExitStack() as stack:
-        if judge is not None:
-            total = len(found.rows) * len(ROUNDS)
-            advance = stack.enter_context(cli.progress("judging", total, "answers"))
-        scored, tables = score_rows(
-            args.benchmark,
-            source,
-            found.rows,
-            args.mode,
-            workers=args.workers,
-            timeout=args.timeout,
-            judge=judge,
-            advance=advance,
-        )
+    beside = judge_options.default_cache(found.folder / "scored.jsonl")
+    args.judge_cache = args.judge_cache or beside
+    asked, total = args.mode == scoring.JUDGE, len(found.rows) * len(ROUNDS)
+    with (
+        judge_options.open_judge(args, total, "answers") if asked else nullcontext() as judge,
+        scoring.open_pool(args.benchmark, args.mode, args.workers, args.timeout) as pool,
+    ):
+        scored, tables = score_rows(args.benchmark, source, found.rows, args.mode, pool, judge)
     rates = write_scores(found.folder, scored, tables, bootstrap=args.bootstrap, seed=args.seed)
-    if judge is not None:
-        rates["judge"] = judge.summary()
+    code = judge_options.conclude(judge, rates)
     write_jsonl(found.folder / "summary.json", [found.summary | {"benchmark": rates}])
     _show(args, rates, found.folder)
-    return judge_options.UNAVAILABLE if judge is not None and judge.stats.unavailable else 0
+    return code
 
 
 def _show(args: argparse.Namespace, rates: dict, folder: Path) -> None:
@@ -73,7 +61,7 @@ def _show(args: argparse.Namespace, rates: dict, folder: Path) -> None:
         f"{args.benchmark}, {args.mode}: first {100 * rates['acc@1']:.2f} %, final "
         f"{100 * rates['acc@2']:.2f} % of {rates['samples']} -> {folder / 'scored.jsonl'}"
     )
-    for line in judge_options.describe(rates["judge"]) if "judge" in rates else ():
+    for line in judge_options.describe(rates):
         print(f"  {line}")
     for which in ("first", "final"):
         for note in scoring.notes(rates[which]):

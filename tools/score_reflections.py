@@ -19,7 +19,7 @@ import sys
 # Nothing here needs an accelerator, and one that is busy training must be left alone.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from srpo_jax.benchmarks.common import RowError
+from srpo_jax.benchmarks.common import naming_rows
 from srpo_jax.data.files import write_jsonl
 from srpo_jax.report import quality
 from tools.lib import cli, judge_options
@@ -45,22 +45,19 @@ def main(args: argparse.Namespace) -> int:
     numbered = cli.numbered_jsonl(args.input)
     if not numbered:
         raise ValueError(f"{args.input}: no rows")
-    try:
+    with naming_rows([f"{args.input}:{number}" for number, _ in numbered]):
         rows = quality.measured([row for _, row in numbered])
-    except RowError as error:
-        raise ValueError(f"{args.input}:{numbered[error.index][0]}: {error}") from None
-    judge = judge_options.open_judge(args) if args.judge_model else None
-    if judge is not None:
-        with cli.progress("judging", len(rows), "rows") as advance:
-            rows = quality.rated(rows, judge, advance)
-    summary = quality.summarise(rows, args.seed)
-    if judge is not None:
-        summary["judge"] = judge.summary()
+    judge = None
+    if args.judge_model:
+        with judge_options.open_judge(args, len(rows), "rows") as judge:
+            rows = quality.rated(rows, judge)
+    summary = quality.measure_means(rows, args.seed)
+    code = judge_options.conclude(judge, summary)
     write_jsonl(args.output, rows)
     if args.report:
         cli.write_report(args.report, summary, quality.markdown(summary))
     _show(summary, args.output)
-    return judge_options.UNAVAILABLE if judge is not None and judge.stats.unavailable else 0
+    return code
 
 
 def _show(summary: dict, output: str) -> None:
@@ -68,7 +65,7 @@ def _show(summary: dict, output: str) -> None:
     print(f"{summary['reflections']} reflections in {summary['rows']} rows -> {output}")
     for name, m in summary["measures"].items():
         print(f"  {name}: {m['mean']:.3f} ({m['low']:.3f} to {m['high']:.3f}, {m['rows']} rows)")
-    for line in judge_options.describe(summary["judge"]) if "judge" in summary else ():
+    for line in judge_options.describe(summary):
         print(f"  {line}")
     if missing := summary["rows"] - summary["reflections"]:
         print(f"note: {missing} rows without a reflection", file=sys.stderr)

@@ -7,18 +7,17 @@ without an answer block goes to the rule as it is.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from srpo_jax.benchmarks import scoring
-from srpo_jax.benchmarks.common import LETTERS, Row
+from srpo_jax.benchmarks.all import BENCHMARKS
+from srpo_jax.benchmarks.common import LETTERS, Row, naming_rows
+from srpo_jax.benchmarks.judge.client import Judge
 from srpo_jax.benchmarks.load import scoring_row
-from srpo_jax.data.records import Record
+from srpo_jax.data.records import Record, RecordSource
 from srpo_jax.rewards.answers import choice_indices, extract_answer
 from srpo_jax.rewards.verifier import Verifier
-
-if TYPE_CHECKING:
-    from srpo_jax.benchmarks.judge.client import Judge
 
 ROUNDS = {"first": ("first_answer",), "final": ("second_answer", "first_answer")}
 
@@ -45,14 +44,11 @@ def answer_row(record: Record, row: Mapping[str, Any], which: str) -> Row:
 
 def score_rows(
     name: str,
-    source: Sequence[Record],
+    source: RecordSource,
     rows: Sequence[Row],
     mode: str,
-    *,
-    workers: int = 2,
-    timeout: float = 5.0,
-    judge: "Judge | None" = None,
-    advance: Callable[[int], Any] = lambda n: None,
+    pool: Verifier | None = None,
+    judge: Judge | None = None,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Both answers of every completion, scored.
 
@@ -61,15 +57,13 @@ def score_rows(
         source: its records, of ``load.load``.
         rows: of ``evaluate``.
         mode: of ``scoring.MODES``, or ``scoring.JUDGE``.
-        workers: processes that compare answers, where the mode needs them.
-        timeout: seconds for one comparison.
+        pool: of ``scoring.open_pool``.
         judge: for the mode JUDGE.
-        advance: called with 1 for every answer that the judge is done with.
 
     Returns:
         ``rows`` with ``first_correct`` and ``final_correct`` of this mode, ``extraction`` and
         ``prediction`` of the final answer, ``no_answer`` and ``categories`` (groups by table)
-        where there are any; and {"first", "final"}: the summaries of ``scoring.summarise``.
+        where there are any; and {"first", "final"}: the summaries of ``scoring.accuracies``.
 
     Raises:
         ValueError naming the problem that is not in ``source``, or whose row lacks a field.
@@ -78,39 +72,27 @@ def score_rows(
     lost = next((row["origin"] for row in rows if row["origin"] not in records), None)
     if lost is not None:
         raise ValueError(f"{lost}: this row's problem is not among the benchmark's; another file?")
-    modules = scoring.worker_modules(name, mode)
-    with contextlib.ExitStack() as stack:
-        pool = None
-        if modules is not None:
-            pool = stack.enter_context(Verifier(workers, timeout, modules=modules))
-        asked = {
-            which: [answer_row(records[row["origin"]], row, which) for row in rows]
-            for which in ROUNDS
-        }
-        try:
-            scored = {
-                which: scoring.score(name, answers, mode, pool, judge, advance)
-                for which, answers in asked.items()
-            }
-        except scoring.RowError as error:
-            where = "" if error.index is None else f"{rows[error.index]['origin']}: "
-            raise ValueError(f"{where}{error}") from None
-    module = scoring.BENCHMARKS[name]
+    scored: dict[str, list[Row]] = {}
+    with naming_rows([row["origin"] for row in rows]):
+        for which in ROUNDS:
+            answers = [answer_row(records[row["origin"]], row, which) for row in rows]
+            scored[which] = scoring.score(name, answers, mode, pool, judge)
+    benchmark = BENCHMARKS[name]
     out = []
     for row, first, final in zip(rows, scored["first"], scored["final"], strict=True):
-        new = dict(row, benchmark=name, mode=mode, categories=module.groups(final))
+        new = dict(row, benchmark=name, mode=mode, categories=benchmark.groups(final))
         new |= {"first_correct": bool(first["correct"]), "final_correct": bool(final["correct"])}
         new |= {key: final[key] for key in ("extraction", "prediction")}
         new |= {key: final[key] for key in ("no_answer", "no_judgement") if key in final}
         out.append(new)
-    summaries = {which: scoring.summarise(name, mode, found) for which, found in scored.items()}
+    summaries = {which: scoring.accuracies(name, mode, found) for which, found in scored.items()}
     problems = len({row["origin"] for row in rows})
     for summary in summaries.values():  # several samples of a problem are one problem
-        summary["complete"] = module.COUNTS.get(problems)
+        summary["complete"] = benchmark.counts.get(problems)
     return out, summaries
 
 
-def _by_origin(source: Sequence[Record]) -> dict[str, Record]:
+def _by_origin(source: RecordSource) -> dict[str, Record]:
     """The readable records, without their images; those that cannot be read have no rows."""
     found = {}
     for index in range(len(source)):

@@ -1,18 +1,24 @@
-"""What the benchmarks' rules share: the fields of a prediction row, and the result of scoring one.
+"""What a benchmark is, and what the rules share: fields of a prediction row, the result of scoring.
 
 A row is a JSON object with the benchmark's own fields and the model's ``response``. Where a row
 already has an ``extraction`` (made by a language model, as MathVista does), rules start from it.
 """
 
 import ast
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from srpo_jax.rewards.verifier import Verifier
 
 Row = dict[str, Any]
 Groups = dict[str, list[str]]  # table -> the groups of that table that a row belongs to
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+EMPTY = "the response is empty"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class RowError(ValueError):
     index: int | None = None  # of the row among those given
 
 
-def each(function: Callable[[Row], Any], rows: Sequence[Row]) -> list:
+def each(function: Callable[[Row], _T], rows: Sequence[Row]) -> list[_T]:
     """``function`` of every row; a RowError that comes out of it knows the index of its row."""
     out = []
     for index, row in enumerate(rows):
@@ -45,15 +51,29 @@ def each(function: Callable[[Row], Any], rows: Sequence[Row]) -> list:
     return out
 
 
+@contextlib.contextmanager
+def naming_rows(places: Sequence[str]) -> Iterator[None]:
+    """Turns a RowError into a ValueError that starts with its row's place ("file:line")."""
+    try:
+        yield
+    except RowError as error:
+        where = "" if error.index is None else f"{places[error.index]}: "
+        raise ValueError(f"{where}{error}") from None
+
+
+# ---------------------------------------------------------------------------------- fields of a row
+
+
 def response(row: Row) -> str:
     """The model's response; "" where the model gave none (null, or an error object)."""
     value = row.get("response")
     return value if isinstance(value, str) else ""
 
 
-def given_extraction(row: Row) -> Any:
-    """The extraction that the row brings, None without one."""
-    return row.get("extraction")
+def extraction_or(extract: Callable[[str], _T], row: Row) -> str | _T:
+    """The extraction that the row brings, else what ``extract`` takes from its response."""
+    given = row.get("extraction")
+    return extract(response(row)) if given is None else str(given)
 
 
 def gold(row: Row) -> str:
@@ -84,6 +104,13 @@ def choices(row: Row) -> list[str]:
     return [str(option) for option in value]
 
 
+def needed_choices(row: Row) -> list[str]:
+    """The options; RowError where there are none."""
+    if not (found := choices(row)):
+        raise RowError("no 'choices' (or 'options'); a multiple-choice question needs them")
+    return found
+
+
 def field(row: Row, *names: str) -> Any:
     """The first of some fields that the row has, at its top or under ``metadata``; else None."""
     metadata = row.get("metadata")
@@ -94,17 +121,16 @@ def field(row: Row, *names: str) -> Any:
     return None
 
 
-def grouping(*fields: str | tuple[str, ...]) -> Callable[[Row], Groups]:
-    """A ``groups`` function with one table for each field (or first name of a tuple of names)."""
+def grouping(*fields: str) -> Callable[[Row], Groups]:
+    """A ``groups`` function with one table for each field."""
 
     def groups(row: Row) -> Groups:
         tables: Groups = {}
-        for names in fields:
-            names = (names,) if isinstance(names, str) else names
-            value = field(row, *names)
+        for name in fields:
+            value = field(row, name)
             if value is not None:
                 values = value if isinstance(value, (list, tuple)) else [value]
-                tables[names[0]] = [str(v) for v in dict.fromkeys(values)]
+                tables[name] = [str(v) for v in dict.fromkeys(values)]
         return tables
 
     return groups
@@ -125,31 +151,75 @@ def option_text(letter: str, options: Sequence[str]) -> str | None:
     return options[index] if 0 <= index < len(options) else None
 
 
-def braced_contents(text: str, opening: str) -> tuple[list[str], bool]:
-    r"""The contents of every ``opening``...} with balanced braces, and whether all were closed.
+# -------------------------------------------------------------------------------------- a benchmark
 
-    ``opening`` ends with its brace. Contents are found from left to right without overlap; an
-    unclosed one takes the rest of the text and is left out.
-    """
-    contents, position = [], 0
-    while (start := text.find(opening, position)) >= 0:
-        start += len(opening)
-        end = _closing_brace(text, start)
-        if end is None:
-            return contents, False
-        contents.append(text[start:end])
-        position = end + 1
-    return contents, True
+Rule = Callable[[Sequence[Row], Verifier | None], list[Scored]]  # with workers where it needs them
+Ask = Callable[..., Awaitable[dict[str, Any]]]  # a prompt's name, its values, the reply's fields
+Flow = Callable[[Row, list[str], Ask], Awaitable[Scored]]  # a row, its golds, the judge
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """The place of the brace that closes one opened before ``start``."""
-    depth, position = 1, start
-    while True:
-        closing = text.find("}", position)
-        if closing < 0:
-            return None
-        depth += text.count("{", position, closing) - 1
-        if depth == 0:
-            return closing
-        position = closing + 1
+def by_row(rule: Callable[[Row], Scored]) -> Rule:
+    """A rule that looks at each row by itself."""
+    return lambda rows, pool=None: each(rule, rows)
+
+
+def has_something_to_judge(row: Row) -> bool:
+    """Whether the row brings an extraction or a response."""
+    return row.get("extraction") is not None or bool(response(row).strip())
+
+
+@dataclass(frozen=True)
+class Form:
+    """How published rows look: which fields hold what, in order of preference."""
+
+    required: str  # fields that some row must have; "a|b": either of two names
+    question: tuple[str, ...] = ("question",)
+    images: tuple[str, ...] = ("decoded_image", "image")  # the first that is there
+    numbered: bool = False  # image_1, image_2, ... beside those
+    id: tuple[str, ...] = ("id",)
+    part: str | None = None  # tells rows of one problem apart: appended to the id
+    answer: tuple[str, ...] = ("answer",)
+    default_question: str | None = None
+    asked: Callable[[Row, str], str] = lambda row, question: question  # what a model is asked
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a set stands on the hub: repository, split, configurations (None: the only one)."""
+
+    repo: str
+    split: str
+    configs: tuple[str | None, ...] = (None,)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a benchmark reports beside accuracies."""
+
+    entries: Callable[[Sequence[Row]], dict[str, Any]]  # of the summary, from scored rows
+    page: Callable[[dict[str, Any]], list[str]]  # the summary's lines of Markdown for them
+    line: Callable[[dict[str, Any]], str | None]  # the same in short
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Everything that loading, scoring, judging and downloading know of one benchmark."""
+
+    name: str
+    counts: dict[int, str]  # published numbers of problems -> what has so many
+    form: Form
+    places: dict[str, Place]  # by split; the first is the default
+    groups: Callable[[Row], Groups]  # the official tables' groups that a row belongs to
+    official: Rule | None  # None: only a language model decides
+    worker_modules: tuple[str, ...] | None = (
+        None  # that the rule's workers import; None: no workers
+    )
+    golds: Callable[[Row], list[str]] = lambda row: [gold(row)]  # any of which is right
+    draws: str | None = None  # why a row has no answer where official code draws without a seed
+    order: Callable[[str], Any] = str  # sorts the groups of a table
+    best_first: bool = False  # tables list the best group first instead
+    measures: Measures | None = None
+    judge: Flow | None = None  # None: one generic extraction and one generic match
+    # RowError for what the judge's flow needs beside question and gold, before anything is asked.
+    check: Callable[[Row], Any] = lambda row: None
+    shows_question: Callable[[Row], bool] = has_something_to_judge  # to the judge

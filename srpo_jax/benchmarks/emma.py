@@ -8,37 +8,33 @@ option's text: in lower case, as a number written in words, or by value at two d
 import re
 
 from srpo_jax.benchmarks.common import (
+    EMPTY,
+    Benchmark,
+    Form,
     Groups,
+    Place,
     Row,
     Scored,
-    braced_contents,
+    by_row,
     choices,
-    each,
-    given_extraction,
+    extraction_or,
     gold,
     is_number,
     option_text,
-    response,
 )
 from srpo_jax.benchmarks.latex.tokens import LatexError
 from srpo_jax.benchmarks.latex.value import latex_value
 from srpo_jax.benchmarks.word_numbers import word_number
-
-NAME = "emma"
-COUNTS = {2788: "EMMA", 400: "EMMA-mini"}
-EMPTY = "the response is empty"
+from srpo_jax.rewards.braces import braced_spans
 
 _PHRASES = ("final answer is", "correct answer is", "answer should be", "answer is", "answer:")
+_BRACE = re.compile(r"(\\boxed\{)|[{}]")  # an escaped brace counts, as in the official code
 _TEXT = re.compile(r"\\text{(.*?)}")
 
 
-def official(rows: list[Row], pool=None) -> list[Scored]:
-    """The official outcome of each row."""
-    return each(_official, rows)
-
-
-def _official(row: Row) -> Scored:
-    extraction = _extraction(row)
+def official(row: Row) -> Scored:
+    """The official outcome."""
+    extraction = extraction_or(lambda text: extract(text) if text else None, row)
     targets = _targets(row)
     if extraction is None:
         return Scored(None, None, False, EMPTY)
@@ -58,14 +54,6 @@ def groups(row: Row) -> Groups:
     return tables
 
 
-def _extraction(row: Row) -> str | None:
-    given = given_extraction(row)
-    if given is not None:
-        return str(given)
-    text = response(row)
-    return extract(text) if text else None
-
-
 def _targets(row: Row) -> list[str]:
     """The gold, and the text of the option where it is a letter."""
     answer = gold(row)
@@ -83,7 +71,7 @@ def extract(text: str) -> str:
             return letter
     if is_number(text):
         return text
-    boxes, _ = braced_contents(text, "\\boxed{")
+    boxes = _boxes(text)
     if boxes:
         inner = _TEXT.findall(boxes[-1])
         return (inner or boxes)[-1].strip()
@@ -92,6 +80,18 @@ def extract(text: str) -> str:
         if phrase in lowered:
             return lowered.split(phrase)[-1].strip().split("\n")[0].split(".")[0]
     return ""
+
+
+def _boxes(text: str) -> list[str]:
+    r"""The contents of the outermost \boxed{}, up to one that is not closed."""
+    contents, position = [], 0
+    for start, inner, end in braced_spans(text, _BRACE):
+        if end is None:
+            break
+        if start >= position:
+            contents.append(text[inner:end])
+            position = end
+    return contents
 
 
 def same(extraction: str, target: str) -> bool:
@@ -110,3 +110,22 @@ def same(extraction: str, target: str) -> bool:
 
 def _rounded(text: str) -> float:
     return round(float(latex_value(text, printed=False)), 2)
+
+
+_SUBJECTS = ("Chemistry", "Coding", "Math", "Physics")
+BENCHMARK = Benchmark(
+    name="emma",
+    counts={2788: "EMMA", 400: "EMMA-mini"},
+    form=Form(
+        "pid|id question options answer subject type",
+        images=(),
+        numbered=True,
+        id=("pid", "id"),
+    ),
+    places={
+        "test": Place("luckychao/EMMA", "test", _SUBJECTS),
+        "mini": Place("luckychao/EMMA-mini", "test", _SUBJECTS),
+    },
+    groups=groups,
+    official=by_row(official),
+)

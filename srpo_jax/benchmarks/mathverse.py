@@ -5,23 +5,39 @@ text. A row without a given extraction has no answer by rule.
 """
 
 from srpo_jax.benchmarks.common import (
+    Ask,
+    Benchmark,
+    Form,
     Groups,
+    Place,
     Row,
     Scored,
-    each,
+    by_row,
     field,
-    given_extraction,
     gold,
 )
+from srpo_jax.benchmarks.judge.flows import extract_and_compare, is_same, question
 
-NAME = "mathverse"
-COUNTS = {3940: "testmini", 788: "testmini, one version"}
 NEEDS_MODEL = "MathVerse's extraction is a language model's; by rule only a given one is matched"
 
 
-def official(rows: list[Row], pool=None) -> list[Scored]:
-    """The quick match of each row."""
-    return each(_official, rows)
+def official(row: Row) -> Scored:
+    """The quick match."""
+    extraction = row.get("extraction")
+    if extraction is None:
+        return Scored(None, None, False, NEEDS_MODEL)
+    text = str(extraction)
+    return Scored(text, text, text == gold(row))
+
+
+async def judged(row: Row, golds: list[str], ask: Ask) -> Scored:
+    """The official two stages: the model extracts, then says yes or no."""
+
+    async def same(text: str) -> bool:
+        values = {"question": question(row), "gold": golds[0], "extraction": text}
+        return text == golds[0] or await is_same(ask, "mathverse_judge", values)
+
+    return await extract_and_compare(row, ask, "mathverse_extract", {}, same)
 
 
 def groups(row: Row) -> Groups:
@@ -38,9 +54,16 @@ def groups(row: Row) -> Groups:
     return tables
 
 
-def _official(row: Row) -> Scored:
-    extraction = given_extraction(row)
-    if extraction is None:
-        return Scored(None, None, False, NEEDS_MODEL)
-    text = str(extraction)
-    return Scored(text, text, text == gold(row))
+BENCHMARK = Benchmark(
+    name="mathverse",
+    counts={3940: "testmini", 788: "testmini, one version"},
+    form=Form(
+        "sample_index|id problem_version question image answer question_type",
+        question=("query_cot", "query_wo", "question"),
+        id=("sample_index", "id"),
+    ),
+    places={"testmini": Place("AI4Math/MathVerse", "testmini", ("testmini",))},
+    groups=groups,
+    official=by_row(official),
+    judge=judged,
+)

@@ -7,22 +7,21 @@ tuple rounded to two decimals, or by value at two decimals (``latex_value``).
 """
 
 from srpo_jax.benchmarks.common import (
+    Benchmark,
+    Form,
     Groups,
+    Place,
     Row,
     Scored,
+    by_row,
     choices,
-    each,
-    given_extraction,
+    extraction_or,
     gold,
     is_number,
     option_text,
-    response,
 )
 from srpo_jax.benchmarks.latex.tokens import LatexError
 from srpo_jax.benchmarks.latex.value import latex_value
-
-NAME = "mathvision"
-COUNTS = {3040: "test", 304: "testmini"}
 
 _PHRASES = ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
 _MARK = "oxed{"
@@ -40,11 +39,6 @@ _STRIPPED = (
 )  # fmt: skip
 
 
-def official(rows: list[Row], pool=None) -> list[Scored]:
-    """The official outcome of each row: ``extraction``, the same as prediction, and the verdict."""
-    return each(_official, rows)
-
-
 def groups(row: Row) -> Groups:
     """The official tables: levels, subjects, and subjects by level."""
     level, subject = row.get("level"), row.get("subject")
@@ -58,10 +52,9 @@ def groups(row: Row) -> Groups:
     return tables
 
 
-def _official(row: Row) -> Scored:
-    given = given_extraction(row)
-    extraction = extract(response(row)) if given is None else str(given)
-    answer = gold(row)
+def official(row: Row) -> Scored:
+    """The official outcome: ``extraction``, the same as prediction, and the verdict."""
+    extraction, answer = extraction_or(extract, row), gold(row)
     correct = same(answer, extraction)
     if not correct:
         correct = same(option_text(answer, choices(row)) or "", extraction)
@@ -209,3 +202,16 @@ def _rounded_tuple(text: str) -> str:
     except (LatexError, ArithmeticError, TypeError, ValueError):
         return text
     return f"{text[0]}{','.join(values)}{text[-1]}"
+
+
+BENCHMARK = Benchmark(
+    name="mathvision",
+    counts={3040: "test", 304: "testmini"},
+    form=Form("id question image|decoded_image options|choices answer level subject"),
+    places={
+        "test": Place("MathLLMs/MathVision", "test"),
+        "testmini": Place("MathLLMs/MathVision", "testmini"),
+    },
+    groups=groups,
+    official=by_row(official),
+)

@@ -7,48 +7,72 @@ extraction for which none of these holds has no answer by rule. What is extracte
 """
 
 import re
+from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
 from srpo_jax.benchmarks.common import (
     LETTERS,
+    Ask,
+    Benchmark,
+    Form,
+    Place,
     Row,
     RowError,
     Scored,
+    by_row,
     choices,
-    each,
-    given_extraction,
     gold,
     grouping,
     response,
 )
+from srpo_jax.benchmarks.judge.flows import NO_ANSWER, extracted, question, shown
 
-NAME = "mathvista"
-COUNTS = {1000: "testmini"}
 NEEDS_MODEL = "the official extraction of this response is a language model's"
-
-groups = grouping(
-    "question_type", "answer_type", "language", "source", "category", "task", "context", "grade",
-    "skills",
-)  # fmt: skip
 
 _QUICK = re.compile(r'The answer is "(.*)"\.')
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
 
 
-def official(rows: list[Row], pool=None) -> list[Scored]:
-    """The official outcome of each row: extraction, normalised prediction and verdict."""
-    return each(_official, rows)
+def official(row: Row) -> Scored:
+    """The official outcome: extraction, normalised prediction and verdict."""
+    _check_types(row)
+    return _compared(row, _extraction(row), NEEDS_MODEL)
 
 
-def _official(row: Row) -> Scored:
+async def judged(row: Row, golds: list[str], ask: Ask) -> Scored:
+    """The official way: the model extracts where no shortcut does, the rule compares."""
+    extraction = _extraction(row, quick=False)
+    if extraction is None:
+        query = row.get("query")
+        values = {
+            "question": question(row) if query is None else str(query),
+            "kind": str(row["answer_type"]),
+            "response": shown(row),
+        }
+        extraction = await extracted(ask, "mathvista_extract", values)
+    return _compared(row, extraction, NO_ANSWER)
+
+
+def _check_types(row: Row) -> None:
     if "question_type" not in row or "answer_type" not in row:
         raise RowError("no 'question_type' or no 'answer_type'; MathVista's rule needs both")
-    extraction = given_extraction(row)
+
+
+def _check(row: Row) -> None:
+    """Whatever the rule will need, whatever the model extracts."""
+    _check_types(row)
+    normalise(row, "1")
+
+
+def _extraction(row: Row, quick: bool = True) -> Any:
+    given = row.get("extraction")
+    return extract(row, quick) if given is None else given
+
+
+def _compared(row: Row, extraction: Any, no_answer: str) -> Scored:
     if extraction is None:
-        extraction = extract(row)
-    if extraction is None:
-        return Scored(None, None, False, NEEDS_MODEL)
+        return Scored(None, None, False, no_answer)
     prediction = normalise(row, extraction)
     return Scored(str(extraction), prediction, prediction == gold(row))
 
@@ -73,7 +97,7 @@ def extract(row: Row, quick: bool = True) -> str | None:
     return quoted[1] if quoted else None
 
 
-def normalise(row: Row, extraction: object) -> str | None:
+def normalise(row: Row, extraction: Any) -> str | None:
     """The extraction in the form of the gold; None where a number was asked for and none given."""
     if row["question_type"] == "multi_choice":
         return _option(str(extraction).strip(), choices(row))
@@ -107,3 +131,26 @@ def _option(text: str, options: list[str]) -> str:
     if len(text) == 1 and text in LETTERS[: len(options)]:
         return options[LETTERS.index(text)]
     return min(options, key=lambda option: Levenshtein.distance(text, option))
+
+
+BENCHMARK = Benchmark(
+    name="mathvista",
+    counts={1000: "testmini"},
+    form=Form(
+        "pid|id question image|decoded_image choices answer question_type answer_type precision",
+        question=("query", "question"),
+        id=("pid", "id"),
+        # The query ends with the options, which prompts append themselves.
+        asked=lambda row, question: question.split("\nChoices:")[0],
+    ),
+    places={"testmini": Place("AI4Math/MathVista", "testmini")},
+    groups=grouping(
+        "question_type", "answer_type", "language", "source", "category", "task", "context",
+        "grade", "skills",
+    ),
+    official=by_row(official),
+    best_first=True,
+    judge=judged,
+    check=_check,
+    shows_question=lambda row: _extraction(row, quick=False) is None,
+)  # fmt: skip

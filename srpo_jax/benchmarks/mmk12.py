@@ -1,10 +1,12 @@
 """MMK12 (ModalMinds/MM-EUREKA): its only official scoring is a language model's judgement."""
 
-from srpo_jax.benchmarks.common import grouping
+from srpo_jax.benchmarks.common import Benchmark, Form, Place, grouping
 
-NAME = "mmk12"
-COUNTS = {2000: "test"}
-NO_RULE = "MMK12 is judged by a language model and has no official rule: use --mode strict"
-
-groups = grouping("subject")
-official = None
+BENCHMARK = Benchmark(
+    name="mmk12",
+    counts={2000: "test"},
+    form=Form("question answer image|images", images=("image", "images")),
+    places={"test": Place("FanqingM/MMK12", "test")},
+    groups=grouping("subject"),
+    official=None,
+)

@@ -8,28 +8,30 @@ so (``drawn``). An open answer is right if any of its parts or numbers holds or 
 import ast
 import random
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from srpo_jax.benchmarks.common import (
     LETTERS,
+    Benchmark,
+    Form,
+    Place,
     Row,
     RowError,
     Scored,
     choices,
     each,
-    given_extraction,
+    extraction_or,
     is_number,
-    response,
+    needed_choices,
 )
+from srpo_jax.benchmarks.judge.flows import options_first
 from srpo_jax.benchmarks.mmmu_pro import DOMAINS, groups, order, parse_choice, subject_of
 
-NAME = "mmmu"
-COUNTS = {900: "validation"}
 SEED = 42
 
-__all__ = ["COUNTS", "NAME", "groups", "official", "order", "parse_open"]
-
 # The order of the official run, which decides what is drawn for whom.
-_SUBJECTS = sorted(subject for subjects in DOMAINS.values() for subject in subjects)
+_SUBJECTS = tuple(sorted(subject for subjects in DOMAINS.values() for subject in subjects))
 _INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _WITH_COMMAS = re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b")
 _SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+")
@@ -38,21 +40,21 @@ _SIMPLE = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
 Part = str | float
 
 
-def official(rows: list[Row], pool=None) -> list[Scored]:
+def official(rows: Sequence[Row], pool: Any = None) -> list[Scored]:
     """The official outcome of each row: a letter, or the parts of an open answer."""
-    each(golds, rows), each(_checked_options, rows)
+    for needed in (golds, _check):
+        each(needed, rows)
     generator = random.Random(SEED)
-    scored: list[Scored | None] = [None] * len(rows)
-    for i in sorted(range(len(rows)), key=lambda i: _place(rows[i])):
-        scored[i] = _official(rows[i], generator)
-    return scored
+    scored = {
+        i: _official(rows[i], generator)
+        for i in sorted(range(len(rows)), key=lambda i: _place(rows[i]))
+    }
+    return [scored[i] for i in range(len(rows))]
 
 
-def _checked_options(row: Row) -> list[str]:
-    options = choices(row)
-    if not options and not is_open(row):
-        raise RowError("no 'choices' (or 'options') for a multiple-choice question")
-    return options
+def _check(row: Row) -> None:
+    if not is_open(row):
+        needed_choices(row)
 
 
 def _place(row: Row) -> int:
@@ -63,17 +65,22 @@ def _place(row: Row) -> int:
 def _official(row: Row, generator: random.Random) -> Scored:
     wanted = golds(row)
     if is_open(row):
-        text = response(row) if given_extraction(row) is None else str(given_extraction(row))
-        parts = parse_open(text)
+        parts = parse_open(extraction_or(str, row))
         shown = sorted(parts, key=str)
         return Scored(_joined(shown), shown, open_correct(wanted, parts))
+    letter = read_option(row)
+    if letter is not None:
+        return Scored(letter, letter, letter in wanted)
+    letter = generator.choice(LETTERS[: len(choices(row))])
+    return Scored(None, letter, letter in wanted, drawn=True)
+
+
+def read_option(row: Row) -> str | None:
+    """The option letter that the row brings or its response names; None for open questions."""
+    if is_open(row):
+        return None
     options = choices(row)
-    letter, drawn = given_extraction(row), False
-    if letter is None:
-        letter = parse_choice(response(row), options, spaced=True)
-    if letter is None:
-        letter, drawn = generator.choice(list(LETTERS[: len(options)])), True
-    return Scored(None if drawn else letter, letter, letter in wanted, drawn=drawn)
+    return extraction_or(lambda text: parse_choice(text, options, spaced=True), row)
 
 
 def is_open(row: Row) -> bool:
@@ -152,3 +159,17 @@ def open_correct(answers: list[str], parts: list[Part]) -> bool:
         any(answer in part for answer in texts) if isinstance(part, str) else part in wanted
         for part in parts
     )
+
+
+BENCHMARK = Benchmark(
+    name="mmmu",
+    counts={900: "validation"},
+    form=Form("id question options answer question_type", images=(), numbered=True),
+    places={"validation": Place("MMMU/MMMU", "validation", _SUBJECTS)},
+    groups=groups,
+    official=official,
+    golds=golds,
+    order=order,
+    judge=options_first(read_option),
+    check=_check,
+)

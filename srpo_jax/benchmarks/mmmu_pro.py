@@ -8,19 +8,19 @@ from collections.abc import Sequence
 
 from srpo_jax.benchmarks.common import (
     LETTERS,
+    Benchmark,
+    Form,
     Groups,
+    Place,
     Row,
-    RowError,
     Scored,
-    choices,
-    each,
-    given_extraction,
+    by_row,
+    extraction_or,
     gold,
-    response,
+    needed_choices,
 )
+from srpo_jax.benchmarks.judge.flows import options_first
 
-NAME = "mmmu_pro"
-COUNTS = {1730: "one setting"}
 DRAWS = "nothing names an option; the official code draws one at random, without a seed"
 
 DOMAINS = {
@@ -39,11 +39,6 @@ DOMAINS = {
 }  # fmt: skip
 _ORDER = [*DOMAINS, *(subject for subjects in DOMAINS.values() for subject in subjects)]
 _DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
-
-
-def official(rows: list[Row], pool=None) -> list[Scored]:
-    """The official outcome of each row: the option letter, twice, and the verdict."""
-    return each(_official, rows)
 
 
 def groups(row: Row) -> Groups:
@@ -73,18 +68,22 @@ def subject_of(row: Row) -> str | None:
     return subject if subject is None else str(subject).replace(" ", "_")
 
 
-def _official(row: Row) -> Scored:
-    options = choices(row)
-    if not options:
-        raise RowError("no 'choices' (or 'options'); MMMU-Pro's rule needs them")
-    letter = given_extraction(row)
-    if letter is None:
-        letter = after_answer(response(row), options) or parse_choice(
-            response(row), options, spaced=False
-        )
+def official(row: Row) -> Scored:
+    """The official outcome: the option letter, twice, and the verdict."""
+    letter = read_option(row)
     if letter is None:
         return Scored(None, None, False, DRAWS)
-    return Scored(str(letter), str(letter), str(letter) == gold(row))
+    return Scored(letter, letter, letter == gold(row))
+
+
+def read_option(row: Row) -> str | None:
+    """The option letter that the row brings or its response names, None where it names none."""
+    options = needed_choices(row)
+
+    def read(text: str) -> str | None:
+        return after_answer(text, options) or parse_choice(text, options, spaced=False)
+
+    return extraction_or(read, row)
 
 
 def after_answer(text: str, options: Sequence[str]) -> str | None:
@@ -121,4 +120,28 @@ def parse_choice(text: str, options: Sequence[str], *, spaced: bool) -> str | No
         for letter, option in zip(letters, options, strict=False)
     }
     named = [letter for letter, place in places.items() if place >= 0]
-    return max(named, key=places.get) if named else None
+    return max(named, key=places.__getitem__) if named else None
+
+
+BENCHMARK = Benchmark(
+    name="mmmu_pro",
+    counts={1730: "one setting"},
+    form=Form(
+        "id options answer subject",
+        images=("image",),
+        numbered=True,
+        default_question="Answer the multiple-choice question that the image shows.",
+    ),
+    places={
+        "standard_10": Place("MMMU/MMMU_Pro", "test", ("standard (10 options)",)),
+        "standard_4": Place("MMMU/MMMU_Pro", "test", ("standard (4 options)",)),
+        "vision": Place("MMMU/MMMU_Pro", "test", ("vision",)),
+    },
+    groups=groups,
+    official=by_row(official),
+    draws=DRAWS,
+    order=order,
+    judge=options_first(read_option),
+    check=needed_choices,
+    shows_question=lambda row: False,  # vision rows have it in their image
+)

@@ -6,7 +6,9 @@ Runs in a worker process: sympy may take for ever.
 import logging
 import math
 import re
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from srpo_jax.rewards.braces import braced_spans
 
@@ -158,7 +160,7 @@ def _same_expressions(left: str, right: str, error: float) -> bool:
     return bool(abs(sympy.simplify(a - b).evalf()) < 1e-3)
 
 
-def _is_computable(expression) -> bool:
+def _is_computable(expression: Any) -> bool:
     """Whether an expression is no power, or one of numbers with a bearable exponent."""
     import sympy
 
@@ -201,13 +203,13 @@ def warm_up() -> None:
 
 
 @cache
-def _parse(text: str):
+def _parse(text: str) -> Any:
     """sympy's tree of a LaTeX text."""
     return _parser()(text)
 
 
 @cache
-def _parser():
+def _parser() -> Callable[[str], Any]:
     """sympy's LaTeX parser.
 
     It asks for antlr 4.11 by name; its tables are in the format that 4.10 to 4.13 share, and
@@ -221,7 +223,7 @@ def _parser():
     antlr.version = lambda package: "4.11"
     logging.disable(logging.CRITICAL)
 
-    def parse(text: str):
+    def parse(text: str) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # a note on the version, each time
             return antlr.parse_latex(text)
 

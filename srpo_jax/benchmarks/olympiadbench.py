@@ -1,39 +1,42 @@
 r"""OlympiadBench's rule (OpenBMB/OlympiadBench, eval/auto_scoring_judge.py and inference/judge.py).
 
 The answer is what follows the last "So the final answer is", else the whole response; of either
-the judge takes the ``\boxed{}`` contents, else the formulas of the last line. It splits lists,
+the rule takes the ``\boxed{}`` contents, else the formulas of the last line. It splits lists,
 expands \pm, and compares numbers within the problem's error (also as percent), expressions,
-equations and intervals. The gold goes first, as the judge defines it. The judge uses sympy and
-runs in the workers (``olympiad_judge``). Proofs cannot be judged.
+equations and intervals. The gold goes first, as the official code defines it. The comparison uses
+sympy and runs in the workers (``olympiad_rule``). Proofs cannot be scored.
 """
 
 import re
+from collections.abc import Sequence
 
 from srpo_jax.benchmarks.common import (
+    EMPTY,
+    Benchmark,
+    Form,
     Groups,
+    Place,
     Row,
     RowError,
     Scored,
     each,
-    given_extraction,
-    response,
+    extraction_or,
 )
 from srpo_jax.rewards.verifier import Verifier
 
-NAME = "olympiadbench"
-COUNTS = {150: "OE_MM_maths_en_COMP", 456: "OE_MM_physics_en_COMP"}
 WORKER_MODULES = ("srpo_jax.benchmarks.olympiad_rule",)
 RULE = f"{WORKER_MODULES[0]}:equal_answers"
 DEFAULT_ERROR = 1e-8
-EMPTY = "the response is empty"
 
 _ENGLISH = re.compile(r"So the final answer is (.*)")
 _CHINESE = re.compile("所以最终答案是(.*)")
 
 
-def official(rows: list[Row], pool: Verifier) -> list[Scored]:
-    """The official outcome of each row; the judge runs in the pool's workers."""
-    extractions, golds = each(_extraction, rows), each(final_answer, rows)
+def official(rows: Sequence[Row], pool: Verifier | None) -> list[Scored]:
+    """The official outcome of each row; answers are compared in the pool's workers."""
+    assert pool is not None, "the rule needs workers"
+    extractions = each(lambda row: extraction_or(extract, row), rows)
+    golds = each(final_answer, rows)
     allowed_errors = each(errors, rows)
     correct = [False] * len(rows)
     by_errors: dict[tuple[float, ...], list[int]] = {}
@@ -61,11 +64,6 @@ def groups(row: Row) -> Groups:
     return tables
 
 
-def golds(row: Row) -> list[str]:
-    """The gold answers, any of which is right."""
-    return [final_answer(row)]
-
-
 def final_answer(row: Row) -> str:
     """The gold answer: the first of ``final_answer``, or ``answer``; RowError without one."""
     value = row.get("final_answer")
@@ -74,7 +72,7 @@ def final_answer(row: Row) -> str:
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     if value is None:
-        raise RowError("no 'final_answer' (or 'answer'); proofs cannot be judged by rule")
+        raise RowError("no 'final_answer' (or 'answer'); proofs cannot be scored")
     return str(value)
 
 
@@ -89,11 +87,6 @@ def errors(row: Row) -> tuple[float, ...]:
         raise RowError(f"'error' is no number or list of numbers: {value!r:.60}") from None
 
 
-def _extraction(row: Row) -> str:
-    given = given_extraction(row)
-    return extract(response(row)) if given is None else str(given)
-
-
 def extract(text: str) -> str:
     """What a response announces as its final answer, in English or Chinese; else all of it."""
     for pattern in (_ENGLISH, _CHINESE):
@@ -101,3 +94,23 @@ def extract(text: str) -> str:
         if announced:
             return announced[-1].strip()
     return text
+
+
+BENCHMARK = Benchmark(
+    name="olympiadbench",
+    counts={150: "OE_MM_maths_en_COMP", 456: "OE_MM_physics_en_COMP"},
+    form=Form(
+        "id question final_answer answer_type",
+        images=("images",),
+        numbered=True,
+        answer=("final_answer",),
+    ),
+    places={
+        "maths": Place("Hothan/OlympiadBench", "train", ("OE_MM_maths_en_COMP",)),
+        "physics": Place("Hothan/OlympiadBench", "train", ("OE_MM_physics_en_COMP",)),
+    },
+    groups=groups,
+    official=official,
+    worker_modules=WORKER_MODULES,
+    golds=lambda row: [final_answer(row)],
+)

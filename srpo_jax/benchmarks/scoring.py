@@ -5,44 +5,18 @@ every benchmark: the option's letter or text, else numbers and math-verify, noth
 ``judge`` is a language model's extraction and judgement (``judge``), behind a server.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from srpo_jax.benchmarks import (
-    emma,
-    mathverse,
-    mathvision,
-    mathvista,
-    mmk12,
-    mmmu,
-    mmmu_pro,
-    olympiadbench,
-    wemath,
-)
-from srpo_jax.benchmarks.common import (
-    Row,
-    RowError,
-    Scored,
-    choices,
-    each,
-    given_extraction,
-    gold,
-    response,
-)
+from srpo_jax.benchmarks.all import BENCHMARKS
+from srpo_jax.benchmarks.common import Benchmark, Row, Scored, choices, each, response
+from srpo_jax.benchmarks.judge.client import Judge
+from srpo_jax.benchmarks.judge.flows import judged
 from srpo_jax.rewards.answers import answer_problem, boxed, extract_answer
 from srpo_jax.rewards.verifier import Verifier
 
-if TYPE_CHECKING:
-    from srpo_jax.benchmarks.judge.client import Judge
-
-BENCHMARKS: dict[str, ModuleType] = {
-    module.NAME: module
-    for module in (
-        mathvista, mathvision, mathverse, mmmu_pro, mmmu, emma, olympiadbench, wemath, mmk12,
-    )
-}  # fmt: skip
 MODES = ("official_rule", "strict")  # without a server
 JUDGE = "judge"
 REMARKS = ("no_answer", "drawn", "gold_problem", "no_judgement")  # fields of some scored rows
@@ -51,13 +25,14 @@ NO_TEXT = "the response holds no answer"
 _ANNOUNCED = re.compile(r"\banswer\s*(?:is|:)[:\s]*", re.IGNORECASE)
 
 
-def worker_modules(benchmark: str, mode: str) -> tuple[str, ...] | None:
-    """What the workers of a pool must import; None where the scoring needs no pool."""
-    if mode == "strict":
-        return ()
-    if mode == JUDGE:
-        return None
-    return getattr(BENCHMARKS[benchmark], "WORKER_MODULES", None)
+def open_pool(
+    benchmark: str, mode: str, workers: int, time_limit: float
+) -> contextlib.AbstractContextManager[Verifier | None]:
+    """The worker processes for ``score``, with seconds for one comparison; None without need."""
+    modules = () if mode == "strict" else BENCHMARKS[benchmark].worker_modules
+    if mode == JUDGE or modules is None:
+        return contextlib.nullcontext()
+    return Verifier(workers, time_limit, modules=modules)
 
 
 def score(
@@ -65,8 +40,7 @@ def score(
     rows: Sequence[Row],
     mode: str,
     pool: Verifier | None = None,
-    judge: "Judge | None" = None,
-    advance: Callable[[int], Any] = lambda n: None,
+    judge: Judge | None = None,
 ) -> list[Row]:
     """The rows with ``extraction``, ``prediction``, ``correct`` and ``mode``.
 
@@ -78,25 +52,26 @@ def score(
         benchmark: a name of BENCHMARKS.
         rows: see ``common``.
         mode: of MODES, or JUDGE.
-        pool: where ``worker_modules`` is not None.
+        pool: of ``open_pool``.
         judge: for JUDGE.
-        advance: called with 1 for every row that the judge is done with.
 
     Raises:
         ValueError for a benchmark without an official rule; RowError, with the index of the row,
         where a field is missing.
     """
-    module = BENCHMARKS[benchmark]
+    one = BENCHMARKS[benchmark]
     if mode == "strict":
-        scored = _strict(module, rows, pool)
+        scored = _strict(one, rows, pool)
     elif mode == JUDGE:
-        from srpo_jax.benchmarks.judge.flows import judged  # its client takes seconds to import
-
-        scored = judged(module, rows, judge, advance)
-    elif module.official is None:
-        raise ValueError(module.NO_RULE)
+        assert judge is not None, "the mode needs a judge"
+        scored = judged(one, rows, judge)
+    elif one.official is None:
+        raise ValueError(
+            f"{benchmark} has no official rule, a language model judges it: use --mode strict or "
+            "--mode judge"
+        )
     else:
-        scored = module.official(list(rows), pool)
+        scored = one.official(rows, pool)
     out = []
     for row, result in zip(rows, scored, strict=True):
         new = {key: value for key, value in row.items() if key not in REMARKS}
@@ -112,7 +87,7 @@ def score(
             new["drawn"] = True
         if result.no_judgement is not None:
             new["no_judgement"] = result.no_judgement
-        if mode == "strict" and (problem := _gold_problem(module, row)):
+        if mode == "strict" and (problem := _gold_problem(one, row)):
             new["gold_problem"] = problem
         out.append(new)
     return out
@@ -127,9 +102,8 @@ def strict_answer(row: Row) -> str | None:
     The given extraction; else the last <answer> block, the last \boxed{}, what the last
     "answer is" or "Answer:" announces on its line, or the whole response.
     """
-    given = given_extraction(row)
-    if given is not None:
-        return str(given)
+    if row.get("extraction") is not None:
+        return str(row["extraction"])
     text = response(row)
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
@@ -145,18 +119,14 @@ def strict_answer(row: Row) -> str | None:
     return line.strip() or text.strip() or None
 
 
-def _golds(module: ModuleType, row: Row) -> list[str]:
-    return module.golds(row) if hasattr(module, "golds") else [gold(row)]
-
-
-def _gold_problem(module: ModuleType, row: Row) -> str | None:
-    problems = [answer_problem(answer, choices(row)) for answer in _golds(module, row)]
+def _gold_problem(benchmark: Benchmark, row: Row) -> str | None:
+    problems = [answer_problem(answer, choices(row)) for answer in benchmark.golds(row)]
     return problems[0] if problems and all(problems) else None
 
 
-def _strict(module: ModuleType, rows: Sequence[Row], pool: Verifier) -> list[Scored]:
-    answers = each(strict_answer, rows)
-    golds = each(lambda row: _golds(module, row), rows)
+def _strict(benchmark: Benchmark, rows: Sequence[Row], pool: Verifier | None) -> list[Scored]:
+    assert pool is not None, "strict comparisons need workers"
+    answers, golds = each(strict_answer, rows), each(benchmark.golds, rows)
     options = each(choices, rows)
     items = [
         (target, answer, wanted)
@@ -176,49 +146,38 @@ def _strict(module: ModuleType, rows: Sequence[Row], pool: Verifier) -> list[Sco
 # --------------------------------------------------------------------------------------- summary
 
 
-def summarise(benchmark: str, mode: str, scored: Sequence[Row]) -> dict[str, Any]:
+def accuracies(benchmark: str, mode: str, scored: Sequence[Row]) -> dict[str, Any]:
     """Counts and accuracies (percent) over all rows and over the groups of the official tables.
 
     A row without an answer counts as wrong. Where the official rule would draw one,
     ``expected_if_drawn`` is the accuracy that this gives on average.
     """
-    module = BENCHMARKS[benchmark]
+    one = BENCHMARKS[benchmark]
     summary: dict[str, Any] = {"benchmark": benchmark, "mode": mode}
     summary |= _counts(scored)
-    summary["complete"] = module.COUNTS.get(len(scored))
+    summary["complete"] = one.counts.get(len(scored))
     for key in REMARKS:
         summary[f"{key}_rows"] = sum(key in row for row in scored)
-    chances = sum(
-        1 / len(choices(row))
-        for row in scored
-        if getattr(module, "DRAWS", None) and row.get("no_answer") == module.DRAWS
-    )
-    if chances:
-        right = summary["correct"] + chances
+    drawn = [row for row in scored if one.draws and row.get("no_answer") == one.draws]
+    if drawn:
+        right = summary["correct"] + sum(1 / len(choices(row)) for row in drawn)
         summary["expected_if_drawn"] = round(100 * right / len(scored), 2)
-    summary["tables"] = _tables(module, scored)
-    if module is wemath:
-        correct = [row["correct"] for row in scored]
-        summary["four_dimensions"] = wemath.four_dimensions(scored, correct)
-    return summary
+    summary["tables"] = _tables(one, scored)
+    return summary | (one.measures.entries(scored) if one.measures else {})
 
 
-def _tables(module: ModuleType, scored: Sequence[Row]) -> dict[str, dict[str, dict]]:
+def _tables(benchmark: Benchmark, scored: Sequence[Row]) -> dict[str, dict[str, dict]]:
     members: dict[str, dict[str, list[Row]]] = {}
     for row in scored:
-        for table, groups in module.groups(row).items():
+        for table, groups in benchmark.groups(row).items():
             for group in groups:
                 members.setdefault(table, {}).setdefault(group, []).append(row)
-    order = getattr(module, "order", str)
-    tables = {
-        table: {group: _counts(members[table][group]) for group in sorted(groups, key=order)}
-        for table, groups in members.items()
-    }
-    if module is mathvista:  # its tables list the best first
-        tables = {
-            table: dict(sorted(groups.items(), key=lambda g: -g[1]["accuracy"]))
-            for table, groups in tables.items()
-        }
+    tables = {}
+    for table, groups in members.items():
+        counts = {group: _counts(groups[group]) for group in sorted(groups, key=benchmark.order)}
+        if benchmark.best_first:
+            counts = dict(sorted(counts.items(), key=lambda item: -item[1]["accuracy"]))
+        tables[table] = counts
     return tables
 
 
@@ -244,22 +203,9 @@ def markdown(summary: dict[str, Any]) -> str:
             f"| {group.replace('|', '/')} | {c['correct']} | {c['total']} | {c['accuracy']:.2f} |"
             for group, c in groups.items()
         ]
-    if summary.get("four_dimensions"):
-        lines += ["", "## four dimensions", "", "| measure | strict | loose |", "|---|---:|---:|"]
-        lines += _dimension_lines(summary["four_dimensions"])
+    if measures := BENCHMARKS[summary["benchmark"]].measures:
+        lines += measures.page(summary)
     return "\n".join(lines) + "\n"
-
-
-def _dimension_lines(metrics: dict[str, Any]) -> list[str]:
-    both = metrics["strict"], metrics["loose"]
-    lines = ["| score | " + " | ".join(f"{side['score']:.2f}" for side in both) + " |"]
-    for name in ("InsufficientKnowledge", "InadequateGeneralization"):
-        share = f"{metrics[name]['percent']:.2f} ({metrics[name]['count']})"
-        lines.append(f"| {name} | {share} | {share} |")
-    for name in ("CompleteMastery", "RoteMemorization"):
-        shares = [f"{side[name]['percent']:.2f} ({side[name]['count']})" for side in both]
-        lines.append(f"| {name} | {' | '.join(shares)} |")
-    return lines
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
@@ -282,9 +228,3 @@ def notes(summary: dict[str, Any]) -> list[str]:
         if summary.get(key):
             out.append(f"{summary[key]} comparisons ended by {key}, counted as wrong")
     return out
-
-
-__all__ = [
-    "BENCHMARKS", "JUDGE", "MODES", "RowError", "markdown", "notes", "score", "strict_answer",
-    "summarise", "worker_modules",
-]  # fmt: skip

@@ -7,35 +7,29 @@ and rote memorization, strict and loose, and a score of these.
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from srpo_jax.benchmarks.common import (
+    Benchmark,
+    Form,
+    Measures,
+    Place,
     Row,
     Scored,
-    each,
-    given_extraction,
+    by_row,
+    extraction_or,
     gold,
     grouping,
-    response,
 )
 
-NAME = "wemath"
-COUNTS = {1740: "testmini"}
 NO_LETTER = "no option letter stands after the last 'Answer'"
-
-groups = grouping("key")
 
 _PUNCTUATION = re.compile(r"[><:.]")
 
 
-def official(rows: list[Row], pool=None) -> list[Scored]:
-    """The official outcome of each row."""
-    return each(_official, rows)
-
-
-def _official(row: Row) -> Scored:
-    letter = given_extraction(row)
-    if letter is None:
-        letter = extract(response(row))
+def official(row: Row) -> Scored:
+    """The official outcome."""
+    letter = extraction_or(extract, row)
     reason = NO_LETTER if letter is None else None
     return Scored(letter, letter, letter == gold(row), reason)
 
@@ -90,3 +84,55 @@ def four_dimensions(rows: Sequence[Row], correct: Sequence[bool]) -> dict | None
 
 def _share(count: int, of: int) -> dict:
     return {"count": count, "percent": round(100 * count / of, 2) if of else 0.0}
+
+
+def _entries(scored: Sequence[Row]) -> dict[str, Any]:
+    return {"four_dimensions": four_dimensions(scored, [row["correct"] for row in scored])}
+
+
+def _page(summary: dict[str, Any]) -> list[str]:
+    metrics = summary["four_dimensions"]
+    if not metrics:
+        return []
+    both = metrics["strict"], metrics["loose"]
+    lines = ["", "## four dimensions", "", "| measure | strict | loose |", "|---|---:|---:|"]
+    lines.append("| score | " + " | ".join(f"{side['score']:.2f}" for side in both) + " |")
+    for name in ("InsufficientKnowledge", "InadequateGeneralization"):
+        share = f"{metrics[name]['percent']:.2f} ({metrics[name]['count']})"
+        lines.append(f"| {name} | {share} | {share} |")
+    for name in ("CompleteMastery", "RoteMemorization"):
+        shares = [f"{side[name]['percent']:.2f} ({side[name]['count']})" for side in both]
+        lines.append(f"| {name} | {' | '.join(shares)} |")
+    return lines
+
+
+def _line(summary: dict[str, Any]) -> str | None:
+    if not summary["four_dimensions"]:
+        return None
+    strict, loose = (summary["four_dimensions"][side]["score"] for side in ("strict", "loose"))
+    return f"score over problems of several steps: strict {strict:.2f} %, loose {loose:.2f} %"
+
+
+def _with_options(row: Row, question: str) -> str:
+    """The options are one text, which prompts do not append as they do a list."""
+    return f"{question}\n{row['option']}" if row.get("option") else question
+
+
+BENCHMARK = Benchmark(
+    name="wemath",
+    counts={1740: "testmini"},
+    form=Form(
+        "ID key question option|options answer image_path|image",
+        images=("image_path", "image"),
+        id=("ID",),
+        part="key",
+        # One text of all options, which prompts do not append as they do a list.
+        asked=lambda row, question: (
+            f"{question}\n{row['option']}" if row.get("option") else question
+        ),
+    ),
+    places={"testmini": Place("We-Math/We-Math", "testmini")},
+    groups=grouping("key"),
+    official=by_row(official),
+    measures=Measures(_entries, _page, _line),
+)

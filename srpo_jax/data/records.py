@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,6 +30,7 @@ __all__ = [
     "Parquet",
     "Record",
     "RecordError",
+    "RecordSource",
     "Records",
     "image_ref",
     "load_image",
@@ -59,6 +60,14 @@ class Record:
     source: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
     origin: str = ""  # "file:row", rows counted from 1
+
+
+class RecordSource(Protocol):
+    """Anything with random access to records: ``Records``, a list, a subset of either."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
 
 
 def _text(value: Any, name: str, origin: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from srpo_jax.rewards.answers import choice_indices, extract_answer, plain_text
+from srpo_jax.rewards.braces import braced_spans
 from srpo_jax.rewards.quantities import parse_quantity, same_quantity
 
 MIN_OTHER_WORDS = 6  # a reflection that holds the gold must have so many words besides it
@@ -122,6 +123,7 @@ _CHOSEN = re.compile(
     r"|pick|"
     r"picking)[ ,:]*(?:the )?(?:(?:correct|right|final) )?(?:answer|option|choice)\b"
 )
+_OPENED = re.compile(r"(\A\{)|[{}]")
 # "so option B was never tested" names an option without giving it as the answer.
 _JUDGED = re.compile(
     r"[\W_]*\w+\W{0,3} (?:was|is|were|cannot|can|could|should|would|may|might|has|had|does"
@@ -325,12 +327,8 @@ def _states_gold(text: str, forms: _GoldForms) -> str | None:
 
 def _braced(text: str) -> str:
     """The text up to the brace that closes one opened before it."""
-    depth = 1
-    for place, char in enumerate(text):
-        depth += (char == "{") - (char == "}")
-        if not depth:
-            return text[:place]
-    return text
+    _, _, end = braced_spans("{" + text, _OPENED)[0]
+    return text if end is None else text[: end - 1]
 
 
 def _computed(text: str, place: int) -> bool:

@@ -9,21 +9,19 @@ Rules read words, not meaning: they are for comparing models over many rows, not
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from srpo_jax.benchmarks.common import Row, RowError, choices, each, option_text
+from srpo_jax.benchmarks.common import Ask, Row, RowError, choices, each, option_text
+from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
 from srpo_jax.remote.replies import BadReply
 from srpo_jax.report.rates import interval
 from srpo_jax.rewards.answers import boxed, decide
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.template import Completion, parse_response
 from srpo_jax.structs import BLOCKS
-
-if TYPE_CHECKING:
-    from srpo_jax.benchmarks.judge.client import Ask, Judge
 
 GRAM = 3  # words of a run that counts as copied
 RESAMPLES = 2000  # of the bootstrap
@@ -222,17 +220,14 @@ def measured(rows: Sequence[Row]) -> list[Row]:
 # -------------------------------------------------------------------------------------- rubric
 
 
-def rated(
-    rows: Sequence[Row], judge: "Judge", advance: Callable[[int], Any] = lambda n: None
-) -> list[Row]:
+def rated(rows: Sequence[Row], judge: Judge) -> list[Row]:
     """Measured rows with the judge's ratings in ``quality``: ``rubric`` and its ``mean``, 0 to 5.
 
     ``no_judgement`` says why there is none, or the row has no reflection. Raises Fatal where no
     request can succeed.
     """
-    from srpo_jax.benchmarks.judge.client import NoJudgement  # its client takes seconds to import
 
-    async def one(ask: "Ask", row: Row) -> Row:
+    async def one(ask: Ask, row: Row) -> Row:
         if not row["quality"]["has_reflection"]:
             return row
         try:
@@ -243,7 +238,7 @@ def rated(
         mean = sum(ratings.values()) / len(ratings)
         return row | {"quality": row["quality"] | {"rubric": ratings, "rubric_mean": mean}}
 
-    return judge.map(one, rows, advance)
+    return judge.map(one, rows)
 
 
 def _shown(row: Row) -> dict[str, str]:
@@ -265,7 +260,7 @@ def _in_range(found: dict[str, float]) -> None:
 # ------------------------------------------------------------------------------------- summary
 
 
-def summarise(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
+def measure_means(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
     """Counts, and for every measure its mean with a bootstrap 95 % interval.
 
     Problems (rows of one ``origin``, else of one ``id``) are resampled, not rows: samples of one

@@ -1,16 +1,18 @@
 """The options of scoring and of a language model that judges, for every tool that has them."""
 
 import argparse
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from srpo_jax.benchmarks import scoring
+from srpo_jax.benchmarks.all import BENCHMARKS
+from srpo_jax.benchmarks.judge.client import Judge
+from srpo_jax.remote.protocol import Endpoint
 from tools.lib import cli
-
-if TYPE_CHECKING:
-    from srpo_jax.benchmarks.judge.client import Judge
 
 UNAVAILABLE = 3  # exit code: some judgements did not arrive, the same command asks for them
 
@@ -50,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """--benchmark, --mode, --workers and --timeout."""
     add = parser.add_argument
-    add("--benchmark", required=True, choices=sorted(scoring.BENCHMARKS))
+    add("--benchmark", required=True, choices=sorted(BENCHMARKS))
     modes = (*scoring.MODES, scoring.JUDGE)
     add("--mode", default="official_rule", choices=modes, help="default: official_rule")
     workers = min(4, os.cpu_count() or 1)
@@ -66,11 +68,9 @@ def _price(text: str) -> float:
     return value
 
 
-def open_judge(args: argparse.Namespace) -> "Judge":
-    """The judge of the command line; ValueError without a model."""
-    from srpo_jax.benchmarks.judge.client import Judge  # seconds to import: only where needed
-    from srpo_jax.remote.protocol import Endpoint
-
+@contextlib.contextmanager
+def open_judge(args: argparse.Namespace, total: int, unit: str) -> Iterator[Judge]:
+    """The judge of the command line, which shows its progress; ValueError without a model."""
     if not args.judge_model:
         raise ValueError("who judges? give --judge_model (and --judge_url for your own server)")
     endpoint = Endpoint(
@@ -84,13 +84,23 @@ def open_judge(args: argparse.Namespace) -> "Judge":
         price_in=args.judge_price_in,
         price_out=args.judge_price_out,
     )
-    return Judge(
-        endpoint,
-        args.judge_cache or default_cache(args.output),
-        temperature=args.judge_temperature if args.judge_temperature >= 0 else None,
-        schema=args.judge_schema == "on",
-        max_tokens=args.judge_max_tokens,
-    )
+    with cli.progress("judging", total, unit) as advance:
+        yield Judge(
+            endpoint,
+            args.judge_cache or default_cache(args.output),
+            temperature=args.judge_temperature if args.judge_temperature >= 0 else None,
+            schema=args.judge_schema == "on",
+            max_tokens=args.judge_max_tokens,
+            advance=advance,
+        )
+
+
+def conclude(judge: Judge | None, summary: dict[str, Any]) -> int:
+    """Put the judge's account, if there is a judge, into the summary; the exit code."""
+    if judge is None:
+        return 0
+    summary["judge"] = judge.summary()
+    return UNAVAILABLE if judge.stats.unavailable else 0
 
 
 def default_cache(output: str | Path) -> Path:
@@ -100,7 +110,10 @@ def default_cache(output: str | Path) -> Path:
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
-    """What the judge did and cost, one line each."""
+    """What the judge of a summary did and cost, one line each; nothing without one."""
+    if "judge" not in summary:
+        return []
+    summary = summary["judge"]
     priced = f", ${summary['cost_usd']:.4f}" if summary["cost_usd"] else ""
     lines = [
         f"judge {summary['model']}: {summary['calls']} calls, {summary['cached']} from the cache, "

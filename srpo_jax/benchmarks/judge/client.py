@@ -4,7 +4,7 @@
     results = judge.map(function, items)      # function(ask, item) is a coroutine
     ... await ask("extract", {"question": ..., "response": ...}, ("extraction",))
 
-Every reply is kept (``judge_cache``), also the useless ones, so that a second run asks nothing.
+Every reply is kept (``cache``), also the useless ones, so that a second run asks nothing.
 A reply that does not hold what was asked for is nonsense: it is asked for again, ``TRIES`` times in
 all, with other seeds and rising temperature; after that, and where the server refuses the request
 or stays unavailable, there is no judgement, which the caller must count apart.
@@ -17,14 +17,17 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from srpo_jax.benchmarks.common import Ask
 from srpo_jax.benchmarks.judge.cache import JudgeCache, request_key
-from srpo_jax.remote.client import Client
 from srpo_jax.remote.protocol import Endpoint, Fatal, Rejected, Reply, Request, Unavailable
 from srpo_jax.remote.replies import BadReply, object_schema, reply_fields
+
+if TYPE_CHECKING:
+    from srpo_jax.remote.client import Client
 
 PROMPTS = Path(__file__).parent / "prompts"
 TRIES = 4  # the first request and three more
@@ -34,8 +37,6 @@ ALL_REFUSED = 8  # refusals before any reply that stop the run: the request's fo
 # other settings and are not kept.
 SETTLED = ("content_filter", "context_length_exceeded")
 REFUSED = "refused by the server: "
-
-Ask = Callable[..., Awaitable[dict[str, Any]]]
 
 
 class NoJudgement(Exception):
@@ -73,7 +74,7 @@ class Judge:
         temperature: float | None = 0.0,
         schema: bool = True,
         max_tokens: int = 1024,
-        seed: int = 0,
+        advance: Callable[[int], Any] = lambda n: None,
     ):
         """
         Args:
@@ -82,37 +83,36 @@ class Judge:
             temperature: of the first try; None for models that take none.
             schema: ask the server to hold replies to their JSON schema; not every server can.
             max_tokens: of one reply, thoughts included.
-            seed: of the first try.
+            advance: called with 1 for every item that ``map`` is done with.
         """
         self.endpoint, self.cache = endpoint, Path(cache)
         self.temperature, self.schema = temperature, schema
-        self.max_tokens, self.seed = max_tokens, seed
+        self.max_tokens, self.advance = max_tokens, advance
         self.stats = JudgeStats()
         self._environment = Environment(
             loader=FileSystemLoader(PROMPTS), undefined=StrictUndefined, autoescape=False
         )
 
     def map(
-        self,
-        function: Callable[[Ask, Any], Awaitable[Any]],
-        items: Iterable[Any],
-        advance: Callable[[int], Any] = lambda n: None,
+        self, function: Callable[[Ask, Any], Awaitable[Any]], items: Iterable[Any]
     ) -> list[Any]:
         """``function(ask, item)`` of every item, in the order of the items, many at a time.
 
         Raises Fatal where no request can succeed, and what ``function`` raises; what has arrived
         by then is in the cache.
         """
-        return asyncio.run(self._map(function, list(items), advance))
+        return asyncio.run(self._map(function, list(items)))
 
-    async def _map(self, function: Callable, items: list, advance: Callable) -> list[Any]:
+    async def _map(self, function: Callable, items: list) -> list[Any]:
+        from srpo_jax.remote.client import Client  # seconds to import: only to ask something
+
         results: list[Any] = [None] * len(items)
         queue = iter(enumerate(items))
 
         async def work(ask: Ask) -> None:
             for i, item in queue:
                 results[i] = await function(ask, item)
-                advance(1)
+                self.advance(1)
 
         with JudgeCache(self.cache) as cache:
             async with Client(self.endpoint) as client:
@@ -140,7 +140,7 @@ class Judge:
             messages=[{"role": "user", "content": text}],
             max_tokens=self.max_tokens,
             temperature=temperature,
-            seed=self.seed + trial,
+            seed=trial,
             schema=schema if self.schema else None,
             schema_name=name,
         )
@@ -165,7 +165,7 @@ class Judge:
 class _Asking:
     """The questions of one run: cache first, then the server."""
 
-    def __init__(self, judge: Judge, client: Client, cache: JudgeCache):
+    def __init__(self, judge: Judge, client: "Client", cache: JudgeCache):
         self.judge, self.client, self.cache = judge, client, cache
         self.in_flight: dict[str, asyncio.Future[Reply]] = {}
 

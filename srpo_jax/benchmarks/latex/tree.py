@@ -1,6 +1,6 @@
 r"""The tree of a LaTeX answer: numbers, names, sums, products, powers, functions and relations.
 
-Like the parser it stands for (see ``latex_tokens``), this one reads as much of the text as makes a
+Like the parser it stands for (see ``tokens``), this one reads as much of the text as makes a
 whole expression and ignores what follows: "4.Therefore" is 4. Factors side by side bind closer than
 ``*`` and ``/`` ("1/2\pi" is 1/(2 pi)), powers bind to the left (2^3^2 is 64), and ``\frac`` and
 ``\sqrt`` need their braces.
