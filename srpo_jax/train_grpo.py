@@ -232,7 +232,7 @@ class Stage:
         count, mesh = self.cfg.updates_per_rollout, self.parts.mesh
         weight = np.asarray(lesson.local.weight)
         by_shard = weight.reshape(len(sharding.process_shards(mesh)), count, -1)
-        useful = processes.any_true(by_shard.any(axis=(0, 2)))
+        useful = processes.any_true(np.atleast_1d(by_shard.any(axis=(0, 2))))
         done = []
         with self.parts.guard.step(f"update, {bucket_of(lesson.local.batch)}"):
             for k in range(count):

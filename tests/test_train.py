@@ -128,7 +128,8 @@ def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
     assert numbers(tmp_path / "whole", names) == numbers(tmp_path / "broken", names)
     assert len({row[1] for row in numbers(tmp_path / "whole", names)}) == 5
 
-    assert reads.unread(broken) == {"epochs"}  # steps are given
+    # Steps are given, and the held-out file is no benchmark.
+    assert reads.unread(broken) == {"epochs", "eval.scoring", "eval.any_count"}
 
     # The export is the final state, in HF form.
     exported = hf.load_params(tmp_path / "hf", load_config(tmp_path / "hf"))
@@ -168,7 +169,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     last = config()
     last.eval.file = paths["held_out"]
     train_grpo.train(last, tmp_path / "broken")
-    assert reads.unread(last) == set()
+    assert reads.unread(last) == {"eval.scoring", "eval.any_count"}
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
     names = ("loss", "kl", "reward/mean", "filter/pending_groups", "filter/rounds")
@@ -294,7 +295,7 @@ def test_evaluation_goes_on_where_it_was_stopped(paths, tmp_path, monkeypatch):
         return one
 
     whole = evaluate.evaluate(config(), tmp_path / "whole")
-    assert reads.unread(config()) == set()
+    assert reads.unread(config()) == {"eval.scoring", "eval.any_count"}
     assert whole["records"] == 6 and whole["samples"] == 12 and whole["skipped_records"] == 0
     low, high = whole["interval"]["acc@2"]
     assert 0 <= low <= whole["acc@2"] <= high <= 1

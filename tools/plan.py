@@ -367,8 +367,8 @@ def _parsed(config: Any, key: str, text: str) -> Any:
 def make_parser() -> argparse.ArgumentParser:
     """The command line, without the overrides."""
     example = "python -m tools.plan --config=configs/grpo.py:size=7b --topology=cuda:h100:1x8"
+    example += f"\n\n{OVERRIDE}KEY=VALUE changes the configuration, as in training"
     parser = cli.base_parser(__doc__, example)
-    parser.epilog += f"\n\n{OVERRIDE}KEY=VALUE changes the configuration, as in training"
     parser.add_argument("--config", required=True, help="a file of configs/, with its arguments")
     parser.add_argument("--topology", required=True, help="tpu:KIND:AxBxC or cuda:KIND:HOSTSxGPUS")
     parser.add_argument("--mesh", default="", help="data,fsdp,tensor instead of the config's")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from srpo_jax.learn import losses
 from srpo_jax.rewards.profiles import PAPER, Profile
 from srpo_jax.rewards.terms import ALPHA, RewardTerms
-from srpo_jax.structs import BLOCKS, Array, Experience, Rollout, Verdict
+from srpo_jax.structs import BLOCKS, Experience, Rollout, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,9 @@ class GrpoConfig(Objective):
 class Prepared:
     """What the loss needs of each sample, from the whole update batch."""
 
-    adv_PG: Array  # [P, G] float32
-    weights_PGR: Array  # [P, G, R] float32 of ``losses.token_weights``; 0: no gradient
-    tokens: Array  # [] float32 number of tokens with a weight, at least 1
+    adv_PG: jax.Array  # [P, G] float32
+    weights_PGR: jax.Array  # [P, G, R] float32 of ``losses.token_weights``; 0: no gradient
+    tokens: jax.Array  # [] float32 number of tokens with a weight, at least 1
     terms: RewardTerms
 
 

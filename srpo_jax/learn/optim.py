@@ -114,9 +114,9 @@ def split_frozen(
     return trained, frozen
 
 
-def trains_vision(params: Params, freeze: tuple[str, ...]) -> bool:
+def trains_vision(params: Mapping[str, Any], freeze: tuple[str, ...]) -> bool:
     """Whether anything of the vision tower or its merger is trained; raises as `split_frozen`."""
-    return any(path.startswith("vision/") for path in split_frozen(params, freeze)[0])
+    return any(path.startswith("vision/") for path in split_frozen(dict(params), freeze)[0])
 
 
 def apply_gradients(

@@ -52,7 +52,7 @@ class SftConfig:
 # --- steps -----------------------------------------------------------------------------------
 
 
-def make_encode_step(model_cfg: ModelConfig, *, mesh: Mesh | None = None) -> Callable:
+def make_encode_step(model_cfg: ModelConfig, *, mesh: Mesh | None = None) -> jax.stages.Wrapped:
     """-> ``encode_step(params, vision) -> features_MND``: the vision tower, once per prompt.
 
     Runs one row of each data shard at a time, so that memory does not grow with the batch.
@@ -81,7 +81,7 @@ def make_sft_step(
     *,
     freeze: tuple[str, ...] = FREEZE_VISION,
     mesh: Mesh | None = None,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """-> ``sft_step(state, batch, features) -> (state, metrics)``; the state is donated.
 
     ``batch`` are conversations, packed or not. ``features`` None: images (if any) are encoded
@@ -126,7 +126,7 @@ def make_sft_step(
 
 def make_logp_step(
     model_cfg: ModelConfig, cfg: GrpoConfig, *, mesh: Mesh | None = None
-) -> Callable:
+) -> jax.stages.Wrapped:
     """-> ``logp_step(params, batch, rollout, features) -> (logp_PGR, entropy_PGR)``, float32.
 
     For the reference and for old log-probs: same micro-batches, temperature and forbidden tokens
@@ -160,7 +160,7 @@ def make_grpo_step(
     *,
     freeze: tuple[str, ...] = FREEZE_VISION,
     mesh: Mesh | None = None,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """-> ``grpo_step(state, experience, micro_indices) -> (state, metrics)``; the state is donated.
 
     ``micro_indices`` is int32 from `micro_indices(cfg, k)`, or None: all micro-batches. Normalisers
@@ -179,7 +179,7 @@ def make_grpo_step(
         include_P = valid_P & chosen_P
         ready = grpo.prepare(cfg, experience, include_P)
         batch = _without_vision(experience.batch, experience.features)
-        data = (experience.replace(batch=batch), ready.adv_PG, ready.weights_PGR)
+        data = (dataclasses.replace(experience, batch=batch), ready.adv_PG, ready.weights_PGR)
 
         def loss_fn(params, i):
             rows, adv_PG, weights_PGR = micro_batch(data, i, shards, cfg.micro_batches)
@@ -341,7 +341,7 @@ def _accumulate(
 
 def _without_vision(batch: Batch, features_MND: jax.Array | None) -> Batch:
     """Pixels are not needed where features are given; jit then leaves them out altogether."""
-    return batch if features_MND is None else batch.replace(vision=None)
+    return batch if features_MND is None else dataclasses.replace(batch, vision=None)
 
 
 # --- jit -------------------------------------------------------------------------------------
@@ -361,7 +361,9 @@ def _on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
     return traced
 
 
-def _jit(fn: Callable, mesh: Mesh | None, inputs, outputs, donate: int | None = None) -> Callable:
+def _jit(
+    fn: Callable[..., Any], mesh: Mesh | None, inputs: Any, outputs: Any, donate: int | None = None
+) -> jax.stages.Wrapped:
     """``jax.jit`` with explicit shardings when there is a mesh."""
     donated = () if donate is None else (donate,)
     if mesh is None:

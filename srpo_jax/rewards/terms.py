@@ -4,6 +4,7 @@ Everything is elementwise over verdicts of any leading shape and runs under ``ja
 """
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 from srpo_jax.structs import Array, Verdict
@@ -15,12 +16,12 @@ ALPHA = 0.1  # weight of f_len
 class RewardTerms:
     """The terms of a reward, each float32 of the verdict's shape; made by ``add_up``."""
 
-    r_format: Array
-    r_acc: Array
-    i_eff: Array
-    i_ref: Array
-    f_len: Array  # in [0, 1], not yet multiplied by alpha
-    total: Array
+    r_format: jax.Array
+    r_acc: jax.Array
+    i_eff: jax.Array
+    i_ref: jax.Array
+    f_len: jax.Array  # in [0, 1], not yet multiplied by alpha
+    total: jax.Array
 
 
 def add_up(
@@ -39,12 +40,12 @@ def add_up(
     return RewardTerms(r_format, r_acc, i_eff, i_ref, f_len, total)
 
 
-def right_answers(verdict: Verdict) -> tuple[Array, Array]:
+def right_answers(verdict: Verdict) -> tuple[jax.Array, jax.Array]:
     """Whether the first and the final answer are right; without an answer neither is."""
     return verdict.first_correct & verdict.has_first, verdict.final_correct & verdict.has_first
 
 
-def by_outcome(verdict: Verdict, *, both: float, fixed: float, harmed: float) -> Array:
+def by_outcome(verdict: Verdict, *, both: float, fixed: float, harmed: float) -> jax.Array:
     """A float32 by (first answer, final answer): right-right, wrong-right, right-wrong, else 0."""
     first, final = right_answers(verdict)
     kept = jnp.where(first, jnp.float32(both), jnp.float32(fixed))
@@ -52,7 +53,7 @@ def by_outcome(verdict: Verdict, *, both: float, fixed: float, harmed: float) ->
     return jnp.where(final, kept, lost)
 
 
-def length_factor(total_tokens: Array, first_tokens: Array) -> Array:
+def length_factor(total_tokens: Array, first_tokens: Array) -> jax.Array:
     """f_len of equation 8: exp(-((L - 2k) / (0.5k))^2), k the first response's tokens; 0 for k = 0.
 
     1 at L = 2k, e^-1 at 1.5k and 2.5k: too short costs as much as too long.

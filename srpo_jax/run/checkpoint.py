@@ -11,7 +11,7 @@ import base64
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +182,13 @@ class Checkpoints:
                 host=ocp.args.StandardRestore(_abstract_host(path)),
             ),
         )
-        params, optimizer = own_buffers(got.params), own_buffers(got.optimizer)
+        params, optimizer = own_buffers(got["params"]), own_buffers(got["optimizer"])
         state = TrainState(
             params={k: params[k] for k in like.params},
             frozen={k: params[k] for k in like.frozen},
             **optimizer,
         )
-        host, arrays = unpack_host(_own_bytes(got.host))
+        host, arrays = unpack_host(_own_bytes(got["host"]))
         return Restored(step=step, state=state, host=host, arrays=arrays, meta=meta)
 
     def wait(self) -> None:
@@ -225,7 +225,7 @@ def save_params(path: str | Path, params: Params, config_dict: dict[str, Any]) -
 
 def load_params(
     path: str | Path,
-    shardings: dict[str, jax.sharding.Sharding] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: Any = None,
     shapes: dict[str, Any] | None = None,
 ) -> Params:
@@ -301,7 +301,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 def pack_host(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     """JSON values (bytes allowed) and arrays as the bytes of one .npz file."""
     text = json.dumps(values, default=_bytes_to_json)
-    parts = {f"array/{name}": np.asarray(value) for name, value in arrays.items()}
+    parts: dict[str, Any] = {f"array/{n}": np.asarray(value) for n, value in arrays.items()}
     out = io.BytesIO()
     np.savez_compressed(out, json=np.frombuffer(text.encode(), np.uint8), **parts)
     return out.getvalue()
@@ -422,8 +422,9 @@ def _plain(tree: Any) -> Any:
     """Optimizer tuples with names as dicts, as Orbax stores them, so that paths compare."""
     if isinstance(tree, dict):
         return {k: _plain(v) for k, v in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return {k: _plain(getattr(tree, k)) for k in tree._fields}
+    names = getattr(tree, "_fields", None)
+    if isinstance(tree, tuple) and names is not None:
+        return {k: _plain(getattr(tree, k)) for k in names}
     if isinstance(tree, list | tuple):
         return [_plain(v) for v in tree]
     return tree

@@ -14,9 +14,10 @@ def main(run: Callable[[Any, str], Any]) -> None:
     from ml_collections import config_flags  # noqa: PLC0415
 
     config = config_flags.DEFINE_config_file("config", None, "File of configs/, with arguments.")
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
+    folder = "Folder of the run: checkpoints, logs, results."
+    workdir = flags.DEFINE_string("workdir", None, folder, required=True)
     debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     for name in ("config", "workdir", "debug"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # for --help
 

@@ -123,7 +123,7 @@ class CompileGuard:
         with contextlib.suppress(AttributeError, ValueError, AssertionError):
             jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, _: float, **info: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **info: str | int) -> None:
         # Other threads compile too (asynchronous checkpoints): those are none of the step's.
         if event == _COMPILED and self._thread == threading.get_ident():
             self._events.append(str(info.get("fun_name", "a function")))

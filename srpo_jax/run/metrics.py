@@ -71,7 +71,8 @@ class MetricWriter:
         self._wandb = None
         if wandb_project:
             try:
-                import wandb  # noqa: PLC0415  (optional, only where asked for)
+                # Optional, only where asked for, so the type checker does not find it.
+                import wandb  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
             except ImportError as error:
                 raise ImportError(
                     f"--config.log.wandb_project={wandb_project!r} needs wandb: pip install wandb"

@@ -113,7 +113,7 @@ def maximum(value: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
-def any_true(values: Sequence[bool]) -> list[bool]:
+def any_true(values: Sequence[bool] | np.ndarray) -> list[bool]:
     """Element by element, whether any process holds True."""
     if jax.process_count() == 1:
         return [bool(value) for value in values]
