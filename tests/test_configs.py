@@ -19,6 +19,7 @@ from srpo_jax.run.settings import (
     grpo_settings,
     sft_settings,
 )
+from srpo_jax.structs import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"sft": sft, "grpo": grpo, "eval": evaluation}
@@ -142,14 +143,14 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
 def test_values_that_cannot_be_meant_are_refused_by_key(changes, message):
     config = grpo.get_config()
     config.update_from_flattened_dict(changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RunError, match=message):
         grpo_settings(config)
 
 
 def test_another_programs_config_is_refused_by_key():
-    with pytest.raises(ValueError, match="^epochs: no such key; is this the program's own config"):
+    with pytest.raises(RunError, match="^epochs: no such key; is this the program's own config"):
         grpo_settings(sft.get_config())
     config = grpo.get_config()
     del config.data.prompt
-    with pytest.raises(ValueError, match="^data.prompt: is missing"):
+    with pytest.raises(RunError, match="^data.prompt: is missing"):
         grpo_settings(config)

@@ -251,17 +251,17 @@ class EvaluateSettings(RunSettings):
 
 
 def sft_settings(config: Any, workdir: str | Path = "") -> SftSettings:
-    """The settings of stage 1; ValueError naming the key that is wrong."""
+    """The settings of stage 1; RunError naming the key that is wrong."""
     settings = _read(SftSettings, config, workdir)
     if settings.data.pack and not settings.steps:
-        raise ValueError("data.pack: a packed batch holds as many records as fit; set steps")
+        raise RunError("data.pack: a packed batch holds as many records as fit; set steps")
     return settings
 
 
 def grpo_settings(
     config: Any, workdir: str | Path = "", profile: Profile | None = None
 ) -> GrpoSettings:
-    """The settings of stage 2; ValueError naming the key that is wrong.
+    """The settings of stage 2; RunError naming the key that is wrong.
 
     ``profile`` takes the place of the configured one, and its name stands in checkpoints.
     """
@@ -271,14 +271,14 @@ def grpo_settings(
         plain = settings.plain | {"reward": settings.plain["reward"] | {"profile": profile.name}}
         settings = dataclasses.replace(settings, reward=reward, plain=plain)
     if settings.steps < 1:
-        raise ValueError(f"steps={settings.steps}: must be at least 1")
+        raise RunError(f"steps={settings.steps}: must be at least 1")
     if settings.filter.low > settings.filter.high:
-        raise ValueError(
+        raise RunError(
             f"filter.low={settings.filter.low} lies above filter.high={settings.filter.high}: no "
             "group could be kept"
         )
     if settings.sampling.group_size < 2:
-        raise ValueError(
+        raise RunError(
             f"sampling.group_size={settings.sampling.group_size}: an advantage compares at least 2 "
             "samples of a prompt"
         )
@@ -286,7 +286,7 @@ def grpo_settings(
 
 
 def evaluate_settings(config: Any, workdir: str | Path = "") -> EvaluateSettings:
-    """The settings of an evaluation; ValueError naming the key that is wrong."""
+    """The settings of an evaluation; RunError naming the key that is wrong."""
     return _read(EvaluateSettings, config, workdir)
 
 
@@ -299,14 +299,14 @@ def _read(kind: type[R], config: Any, workdir: str | Path) -> R:
 def _build(kind: type[T], config: Any, prefix: str = "") -> T:
     """The dataclass ``kind`` from a ConfigDict's keys, sections as the dataclasses they are typed.
 
-    Raises ValueError for a key without a field, a field without a key, or a value that the
+    Raises RunError for a key without a field, a field without a key, or a value that the
     dataclass itself refuses, with the dotted key in front.
     """
     hints = typing.get_type_hints(kind)
     known = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     for name in config:
         if name not in known:
-            raise ValueError(f"{prefix}{name}: no such key; is this the program's own config file?")
+            raise RunError(f"{prefix}{name}: no such key; is this the program's own config file?")
     values = {}
     for name, field in known.items():
         if name in config:
@@ -317,18 +317,18 @@ def _build(kind: type[T], config: Any, prefix: str = "") -> T:
                 value = _build(hints[name], value, f"{prefix}{name}.")
             values[name] = tuple(value) if isinstance(value, list) else value
         elif field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{prefix}{name}: is missing; is this the program's own config file?")
+            raise RunError(f"{prefix}{name}: is missing; is this the program's own config file?")
     try:
         return kind(**values)
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from error
+        raise RunError(f"{prefix}{error}") from error
 
 
 def _named_profile(key: str, name: str) -> Profile:
     try:
         return profile_named(name)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise RunError(f"{key}: {error}") from error
 
 
 # --- checks ----------------------------------------------------------------------------------
@@ -369,22 +369,22 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def _checked(settings: R) -> R:
-    """``settings``, where every value can be meant; ValueError naming the first key that cannot."""
+    """``settings``, where every value can be meant; RunError naming the first key that cannot."""
     for keys, holds, words in _RULES:
         for key in keys.split():
             value = _value(settings, key)
             if value is not _ABSENT and not holds(value):
-                raise ValueError(f"{key}={value}: {words}")
+                raise RunError(f"{key}={value}: {words}")
     for key, allowed in _CHOICES.items():
         value = _value(settings, key)
         if value is not _ABSENT and value not in allowed:
-            raise ValueError(f"{key}={value}: choose one of {', '.join(map(str, allowed))}")
+            raise RunError(f"{key}={value}: choose one of {', '.join(map(str, allowed))}")
     if settings.min_pixels > settings.max_pixels:
-        raise ValueError(
+        raise RunError(
             f"min_pixels={settings.min_pixels} lies above max_pixels={settings.max_pixels}"
         )
     if settings.eval.samples > 1 and settings.eval.temperature == 0:
-        raise ValueError(
+        raise RunError(
             f"eval.samples={settings.eval.samples} greedy samples are all the same: set "
             "--config.eval.temperature, or eval.samples=1"
         )
