@@ -26,13 +26,13 @@ _ANNOUNCED = re.compile(r"\banswer\s*(?:is|:)[:\s]*", re.IGNORECASE)
 
 
 def open_pool(
-    benchmark: str, mode: str, workers: int, time_limit: float
+    benchmark: str, mode: str, workers: int, timeout: float
 ) -> contextlib.AbstractContextManager[Verifier | None]:
     """The worker processes for ``score``, with seconds for one comparison; None without need."""
     modules = () if mode == "strict" else BENCHMARKS[benchmark].worker_modules
     if mode == JUDGE or modules is None:
         return contextlib.nullcontext()
-    return Verifier(workers, time_limit, modules=modules)
+    return Verifier(workers, timeout, modules=modules)
 
 
 def score(
