@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
-from srpo_jax.run.setup import agree_maximum
+from srpo_jax.run.processes import maximum
 
 cfg = load_config(f"{folder}/hf")
 # fsdp across the processes, so that a process holds half of what is divided.
@@ -44,10 +44,10 @@ def counting_open(path, mode="r", *args, **kwargs):
 import builtins
 builtins.open = counting_open
 out = f"{folder}/out"
-hf.save_hf(params, cfg, out, f"{folder}/hf", max_shard_bytes=100_000, agree=agree_maximum)
+hf.save_hf(params, cfg, out, f"{folder}/hf", max_shard_bytes=100_000, agree=maximum)
 builtins.open = real_open
 try:
-    hf.save_hf(params, cfg, f"{folder}/hf", f"{folder}/hf", agree=agree_maximum)
+    hf.save_hf(params, cfg, f"{folder}/hf", f"{folder}/hf", agree=maximum)
     refused = "no"
 except ValueError as error:
     refused = str(error)

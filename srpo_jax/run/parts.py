@@ -163,4 +163,4 @@ def export(params: Params, parts: Parts, hf_dir: str, out_dir: str) -> None:
     """Write a Hugging Face directory, in the dtype that ``hf_dir``'s config.json names."""
     described = json.loads((Path(hf_dir) / "config.json").read_text())
     dtype = described.get("dtype") or described.get("torch_dtype")
-    hf.save_hf(params, parts.model, out_dir, hf_dir, dtype=dtype)
+    hf.save_hf(params, parts.model, out_dir, hf_dir, dtype=dtype, agree=processes.maximum)

@@ -6,7 +6,7 @@ process each of them is the identity.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -136,24 +136,6 @@ def gather_bytes(own: bytes) -> list[bytes]:
     padded[: len(own)] = np.frombuffer(own, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
-
-
-def together(act: Callable[[], None] | None) -> None:
-    """Run ``act`` where there is one; if it fails on one process, no other waits for it forever.
-
-    Raises what ``act`` raised, and RunError on the processes where it did not fail.
-    """
-    error = None
-    try:
-        if act:
-            act()
-    except (OSError, ValueError) as caught:
-        error = caught
-    failed = any_true([error is not None])[0]
-    if error is not None:
-        raise error
-    if failed:
-        raise RunError("another process could not go on; its own error tells why")
 
 
 # --- this process's part ---------------------------------------------------------------------
