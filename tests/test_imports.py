@@ -21,7 +21,7 @@ sampling.logits sampling.slots sampling.sampler
 rewards.template rewards.quantities rewards.braces rewards.answers rewards.verifier
 rewards.terms rewards.profiles rewards.grade
 learn.losses learn.optim learn.grpo learn.state learn.steps
-run.settings run.resume run.checkpoint run.metrics run.processes run.guard run.parts run.feed
+run.settings run.resume run.processes run.checkpoint run.metrics run.guard run.parts run.feed
 run.rollout
 run.pool run.session run.command
 remote.limits remote.protocol remote.replies remote.client remote.batch

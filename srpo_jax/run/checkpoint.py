@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from srpo_jax.run import processes
 from srpo_jax.structs import Params, TrainState
 
 FORMAT = 1  # raised when the layout of a step changes
@@ -327,20 +327,9 @@ def _bytes_from_json(value: dict[str, Any]) -> Any:
     return base64.b64decode(value["__bytes__"]) if value.keys() == {"__bytes__"} else value
 
 
-def gather_bytes(own: bytes) -> list[bytes]:
-    """What each process passed, in process order, on every process (collective)."""
-    if jax.process_count() == 1:
-        return [own]
-    sizes = multihost_utils.process_allgather(np.array(len(own), np.int32)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(own)] = np.frombuffer(own, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
-
-
 def _host_item(own: bytes) -> dict[str, np.ndarray]:
     """Every process's bytes as one padded array, which the first process then writes."""
-    parts = gather_bytes(own)
+    parts = processes.gather_bytes(own)
     rows = np.zeros((len(parts), max(map(len, parts))), np.uint8)
     for row, part in zip(rows, parts, strict=True):
         row[: len(part)] = np.frombuffer(part, np.uint8)
