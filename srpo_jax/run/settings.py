@@ -200,7 +200,7 @@ class RunSettings:
     compilation_cache_dir: str
     compile_guard: bool
     grading: GradingSettings
-    sampling: SamplingConfig  # without token ids: `sampler_config`
+    sampling: SamplingConfig  # without token ids: those come with the model
     eval: EvalSettings
     data: DataSettings
     workdir: Path = Path()
