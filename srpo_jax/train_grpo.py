@@ -86,7 +86,9 @@ def train(
             settings, parts, encode, tokens=settings.data.prompt_tokens, check=gold_problem
         )
         pool = Pool(encode, parts.processor, settings.data)
-        optimizer = make_optimizer(settings.optim, settings.steps * cfg.updates_per_rollout)
+        optimizer = make_optimizer(
+            settings.optim, settings.steps * cfg.updates_per_rollout, settings.seed
+        )
         run = Session(settings, parts, optimizer, settings.steps, SHOWN)
         if run.host:
             loader.set_state(run.host["data"])

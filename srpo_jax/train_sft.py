@@ -59,7 +59,7 @@ def train(
         loader, records = open_training(settings, parts, encode, tokens=data.tokens)
         batch_size = data.global_batch_size
         total = settings.steps or max(1, int(records * settings.epochs) // batch_size)
-        optimizer = make_optimizer(settings.optim, total)
+        optimizer = make_optimizer(settings.optim, total, settings.seed)
         run = Session(settings, parts, optimizer, total, SHOWN)
         if run.host:
             loader.set_state(run.host["data"])

@@ -139,3 +139,50 @@ def test_non_finite_gradient_leaves_everything_but_the_counter(bad):
     state, second = step(state, _like(PARAMS, 1.0))
     np.testing.assert_allclose([first["lr"], second["lr"]], [0.025, 0.05], rtol=1e-6)
     assert state.step == 2 and state.skipped == 1 and second["update_norm"] > 0
+
+
+def test_bfloat16_parameters_move_as_float32_ones_do():
+    """Updates of 1e-6 lie far below the distance of bfloat16 numbers around 0.02 and around 1."""
+    cfg = OptimConfig(lr=1e-6, schedule="constant", warmup_steps=0, grad_clip=None)
+    key = jax.random.key(3)
+    start = {
+        "text/layers/attn/q/kernel": 0.02 * jax.random.normal(key, (256, 512)),
+        "text/norm/scale": jnp.ones((300_000,)),
+    }
+    grads = {path: jnp.where(x > 0, 1.0, -1.0) for path, x in start.items()}  # a steady direction
+    moved = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = {path: x.astype(dtype) for path, x in start.items()}
+        state, step = _state(cfg, params, total_steps=200)
+        for _ in range(200):
+            state, metrics = step(state, grads)
+        moved[dtype] = {
+            path: float(jnp.mean((x.astype(jnp.float32) - params[path]) * grads[path]))
+            for path, x in state.params.items()
+        }
+        assert state.params["text/norm/scale"].dtype == dtype
+        wanted = 1.0 if dtype == jnp.float32 else 0.1
+        assert 0 < metrics["moved_share"] <= wanted
+    for path, exact in moved[jnp.float32].items():
+        np.testing.assert_allclose(exact, -2e-4, rtol=0.02)
+        np.testing.assert_allclose(moved[jnp.bfloat16][path], exact, rtol=0.05, err_msg=path)
+
+
+def test_rounding_repeats_with_seed_step_and_parameter_and_keeps_exact_sums():
+    params = {"text/norm/scale": jnp.linspace(0.5, 2.0, 1000).astype(jnp.bfloat16)}
+    grads = {"text/norm/scale": jnp.ones(1000)}
+    cfg = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0)
+    ends = []
+    for seed in (0, 0, 1):
+        optimizer = optim.make_optimizer(cfg, 10, seed)
+        zero = jnp.zeros((), jnp.int32)
+        state = TrainState(zero, params, {}, optimizer.init(params), zero)
+        for _ in range(2):
+            state, _ = optim.apply_gradients(state, grads, optimizer)
+        ends.append(np.asarray(state.params["text/norm/scale"], np.float32))
+    np.testing.assert_array_equal(ends[0], ends[1])
+    assert (ends[0] != ends[2]).any()
+    # What a bfloat16 can hold is not rounded: 1 - 2**-8 + 2**-8, and adding nothing.
+    key = jax.random.key(0)
+    exact = optim._add(jnp.array([1 - 2**-8, 3.0], jnp.bfloat16), jnp.array([2**-8, 0]), "a", key)
+    assert exact.tolist() == [1.0, 3.0]

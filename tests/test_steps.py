@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 import types
 
@@ -552,36 +553,56 @@ def three_steps(step, now, args):
     return now, jax.tree.map(np.asarray, history)
 
 
+MESHES = [
+    (data, fsdp, tensor)
+    for data in (1, 2, 4, 8)
+    for fsdp in (1, 2, 4, 8)
+    for tensor in (1, 2, 4)
+    if 1 < data * fsdp * tensor <= 8
+]
+QUICK = [(1, 1, 2), (2, 2, 2)]  # of the fast tier: nothing divides the rows, everything is divided
+
+
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
-def test_eight_devices_compute_what_one_device_computes(kind):
-    mesh = sharding.make_mesh(2, 2, 2)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(shape, marks=() if shape in QUICK else pytest.mark.slow) for shape in MESHES],
+    ids=str,
+)
+def test_every_mesh_computes_what_one_device_computes(kind, shape):
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    shards = shape[0] * shape[1]
+    rows = max(M, shards)
     if kind == "sft":
         args = (conversations(), np.asarray(features()))
         one = sft_step(SftConfig(micro_batches=2), ADAM)
-        eight = sft_step(SftConfig(micro_batches=1), ADAM, mesh=mesh)
+        many = sft_step(SftConfig(micro_batches=rows // shards), ADAM, mesh=mesh)
     else:
         ref = np.asarray(old_logp()) - 0.1
         args = (Experience(prompts(), *rollout(), np.asarray(features()), ref_logp=ref), None)
-        one, eight = grpo_step(KL, ADAM), grpo_step(with_(KL, micro_batches=1), ADAM, mesh=mesh)
+        one = grpo_step(KL, ADAM)
+        many = grpo_step(with_(KL, micro_batches=rows // shards), ADAM, mesh=mesh)
+    if rows > M:  # eight shards want eight rows
+        args = jax.tree.map(lambda x: np.concatenate([x, x]), args)
     end_1, history_1 = three_steps(one, new_state(ADAM), args)
 
     shapes = state.abstract_state(CFG, ADAM)
     layout = state.state_shardings(shapes, mesh)
     global_args = sharding.to_global(args, mesh)
-    lowered = eight.lower(
+    lowered = many.lower(
         shapes_on(layout, shapes), *shapes_on(sharding.batch_sharding(mesh), global_args)
     )
     start = new_state(ADAM, mesh=mesh)
     kernel = start.params["text/layers/mlp/up/kernel"]
-    assert kernel.addressable_data(0).size * 4 == kernel.size  # fsdp x tensor
-    end_8, history_8 = three_steps(lowered.compile(), start, global_args)
-    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, end_8, layout))
+    assert kernel.addressable_data(0).size * shape[1] * shape[2] == kernel.size
+    end, history = three_steps(lowered.compile(), start, global_args)
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, end, layout))
 
-    for a, b in zip(history_1, history_8, strict=True):
+    for a, b in zip(history_1, history, strict=True):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_allclose(b[name], a[name], atol=1e-5, rtol=1e-5, err_msg=name)
-    assert_close(end_8.params, end_1.params, 1e-5)
+    assert_close(end.params, end_1.params, 1e-5)
 
 
 def test_rows_are_shard_major():

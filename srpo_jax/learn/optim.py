@@ -1,6 +1,7 @@
 """The optimizer: AdamW with warm-up, cosine decay and clipping; freezing; non-finite gradients."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -33,11 +34,12 @@ Schedule = Callable[[ArrayLike], jax.Array]  # number of the update, from 0 -> l
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation with its learning-rate schedule, which the metrics report."""
+    """An optax transformation, the learning-rate schedule that metrics report, a rounding seed."""
 
     init: Callable[[Params], Any]
     update: optax.TransformUpdateExtraArgsFn
     schedule: Schedule
+    seed: int = 0
 
 
 def make_schedule(cfg: OptimConfig, total_steps: int) -> Schedule:
@@ -66,12 +68,12 @@ def make_schedule(cfg: OptimConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def make_optimizer(cfg: OptimConfig, total_steps: int) -> Optimizer:
+def make_optimizer(cfg: OptimConfig, total_steps: int, seed: int = 0) -> Optimizer:
     """Clip by global norm -> Adam -> decoupled weight decay -> learning rate.
 
     Takes float32 gradients, whatever the dtype of the parameters. Moments are stored as
     ``moment_dtype`` (first) and float32 (second: with b2 near 1 its increments are below bfloat16's
-    resolution, and it would stand still).
+    resolution, and it would stand still). ``seed`` is that of the rounding of bfloat16 parameters.
     """
     schedule = make_schedule(cfg, total_steps)
     parts = []
@@ -87,7 +89,7 @@ def make_optimizer(cfg: OptimConfig, total_steps: int) -> Optimizer:
         # optax sizes the moments after the parameters: show it float32 ones.
         return chain.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
 
-    return Optimizer(init=init, update=chain.update, schedule=schedule)
+    return Optimizer(init=init, update=chain.update, schedule=schedule, seed=seed)
 
 
 def decay_mask(params: Params) -> dict[str, bool]:
@@ -128,24 +130,56 @@ def apply_gradients(
     ``skipped``.
 
     Returns:
-        the new state; ``grad_norm`` (before clipping), ``update_norm``, ``lr`` and ``skipped``
-        (so far), float32 scalars.
+        the new state; float32 scalars: ``grad_norm`` (before clipping), ``update_norm`` (of what
+        the parameters really changed by), ``moved_share`` (entries that changed at all), ``lr`` and
+        ``skipped`` (so far).
     """
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    key = jax.random.fold_in(jax.random.key(optimizer.seed), state.step)
+    params = {path: _add(x, updates[path], path, key) for path, x in state.params.items()}
+    params = jax.tree.map(keep, params, state.params)
+    changes = jax.tree.map(
+        lambda new, old: new.astype(jnp.float32) - old.astype(jnp.float32), params, state.params
+    )
     new_state = dataclasses.replace(
         state,
         step=state.step + finite.astype(jnp.int32),
-        params=jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params),
+        params=params,
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         skipped=state.skipped + (~finite).astype(jnp.int32),
     )
     metrics = {
         "grad_norm": grad_norm,
-        "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
+        "update_norm": optax.tree.norm(changes),
+        "moved_share": _mean_of_all(jax.tree.map(lambda x: x != 0, changes)),
         "lr": jnp.asarray(optimizer.schedule(state.step)),
         "skipped": new_state.skipped,
     }
     return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+
+def _add(param: jax.Array, update: jax.Array, path: str, key: jax.Array) -> jax.Array:
+    """``param + update`` in the parameter's dtype, right in the mean where that is bfloat16.
+
+    An update at a learning rate of 1e-6 is far below the distance between two bfloat16 numbers, and
+    rounding to the nearest would lose nearly all of them. Stochastic rounding (Gupta et al., arXiv
+    1502.02551) goes up with the probability of the part that is cut off: adding 16 random bits
+    below a float32's upper half, then cutting the lower half off. The bits depend on seed, step
+    and parameter alone, not on devices.
+    """
+    total = param.astype(jnp.float32) + update.astype(jnp.float32)
+    if param.dtype != jnp.bfloat16:
+        return total.astype(param.dtype)
+    noise = jax.random.bits(
+        jax.random.fold_in(key, zlib.crc32(path.encode())), param.shape, jnp.uint16
+    )
+    bits = jax.lax.bitcast_convert_type(total, jnp.uint32) + noise.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _mean_of_all(tree: dict[str, jax.Array]) -> jax.Array:
+    count = sum(x.size for x in tree.values())
+    return sum((x.sum(dtype=jnp.float32) for x in tree.values()), jnp.float32(0)) / count

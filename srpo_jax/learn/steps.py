@@ -239,21 +239,24 @@ def _token_logps(
     sum over devices follows. The vocabulary stays divided over ``tensor``.
     """
     head_DV = shard(model.head_kernel(), None, "tensor")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    # Axes of size 1 divide nothing, and the partitioner knows no manual ones beside others.
+    axes = tuple(axis for axis in BATCH_AXES if not mesh.empty and mesh.shape[axis] > 1)
+    if not axes:
         return losses.token_logps(h_BTD, targets_BT, head_DV, count=count, **kwargs)
 
     # ``count`` is the same on all devices: with a divided vocabulary each chunk is a collective.
     def local(h, targets, head, count):
         # "varying" from here on: otherwise the sum over devices moves into the scan again.
-        head = jax.lax.pcast(head, BATCH_AXES, to="varying")
+        head = jax.lax.pcast(head, axes, to="varying")
         return losses.token_logps(h, targets, head, count=count, **kwargs)
 
-    batch = PartitionSpec(BATCH_AXES)
+    batch = PartitionSpec(axes)
     return jax.shard_map(
         local,
         in_specs=(batch, batch, PartitionSpec(), PartitionSpec()),
         out_specs=(batch, batch),
-        axis_names=set(BATCH_AXES),
+        axis_names=set(axes),
     )(h_BTD, targets_BT, head_DV, count)
 
 
