@@ -9,7 +9,7 @@ from data_helpers import make_hf_dir, noise_image, png, write_dots, write_jsonl
 
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.loader import make_loader, preflight
-from srpo_jax.data.processing import Processor, VisionIds, encode_arrays
+from srpo_jax.data.processing import Media, Processor, VisionIds, encode_arrays
 from srpo_jax.data.records import (
     ImageRef,
     Record,
@@ -51,8 +51,10 @@ def encode_with_images(record):
     return encode_arrays(
         tokens,
         VisionIds(90, 91),
-        pixel_values=np.full((64 * windows, 1176), int(record.answer), np.float32),
-        image_grid_thw=[[1, 8, 8 * windows]] if windows else (),
+        Media(
+            pixel_values=np.full((64 * windows, 1176), int(record.answer), np.float32),
+            image_grid_thw=[[1, 8, 8 * windows]] if windows else (),
+        ),
         origin=record.origin,
     )
 

@@ -8,6 +8,7 @@ import pytest
 from data_helpers import hf_processor, make_hf_dir, noise_image
 
 from srpo_jax.data.processing import (
+    Media,
     Processor,
     VisionIds,
     collate,
@@ -83,9 +84,8 @@ def test_positions_follow_the_images(processor):
     encoded = processor.encode_prompt([_user(None, "and", None, "?")], images)
     expected, next_pos = mrope_positions(
         encoded.token_ids,
+        VisionIds(processor.image_token_id, processor.video_token_id),
         encoded.grid,
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
     )
     assert (encoded.mrope == expected).all() and encoded.next_pos == next_pos
     is_image = encoded.token_ids == processor.image_token_id
@@ -289,11 +289,13 @@ def test_hf_outputs_with_videos_can_be_encoded():
     encoded = encode_arrays(
         tokens,
         ids,
-        pixel_values=image,
-        image_grid_thw=[[1, 4, 6]],
-        pixel_values_videos=video,
-        video_grid_thw=[[3, 4, 4]],
-        second_per_grid_ts=[0.5],
+        Media(
+            pixel_values=image,
+            image_grid_thw=[[1, 4, 6]],
+            pixel_values_videos=video,
+            video_grid_thw=[[3, 4, 4]],
+            second_per_grid_ts=[0.5],
+        ),
     )
     # Images stand before videos in the row, whatever the order in the text.
     assert encoded.vision_src.tolist() == [-1, *range(6, 18), -1, *range(6), -1]

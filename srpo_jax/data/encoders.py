@@ -34,10 +34,11 @@ def sft_response(record: Record, target: str) -> str:
         if target == "rl_aligned":
             return srpo_response(*_fields(record, _SRPO_FIELDS))
         if target == "paper":
-            names = ("first_think", "first_answer", "reflection")
-            return paper_sft_response(*_fields(record, names), record.answer)
+            think, first, reflection = _fields(record, _SRPO_FIELDS[:3])
+            return paper_sft_response(think, first, reflection, record.answer)
         if target == "plain":
-            return plain_response(*_fields(record, ("second_think",)), record.answer)
+            (think,) = _fields(record, ("second_think",))
+            return plain_response(think, record.answer)
         if target == "gold":
             said = "I read the problem and the image and work out the result."
             again = "I go through the problem and the image once more and confirm the result."

@@ -6,8 +6,9 @@ directory; ``collate`` (from data/batching.py) turns what it returns into one ``
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from srpo_jax.data.batching import (
     Encoded,
     FirstFit,
-    VisionIds,
+    Media,
     collate,
     collate_packed,
     encode_arrays,
@@ -26,11 +27,12 @@ from srpo_jax.data.batching import (
 from srpo_jax.data.images import to_rgb
 from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS
 from srpo_jax.data.records import RecordError
-from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, vision_arrays
+from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds, mrope_positions, vision_arrays
 
 __all__ = [
     "Encoded",
     "FirstFit",
+    "Media",
     "Processor",
     "VisionGeometry",
     "VisionIds",
@@ -61,7 +63,7 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def _chat_template(hf_dir: Path, tokenizer) -> str:
+def _chat_template(hf_dir: Path, tokenizer: Any) -> str:
     """The processor's template where there is one, else the tokenizer's."""
     template = _read_json(hf_dir / "chat_template.json").get("chat_template")
     if template is None and (hf_dir / "chat_template.jinja").is_file():
@@ -210,8 +212,7 @@ class Processor:
         return encode_arrays(
             token_ids,
             self.ids,
-            pixel_values=pixel_values,
-            image_grid_thw=grid,
+            Media(pixel_values, grid),
             loss_mask=np.zeros(len(token_ids), np.float32),
             origin=origin,
         )
@@ -249,8 +250,7 @@ class Processor:
         return encode_arrays(
             encoding.ids,
             self.ids,
-            pixel_values=pixel_values,
-            image_grid_thw=grid,
+            Media(pixel_values, grid),
             loss_mask=loss_mask,
             origin=origin,
         )
@@ -284,7 +284,7 @@ class Processor:
         return spans, masked
 
 
-def _growth(raw: str, counts: np.ndarray):
+def _growth(raw: str, counts: np.ndarray) -> Callable[[int], int]:
     """Map a character offset of ``raw`` to one after each image placeholder was repeated."""
     places = np.array([m.end() for m in re.finditer(re.escape(IMAGE_PAD), raw)], np.int64)
     grown = np.concatenate([[0], np.cumsum((np.asarray(counts, np.int64) - 1) * len(IMAGE_PAD))])
@@ -320,7 +320,7 @@ def check_messages(messages: Sequence[dict], origin: str = "") -> None:
                 raise RecordError(origin, f"control token {found[0]} in the text", "remove it")
 
 
-def token_bytes(tokenizer, size: int | None = None) -> list[bytes]:
+def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:
     """The bytes that each token id stands for, by id; what byte-exact block spans are found on.
 
     Byte-level BPE tokens map back through the byte alphabet, added tokens are their literal text

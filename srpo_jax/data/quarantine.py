@@ -4,10 +4,9 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.records import Record, RecordError, resolve_path
+from srpo_jax.data.records import Record, RecordError, RecordSource, resolve_path
 
 
 class Quarantine:
@@ -37,8 +36,9 @@ class Quarantine:
         return len(self._known)
 
     def _append(self, text: str) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text)
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
 
     def add(self, error: RecordError, record_id: str | None) -> bool:
         """Note a bad record; True where it was not known yet."""
@@ -46,9 +46,8 @@ class Quarantine:
         if key in self._known:
             return False
         self._known.add(key)
-        if self.path is not None:
-            entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
-            self._append(json.dumps(entry, ensure_ascii=False) + "\n")
+        entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
+        self._append(json.dumps(entry, ensure_ascii=False) + "\n")
         return True
 
 
@@ -71,7 +70,7 @@ class Preflight:
 
 
 def preflight(
-    source: Any,
+    source: RecordSource,
     *,
     encode: Callable[[Record], Encoded] | None = None,
     check_record: Callable[[Record], str | None] | None = None,
