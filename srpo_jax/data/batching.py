@@ -226,19 +226,3 @@ class FirstFit:
         self.room_M[b // self.per_row] -= sample.num_slots
         self.count_B[b] += 1
         return b
-
-
-def first_fit(
-    encoded: Sequence[Encoded], *, rows: int, per_row: int, tokens: int, patches: int
-) -> tuple[list[list[int]], list[int]]:
-    """Pack samples (see ``FirstFit``): B groups of indices into ``encoded``, and those left over.
-
-    The groups, in sequence order, are what ``collate_packed`` takes.
-    """
-    fit = FirstFit(rows=rows, per_row=per_row, tokens=tokens, patches=patches)
-    groups: list[list[int]] = [[] for _ in range(rows * per_row)]
-    left = []
-    for index, sample in enumerate(encoded):
-        b = fit.place(sample)
-        (groups[b] if b >= 0 else left).append(index)
-    return groups, left

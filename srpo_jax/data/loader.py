@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
-from srpo_jax.data.quarantine import Preflight, Quarantine, preflight
+from srpo_jax.data.quarantine import Quarantine
 from srpo_jax.data.records import Record, RecordError, RecordSource
 from srpo_jax.data.stream import BadItem, Item, LoaderConfig, Stream
 from srpo_jax.structs import Batch, RunError
@@ -23,10 +23,8 @@ __all__ = [
     "LoadedBatch",
     "Loader",
     "LoaderConfig",
-    "Preflight",
     "RunError",
     "make_loader",
-    "preflight",
 ]
 
 _MIN_SEEN = 100  # records before the share of bad ones means anything
@@ -44,7 +42,6 @@ class LoadedBatch:
     arrays: Batch[np.ndarray]
     records: list[Record]
     slots: np.ndarray  # [len(records)] int32
-    patch_budget: int
 
 
 # What the processes agree on before each batch, by maximum: nobody has data left, the patch budget
@@ -53,7 +50,7 @@ _EMPTY = 0
 
 
 class Loader:
-    """Iterator of ``LoadedBatch``; see ``make_loader``. Counts: ``seen``, ``bad``, ``epoch``."""
+    """Iterator of ``LoadedBatch``; see ``make_loader``. Counts: ``seen``, ``bad``."""
 
     def __init__(
         self,
@@ -82,11 +79,6 @@ class Loader:
         self._last_error: RecordError | None = None
 
     # --- the stream of usable records ---
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self._position * self.config.process_count / len(self._source)
 
     def _next_item(self) -> Item | BadItem | None:
         if self._iterator is None:
@@ -256,7 +248,7 @@ class Loader:
             geometry=self.config.geometry,
         )
         slots = np.repeat(np.arange(len(groups), dtype=np.int32), [len(g) for g in groups])
-        return LoadedBatch(arrays, [i.record for g in groups for i in g], slots, budget)
+        return LoadedBatch(arrays, [i.record for g in groups for i in g], slots)
 
     # --- resuming ---
 

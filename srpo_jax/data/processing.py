@@ -22,7 +22,6 @@ from srpo_jax.data.batching import (
     collate,
     collate_packed,
     encode_arrays,
-    first_fit,
 )
 from srpo_jax.data.images import to_rgb
 from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS
@@ -40,7 +39,6 @@ __all__ = [
     "collate",
     "collate_packed",
     "encode_arrays",
-    "first_fit",
     "mrope_positions",
     "token_bytes",
     "vision_arrays",
