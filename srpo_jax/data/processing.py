@@ -24,7 +24,7 @@ from srpo_jax.data.batching import (
     encode_arrays,
 )
 from srpo_jax.data.images import to_rgb
-from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS
+from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS, Message
 from srpo_jax.data.records import RecordError
 from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds, mrope_positions, vision_arrays
 
@@ -51,7 +51,7 @@ MAX_PIXELS = 640 * 28 * 28
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file as a dict, {} where it is missing; ValueError naming a file that is not JSON."""
     if not path.is_file():
         return {}
@@ -147,7 +147,7 @@ class Processor:
         pad = generation.get("pad_token_id", self.tokenizer.pad_token_id)
         self.pad_id = int(ids["<|endoftext|>"] if pad is None else pad)
 
-    def _render(self, messages: Sequence[dict], generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             list(messages),
             chat_template=self.chat_template,
@@ -188,7 +188,7 @@ class Processor:
 
     def encode_prompt(
         self,
-        messages: Sequence[dict],
+        messages: Sequence[Message],
         images: Sequence[Image.Image] = (),
         *,
         generation_prompt: bool = True,
@@ -217,7 +217,7 @@ class Processor:
 
     def encode_conversation(
         self,
-        messages: Sequence[dict],
+        messages: Sequence[Message],
         images: Sequence[Image.Image] = (),
         *,
         mask_first_attempt: bool = False,
@@ -254,7 +254,7 @@ class Processor:
         )
 
     def _loss_spans(
-        self, messages: Sequence[dict], text: str, mask_first_attempt: bool, origin: str
+        self, messages: Sequence[Message], text: str, mask_first_attempt: bool, origin: str
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Character spans of the rendered text that the loss covers, and those taken out again."""
         spans = []
@@ -293,7 +293,7 @@ def _growth(raw: str, counts: np.ndarray) -> Callable[[int], int]:
     return shift
 
 
-def check_messages(messages: Sequence[dict], origin: str = "") -> None:
+def check_messages(messages: Sequence[Message], origin: str = "") -> None:
     """RecordError unless the messages have HF's form and no control token in their text.
 
     A message is {"role", "content"}; its content a string or a list of {"type": "text", "text"}

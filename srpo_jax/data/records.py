@@ -15,7 +15,7 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,7 +85,7 @@ def _text(value: Any, name: str, origin: str) -> str:
     raise RecordError(origin, f"{name} must be text, not {type(value).__name__}")
 
 
-def _as_list(value: Any) -> list:
+def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
@@ -330,7 +330,12 @@ class Records:
     ``fingerprint`` changes when the data do (number of records and of bytes).
     """
 
-    def __init__(self, readers: list, roots: list[str], require_answer: bool = True):
+    def __init__(
+        self,
+        readers: Sequence[_Jsonl | Parquet | _ArrayRecord],
+        roots: list[str],
+        require_answer: bool = True,
+    ):
         self._readers, self._roots, self._require_answer = readers, roots, require_answer
         self._ends = list(itertools.accumulate(len(reader) for reader in readers))
         self.fingerprint = f"{len(self)}:{sum(reader.num_bytes for reader in readers)}"

@@ -38,7 +38,7 @@ class LoaderConfig:
     pad_id: int = 0
     geometry: VisionGeometry = field(default_factory=VisionGeometry)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "patch_budgets", tuple(sorted(set(self.patch_budgets))))
         rows = self.rows_per_shard * self.num_shards
         if min(self.global_batch_size, self.token_budget, rows) < 1:
