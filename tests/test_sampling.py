@@ -530,7 +530,7 @@ def test_caches_have_the_compute_type_and_are_split_over_devices():
         (dict(temperature=-1.0), "temperature"),
         (dict(top_p=0.0), "top_p"),
         (dict(max_new_tokens=0), "max_new_tokens"),
-        (dict(concurrent_rows=0), "concurrent_rows"),
+        (dict(concurrent_rows=-1), "concurrent_rows"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(change, message):
