@@ -11,7 +11,13 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, stack_rows, vision_arrays
+from srpo_jax.data.vision_arrays import (
+    VisionGeometry,
+    VisionIds,
+    mrope_positions,
+    stack_rows,
+    vision_arrays,
+)
 from srpo_jax.model.sizes import Shape
 from srpo_jax.structs import VisionInputs
 from tools.make_hf import make_config
@@ -175,11 +181,10 @@ def _build(pieces: Sequence_, rng: np.random.Generator) -> dict[str, Any]:
         slots.append(np.full(vision_arrays(rows, [grid]).num_slots, kind == "image"))
     mrope, _ = mrope_positions(
         ids,
+        VisionIds(IMAGE, VIDEO),
         [g for _, g, _ in out["image"]],
         [g for _, g, _ in out["video"]],
         [s for _, _, s in out["video"]],
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
     )
     return out | {
         "ids": ids,

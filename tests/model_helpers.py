@@ -9,6 +9,7 @@ import numpy as np
 
 from srpo_jax.data.vision_arrays import (
     VisionGeometry,
+    VisionIds,
     mrope_positions,
     stack_rows,
     vision_arrays,
@@ -98,9 +99,8 @@ def make_sample(seed, length, *grids):
     ids = np.random.default_rng(seed + 100).integers(0, 100, length).tolist()
     for t, h, w in reversed(grids):
         ids[1:1] = [CFG.image_token_id] * (t * h * w // 4) + [1]
-    mrope, next_pos = mrope_positions(
-        ids, grids, image_token_id=CFG.image_token_id, video_token_id=CFG.video_token_id
-    )
+    known = VisionIds(CFG.image_token_id, CFG.video_token_id)
+    mrope, next_pos = mrope_positions(ids, known, grids)
     return Sample(np.array(ids), mrope, next_pos, make_images(seed, *grids) if grids else None)
 
 

@@ -11,7 +11,7 @@ import hf_reference as ref  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from srpo_jax.data.vision_arrays import mrope_positions  # noqa: E402
+from srpo_jax.data.vision_arrays import VisionIds, mrope_positions  # noqa: E402
 from srpo_jax.model import hf, sharding  # noqa: E402
 from srpo_jax.model.config import load_config  # noqa: E402
 from srpo_jax.model.qwen2_5_vl import bind  # noqa: E402
@@ -211,12 +211,14 @@ def test_positions_equal_get_rope_index(loaded):
             continue
         found, after = mrope_positions(
             ids,
+            VisionIds(
+                ref.IMAGE,
+                ref.VIDEO,
+                tokens_per_second=model.config.vision_config.tokens_per_second,
+            ),
             images,
             videos,
             seconds,
-            image_token_id=ref.IMAGE,
-            video_token_id=ref.VIDEO,
-            tokens_per_second=model.config.vision_config.tokens_per_second,
         )
         ids_T = torch.tensor([ids])
         wanted, delta = model.model.get_rope_index(

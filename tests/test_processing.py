@@ -8,12 +8,13 @@ import pytest
 from data_helpers import hf_processor, make_hf_dir, noise_image
 
 from srpo_jax.data.processing import (
+    FirstFit,
+    Media,
     Processor,
     VisionIds,
     collate,
     collate_packed,
     encode_arrays,
-    first_fit,
     mrope_positions,
     token_bytes,
 )
@@ -83,9 +84,8 @@ def test_positions_follow_the_images(processor):
     encoded = processor.encode_prompt([_user(None, "and", None, "?")], images)
     expected, next_pos = mrope_positions(
         encoded.token_ids,
+        VisionIds(processor.image_token_id, processor.video_token_id),
         encoded.grid,
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
     )
     assert (encoded.mrope == expected).all() and encoded.next_pos == next_pos
     is_image = encoded.token_ids == processor.image_token_id
@@ -289,11 +289,13 @@ def test_hf_outputs_with_videos_can_be_encoded():
     encoded = encode_arrays(
         tokens,
         ids,
-        pixel_values=image,
-        image_grid_thw=[[1, 4, 6]],
-        pixel_values_videos=video,
-        video_grid_thw=[[3, 4, 4]],
-        second_per_grid_ts=[0.5],
+        Media(
+            pixel_values=image,
+            image_grid_thw=[[1, 4, 6]],
+            pixel_values_videos=video,
+            video_grid_thw=[[3, 4, 4]],
+            second_per_grid_ts=[0.5],
+        ),
     )
     # Images stand before videos in the row, whatever the order in the text.
     assert encoded.vision_src.tolist() == [-1, *range(6, 18), -1, *range(6), -1]
@@ -380,22 +382,16 @@ def test_packing_restarts_positions_and_numbers_the_samples(processor):
 
 
 def test_first_fit_obeys_tokens_and_patches(processor):
-    text, small, large = (
-        _text(processor, "words"),
-        _picture(processor, 56, 56),
-        _picture(processor, 140, 140),
-    )
+    small, large = _picture(processor, 56, 56), _picture(processor, 140, 140)
     assert (small.num_slots, large.num_slots) == (64, 256)
     room = max(small.num_tokens, large.num_tokens)
-    groups, left = first_fit(
-        [small, large, large, small, text, text], rows=2, per_row=1, tokens=room, patches=256
-    )
+    fit = FirstFit(rows=2, per_row=1, tokens=room, patches=256)
     # small fills row 0's tokens; the large one needs all patches of row 1; the rest must wait.
-    assert groups[0][0] == 0 and groups[1] == [1] and 2 in left and 3 in left
-    groups, left = first_fit([large, small], rows=1, per_row=2, tokens=room, patches=256)
-    assert groups == [[0], []] and left == [1]
-    groups, left = first_fit([large, small], rows=1, per_row=2, tokens=room, patches=320)
-    assert groups == [[0], [1]] and left == []
+    assert [fit.place(one) for one in (small, large, large, small)] == [0, 1, -1, -1]
+    fit = FirstFit(rows=1, per_row=2, tokens=room, patches=256)
+    assert [fit.place(one) for one in (large, small)] == [0, -1]
+    fit = FirstFit(rows=1, per_row=2, tokens=room, patches=320)
+    assert [fit.place(one) for one in (large, small)] == [0, 1]
 
 
 def test_real_problems_encode(shared_data):

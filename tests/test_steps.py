@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, stack_rows, vision_arrays
+from srpo_jax.data.vision_arrays import (
+    VisionGeometry,
+    VisionIds,
+    mrope_positions,
+    stack_rows,
+    vision_arrays,
+)
 from srpo_jax.learn import losses, state, steps
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.optim import OptimConfig, Optimizer, make_optimizer
@@ -109,9 +115,7 @@ def prompts() -> Batch:
         n, row = len(ids), p * M // P
         out["tokens"][p, :n] = ids
         out["segment_ids"][p, :n] = 1
-        positions, out["next_pos"][p] = mrope_positions(
-            ids, [grid], image_token_id=IMAGE, video_token_id=61
-        )
+        positions, out["next_pos"][p] = mrope_positions(ids, VisionIds(IMAGE, 61), [grid])
         out["mrope"][p, :, :n] = positions
         out["vision_src"][p, before : before + merged] = np.arange(merged) + used[row]
         out["lengths"][p] = n

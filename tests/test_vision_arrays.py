@@ -7,13 +7,14 @@ import pytest
 
 from srpo_jax.data.vision_arrays import (
     VisionGeometry,
+    VisionIds,
     mrope_positions,
     stack_rows,
     vision_arrays,
 )
 
 IMAGE, VIDEO = 90, 91
-IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+IDS = VisionIds(IMAGE, VIDEO)
 SMALL = VisionGeometry(patch_size=2, merge_size=2, temporal_patch_size=1, window_size=8, channels=1)
 
 
@@ -45,7 +46,8 @@ def _hf_model(tokens_per_second=2):
             "out_hidden_size": 16,
             "tokens_per_second": tokens_per_second,
         },
-        **IDS,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
     )
     with torch.device("meta"):
         return Qwen2_5_VLModel(config)
@@ -142,14 +144,14 @@ def test_rows_keep_indices_local_and_pad_to_the_budget():
 
 def test_positions_of_text_image_text_by_hand():
     ids = [1, 2, *[IMAGE] * 6, 3]  # a grid of 4 x 6 patches: 2 x 3 merged tokens
-    positions, next_pos = mrope_positions(ids, [[1, 4, 6]], **IDS)
+    positions, next_pos = mrope_positions(ids, IDS, [[1, 4, 6]])
     assert positions.tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5],
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
         [0, 1, 2, 3, 4, 2, 3, 4, 5],
     ]
     assert next_pos == 6
-    positions, next_pos = mrope_positions([1, 2, 3], **IDS)
+    positions, next_pos = mrope_positions([1, 2, 3], IDS)
     assert positions.tolist() == [[0, 1, 2]] * 3 and next_pos == 3
 
 
@@ -159,9 +161,8 @@ def test_positions_equal_hf(seconds, tokens_per_second):
     torch = pytest.importorskip("torch")
     images, videos = [[1, 8, 12], [1, 30, 4]], [[3, 4, 8], [5, 6, 6]]
     ids = [1, *[VIDEO] * 24, 2, 3, *[IMAGE] * 24, 4, *[IMAGE] * 30, 5, 6, *[VIDEO] * 45, 7, 8, 9]
-    ours, next_pos = mrope_positions(
-        ids, images, videos, seconds, tokens_per_second=tokens_per_second, **IDS
-    )
+    known = VisionIds(IMAGE, VIDEO, tokens_per_second=tokens_per_second)
+    ours, next_pos = mrope_positions(ids, known, images, videos, seconds)
     tokens = torch.tensor([ids])
     kinds = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
     model = _hf_model(tokens_per_second)
@@ -181,10 +182,10 @@ def test_positions_equal_hf(seconds, tokens_per_second):
 
 def test_placeholders_without_a_fitting_grid_are_refused():
     with pytest.raises(ValueError, match="is 5 long, its grid"):
-        mrope_positions([1, *[IMAGE] * 5, 2], [[1, 4, 6]], **IDS)
+        mrope_positions([1, *[IMAGE] * 5, 2], IDS, [[1, 4, 6]])
     with pytest.raises(ValueError, match="too few images"):
-        mrope_positions([1, *[IMAGE] * 6, 2, *[IMAGE] * 6], [[1, 4, 6]], **IDS)
+        mrope_positions([1, *[IMAGE] * 6, 2, *[IMAGE] * 6], IDS, [[1, 4, 6]])
     with pytest.raises(ValueError, match="2 image grids, but 1 in the text"):
-        mrope_positions([1, *[IMAGE] * 6], [[1, 4, 6], [1, 4, 6]], **IDS)
+        mrope_positions([1, *[IMAGE] * 6], IDS, [[1, 4, 6], [1, 4, 6]])
     with pytest.raises(ValueError, match="1 videos but 2 second_per_grid_ts"):
-        mrope_positions([*[VIDEO] * 6], (), [[1, 4, 6]], [1, 2], **IDS)
+        mrope_positions([*[VIDEO] * 6], IDS, (), [[1, 4, 6]], [1, 2])

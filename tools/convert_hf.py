@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
+from orbax.checkpoint import future
 
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
@@ -48,13 +50,13 @@ class LeafHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(
         self,
-        values: Sequence[hf.HFLeaf],
+        values: Sequence[Any],  # HFLeaf
         infos: Sequence[ocp.type_handlers.ParamInfo],
         args: Sequence[Any] | None = None,
     ) -> list[Any]:
         """Start writing all leaves, once Orbax has made the directory."""
         writing = self._write(values, infos)
-        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="hf_leaves")]
+        return [future.CommitFutureAwaitingContractedSignals(writing, name="hf_leaves")]
 
     async def _write(
         self, values: Sequence[hf.HFLeaf], infos: Sequence[ocp.type_handlers.ParamInfo]
@@ -63,7 +65,7 @@ class LeafHandler(ocp.type_handlers.NumpyHandler):
             await info.await_path_creation()
             spec = ocp.type_handlers.get_json_tspec_write(
                 info,
-                use_ocdbt=info.is_ocdbt_checkpoint,
+                use_ocdbt=bool(info.is_ocdbt_checkpoint),
                 global_shape=leaf.shape,
                 local_shape=chunk_shape(leaf.shape, leaf.dtype.itemsize),
                 dtype=leaf.dtype,
@@ -156,7 +158,7 @@ def open_checkpoint(path: str | Path) -> dict[str, StoredLeaf]:
     """
     folder = checkpoint.find_params(path)
     checkpoint.read_meta(folder)
-    folder = folder / "params"
+    folder = epath.Path(folder / "params")
     handler = ocp.PyTreeCheckpointHandler()
     metadata = handler.metadata(folder)
     handler.close()
@@ -191,9 +193,8 @@ def export_hf(
     Raises:
         ValueError: checkpoint and reference are not the same model, or ``hf_dir`` is not empty.
     """
-    leaves: Mapping[str, Any] = open_checkpoint(path)
     hf.save_hf(
-        leaves,
+        open_checkpoint(path),
         load_config(reference),
         hf_dir,
         reference,
@@ -216,7 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
     out = cli.base_parser(__doc__, "\n  ".join(examples.values()))
     commands = out.add_subparsers(dest="command", required=True)
 
-    def command(name: str, does: str):
+    def command(name: str, does: str) -> Callable[..., argparse.Action]:
         sub = commands.add_parser(
             name,
             help=does,
@@ -246,15 +247,7 @@ def main(args: argparse.Namespace) -> None:
     """Run one of the two conversions."""
     label = "importing" if args.command == "import" else "exporting"
     with cli.progress(label, 100, "%") as advance:
-        shown = 0
-
-        def progress(name: str, done: int, total: int) -> None:
-            nonlocal shown
-            percent = 100 * done // total
-            if percent > shown:
-                advance(percent - shown)
-                shown = percent
-
+        progress = cli.percent(advance)
         if args.command == "import":
             import_hf(args.hf_dir, args.out, dtype=args.dtype, progress=progress)
             made = args.out

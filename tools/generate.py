@@ -35,8 +35,8 @@ def encode(model: loading.Model, row: loading.Row, args: argparse.Namespace) -> 
     """One input line, a conversation or a record, as a prompt."""
     fields, origin = row.fields, row.origin
     if "messages" in fields:
-        images = loading.load_images(fields["messages"], args, origin)
-        return model.processor.encode_prompt(fields["messages"], images, origin=origin)
+        messages, images = loading.load_conversation(row, args)
+        return model.processor.encode_prompt(messages, images, origin=origin)
     root = loading.data_root(args)
     record = to_record(fields, origin=origin, root=root, require_answer=False)
     return PromptEncoder(model.processor, args.prompt)(record)
@@ -62,14 +62,14 @@ def make_sampler(model: loading.Model, args: argparse.Namespace) -> Sampler:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode_images(cfg: ModelConfig, params: Params, vision: VisionInputs) -> jax.Array:
+def encode_images(cfg: ModelConfig, params: Params, vision: VisionInputs[jax.Array]) -> jax.Array:
     """Features [M, N/4, D] of the images of each row."""
     return bind(cfg, params).encode_images(vision)
 
 
 def sample(
     model: loading.Model, sampler: Sampler, samples: list[Encoded], ids: list[str], args: Any
-) -> Rollout:
+) -> Rollout[np.ndarray]:
     """The samples of at most ``args.batch_size`` encoded prompts, on the host."""
     batch, features = loading.make_batch(model, samples, args.batch_size), None
     if batch.vision is not None:
@@ -84,8 +84,12 @@ def sample(
 
 
 def output_rows(
-    row: loading.Row, rollout: Rollout, prompt: int, tokenizer: Any, eos_ids: tuple[int, ...]
-) -> list[dict]:
+    row: loading.Row,
+    rollout: Rollout[np.ndarray],
+    prompt: int,
+    tokenizer: Any,
+    eos_ids: tuple[int, ...],
+) -> list[dict[str, Any]]:
     """The output lines of one prompt's samples."""
     rows = []
     for sample, mask in enumerate(rollout.completion_mask[prompt]):
@@ -117,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
         progress = cli.progress("prompts", len(left))
         with ThreadPoolExecutor(1) as reader, progress as advance:
 
-            def read(part: list[loading.Row]) -> Future:
+            def read(part: list[loading.Row]) -> Future[list[Encoded]]:
                 return reader.submit(lambda: [encode(model, row, args) for row in part])
 
             # One batch ahead: more would hold the pixels of the whole file.

@@ -24,7 +24,7 @@ from tools.lib import cli, loading
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def conversation_logps(cfg: ModelConfig, params: Params, batch: Batch) -> jax.Array:
+def conversation_logps(cfg: ModelConfig, params: Params, batch: Batch[jax.Array]) -> jax.Array:
     """[B, T - 1] float32: log-probability of tokens[:, 1:], over the whole vocabulary."""
     model = bind(cfg, params)
     features = None if batch.vision is None else model.encode_images(batch.vision)
@@ -33,7 +33,9 @@ def conversation_logps(cfg: ModelConfig, params: Params, batch: Batch) -> jax.Ar
     return logp_BT
 
 
-def score(model: loading.Model, samples: list[Encoded], batch_size: int) -> list[list]:
+def score(
+    model: loading.Model, samples: list[Encoded], batch_size: int
+) -> list[list[float | None]]:
     """The ``logprobs`` of each encoded conversation, at most ``batch_size`` of them."""
     batch = loading.make_batch(model, samples, batch_size)
     with jax.set_mesh(model.mesh):
@@ -53,8 +55,7 @@ def main(args: argparse.Namespace) -> None:
         model = loading.load_model(args)
 
         def encode(row: loading.Row) -> Encoded:
-            messages = row.fields.get("messages")
-            images = loading.load_images(messages, args, row.origin)
+            messages, images = loading.load_conversation(row, args)
             return model.processor.encode_prompt(
                 messages, images, generation_prompt=False, origin=row.origin
             )

@@ -126,9 +126,10 @@ def write_random_hf(
     shutil.rmtree(reference, ignore_errors=True)
     reference.mkdir(parents=True)
     try:
-        for name in hf_write.COPIED_FILES if tokenizer_dir else ():
-            if (Path(tokenizer_dir) / name).is_file():
-                shutil.copyfile(Path(tokenizer_dir) / name, reference / name)
+        if tokenizer_dir:
+            for name in hf_write.COPIED_FILES:
+                if (Path(tokenizer_dir) / name).is_file():
+                    shutil.copyfile(Path(tokenizer_dir) / name, reference / name)
         (reference / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         eos, bos = config.get("eos_token_id"), config.get("bos_token_id")
         ids = {"bos_token_id": bos, "pad_token_id": bos, "eos_token_id": [eos, bos]}
@@ -224,25 +225,11 @@ def main(args: argparse.Namespace) -> None:
             seed=args.seed,
             dtype=args.dtype,
             max_shard_bytes=int(args.max_shard_gb * 1e9),
-            progress=cli_percent(advance),
+            progress=cli.percent(advance),
             std=args.std,
         )
     count = sum(int(np.prod(leaf.shape)) for leaf in abstract_params(cfg).values())
     print(f"{args.out}: {count:,} parameters, vocabulary {cfg.text.vocab_size}, {args.dtype}")
-
-
-def cli_percent(advance) -> hf.Progress:
-    """A progress callback in bytes that moves a bar of 100."""
-    shown = 0
-
-    def step(name: str, done: int, total: int) -> None:
-        nonlocal shown
-        percent = 100 * done // total
-        if percent > shown:
-            advance(percent - shown)
-            shown = percent
-
-    return step
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up everything and runs the checks on CPU:  bash tools/test.sh [--slow | --all] [pytest arguments]
-#   (nothing)  lint and the fast tests          --slow  only the slow tier          --all  both
+#   (nothing)  lint, types and fast tests        --slow  only the slow tier          --all  both
 # PYTHON=/path/to/python3 chooses the interpreter (3.11 or newer); TEST_JOBS: how many processes run the
 # fast tests (2; each takes up to 4 GB). Needs only the package index.
 set -euo pipefail
@@ -27,6 +27,7 @@ export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2 HF_HUB_OFFLINE=1
 if [ "$tier" != slow ]; then
     "$PY" -m ruff check --no-cache .  # its cache does not see that an imported file came or went
     "$PY" -m ruff format --check --no-cache .
+    "$PY" -m pyright --pythonpath "$PY"
     "$PY" -m pytest -m "not slow" -n "${TEST_JOBS:-2}" --dist loadfile "$@"
 fi
 if [ "$tier" != fast ]; then

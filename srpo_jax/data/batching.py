@@ -1,15 +1,16 @@
 """One encoded sample, and batches of them: rows, fixed budgets, padding, fillers and packing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from srpo_jax.data.records import RecordError
 from srpo_jax.data.vision_arrays import (
+    Grids,
     VisionArrays,
     VisionGeometry,
+    VisionIds,
     mrope_positions,
     stack_rows,
     vision_arrays,
@@ -52,48 +53,40 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class VisionIds:
-    """Token ids and time scale that ``encode_arrays`` needs of a model's config."""
+class Media:
+    """The images and videos of one sequence; names and shapes are those of HF's processor."""
 
-    image_token_id: int
-    video_token_id: int
-    tokens_per_second: float = 2
-    geometry: VisionGeometry = field(default_factory=VisionGeometry)
+    pixel_values: np.ndarray | None = None  # [sum(t*h*w), patch_dim]
+    image_grid_thw: Grids = ()
+    pixel_values_videos: np.ndarray | None = None
+    video_grid_thw: Grids = ()
+    second_per_grid_ts: Sequence[float] | np.ndarray | None = None
 
 
 def encode_arrays(
     token_ids: Sequence[int] | np.ndarray,
     ids: VisionIds,
+    media: Media | None = None,
     *,
-    pixel_values: np.ndarray | None = None,
-    image_grid_thw: Any = (),
-    pixel_values_videos: np.ndarray | None = None,
-    video_grid_thw: Any = (),
-    second_per_grid_ts: Any = None,
     loss_mask: np.ndarray | None = None,
     origin: str = "",
 ) -> Encoded:
     """What HF's processor returns for ONE sequence (no padding) -> Encoded.
 
-    Argument names and shapes are HF's. The row's merged tokens are those of all images, then those
-    of all videos. ``loss_mask`` defaults to ones, except for the first token. Raises ValueError
-    when placeholders, grids and pixel rows do not fit together.
+    The row's merged tokens are those of all images, then those of all videos. ``loss_mask``
+    defaults to ones, except for the first token. Raises ValueError when placeholders, grids and
+    pixel rows do not fit together.
     """
     token_ids = np.asarray(token_ids, np.int32).reshape(-1)
-    image_grid = np.asarray(image_grid_thw, np.int64).reshape(-1, 3)
-    video_grid = np.asarray(video_grid_thw, np.int64).reshape(-1, 3)
+    media = media or Media()
+    image_grid = np.asarray(media.image_grid_thw, np.int64).reshape(-1, 3)
+    video_grid = np.asarray(media.video_grid_thw, np.int64).reshape(-1, 3)
     positions, next_pos = mrope_positions(
-        token_ids,
-        image_grid,
-        video_grid,
-        second_per_grid_ts,
-        image_token_id=ids.image_token_id,
-        video_token_id=ids.video_token_id,
-        merge_size=ids.geometry.merge_size,
-        tokens_per_second=ids.tokens_per_second,
+        token_ids, ids, image_grid, video_grid, media.second_per_grid_ts
     )
     grid = np.concatenate([image_grid, video_grid])
-    pixels = [np.asarray(p) for p in (pixel_values, pixel_values_videos) if p is not None]
+    given = (media.pixel_values, media.pixel_values_videos)
+    pixels = [np.asarray(p) for p in given if p is not None]
     empty = np.zeros((0, ids.geometry.patch_dim), np.float32)
     vision = vision_arrays(np.concatenate(pixels) if pixels else empty, grid, ids.geometry)
     vision_src = np.full(len(token_ids), -1, np.int32)
@@ -133,7 +126,7 @@ def collate_packed(
     patches: int = 0,
     pad_id: int = 0,
     geometry: VisionGeometry | None = None,
-) -> Batch:
+) -> Batch[np.ndarray]:
     """Groups of encoded samples, each group one sequence of the batch -> Batch of numpy arrays.
 
     Args:
@@ -195,7 +188,7 @@ def collate(
     per_row: int | None = None,
     pad_id: int = 0,
     geometry: VisionGeometry | None = None,
-) -> Batch:
+) -> Batch[np.ndarray]:
     """Encoded samples, one a sequence -> Batch; fillers (valid False) where the list is short.
 
     Sequence b is ``encoded[b]``; row m holds sequences m*per_row to (m+1)*per_row - 1
@@ -233,19 +226,3 @@ class FirstFit:
         self.room_M[b // self.per_row] -= sample.num_slots
         self.count_B[b] += 1
         return b
-
-
-def first_fit(
-    encoded: Sequence[Encoded], *, rows: int, per_row: int, tokens: int, patches: int
-) -> tuple[list[list[int]], list[int]]:
-    """Pack samples (see ``FirstFit``): B groups of indices into ``encoded``, and those left over.
-
-    The groups, in sequence order, are what ``collate_packed`` takes.
-    """
-    fit = FirstFit(rows=rows, per_row=per_row, tokens=tokens, patches=patches)
-    groups: list[list[int]] = [[] for _ in range(rows * per_row)]
-    left = []
-    for index, sample in enumerate(encoded):
-        b = fit.place(sample)
-        (groups[b] if b >= 0 else left).append(index)
-    return groups, left

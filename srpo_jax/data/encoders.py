@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from srpo_jax.data.batching import Encoded
 from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
-from srpo_jax.data.prompts import MESSAGES, paper_sft_response, plain_response, srpo_response
+from srpo_jax.data.prompts import (
+    MESSAGES,
+    Message,
+    paper_sft_response,
+    plain_response,
+    srpo_response,
+)
 from srpo_jax.data.records import Record, RecordError, image_ref, load_image
 
 TARGETS = ("rl_aligned", "paper", "plain", "gold")
@@ -34,10 +40,11 @@ def sft_response(record: Record, target: str) -> str:
         if target == "rl_aligned":
             return srpo_response(*_fields(record, _SRPO_FIELDS))
         if target == "paper":
-            names = ("first_think", "first_answer", "reflection")
-            return paper_sft_response(*_fields(record, names), record.answer)
+            think, first, reflection = _fields(record, _SRPO_FIELDS[:3])
+            return paper_sft_response(think, first, reflection, record.answer)
         if target == "plain":
-            return plain_response(*_fields(record, ("second_think",)), record.answer)
+            (think,) = _fields(record, ("second_think",))
+            return plain_response(think, record.answer)
         if target == "gold":
             said = "I read the problem and the image and work out the result."
             again = "I go through the problem and the image once more and confirm the result."
@@ -50,14 +57,14 @@ def sft_response(record: Record, target: str) -> str:
     raise ValueError(f"target {target!r}: choose one of {', '.join(TARGETS)}")
 
 
-def conversation_images(messages: list[dict], root: str, origin: str) -> list[ImageRef]:
+def conversation_images(messages: list[Message], root: str, origin: str) -> list[ImageRef]:
     """The images of {"type": "image", "image": path or bytes} parts, in the order of the text."""
     parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
     images = [p.get("image") for p in parts if isinstance(p, dict) and p.get("type") == "image"]
     return [image_ref(image, origin, root) for image in images]
 
 
-def _messages(record: Record, prompt: str) -> list[dict]:
+def _messages(record: Record, prompt: str) -> list[Message]:
     try:
         return MESSAGES[prompt](record.question, record.images, record.choices)
     except ValueError as error:
@@ -73,7 +80,7 @@ class PromptEncoder:
     """
 
     processor: Processor
-    prompt: str | Callable[[Record], list[dict]] = "srpo"
+    prompt: str | Callable[[Record], list[Message]] = "srpo"
 
     def __call__(self, record: Record) -> Encoded:
         messages = self.prompt(record) if callable(self.prompt) else _messages(record, self.prompt)

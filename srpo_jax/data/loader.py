@@ -7,26 +7,24 @@ into patch budgets, and knows its exact place in the data at any batch.
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
-from srpo_jax.data.quarantine import Preflight, Quarantine, preflight
-from srpo_jax.data.records import Record, RecordError
-from srpo_jax.data.stream import Item, LoaderConfig, Stream
+from srpo_jax.data.quarantine import Quarantine
+from srpo_jax.data.records import Record, RecordError, RecordSource
+from srpo_jax.data.stream import BadItem, Item, LoaderConfig, Stream
 from srpo_jax.structs import Batch, RunError
 
 __all__ = [
     "LoadedBatch",
     "Loader",
     "LoaderConfig",
-    "Preflight",
     "RunError",
     "make_loader",
-    "preflight",
 ]
 
 _MIN_SEEN = 100  # records before the share of bad ones means anything
@@ -41,10 +39,9 @@ class LoadedBatch:
     sequence of record i in any case.
     """
 
-    arrays: Batch
+    arrays: Batch[np.ndarray]
     records: list[Record]
     slots: np.ndarray  # [len(records)] int32
-    patch_budget: int
 
 
 # What the processes agree on before each batch, by maximum: nobody has data left, the patch budget
@@ -53,11 +50,11 @@ _EMPTY = 0
 
 
 class Loader:
-    """Iterator of ``LoadedBatch``; see ``make_loader``. Counts: ``seen``, ``bad``, ``epoch``."""
+    """Iterator of ``LoadedBatch``; see ``make_loader``. Counts: ``seen``, ``bad``."""
 
     def __init__(
         self,
-        source: Any,
+        source: RecordSource,
         encode: Callable[[Record], Encoded],
         config: LoaderConfig,
         *,
@@ -75,19 +72,15 @@ class Loader:
             quarantine_path = f"{stem}.{config.process_index}{suffix}"
         self.quarantine = Quarantine(quarantine_path)
         self._checked: dict[int, str | None] = {}
-        self._iterator, self._done = None, False
-        self._position, self._waiting = 0, deque()
+        self._iterator: Iterator[Item | BadItem] | None = None
+        self._waiting: deque[Item] = deque()
+        self._position, self._done = 0, False
         self.seen, self.bad, self._bad_run = 0, 0, 0
         self._last_error: RecordError | None = None
 
     # --- the stream of usable records ---
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self._position * self.config.process_count / len(self._source)
-
-    def _next_item(self) -> Item | None:
+    def _next_item(self) -> Item | BadItem | None:
         if self._iterator is None:
             self._iterator = self._stream.start(self._position)
         item = next(self._iterator, None)
@@ -98,8 +91,6 @@ class Loader:
 
     def _fault(self, item: Item) -> RecordError | None:
         """Why the item cannot be used, or None."""
-        if item.error is not None:
-            return item.error
         record, encoded, config = item.record, item.encoded, self.config
         if encoded.num_tokens > config.token_budget:
             return RecordError(
@@ -122,7 +113,7 @@ class Loader:
         """The next usable record; bad ones on the way are counted and set aside."""
         while (item := self._next_item()) is not None:
             self.seen += 1
-            error = self._fault(item)
+            error = item.error if isinstance(item, BadItem) else self._fault(item)
             if error is None:
                 self._bad_run = 0
             else:
@@ -131,7 +122,7 @@ class Loader:
                 self._last_error = error
                 self.quarantine.add(error, item.record.id if item.record else None)
             self._check_share()
-            if error is None:
+            if error is None and isinstance(item, Item):
                 return item
         return None
 
@@ -211,7 +202,7 @@ class Loader:
                 load[m] += item.encoded.num_slots
             in_order = [items[m * per_row : (m + 1) * per_row] for m in range(rows)]
             needed = max(sum(i.encoded.num_slots for i in row) for row in in_order)
-            if self._budget(needed) <= self._budget(max(load)):
+            if self._budget(needed) <= self._budget(int(load.max())):
                 table = in_order
         else:
             most, row = max(self.config.patch_budgets, default=0), 0
@@ -257,7 +248,7 @@ class Loader:
             geometry=self.config.geometry,
         )
         slots = np.repeat(np.arange(len(groups), dtype=np.int32), [len(g) for g in groups])
-        return LoadedBatch(arrays, [i.record for g in groups for i in g], slots, budget)
+        return LoadedBatch(arrays, [i.record for g in groups for i in g], slots)
 
     # --- resuming ---
 
@@ -298,17 +289,23 @@ class Loader:
         self._position = int(state["position"])
         self.seen, self.bad = int(state["seen"]), int(state["bad"])
         self._bad_run = int(state["bad_run"])
-        self._waiting = deque(self._stream.item(int(p)) for p in state["waiting"])
+        self._waiting = deque()
+        for position in state["waiting"]:
+            item = self._stream.item(int(position))
+            if isinstance(item, BadItem):
+                raise ValueError(
+                    f"the saved place in the data does not fit: {item.error} (it was good before)"
+                )
+            self._waiting.append(item)
 
     def close(self) -> None:
         """Stop threads and worker processes; iteration may go on afterwards."""
-        if self._iterator is not None and hasattr(self._iterator, "close"):
-            self._iterator.close()
+        getattr(self._iterator, "close", lambda: None)()  # an empty stream's has none
         self._iterator = None
 
 
 def make_loader(
-    source: Any,
+    source: RecordSource,
     encode: Callable[[Record], Encoded],
     *,
     check_record: Callable[[Record], str | None] | None = None,
@@ -319,7 +316,6 @@ def make_loader(
     """An iterator of ``LoadedBatch`` over ``source``.
 
     Args:
-        source: ``Records``, or anything with ``len`` and indexing that gives ``Record``s.
         encode: record -> Encoded, picklable when ``workers`` > 0; may raise RecordError. It runs
             once for each record that is drawn, never once for each sample of a group.
         check_record: a reason to leave a record out (a gold that cannot be parsed), or None; runs

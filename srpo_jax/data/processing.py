@@ -6,8 +6,9 @@ directory; ``collate`` (from data/batching.py) turns what it returns into one ``
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,20 +18,20 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from srpo_jax.data.batching import (
     Encoded,
     FirstFit,
-    VisionIds,
+    Media,
     collate,
     collate_packed,
     encode_arrays,
-    first_fit,
 )
 from srpo_jax.data.images import to_rgb
-from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS
+from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS, Message
 from srpo_jax.data.records import RecordError
-from srpo_jax.data.vision_arrays import VisionGeometry, mrope_positions, vision_arrays
+from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds, mrope_positions, vision_arrays
 
 __all__ = [
     "Encoded",
     "FirstFit",
+    "Media",
     "Processor",
     "VisionGeometry",
     "VisionIds",
@@ -38,7 +39,6 @@ __all__ = [
     "collate",
     "collate_packed",
     "encode_arrays",
-    "first_fit",
     "mrope_positions",
     "token_bytes",
     "vision_arrays",
@@ -51,7 +51,7 @@ MAX_PIXELS = 640 * 28 * 28
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file as a dict, {} where it is missing; ValueError naming a file that is not JSON."""
     if not path.is_file():
         return {}
@@ -61,7 +61,7 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def _chat_template(hf_dir: Path, tokenizer) -> str:
+def _chat_template(hf_dir: Path, tokenizer: Any) -> str:
     """The processor's template where there is one, else the tokenizer's."""
     template = _read_json(hf_dir / "chat_template.json").get("chat_template")
     if template is None and (hf_dir / "chat_template.jinja").is_file():
@@ -147,7 +147,7 @@ class Processor:
         pad = generation.get("pad_token_id", self.tokenizer.pad_token_id)
         self.pad_id = int(ids["<|endoftext|>"] if pad is None else pad)
 
-    def _render(self, messages: Sequence[dict], generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             list(messages),
             chat_template=self.chat_template,
@@ -188,7 +188,7 @@ class Processor:
 
     def encode_prompt(
         self,
-        messages: Sequence[dict],
+        messages: Sequence[Message],
         images: Sequence[Image.Image] = (),
         *,
         generation_prompt: bool = True,
@@ -210,15 +210,14 @@ class Processor:
         return encode_arrays(
             token_ids,
             self.ids,
-            pixel_values=pixel_values,
-            image_grid_thw=grid,
+            Media(pixel_values, grid),
             loss_mask=np.zeros(len(token_ids), np.float32),
             origin=origin,
         )
 
     def encode_conversation(
         self,
-        messages: Sequence[dict],
+        messages: Sequence[Message],
         images: Sequence[Image.Image] = (),
         *,
         mask_first_attempt: bool = False,
@@ -249,14 +248,13 @@ class Processor:
         return encode_arrays(
             encoding.ids,
             self.ids,
-            pixel_values=pixel_values,
-            image_grid_thw=grid,
+            Media(pixel_values, grid),
             loss_mask=loss_mask,
             origin=origin,
         )
 
     def _loss_spans(
-        self, messages: Sequence[dict], text: str, mask_first_attempt: bool, origin: str
+        self, messages: Sequence[Message], text: str, mask_first_attempt: bool, origin: str
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Character spans of the rendered text that the loss covers, and those taken out again."""
         spans = []
@@ -284,7 +282,7 @@ class Processor:
         return spans, masked
 
 
-def _growth(raw: str, counts: np.ndarray):
+def _growth(raw: str, counts: np.ndarray) -> Callable[[int], int]:
     """Map a character offset of ``raw`` to one after each image placeholder was repeated."""
     places = np.array([m.end() for m in re.finditer(re.escape(IMAGE_PAD), raw)], np.int64)
     grown = np.concatenate([[0], np.cumsum((np.asarray(counts, np.int64) - 1) * len(IMAGE_PAD))])
@@ -295,7 +293,7 @@ def _growth(raw: str, counts: np.ndarray):
     return shift
 
 
-def check_messages(messages: Sequence[dict], origin: str = "") -> None:
+def check_messages(messages: Sequence[Message], origin: str = "") -> None:
     """RecordError unless the messages have HF's form and no control token in their text.
 
     A message is {"role", "content"}; its content a string or a list of {"type": "text", "text"}
@@ -320,7 +318,7 @@ def check_messages(messages: Sequence[dict], origin: str = "") -> None:
                 raise RecordError(origin, f"control token {found[0]} in the text", "remove it")
 
 
-def token_bytes(tokenizer, size: int | None = None) -> list[bytes]:
+def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:
     """The bytes that each token id stands for, by id; what byte-exact block spans are found on.
 
     Byte-level BPE tokens map back through the byte alphabet, added tokens are their literal text

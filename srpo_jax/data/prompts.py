@@ -5,11 +5,13 @@ Plain strings, joined and never formatted, so that the braces of LaTeX stay what
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 # The blocks of a response in their order (structs.BLOCKS names them) and the tags of each.
 TEMPLATE = ("think", "answer", "reflection", "think", "answer")
 TAGS = {name: (f"<{name}>", f"</{name}>") for name in ("think", "answer", "reflection")}
 IMAGE_MARK = "<image>"
+Message = dict[str, Any]  # role and content, as Hugging Face's chat templates take them
 
 # Tokens of Qwen2.5-VL with a meaning of their own; text of a record must hold none of them.
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -64,7 +66,9 @@ def question_text(question: str, choices: Sequence[str] = ()) -> str:
     return "\n".join([question.strip(), "Choices:", *lines]) if lines else question.strip()
 
 
-def user_message(question: str, images: int | Sequence = 0, choices: Sequence[str] = ()) -> dict:
+def user_message(
+    question: str, images: int | Sequence[Any] = 0, choices: Sequence[str] = ()
+) -> Message:
     """One user turn in Hugging Face's form, each image part at its ``<image>`` mark.
 
     ``images`` is how many there are, or a sequence of them (only counted: pixels travel beside
@@ -85,7 +89,7 @@ def user_message(question: str, images: int | Sequence = 0, choices: Sequence[st
     pieces[-1] = pieces[-1].rstrip()
     if choices:
         pieces[-1] += question_text("", choices)
-    parts: list[dict] = []
+    parts: list[dict[str, str]] = []
     for k, piece in enumerate(pieces):
         if k:
             parts.append({"type": "image"})
@@ -95,8 +99,8 @@ def user_message(question: str, images: int | Sequence = 0, choices: Sequence[st
 
 
 def srpo_messages(
-    question: str, images: int | Sequence = 0, choices: Sequence[str] = ()
-) -> list[dict]:
+    question: str, images: int | Sequence[Any] = 0, choices: Sequence[str] = ()
+) -> list[Message]:
     """System turn with the five-block template and the user's turn (see ``user_message``)."""
     return [
         {"role": "system", "content": SYSTEM_PROMPT},
@@ -105,8 +109,8 @@ def srpo_messages(
 
 
 def plain_messages(
-    question: str, images: int | Sequence = 0, choices: Sequence[str] = ()
-) -> list[dict]:
+    question: str, images: int | Sequence[Any] = 0, choices: Sequence[str] = ()
+) -> list[Message]:
     """The same for one round of think and answer: the prompt of the baselines."""
     return [
         {"role": "system", "content": PLAIN_SYSTEM_PROMPT},

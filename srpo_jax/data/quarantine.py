@@ -1,13 +1,9 @@
-"""Bad records: noted in a file, counted, and found ahead of a run."""
+"""Bad records: noted in a file, each once."""
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-from srpo_jax.data.batching import Encoded
-from srpo_jax.data.records import Record, RecordError, resolve_path
+from srpo_jax.data.records import RecordError
 
 
 class Quarantine:
@@ -37,8 +33,9 @@ class Quarantine:
         return len(self._known)
 
     def _append(self, text: str) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text)
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
 
     def add(self, error: RecordError, record_id: str | None) -> bool:
         """Note a bad record; True where it was not known yet."""
@@ -46,60 +43,6 @@ class Quarantine:
         if key in self._known:
             return False
         self._known.add(key)
-        if self.path is not None:
-            entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
-            self._append(json.dumps(entry, ensure_ascii=False) + "\n")
+        entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
+        self._append(json.dumps(entry, ensure_ascii=False) + "\n")
         return True
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """What a look at the data before a run found."""
-
-    checked: int
-    bad: list[RecordError]
-    repeated_ids: list[str]
-
-    def __str__(self) -> str:
-        lines = [f"{self.checked} records, {len(self.bad)} bad"]
-        lines += [f"  {error}" for error in self.bad[:10]]
-        if len(self.bad) > 10:
-            lines.append(f"  and {len(self.bad) - 10} more")
-        if self.repeated_ids:
-            lines.append(f"  {len(self.repeated_ids)} ids occur twice: {self.repeated_ids[:5]}")
-        return "\n".join(lines)
-
-
-def preflight(
-    source: Any,
-    *,
-    encode: Callable[[Record], Encoded] | None = None,
-    check_record: Callable[[Record], str | None] | None = None,
-    limit: int | None = None,
-) -> Preflight:
-    """Read every record (or the first ``limit``) and collect what is wrong, without stopping.
-
-    Quick by default: fields, and whether image files are there. With ``encode`` each record is
-    also decoded and encoded as in training.
-    """
-    bad, seen, repeated = [], set(), []
-    count = min(len(source), limit or len(source))
-    for index in range(count):
-        try:
-            record = source[index]
-            if encode is not None:
-                encode(record)
-            else:
-                for ref in record.images:
-                    if ref.data is None:
-                        resolve_path(ref)
-            reason = check_record(record) if check_record else None
-            if reason is not None:
-                raise RecordError(record.origin, reason)
-        except RecordError as error:
-            bad.append(error)
-            continue
-        if record.id in seen:
-            repeated.append(record.id)
-        seen.add(record.id)
-    return Preflight(count, bad, repeated)

@@ -15,7 +15,7 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,7 +85,7 @@ def _text(value: Any, name: str, origin: str) -> str:
     raise RecordError(origin, f"{name} must be text, not {type(value).__name__}")
 
 
-def _as_list(value: Any) -> list:
+def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
@@ -259,7 +259,8 @@ def _parse_example(data: bytes, origin: str) -> dict[str, Any]:
     from tensorflow_datasets.proto import tf_example_pb2
 
     try:
-        example = tf_example_pb2.Example.FromString(data)
+        # The generated module makes its classes when it is imported.
+        example = tf_example_pb2.Example.FromString(data)  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # protobuf's DecodeError has no stable home
         raise RecordError(origin, f"neither JSON nor a tf.train.Example ({error})") from None
     fields: dict[str, Any] = {}
@@ -307,17 +308,17 @@ def _open_tfds(match: re.Match) -> _ArrayRecord:
     if not (folder / "dataset_info.json").is_file():
         raise FileNotFoundError(f"{folder}: no TFDS data set here (no dataset_info.json)")
     builder = tfds.builder_from_directory(folder)
-    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+    form = builder.info.file_format
+    if form is not tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(
-            f"{folder}: file format {builder.info.file_format.value} has no random access; "
+            f"{folder}: file format {form and form.value} has no random access; "
             "build the data set with file_format='array_record'"
         )
     try:
         # TFDS would decode images itself, without our checks (and not at all inside a Sequence
-        # when TensorFlow is absent): take the serialized examples.
-        raw = builder.as_data_source(
-            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
+        # when TensorFlow is absent): take the serialized examples. Its decorator hides its types.
+        method = tfds.decode.DeserializeMethod.RAW_BYTES
+        raw = builder.as_data_source(split, deserialize_method=method)  # pyright: ignore[reportCallIssue]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder}: no split {split!r} ({error})") from None
     return _ArrayRecord(f"tfds:{name}:{match['version']}[{split}]", raw, builder.info.dataset_size)
@@ -329,7 +330,12 @@ class Records:
     ``fingerprint`` changes when the data do (number of records and of bytes).
     """
 
-    def __init__(self, readers: list, roots: list[str], require_answer: bool = True):
+    def __init__(
+        self,
+        readers: Sequence[_Jsonl | Parquet | _ArrayRecord],
+        roots: list[str],
+        require_answer: bool = True,
+    ):
         self._readers, self._roots, self._require_answer = readers, roots, require_answer
         self._ends = list(itertools.accumulate(len(reader) for reader in readers))
         self.fingerprint = f"{len(self)}:{sum(reader.num_bytes for reader in readers)}"
@@ -393,7 +399,8 @@ def write_array_record(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) 
 
     Written under a temporary name and renamed, so that nothing half-written remains.
     """
-    from array_record.python import array_record_module
+    # A compiled module without types.
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
     def portable(value: Any) -> Any:
         if isinstance(value, bytes):

@@ -4,13 +4,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import grain
 import numpy as np
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.records import Record, RecordError
+from srpo_jax.data.records import Record, RecordError, RecordSource
 from srpo_jax.data.vision_arrays import VisionGeometry
 from srpo_jax.structs import RunError
 
@@ -39,7 +38,7 @@ class LoaderConfig:
     pad_id: int = 0
     geometry: VisionGeometry = field(default_factory=VisionGeometry)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "patch_budgets", tuple(sorted(set(self.patch_budgets))))
         rows = self.rows_per_shard * self.num_shards
         if min(self.global_batch_size, self.token_budget, rows) < 1:
@@ -71,32 +70,41 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class Item:
-    """What a worker made of the record at one position of the stream: Encoded or a reason."""
+    """The record at one position of the stream, as a worker encoded it."""
+
+    position: int
+    index: int
+    record: Record
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class BadItem:
+    """A record that could not be read (None) or encoded, and why."""
 
     position: int
     index: int
     record: Record | None
-    encoded: Encoded | None
-    error: RecordError | None
+    error: RecordError
 
 
 @dataclass(frozen=True)
 class _Load:
     """Read and encode record ``index``; a bad record becomes an item with its error."""
 
-    source: Any
+    source: RecordSource
     encode: Callable[[Record], Encoded]
 
-    def __call__(self, index: int) -> Item:
+    def __call__(self, index: int) -> Item | BadItem:
         record = None
         try:
             record = self.source[index]
-            return Item(-1, index, record, self.encode(record), None)
+            return Item(-1, index, record, self.encode(record))
         except RecordError as error:
-            return Item(-1, index, record, None, error)
+            return BadItem(-1, index, record, error)
 
 
-def _to_wire(item: Item) -> tuple[Item, np.ndarray | None]:
+def _to_wire(item: Item | BadItem) -> tuple[Item | BadItem, np.ndarray | None]:
     """The item without its pixels, and the pixels.
 
     Grain moves arrays between processes through shared memory and the rest through a pipe; a pipe
@@ -105,16 +113,16 @@ def _to_wire(item: Item) -> tuple[Item, np.ndarray | None]:
     if item.record is not None:  # image bytes have done their work
         images = tuple(replace(ref, data=None) for ref in item.record.images)
         item = replace(item, record=replace(item.record, images=images))
-    if item.encoded is None or not item.encoded.num_slots:
+    if isinstance(item, BadItem) or not item.encoded.num_slots:
         return item, None
     vision = item.encoded.vision
     bare = replace(vision, patches=vision.patches[:0])
     return replace(item, encoded=replace(item.encoded, vision=bare)), vision.patches
 
 
-def _from_wire(wire: tuple[Item, np.ndarray | None]) -> Item:
+def _from_wire(wire: tuple[Item | BadItem, np.ndarray | None]) -> Item | BadItem:
     item, patches = wire
-    if patches is None:
+    if isinstance(item, BadItem) or patches is None:
         return item
     # Copied, so that shared memory holds only what is on its way.
     vision = replace(item.encoded.vision, patches=np.array(patches))
@@ -128,17 +136,21 @@ class Stream:
     batch, does not depend on how many processes there are.
     """
 
-    def __init__(self, source: Any, encode: Callable[[Record], Encoded], config: LoaderConfig):
+    def __init__(
+        self, source: RecordSource, encode: Callable[[Record], Encoded], config: LoaderConfig
+    ):
         self._load, self._config = _Load(source, encode), config
         indices = grain.MapDataset.range(len(source)).seed(config.seed)
         indices = indices.shuffle() if config.shuffle else indices
         self._indices = indices.repeat(config.epochs)[config.process_index :: config.process_count]
 
-    def item(self, position: int) -> Item:
+    def item(self, position: int) -> Item | BadItem:
         """The record at one position."""
-        return replace(self._load(int(self._indices[position])), position=position)
+        index = self._indices[position]
+        assert index is not None  # which a filter would leave where it drops something
+        return replace(self._load(int(index)), position=position)
 
-    def start(self, position: int) -> Iterator[Item]:
+    def start(self, position: int) -> Iterator[Item | BadItem]:
         """A Grain iterator from ``position`` on (its items do not know their position).
 
         RunError where the workers would die of SIGBUS for want of shared memory.

@@ -7,11 +7,13 @@ of one window together, every window padded to W slots.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from srpo_jax.structs import VisionInputs
+
+Grids = Sequence[Sequence[int]] | np.ndarray  # [images, 3] patches: frames, rows, columns
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class VisionGeometry:
     window_size: int = 112  # pixels
     channels: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unit = self.patch_size * self.merge_size
         if self.window_size % unit:
             raise ValueError(
@@ -54,6 +56,16 @@ class VisionGeometry:
 
 
 @dataclass(frozen=True)
+class VisionIds:
+    """What places images and videos in a text: their tokens, the time scale, the sizes."""
+
+    image_token_id: int
+    video_token_id: int
+    tokens_per_second: float = 2  # vision_config.tokens_per_second
+    geometry: VisionGeometry = field(default_factory=VisionGeometry)
+
+
+@dataclass(frozen=True)
 class VisionArrays:
     """The images of one sequence in window order; n is a multiple of W, j counts merged tokens."""
 
@@ -74,7 +86,7 @@ class VisionArrays:
         return self.merge_src.shape[0]
 
 
-def check_grid(grid_thw: Sequence[Sequence[int]] | np.ndarray, merge_size: int) -> np.ndarray:
+def check_grid(grid_thw: Grids, merge_size: int) -> np.ndarray:
     """``grid_thw`` as int64 [images, 3]; ValueError for sides that merging cannot divide."""
     grid_I3 = np.asarray(grid_thw, np.int64).reshape(-1, 3)
     if (grid_I3 < 1).any() or (grid_I3[:, 1:] % merge_size).any():
@@ -85,8 +97,11 @@ def check_grid(grid_thw: Sequence[Sequence[int]] | np.ndarray, merge_size: int) 
     return grid_I3
 
 
-def _one_grid(t: int, h: int, w: int, geometry: VisionGeometry) -> tuple[np.ndarray, ...]:
-    """Slot (in merged tokens), patch rows and columns, and frame of one image or video."""
+def _one_grid(
+    t: int, h: int, w: int, geometry: VisionGeometry
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Slot (in merged tokens), patch rows and columns, and frame of one image or video; its slots
+    with padding."""
     merge, side = geometry.merge_size, geometry.window_blocks
     rows, cols = h // merge, w // merge
     y, x = np.divmod(np.arange(rows * cols), cols)
@@ -110,7 +125,7 @@ def _one_grid(t: int, h: int, w: int, geometry: VisionGeometry) -> tuple[np.ndar
 
 def vision_arrays(
     pixel_values: np.ndarray,
-    grid_thw: Sequence[Sequence[int]] | np.ndarray,
+    grid_thw: Grids,
     geometry: VisionGeometry | None = None,
 ) -> VisionArrays:
     """Pixel rows of all images (or videos) of one sequence -> window-ordered, padded arrays.
@@ -154,7 +169,7 @@ def vision_arrays(
 
 def stack_rows(
     rows: Sequence[Sequence[VisionArrays]], patches: int, geometry: VisionGeometry | None = None
-) -> VisionInputs:
+) -> VisionInputs[np.ndarray]:
     """The images of each row, one after another and padded to ``patches`` slots -> VisionInputs.
 
     ``rows[m]`` holds the arrays of the sequences of row m, in the order in which ``vision_src``
@@ -202,14 +217,10 @@ def _vision_positions(start: int, grid: np.ndarray, merge: int, interval: float)
 
 def mrope_positions(
     token_ids: Sequence[int] | np.ndarray,
-    image_grid_thw: Sequence[Sequence[int]] | np.ndarray = (),
-    video_grid_thw: Sequence[Sequence[int]] | np.ndarray = (),
+    ids: VisionIds,
+    image_grid_thw: Grids = (),
+    video_grid_thw: Grids = (),
     second_per_grid_ts: Sequence[float] | np.ndarray | None = None,
-    *,
-    image_token_id: int,
-    video_token_id: int,
-    merge_size: int = 2,
-    tokens_per_second: float = 2,
 ) -> tuple[np.ndarray, int]:
     """Multimodal rotary positions of one unpadded sequence, exactly HF's ``get_rope_index`` (5.23;
     5.17 still cut ``second_per_grid_ts`` to whole seconds).
@@ -218,14 +229,14 @@ def mrope_positions(
         token_ids: [T], with one placeholder token per merged vision token.
         image_grid_thw, video_grid_thw: [images, 3] and [videos, 3] in the order of the text.
         second_per_grid_ts: seconds between temporal patches of each video (1 when None).
-        tokens_per_second: ``vision_config.tokens_per_second``.
 
     Returns:
         positions [3, T] int32 (temporal, height, width) and the position of the next token on all
         three axes, max + 1. ValueError when a run of placeholders and its grid differ in length.
     """
-    ids_T = np.asarray(token_ids, np.int64)
-    kind_T = np.where(ids_T == image_token_id, 1, np.where(ids_T == video_token_id, 2, 0))
+    ids_T, merge_size = np.asarray(token_ids, np.int64), ids.geometry.merge_size
+    is_image, is_video = ids_T == ids.image_token_id, ids_T == ids.video_token_id
+    kind_T = np.where(is_image, 1, np.where(is_video, 2, 0))
     if not kind_T.any() and not len(image_grid_thw) and not len(video_grid_thw):
         plain = np.broadcast_to(np.arange(len(ids_T), dtype=np.int32), (3, len(ids_T)))
         return plain.copy(), len(ids_T)
@@ -249,7 +260,7 @@ def mrope_positions(
         grid = grids[kind][used[kind]]
         interval = 1.0
         if kind == 2:
-            interval = np.float32(tokens_per_second) * np.float32(seconds[used[kind]])
+            interval = float(np.float32(ids.tokens_per_second) * np.float32(seconds[used[kind]]))
         if int(grid.prod()) // merge_size**2 != stop - start:
             raise ValueError(
                 f"placeholder run at token {start} is {stop - start} long, its grid "

@@ -109,7 +109,9 @@ def _runs(sizes: list[int], ranges: list[range]) -> list[slice]:
     return [slice(o * inner + p.start, o * inner + p.stop) for o in ranges[0] for p in parts]
 
 
-def _read_runs(read: Callable[[Index], np.ndarray], runs: list[list[slice]], at: Index):
+def _read_runs(
+    read: Callable[[Index], np.ndarray], runs: list[list[slice]], at: Index
+) -> np.ndarray:
     if not runs:
         return read(at)
     parts = [_read_runs(read, runs[1:], (*at, run)) for run in runs[0]]

@@ -19,12 +19,13 @@ from srpo_jax.structs import Array
 
 AXES = ("data", "fsdp", "tensor")
 LAYOUTS = ("train", "sample")
+Axes = tuple[str | None, ...]  # the mesh axis of each dimension
 _ = None
 
 # Parameter path -> how its dimensions lie on the mesh while training, and while sampling. Training
 # divides one large dimension over fsdp; sampling keeps it whole, so that decoding a token gathers
 # no weights. An axis that does not divide its dimension is left out (`param_specs`).
-TABLE: tuple[tuple[str, tuple, tuple], ...] = (
+TABLE: tuple[tuple[str, Axes, Axes], ...] = (
     (r"text/embed/embedding", ("tensor", "fsdp"), ("tensor", _)),  # [V, D]
     (r"text/lm_head/kernel", ("fsdp", "tensor"), (_, "tensor")),  # [D, V]
     (
@@ -141,7 +142,7 @@ def param_specs(
     }
 
 
-def _row(path: str) -> dict[str, tuple]:
+def _row(path: str) -> dict[str, Axes]:
     rows = [row for row in TABLE if re.fullmatch(row[0], path)]
     if len(rows) != 1:
         raise ValueError(
@@ -150,7 +151,7 @@ def _row(path: str) -> dict[str, tuple]:
     return dict(zip(LAYOUTS, rows[0][1:], strict=True))
 
 
-def _divide(axes: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _divide(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The axes that divide their dimension; those of size 1 are left out too."""
     kept = [
         axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import httpx2
 import openai
@@ -102,7 +102,7 @@ class BatchClient:
     async def __aenter__(self) -> "BatchClient":
         return self
 
-    async def __aexit__(self, *_) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.openai.close()
 
     async def submit(
@@ -116,7 +116,10 @@ class BatchClient:
         """
         if found := await self.find(key):
             return found
-        pairs = requests.items() if isinstance(requests, Mapping) else requests
+        if isinstance(requests, Mapping):
+            pairs = cast("Mapping[str, Request]", requests).items()  # not a mapping OF pairs
+        else:
+            pairs = requests
         with tempfile.TemporaryFile() as file:
             self._write(file, pairs)
             limit = self.endpoint.timeout + file.tell() / MIN_SPEED
@@ -151,8 +154,10 @@ class BatchClient:
         codes = sorted({str(error.get("code") or "unknown") for error in errors})
         return BatchStatus(
             _text(batch, "status"),
-            *(int(counts.get(name) or 0) for name in ("total", "completed", "failed")),
-            scrub(", ".join(codes), self._key),
+            total=int(counts.get("total") or 0),
+            completed=int(counts.get("completed") or 0),
+            failed=int(counts.get("failed") or 0),
+            error=scrub(", ".join(codes), self._key),
         )
 
     async def cancel(self, batch_id: str) -> None:

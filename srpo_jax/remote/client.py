@@ -94,12 +94,11 @@ class Client:
         self._key = read_key(endpoint)
         self._vendor = is_vendor(endpoint)
         self.openai = connect(endpoint, self._key)
-        self._options = {"headers": {"Content-Type": "application/json"}}
 
     async def __aenter__(self) -> "Client":
         return self
 
-    async def __aexit__(self, *_) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.openai.close()
 
     @property
@@ -192,7 +191,7 @@ class Client:
                     "/chat/completions",
                     cast_to=httpx2.Response,
                     content=content,
-                    options=self._options,
+                    options={"headers": {"Content-Type": "application/json"}},
                 )
                 data = response.content
         except openai.APIStatusError as error:

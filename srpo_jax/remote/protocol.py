@@ -5,7 +5,7 @@ Pure functions and frozen dataclasses; ``client`` and ``batch`` share them.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -81,7 +81,7 @@ class Endpoint:
     price_in: float = 0.0  # USD per million tokens
     price_out: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not re.fullmatch(r"([A-Za-z_]\w{0,63})?", self.key_env, re.ASCII):
             raise ValueError("key_env is the NAME of an environment variable, not the key itself")
         if self.concurrency < 1 or self.max_retries < 0 or self.timeout <= 0:
@@ -102,11 +102,11 @@ class Endpoint:
 class Request:
     """One chat completion to ask for."""
 
-    messages: tuple[dict, ...] | list[dict]  # OpenAI chat messages, images as data URLs
+    messages: Sequence[dict[str, Any]]  # OpenAI chat messages, images as data URLs
     max_tokens: int
     temperature: float | None = None
     seed: int | None = None
-    schema: dict | None = None  # JSON schema that the server must hold the reply to
+    schema: dict[str, Any] | None = None  # JSON schema that the server must hold the reply to
     schema_name: str = "reply"
     tokens: int = 0  # prompt tokens, for the limit per minute; 0: estimated
 
@@ -252,7 +252,7 @@ def hide_prompt(text: str, request: Request, run: int = 24) -> str:
     )
 
 
-def _texts(message: dict) -> list[str]:
+def _texts(message: dict[str, Any]) -> list[str]:
     """The texts of a chat message."""
     content = message.get("content") or ""
     if isinstance(content, str):

@@ -42,9 +42,9 @@ class _KeepBest(policies.PreservationPolicy):
     def __init__(self):
         self._ranks: dict[int, float] = {}
 
-    def note(self, step: int, metric: float | None, sign: float) -> None:
+    def note(self, step: int, metric: float | None) -> None:
         if metric is not None:
-            self._ranks[step] = sign * metric
+            self._ranks[step] = metric
 
     def step(self) -> int | None:
         """The best step; the newer of two equals."""
@@ -72,13 +72,10 @@ class Checkpoints:
     multiple of ``keep_every`` (0: none).
     """
 
-    def __init__(
-        self, workdir: str | Path, *, keep: int = 2, keep_every: int = 0, best_mode: str = "max"
-    ):
-        if keep < 1 or best_mode not in ("max", "min"):
-            raise CheckpointError(f"keep={keep} must be >= 1, best_mode={best_mode!r} max or min")
+    def __init__(self, workdir: str | Path, *, keep: int = 2, keep_every: int = 0):
+        if keep < 1:
+            raise CheckpointError(f"keep={keep} must be >= 1")
         self.folder = Path(workdir).resolve() / FOLDER
-        self._sign = 1.0 if best_mode == "max" else -1.0
         self._best = _KeepBest()
         kept = [policies.LatestN(keep), self._best]
         if keep_every:
@@ -91,7 +88,7 @@ class Checkpoints:
             ),
         )
         for step in self._manager.all_steps():
-            self._best.note(step, read_meta(self.folder / str(step)).get("metric"), self._sign)
+            self._best.note(step, read_meta(self.folder / str(step)).get("metric"))
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -136,7 +133,7 @@ class Checkpoints:
             "metric": None if metric is None else float(metric),
             "config": config,
         }
-        self._best.note(step, record["metric"], self._sign)
+        self._best.note(step, record["metric"])
         items = ocp.args.Composite(
             params=ocp.args.StandardSave({**state.params, **state.frozen}),
             optimizer=ocp.args.StandardSave(_optimizer_item(state)),
@@ -202,25 +199,6 @@ class Checkpoints:
 
 
 # --- parameters alone ------------------------------------------------------------------------
-
-
-def save_params(path: str | Path, params: Params, config_dict: dict[str, Any]) -> None:
-    """Write a parameter-only checkpoint (atomic; an existing one at ``path`` is replaced).
-
-    Args:
-        path: directory to make.
-        params: flat dict path -> array, sharded or not.
-        config_dict: plain JSON values kept beside them, e.g. the model's config.
-    """
-    record = {"format": FORMAT, "config": config_dict, "processes": jax.process_count()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(
-            Path(path).resolve(),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(dict(params)), meta=ocp.args.JsonSave(record)
-            ),
-            force=True,
-        )
 
 
 def load_params(

@@ -84,7 +84,7 @@ class Sampler:
     """Samples completions of a model on a mesh; owns its compiled functions.
 
     ``prefill``, ``decode_segment`` and ``collect`` are jitted and can be lowered from shapes alone
-    (``abstract_args``). They compile once per budget (P, M, S, N); ``compile_count`` counts it.
+    (``abstract_args``). They compile once per budget (P, M, S, N).
     """
 
     def __init__(self, cfg: ModelConfig, sampling: SamplingConfig, mesh: Mesh):
@@ -113,12 +113,6 @@ class Sampler:
             out_shardings=(state[1], replicated(mesh)),
         )
         self.collect = jax.jit(self._collect, donate_argnames=("rollout",), out_shardings=rollout)
-
-    def compile_count(self) -> int:
-        """Programs compiled so far; it does not grow between calls with equal shapes."""
-        functions = (self._empty, self.prefill, self.decode_segment, self.collect)
-        # jax's type leaves its only count of compiled programs out.
-        return sum(f._cache_size() for f in functions)  # pyright: ignore[reportAttributeAccessIssue]
 
     def generate(
         self,

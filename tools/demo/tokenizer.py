@@ -61,7 +61,8 @@ def write_tokenizer(tokenizer: Tokenizer, out_dir: Path) -> dict[str, int]:
     the special tokens."""
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out_dir / "tokenizer.json"))
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    vocabulary = tokenizer.get_vocab()
+    ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
     added = {
         str(i): {
             "content": token,

@@ -132,3 +132,17 @@ def progress(label: str, total: int, unit: str = "") -> Iterator[Callable[[int],
             print(f"{label}: {count}/{total} {unit} {now - start:.0f} s", file=sys.stderr)
 
     yield advance
+
+
+def percent(advance: Callable[[int], None]) -> Callable[[str, int, int], None]:
+    """A callback (what is done, how much, of how much) that moves a bar of 100."""
+    shown = 0
+
+    def step(_: str, done: int, total: int) -> None:
+        nonlocal shown
+        moved = 100 * done // total - shown
+        if moved > 0:
+            advance(moved)
+            shown += moved
+
+    return step

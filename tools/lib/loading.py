@@ -132,11 +132,15 @@ def data_root(args: argparse.Namespace) -> str:
     return args.data_root or str(Path(args.input).resolve().parent)
 
 
-def load_images(messages: Any, args: argparse.Namespace, origin: str) -> list[Image.Image]:
-    """The decoded images of a conversation, in the order of the text."""
+def load_conversation(
+    row: Row, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """The messages of a row, and their decoded images in the order of the text."""
+    messages = row.fields.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise RecordError(origin, "messages is not a list of objects", "see --help")
-    return [load_image(ref) for ref in conversation_images(messages, data_root(args), origin)]
+        raise RecordError(row.origin, "messages is not a list of objects", "see --help")
+    refs = conversation_images(messages, data_root(args), row.origin)
+    return messages, [load_image(ref) for ref in refs]
 
 
 def bucket(size: int, unit: int = 64) -> int:
@@ -149,7 +153,7 @@ def bucket(size: int, unit: int = 64) -> int:
     return power * unit
 
 
-def make_batch(model: Model, samples: list[Encoded], size: int) -> Batch:
+def make_batch(model: Model, samples: list[Encoded], size: int) -> Batch[jax.Array]:
     """Encoded samples -> a batch of ``size`` sequences (fillers last) on the mesh, in buckets."""
     per_row = -(-size // model.shards)
     rows = [samples[i : i + per_row] for i in range(0, len(samples), per_row)]

@@ -1,7 +1,6 @@
 """A local checkpoint as the policy of the reflection builder: batches through our sampler."""
 
 import argparse
-from typing import Any
 
 import numpy as np
 
@@ -11,6 +10,8 @@ from srpo_jax.data.prompts import MESSAGES
 from srpo_jax.data.records import load_image
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.stages import Ask
+from srpo_jax.sampling.sampler import Sampler
+from srpo_jax.structs import Rollout
 from tools import generate
 from tools.lib import loading
 
@@ -28,7 +29,7 @@ class SamplerPolicy:
             n=1, top_k=0, top_p=1.0, min_p=0.0,
         )  # fmt: skip
         self._model = loading.load_model(self._args)
-        self._samplers: dict[tuple, Any] = {}
+        self._samplers: dict[tuple[float, int], Sampler] = {}
         self.name = settings.policy_hf_dir
 
     def sample(
@@ -41,19 +42,19 @@ class SamplerPolicy:
         key = (temperature, max_new_tokens)
         if key not in self._samplers:
             self._samplers[key] = generate.make_sampler(self._model, args)
-        encoded = [self._encode(ask, prompt) for ask in asks]
-        fitting = [i for i, one in enumerate(encoded) if one is not None]
+        encoded = {i: self._encode(ask, prompt) for i, ask in enumerate(asks)}
+        fitting = {i: one for i, one in encoded.items() if one is not None}
         found: list[tuple[str, int, int, bool]] = [("", 0, 0, False)] * len(asks)
         if fitting:
             rollout = generate.sample(
                 self._model,
                 self._samplers[key],
-                [encoded[i] for i in fitting],
+                list(fitting.values()),
                 [str(asks[i].seed) for i in fitting],
                 args,
             )
-            for place, i in enumerate(fitting):
-                found[i] = self._read(rollout, place, encoded[i].num_tokens)
+            for place, (i, one) in enumerate(fitting.items()):
+                found[i] = self._read(rollout, place, one.num_tokens)
         return found
 
     def _encode(self, ask: Ask, prompt: str) -> Encoded | None:
@@ -69,7 +70,9 @@ class SamplerPolicy:
             return None
         return encoded if encoded.num_tokens <= MAX_PROMPT_TOKENS else None
 
-    def _read(self, rollout: Any, place: int, prompt_tokens: int) -> tuple[str, int, int, bool]:
+    def _read(
+        self, rollout: Rollout[np.ndarray], place: int, prompt_tokens: int
+    ) -> tuple[str, int, int, bool]:
         processor = self._model.processor
         length = int(rollout.completion_mask[place, 0].sum())
         ids = rollout.completions[place, 0, :length].tolist()

@@ -57,9 +57,10 @@ def transformers_completions(
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    found: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         hf_dir, dtype=torch.float32, output_loading_info=True
     )
+    model, loaded = found  # a pair, as it was asked for
     strange = {key: sorted(loaded[key]) for key in ("missing_keys", "unexpected_keys")}
     if any(strange.values()):
         raise ValueError(f"{hf_dir}: transformers finds other tensors than it needs: {strange}")
