@@ -184,5 +184,5 @@ def test_rounding_repeats_with_seed_step_and_parameter_and_keeps_exact_sums():
     assert (ends[0] != ends[2]).any()
     # What a bfloat16 can hold is not rounded: 1 - 2**-8 + 2**-8, and adding nothing.
     key = jax.random.key(0)
-    exact = optim._add(jnp.array([1 - 2**-8, 3.0], jnp.bfloat16), jnp.array([2**-8, 0]), "a", key)
+    exact = optim._add(jnp.array([1 - 2**-8, 3.0], jnp.bfloat16), jnp.array([2**-8, 0]), key)
     assert exact.tolist() == [1.0, 3.0]

@@ -139,8 +139,8 @@ def apply_gradients(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     key = jax.random.fold_in(jax.random.key(optimizer.seed), state.step)
-    params = {path: _add(x, updates[path], path, key) for path, x in state.params.items()}
-    params = jax.tree.map(keep, params, state.params)
+    noise = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in state.params}
+    params = jax.tree.map(keep, jax.tree.map(_add, state.params, updates, noise), state.params)
     changes = jax.tree.map(
         lambda new, old: new.astype(jnp.float32) - old.astype(jnp.float32), params, state.params
     )
@@ -161,7 +161,7 @@ def apply_gradients(
     return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 
-def _add(param: jax.Array, update: jax.Array, path: str, key: jax.Array) -> jax.Array:
+def _add(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
     """``param + update`` in the parameter's dtype, right in the mean where that is bfloat16.
 
     An update at a learning rate of 1e-6 is far below the distance between two bfloat16 numbers, and
@@ -173,13 +173,11 @@ def _add(param: jax.Array, update: jax.Array, path: str, key: jax.Array) -> jax.
     total = param.astype(jnp.float32) + update.astype(jnp.float32)
     if param.dtype != jnp.bfloat16:
         return total.astype(param.dtype)
-    noise = jax.random.bits(
-        jax.random.fold_in(key, zlib.crc32(path.encode())), param.shape, jnp.uint16
-    )
+    noise = jax.random.bits(key, param.shape, jnp.uint16)
     bits = jax.lax.bitcast_convert_type(total, jnp.uint32) + noise.astype(jnp.uint32)
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _mean_of_all(tree: dict[str, jax.Array]) -> jax.Array:
-    count = sum(x.size for x in tree.values())
+    count = float(sum(x.size for x in tree.values()))  # beyond int32
     return sum((x.sum(dtype=jnp.float32) for x in tree.values()), jnp.float32(0)) / count
