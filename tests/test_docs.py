@@ -1,4 +1,4 @@
-"""What README and docs tell to type exists: modules, options and configuration keys."""
+"""What the pages name exists: modules, options, configuration keys, programs and files."""
 
 import argparse
 import importlib
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]*\bpython -m [^`]*)`")
 
@@ -82,3 +82,23 @@ def test_a_shown_command_has_its_options_and_keys(module, words):
     else:
         importlib.import_module(module)
     assert given - overrides - {"--config"} <= options | {"--config"}, module
+
+
+def test_readme_has_a_row_for_every_tool():
+    table = (ROOT / "README.md").read_text("utf-8").partition("## Tools")[2].partition("\n## ")[0]
+    programs = {path.stem for path in (ROOT / "tools").glob("[!_]*.py")}
+    assert set(re.findall(r"^\| `python -m tools\.(\w+)", table, re.MULTILINE)) == programs
+
+
+RECIPES = [importlib.import_module(f"configs.{n}").get_config() for n in ("sft", "grpo", "eval")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_and_keys_are_there(page):
+    text = re.sub("^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for word in re.findall("`([^`\n]+)`", text):
+        if re.fullmatch(r"(srpo_jax|tools|tests|configs|docs)/[a-z0-9_./*]+", word):
+            assert list(ROOT.glob(word)), word
+        for name, key in re.findall(r"^(?:--config\.)?([a-z]+)\.([a-z_]+)(?:=|$)", word):
+            sections = [recipe[name] for recipe in RECIPES if name in recipe]
+            assert not sections or any(key in section for section in sections), word

@@ -15,7 +15,7 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +68,18 @@ class RecordSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Record: ...
+
+
+class Reader(Protocol):
+    """One open file of records. Picklable: worker processes take it along."""
+
+    num_bytes: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, /) -> tuple[dict[str, Any], str]:
+        """Fields and origin ("file:row") of one record; RecordError where it cannot be read."""
+        ...
 
 
 def _text(value: Any, name: str, origin: str) -> str:
@@ -175,7 +187,6 @@ class _Jsonl:
         return len(self.table)
 
     def read(self, index: int) -> tuple[dict[str, Any], str]:
-        """Fields and origin of one record."""
         start, length, row = self.table[index].tolist()
         # Opened for each read: works in any thread and in any worker process.
         with open(self.path, "rb") as file:
@@ -282,7 +293,6 @@ class _ArrayRecord:
         return len(self.raw)
 
     def read(self, index: int) -> tuple[dict[str, Any], str]:
-        """Fields and origin of one record."""
         origin = f"{self.name}:{index + 1}"
         data = self.raw[index]
         if data[:1] == b"{":
@@ -324,18 +334,21 @@ def _open_tfds(match: re.Match) -> _ArrayRecord:
     return _ArrayRecord(f"tfds:{name}:{match['version']}[{split}]", raw, builder.info.dataset_size)
 
 
+# What opens a file, by its suffix.
+OPENERS: dict[str, Callable[[str], Reader]] = {
+    ".jsonl": _Jsonl,
+    ".parquet": Parquet,
+    ".array_record": _open_array_record,
+}
+
+
 class Records:
     """Random access to the records of one or several files: ``len(records)``, ``records[i]``.
 
     ``fingerprint`` changes when the data do (number of records and of bytes).
     """
 
-    def __init__(
-        self,
-        readers: Sequence[_Jsonl | Parquet | _ArrayRecord],
-        roots: list[str],
-        require_answer: bool = True,
-    ):
+    def __init__(self, readers: Sequence[Reader], roots: list[str], require_answer: bool = True):
         self._readers, self._roots, self._require_answer = readers, roots, require_answer
         self._ends = list(itertools.accumulate(len(reader) for reader in readers))
         self.fingerprint = f"{len(self)}:{sum(reader.num_bytes for reader in readers)}"
@@ -381,15 +394,14 @@ def open_records(
     files = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not files:
         raise FileNotFoundError(f"{path}: no such file")
-    openers = {".jsonl": _Jsonl, ".parquet": Parquet, ".array_record": _open_array_record}
     if data_root and not os.path.isdir(data_root):
         raise FileNotFoundError(f"data_root {data_root}: no such directory")
     readers, roots = [], []
     for file in files:
         suffix = Path(file).suffix.partition("-")[0]  # data.array_record-00000-of-00002
-        if suffix not in openers or not os.path.isfile(file):
-            raise ValueError(f"{file}: records are read from files {', '.join(openers)}")
-        readers.append(openers[suffix](file))
+        if suffix not in OPENERS or not os.path.isfile(file):
+            raise ValueError(f"{file}: records are read from files {', '.join(OPENERS)}")
+        readers.append(OPENERS[suffix](file))
         roots.append(os.fspath(data_root or os.path.dirname(os.path.abspath(file))))
     return Records(readers, roots, require_answer)
 
