@@ -11,9 +11,11 @@ import pytest
 import train_helpers as helpers
 
 from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.loader import LoadedBatch
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import open_records
 from srpo_jax.run import checkpoint
+from srpo_jax.run.feed import prompt_keys
 from srpo_jax.run.pool import Pool, informative
 from srpo_jax.structs import Rollout, Verdict
 
@@ -145,3 +147,16 @@ def test_image_bytes_and_odd_fields_of_a_record_go_through_the_checkpoint(world)
     got = again.groups[0].record
     assert got.images[0].data == data and got.extra == {"kept": [1]}
     assert json.dumps(got.answer) == json.dumps(record.answer)
+
+
+def test_a_prompt_drawn_again_samples_with_another_key_and_neighbours_change_none():
+    def keys(ids, passes):
+        batch = SimpleNamespace(tokens=np.zeros((4, 1)))
+        records = [SimpleNamespace(id=name) for name in ids]
+        return prompt_keys(LoadedBatch(batch, records, np.arange(len(ids)), np.array(passes)))
+
+    first = keys(["a", "b", "a"], [0, 0, 0])
+    assert len({*first.tolist()}) == 4 and first[3] == 0  # the last one is filler
+    assert keys(["b", "c"], [0, 0])[0] == first[1]
+    later = keys(["a", "b", "a"], [1, 1, 1])
+    assert not {*first[:3].tolist()} & {*later[:3].tolist()}

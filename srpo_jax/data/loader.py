@@ -42,6 +42,7 @@ class LoadedBatch:
     arrays: Batch[np.ndarray]
     records: list[Record]
     slots: np.ndarray  # [len(records)] int32
+    passes: np.ndarray  # [len(records)] int32: over the data, before the one that drew the record
 
 
 # What the processes agree on before each batch, by maximum: nobody has data left, the patch budget
@@ -248,7 +249,11 @@ class Loader:
             geometry=self.config.geometry,
         )
         slots = np.repeat(np.arange(len(groups), dtype=np.int32), [len(g) for g in groups])
-        return LoadedBatch(arrays, [i.record for g in groups for i in g], slots)
+        items = [item for group in groups for item in group]
+        # Positions are this process's: all of them together go through the data in turn.
+        places = np.array([item.position for item in items], np.int64) * self.config.process_count
+        passes = ((places + self.config.process_index) // len(self._source)).astype(np.int32)
+        return LoadedBatch(arrays, [item.record for item in items], slots, passes)
 
     # --- resuming ---
 

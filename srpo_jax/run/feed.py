@@ -1,13 +1,14 @@
 """Records in, batches out: data opened for this process's part of the mesh, and checked first."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.loader import Loader, make_loader
+from srpo_jax.data.loader import LoadedBatch, Loader, make_loader
 from srpo_jax.data.records import Record, open_records
 from srpo_jax.run import processes
 from srpo_jax.run.parts import Parts
@@ -152,9 +153,17 @@ def bucket_of(batch: Batch) -> str:
     )
 
 
-def prompt_keys(records: Sequence[Record], slots: np.ndarray, size: int) -> np.ndarray:
-    """[size] uint32: the sampler's key of each prompt, from its id; 0 for fillers."""
-    keys = np.zeros(size, np.uint32)
-    for record, slot in zip(records, slots, strict=True):
-        keys[slot] = zlib.crc32(record.id.encode())
+def prompt_keys(loaded: LoadedBatch) -> np.ndarray:
+    """[P] uint32: the sampler's key of each prompt; 0 for fillers.
+
+    It is that of the record's id, so that a problem is answered alike whatever stands beside it;
+    what comes again in a batch, or in a later pass over the data, gets a key of its own.
+    """
+    keys = np.zeros(loaded.arrays.tokens.shape[0], np.uint32)
+    seen: Counter[str] = Counter()
+    for record, slot, done in zip(loaded.records, loaded.slots, loaded.passes, strict=True):
+        again = (int(done), seen[record.id])
+        seen[record.id] += 1
+        text = record.id if again == (0, 0) else f"{record.id}\0{again}"
+        keys[slot] = zlib.crc32(text.encode())
     return keys

@@ -87,8 +87,7 @@ class Generator:
         """Encode the images of a batch and sample its group of completions."""
         local = loaded.arrays
         batch, features = self.encode(params, local)
-        keys = prompt_keys(loaded.records, loaded.slots, local.tokens.shape[0])
-        keys = sharding.to_global(keys, self.parts.mesh)
+        keys = sharding.to_global(prompt_keys(loaded), self.parts.mesh)
         rows = self.parts.shards if features is None else None
         rollout = self._sampler.generate(
             sampler_params, batch, features, keys, seed=seed, step=step, rows=rows
