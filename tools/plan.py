@@ -13,7 +13,6 @@ import argparse
 import ast
 import dataclasses
 import functools
-import importlib
 import math
 import os
 import sys
@@ -34,6 +33,7 @@ from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import size_config
+from srpo_jax.run.command import OVERRIDE, check_arguments, read_config
 from srpo_jax.run.settings import (
     GrpoSettings,
     grpo_config,
@@ -48,7 +48,6 @@ from tools.lib.topologies import Topology, describe, memory_gib
 
 # Share of a device's memory that a program may plan with; the rest is the run-time's own.
 USABLE = 0.92
-OVERRIDE = "--config."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,9 +326,8 @@ def programs(recipe: Recipe) -> Iterator[Lowering]:
 
 def main(args: argparse.Namespace) -> None:
     """Compile every program of the recipe for the topology and print the table."""
-    path, _, arg = args.config.partition(":")
-    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    config = module.get_config(arg or None)
+    check_arguments([f"--config={args.config}", *(f"{OVERRIDE}{o}" for o in args.overrides)])
+    config = read_config(args.config)
     for change in args.overrides:
         key, equals, text = change.partition("=")
         if not equals:
@@ -355,10 +353,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _parsed(config: Any, key: str, text: str) -> Any:
     """``text`` as the type that the configuration holds under ``key``."""
-    try:
-        now = functools.reduce(lambda section, name: section[name], key.split("."), config)
-    except KeyError:
-        raise ValueError(f"{OVERRIDE}{key}: the configuration has no such key") from None
+    now = functools.reduce(lambda section, name: section[name], key.split("."), config)
     if isinstance(now, bool | tuple | list):
         return type(now)(ast.literal_eval(text.capitalize() if isinstance(now, bool) else text))
     return text if now is None else type(now)(text)
