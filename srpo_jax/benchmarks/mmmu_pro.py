@@ -43,15 +43,10 @@ _DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subjec
 
 def groups(row: Row) -> Groups:
     """The official tables: domains, subjects, and the settings where rows name theirs."""
-    tables: Groups = {}
     subject = subject_of(row)
-    if subject is not None:
-        if subject in _DOMAIN_OF:
-            tables["domain"] = [_DOMAIN_OF[subject]]
-        tables["subject"] = [subject]
-    if row.get("setting") is not None:
-        tables["setting"] = [str(row["setting"])]
-    return tables
+    domain = _DOMAIN_OF.get(subject or "")
+    groups = {"domain": domain, "subject": subject, "setting": row.get("setting")}
+    return {table: [str(group)] for table, group in groups.items() if group is not None}
 
 
 def order(group: str) -> tuple[int, str]:
