@@ -30,14 +30,12 @@ def _commands(text: str) -> list[str]:
     return ["\\" + name for name in text.split()]
 
 
-# Kind -> the literal texts of that kind. Single characters name their own kind.
+# Kind -> the literal texts of that kind.
 _LITERALS = {
     "/": ["/", r"\over"],
     "*": ["*", r"\times", r"\cdot"],
     ":": [":", r"\div"],
     "mod": [r"\mod"],
-    "<": ["<"],
-    ">": [">"],
     "<=": _commands("leq le leqslant"),
     ">=": _commands("geq ge geqslant"),
     "==": ["==", r"\equiv"],
@@ -88,15 +86,12 @@ _LITERALS = {
         "pmatrix bmatrix vmatrix"
     ).split(),
 }
-_LITERALS |= {char: [char] for char in "+-()[]{}|_^=!,;.&"}
-_LITERALS |= {
-    text: [text]
-    for text in _commands(
-        "lgroup rgroup { } lbrace rbrace lbrack rbrack lvert rvert vert lfloor rfloor llcorner "
-        "lrcorner lceil rceil ulcorner urcorner left right mleft mright"
-    )
-}
+_OWN_KIND = [*"+-()[]{}|_^=!,;.&<>"] + _commands(
+    "lgroup rgroup { } lbrace rbrace lbrack rbrack lvert rvert vert lfloor rfloor llcorner "
+    "lrcorner lceil rceil ulcorner urcorner left right mleft mright"
+)
 _KINDS = {text: kind for kind, texts in _LITERALS.items() for text in texts}
+_KINDS |= {text: text for text in _OWN_KIND}
 _LITERAL = re.compile("|".join(re.escape(text) for text in sorted(_KINDS, key=len, reverse=True)))
 _SKIPPED = re.compile(r"(?:[ \t\r\n]+|\\\$)+")
 _PATTERNS = {
