@@ -112,9 +112,9 @@ def needed_choices(row: Row) -> list[str]:
     return found
 
 
-def first(row: Mapping[str, Any], *names: str) -> Any:
-    """The first of some fields that the row has, else None."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+def first(row: Mapping[str, Any], *names: str, default: Any = None) -> Any:
+    """The first of some fields that the row has."""
+    return next((row[name] for name in names if row.get(name) is not None), default)
 
 
 def field(row: Row, *names: str) -> Any:
