@@ -19,7 +19,7 @@ from srpo_jax.rewards.verifier import Verifier
 
 MODES = ("official_rule", "strict")  # without a server
 JUDGE = "judge"
-REMARKS = ("no_answer", "drawn", "gold_problem", "no_judgement")  # fields of some scored rows
+REMARKS = ("no_answer", "drawn", "gold_problem", "no_judgement")  # of Scored; in some rows
 NOTES = {  # key of a summary -> what a reader of the accuracy must know
     "no_answer_rows": "{} rows without an answer by rule, counted as wrong",
     "expected_if_drawn": (
@@ -53,11 +53,7 @@ def score(
     pool: Verifier | None = None,
     judge: Judge | None = None,
 ) -> list[Row]:
-    """The rows with ``extraction``, ``prediction``, ``correct`` and ``mode``.
-
-    Where there is no answer by rule, ``no_answer`` says why; ``drawn`` marks an answer that the
-    official rule draws at random with its seed, ``gold_problem`` a gold that cannot be graded,
-    ``no_judgement`` says why the judge gave none.
+    """The rows with ``extraction``, ``prediction``, ``correct``, ``mode``; REMARKS where they hold.
 
     Args:
         benchmark: a name of BENCHMARKS.
@@ -86,12 +82,8 @@ def score(
     out = []
     for row, result in zip(rows, scored, strict=True):
         new = {key: value for key, value in row.items() if key not in REMARKS}
-        new |= {
-            "extraction": result.extraction,
-            "prediction": result.prediction,
-            "correct": result.correct,
-            "mode": mode,
-        }
+        new |= {key: getattr(result, key) for key in ("extraction", "prediction", "correct")}
+        new |= {"mode": mode}
         out.append(new | {key: value for key in REMARKS if (value := getattr(result, key))})
     return out
 

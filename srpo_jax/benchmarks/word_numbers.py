@@ -8,7 +8,8 @@ _SMALL = (
     "fifteen sixteen seventeen eighteen nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_VALUES = dict(zip((*_SMALL, *_TENS, "hundred"), (*range(20), *range(20, 101, 10)), strict=True))
+_NUMBERS = (*range(20), *range(20, 101, 10))
+_VALUES: dict[str, int] = dict(zip((*_SMALL, *_TENS, "hundred"), _NUMBERS, strict=True))
 _SCALES = {"billion": 10**9, "million": 10**6, "thousand": 10**3}
 _DIGITS = set(_SMALL[:10])
 _WORDS = set(_VALUES) | set(_SCALES) | {"point"}

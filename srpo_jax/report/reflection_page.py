@@ -80,12 +80,9 @@ def page(items: list[dict[str, Any]], title: str, summary: dict[str, Any]) -> st
     reasons = Counter(reason for own in kinds for reason in own).most_common()
     tags = {reason: f"reason-{n}" for n, (reason, _) in enumerate(reasons)}
     accepted = sum(item["accepted"] for item in items)
-    filters = [
-        ("all", "all", len(items)),
-        ("accepted", "accepted", accepted),
-        ("rejected", "rejected", len(items) - accepted),
-        *((tags[reason], reason, count) for reason, count in reasons),
-    ]
+    filters = [("all", "all", len(items)), ("accepted", "accepted", accepted)]
+    filters += [("rejected", "rejected", len(items) - accepted)]
+    filters += [(tags[reason], reason, count) for reason, count in reasons]
     return render(
         "reflection_page.html.jinja",
         title=title,
