@@ -56,11 +56,10 @@ def order(group: str) -> tuple[int, str]:
 
 def subject_of(row: Row) -> str | None:
     """The row's subject, read from an id such as "test_Art_Theory_12" where no field names it."""
-    subject = row.get("subject")
-    if subject is None:
-        middle = str(row.get("id", "")).split("_")[1:-1]
-        subject = "_".join(middle) if "_".join(middle) in _DOMAIN_OF else None
-    return subject if subject is None else str(subject).replace(" ", "_")
+    if row.get("subject") is not None:
+        return str(row["subject"]).replace(" ", "_")
+    middle = "_".join(str(row.get("id", "")).split("_")[1:-1])
+    return middle if middle in _DOMAIN_OF else None
 
 
 def official(row: Row) -> Scored:

@@ -78,10 +78,7 @@ def majority_at_k(rows: Sequence[Row], ks: Sequence[int]) -> dict[int, float]:
 
     Args:
         rows: with ``final_answer``, and ``choices`` where the problem has options.
-        ks: numbers of samples, counted in the order of ``sample``.
-
-    Raises:
-        ValueError where there are no rows, or a problem has fewer than k samples.
+        ks: numbers of samples, counted in the order of ``sample``; too many raise as `pass_at_k`.
     """
     problems = _problems(rows, ks)
     return {k: float(np.mean([_majority(own[:k]) for own in problems])) for k in ks}

@@ -34,7 +34,6 @@ def page(
     items: Sequence[Item],
     images: Images | None = None,
     *,
-    title: str = "Evaluated items",
     limit: int = LIMIT,
     seed: int = 0,
 ) -> str:
@@ -47,7 +46,6 @@ def page(
             benchmark, mode and ``categories`` ({table: groups}).
         images: the pictures of an item. Where it raises ValueError or OSError, the reason stands
             in the picture's place.
-        title: of the page.
         limit: so many items at most, drawn at random and shown in their order.
         seed: of the draw.
     """
@@ -57,7 +55,7 @@ def page(
     counts = {tag: sum((tag, TAGS[tag]) in item["badges"] for item in shown) for tag in TAGS}
     return render(
         "eval_page.html.jinja",
-        title=title,
+        title="Evaluated items",
         items=shown,
         total=len(items),
         counts=counts,

@@ -69,8 +69,7 @@ class _Evaluator:
         name, *operands = tree
         if name == "number":
             exact = operands[0]
-            whole = exact.denominator == 1
-            return exact.numerator if whole else exact.numerator / exact.denominator
+            return exact.numerator if exact.denominator == 1 else float(exact)
         if name == "pi":
             return math.pi
         if name == "name":
