@@ -71,6 +71,13 @@ def test_a_benchmark_is_scored_by_its_rule_and_shown_in_its_tables(mine, tmp_pat
     assert scoring.markdown(summary).endswith("longest: 9\n")
 
 
+def test_a_table_groups_by_a_field_or_by_a_template_of_fields():
+    groups = grouping("skill", set="{set|source}", pair="{source}-{grade}")
+    row = {"skill": ["add", 2, "add"], "source": "web", "metadata": {"grade": 7}}
+    assert groups(row) == {"skill": ["add", "2"], "set": ["web"], "pair": ["web-7"]}
+    assert groups({"set": "mine", "grade": 7}) == {"set": ["mine"]}
+
+
 def test_every_benchmark_stands_under_its_own_name():
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.name == name

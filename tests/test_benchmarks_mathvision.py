@@ -146,7 +146,7 @@ def test_a_given_extraction_is_used_instead_of_the_response():
 
 def test_the_tables_are_levels_subjects_and_both():
     row = {"level": 2, "subject": "algebra"}
-    assert mathvision.groups(row) == {
+    assert mathvision.BENCHMARK.groups(row) == {
         "level": ["level2"],
         "subject": ["algebra"],
         "subject_level": ["algebra_level2"],

@@ -247,7 +247,7 @@ def test_mathverse_matches_a_given_extraction_only():
 
 def test_mathverse_tables():
     row = {"problem_version": "Text Lite", "metadata": {"subject": "Plane", "subfield": "Angle"}}
-    assert mathverse.groups(row) == {
+    assert mathverse.BENCHMARK.groups(row) == {
         "subject": ["Plane"],
         "subfield": ["Plane-Angle"],
         "problem_version": ["Text Lite"],

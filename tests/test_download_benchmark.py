@@ -7,9 +7,9 @@ from PIL import Image
 
 from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.common import Place
-from srpo_jax.benchmarks.download import download
 from srpo_jax.benchmarks.load import load
 from tools import download_benchmark
+from tools.download_benchmark import download
 
 datasets = pytest.importorskip("datasets")
 

@@ -61,7 +61,6 @@ THIRD_PARTY = {
     "remote": {"openai", "aiohttp", "httpx2"},
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},
     "benchmarks": {"sympy", "jinja2", "rapidfuzz"},
-    "benchmarks.download": {"datasets"},
     "report": {"jinja2", "PIL", "numpy"},
 }
 

@@ -232,7 +232,7 @@ def test_text_of_models_and_data_is_escaped():
     row = item(id=evil, prompt=evil, gold=evil, blocks=blocks, choices=[evil], extraction=evil,
                prediction=evil, no_answer=evil, categories={evil: [evil]}, format_ok=False,
                response=evil, benchmark=evil, mode=evil)  # fmt: skip
-    text = eval_page.page([row], title=evil)
+    text = eval_page.page([row])
     found = Reader(text)
     assert len(found.all("script")) == 1
     assert found.all("img") == []

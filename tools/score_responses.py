@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 # Scoring needs no accelerator, and one that is busy training must be left alone.
@@ -65,7 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Score a file."""
-    rows = [_checked(row, f"{args.input}:{number}") for number, row in _numbered_rows(args.input)]
+    numbered = cli.numbered_jsonl(args.input)
+    rows = [_checked(row, f"{args.input}:{number}") for number, row in numbered]
     if not rows:
         raise ValueError(f"{args.input}: no rows")
     tokenizer = load_tokenizer(args.tokenizer)
@@ -109,13 +109,6 @@ def end_ids(tokenizer, directory: str) -> tuple[int, ...]:
         eos = json.loads(config.read_text("utf-8")).get("eos_token_id") or []
         ids |= set(eos) if isinstance(eos, list) else {eos}
     return tuple(sorted(ids))
-
-
-def _numbered_rows(path: str) -> Iterator[tuple[int, dict]]:
-    """The objects of a JSON Lines file with their line numbers, blank lines skipped."""
-    with open(path, encoding="utf-8") as file:
-        lines = [number for number, line in enumerate(file, 1) if line.strip()]
-    return zip(lines, cli.read_jsonl(path), strict=True)
 
 
 def _checked(row: dict, origin: str) -> dict:

@@ -82,9 +82,8 @@ def score_rows(
     for row, first, final in zip(rows, scored["first"], scored["final"], strict=True):
         new = dict(row, benchmark=name, mode=mode, categories=benchmark.groups(final))
         new |= {"first_correct": bool(first["correct"]), "final_correct": bool(final["correct"])}
-        new |= {key: final[key] for key in ("extraction", "prediction")}
-        new |= {key: final[key] for key in ("no_answer", "no_judgement") if key in final}
-        out.append(new)
+        shown = ("extraction", "prediction", "no_answer", "no_judgement")
+        out.append(new | {key: final[key] for key in shown if key in final})
     summaries = {which: scoring.accuracies(name, mode, found) for which, found in scored.items()}
     problems = len({row["origin"] for row in rows})
     for summary in summaries.values():  # several samples of a problem are one problem

@@ -6,7 +6,9 @@ already has an ``extraction`` (made by a language model, as MathVista does), rul
 
 import ast
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import itertools
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +32,7 @@ class Scored:
     correct: bool
     no_answer: str | None = None  # why there is no answer by rule; such a row counts as wrong
     drawn: bool = False  # the official rule drew at random, with its own seed
+    gold_problem: str | None = None  # why strict grading cannot read the gold
     no_judgement: str | None = None  # why a judge gave none; such a row counts as wrong
 
 
@@ -89,9 +92,7 @@ def choices(row: Row) -> list[str]:
 
     RowError where it is neither.
     """
-    value = row.get("choices")
-    if value is None:
-        value = row.get("options")
+    value = first(row, "choices", "options")
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value) if value.strip() else []
@@ -111,27 +112,35 @@ def needed_choices(row: Row) -> list[str]:
     return found
 
 
+def first(row: Mapping[str, Any], *names: str, default: Any = None) -> Any:
+    """The first of some fields that the row has."""
+    return next((row[name] for name in names if row.get(name) is not None), default)
+
+
 def field(row: Row, *names: str) -> Any:
     """The first of some fields that the row has, at its top or under ``metadata``; else None."""
-    metadata = row.get("metadata")
-    for place in (row, metadata if isinstance(metadata, dict) else {}):
-        for name in names:
-            if place.get(name) is not None:
-                return place[name]
-    return None
+    found, metadata = first(row, *names), row.get("metadata")
+    return first(metadata, *names) if found is None and isinstance(metadata, dict) else found
 
 
-def grouping(*fields: str) -> Callable[[Row], Groups]:
-    """A ``groups`` function with one table for each field."""
+def grouping(*fields: str, **templates: str) -> Callable[[Row], Groups]:
+    """A ``groups`` function: a table for each field and for each template, "{subject}-{level}".
+
+    A row that lacks a field of a template ("a|b": either of two) is in no group of that table, one
+    whose field is a list in several.
+    """
+    tables = {name: f"{{{name}}}" for name in fields} | templates
 
     def groups(row: Row) -> Groups:
-        tables: Groups = {}
-        for name in fields:
-            value = field(row, name)
-            if value is not None:
-                values = value if isinstance(value, (list, tuple)) else [value]
-                tables[name] = [str(v) for v in dict.fromkeys(values)]
-        return tables
+        found: Groups = {}
+        for table, template in tables.items():
+            names = re.findall("{(.+?)}", template)
+            values = [field(row, *name.split("|")) for name in names]
+            if all(value is not None for value in values):
+                lists = [v if isinstance(v, (list, tuple)) else [v] for v in values]
+                filled = (dict(zip(names, v, strict=True)) for v in itertools.product(*lists))
+                found[table] = list(dict.fromkeys(map(template.format_map, filled)))
+        return found
 
     return groups
 
@@ -211,9 +220,7 @@ class Benchmark:
     places: dict[str, Place]  # by split; the first is the default
     groups: Callable[[Row], Groups]  # the official tables' groups that a row belongs to
     official: Rule | None  # None: only a language model decides
-    worker_modules: tuple[str, ...] | None = (
-        None  # that the rule's workers import; None: no workers
-    )
+    worker_modules: tuple[str, ...] | None = None  # of the rule's workers; None: no workers
     golds: Callable[[Row], list[str]] = lambda row: [gold(row)]  # any of which is right
     draws: str | None = None  # why a row has no answer where official code draws without a seed
     order: Callable[[str], Any] = str  # sorts the groups of a table

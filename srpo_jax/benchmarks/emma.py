@@ -11,7 +11,6 @@ from srpo_jax.benchmarks.common import (
     EMPTY,
     Benchmark,
     Form,
-    Groups,
     Place,
     Row,
     Scored,
@@ -19,6 +18,7 @@ from srpo_jax.benchmarks.common import (
     choices,
     extraction_or,
     gold,
+    grouping,
     is_number,
     option_text,
 )
@@ -39,19 +39,6 @@ def official(row: Row) -> Scored:
     if extraction is None:
         return Scored(None, None, False, EMPTY)
     return Scored(extraction, extraction, any(same(extraction, target) for target in targets))
-
-
-def groups(row: Row) -> Groups:
-    """The official tables: subjects, and the categories (or tasks) within each."""
-    subject, category = row.get("subject"), row.get("category")
-    tables: Groups = {}
-    if subject is not None:
-        tables["subject"] = [str(subject)]
-        if category is not None:
-            tables["subject_category"] = [f"{subject}_{category}"]
-    if row.get("task") is not None:
-        tables["task"] = [str(row["task"])]
-    return tables
 
 
 def _targets(row: Row) -> list[str]:
@@ -104,7 +91,7 @@ def same(extraction: str, target: str) -> bool:
         return True
     try:
         return _rounded(left) == _rounded(right)
-    except (LatexError, ArithmeticError, TypeError, ValueError):
+    except (LatexError, OverflowError):  # an integer beyond floats
         return False
 
 
@@ -126,6 +113,6 @@ BENCHMARK = Benchmark(
         "test": Place("luckychao/EMMA", "test", _SUBJECTS),
         "mini": Place("luckychao/EMMA-mini", "test", _SUBJECTS),
     },
-    groups=groups,
+    groups=grouping("subject", subject_category="{subject}_{category}", task="{task}"),
     official=by_row(official),
 )

@@ -9,12 +9,12 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from srpo_jax.benchmarks.all import BENCHMARKS
-from srpo_jax.benchmarks.common import Benchmark, Form, Row, RowError, choices
+from srpo_jax.benchmarks.common import Benchmark, Form, Row, RowError, choices, first
 from srpo_jax.data.prompts import IMAGE_MARK
 from srpo_jax.data.records import Parquet, Record, RecordError, to_record
 
@@ -87,12 +87,8 @@ def scoring_row(record: Record, response: str) -> Row:
 def _files(path: str | os.PathLike) -> list[str]:
     """The files behind a path, sorted; ValueError where there are none."""
     text = os.fspath(path)
-    if os.path.isdir(text):
-        found = sorted(glob.glob(os.path.join(glob.escape(text), "*.parquet")))
-    elif os.path.isfile(text):
-        found = [text]
-    else:
-        found = sorted(glob.glob(text))
+    pattern = os.path.join(glob.escape(text), "*.parquet") if os.path.isdir(text) else text
+    found = [text] if os.path.isfile(text) else sorted(glob.glob(pattern))
     if not found:
         raise ValueError(f"{path}: no such file, or no .parquet file in this folder")
     return found
@@ -117,7 +113,12 @@ class _Json:
                 self._rows = [json.loads(line) for line in text.splitlines() if line.strip()]
             else:
                 data = json.loads(text)
-                self._rows = list(_by_id(data)) if isinstance(data, dict) else data
+                if isinstance(data, dict):
+                    data = [
+                        {"pid": key, **row} if isinstance(row, dict) else row
+                        for key, row in data.items()
+                    ]
+                self._rows = data
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
         if not isinstance(self._rows, list) or not all(isinstance(r, dict) for r in self._rows):
@@ -131,11 +132,6 @@ class _Json:
 
     def read(self, index: int) -> tuple[Row, str]:
         return self._rows[index], f"{self.path}:{index + 1}"
-
-
-def _by_id(data: dict[str, Any]) -> Iterator[Row]:
-    for key, row in data.items():
-        yield {"pid": key, **row} if isinstance(row, dict) else row
 
 
 def _check_columns(benchmark: Benchmark, reader: "Parquet | _Json") -> None:
@@ -171,14 +167,14 @@ def _record(form: Form, row: Row, origin: str, root: str) -> Record:
     if question is None:
         raise RecordError(origin, f"no {' or '.join(form.question)}")
     question, ordered = _placed(form.asked(row, str(question)), images)
-    answer = next((row[key] for key in form.answer if row.get(key) is not None), None)
+    answer = first(row, *form.answer)
     if isinstance(answer, list):
         answer = answer[0] if answer else None
     try:
         options = choices(row)
     except RowError as error:
         raise RecordError(origin, str(error)) from None
-    identifier = next((row[key] for key in form.id if row.get(key) is not None), None)
+    identifier = first(row, *form.id)
     if form.part is not None:
         identifier = f"{identifier}_{row.get(form.part)}"
     dropped = {*form.images, *_NUMBERED_IMAGES, "image", "images", "decoded_image", "choices"}
@@ -191,14 +187,12 @@ def _record(form: Form, row: Row, origin: str, root: str) -> Record:
 
 def _images(form: Form, row: Row) -> dict[int, Any]:
     """The row's images by their number, from 1."""
-    first = next((row[key] for key in form.images if row.get(key) is not None), None)
-    listed = first if isinstance(first, list) else [] if first is None else [first]
-    images = dict(enumerate(listed, 1))
-    if form.numbered and not images:
-        for i, key in enumerate(_NUMBERED_IMAGES, 1):
-            if row.get(key) is not None:
-                images[i] = row[key]
-    return images
+    found = first(row, *form.images)
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if form.numbered and not listed:
+        listed = [row.get(key) for key in _NUMBERED_IMAGES]
+        return {i: image for i, image in enumerate(listed, 1) if image is not None}
+    return dict(enumerate(listed, 1))
 
 
 def _placed(question: str, images: dict[int, Any]) -> tuple[str, list[Any]]:
@@ -219,7 +213,6 @@ def _placed(question: str, images: dict[int, Any]) -> tuple[str, list[Any]]:
     text = _TAG.sub(replace, question)
     if not ordered:
         return text, list(images.values())
-    for number, image in left.items():
+    for number in left:
         text += f"\nimage {number}: {IMAGE_MARK}"
-        ordered.append(image)
-    return text, ordered
+    return text, [*ordered, *left.values()]

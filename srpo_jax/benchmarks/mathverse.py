@@ -8,13 +8,12 @@ from srpo_jax.benchmarks.common import (
     Ask,
     Benchmark,
     Form,
-    Groups,
     Place,
     Row,
     Scored,
     by_row,
-    field,
     gold,
+    grouping,
 )
 from srpo_jax.benchmarks.judge.flows import extract_and_compare, is_same, question
 
@@ -40,20 +39,6 @@ async def judged(row: Row, golds: list[str], ask: Ask) -> Scored:
     return await extract_and_compare(row, ask, "mathverse_extract", {}, same)
 
 
-def groups(row: Row) -> Groups:
-    """The official tables: subjects, subfields of a subject, versions of the problems."""
-    subject, subfield = field(row, "subject"), field(row, "subfield")
-    tables: Groups = {}
-    if subject is not None:
-        tables["subject"] = [str(subject)]
-        if subfield is not None:
-            tables["subfield"] = [f"{subject}-{subfield}"]
-    version = field(row, "problem_version")
-    if version is not None:
-        tables["problem_version"] = [str(version)]
-    return tables
-
-
 BENCHMARK = Benchmark(
     name="mathverse",
     counts={3940: "testmini", 788: "testmini, one version"},
@@ -63,7 +48,9 @@ BENCHMARK = Benchmark(
         id=("sample_index", "id"),
     ),
     places={"testmini": Place("AI4Math/MathVerse", "testmini", ("testmini",))},
-    groups=groups,
+    groups=grouping(
+        "subject", subfield="{subject}-{subfield}", problem_version="{problem_version}"
+    ),
     official=by_row(official),
     judge=judged,
 )

@@ -9,7 +9,6 @@ tuple rounded to two decimals, or by value at two decimals (``latex_value``).
 from srpo_jax.benchmarks.common import (
     Benchmark,
     Form,
-    Groups,
     Place,
     Row,
     Scored,
@@ -17,6 +16,7 @@ from srpo_jax.benchmarks.common import (
     choices,
     extraction_or,
     gold,
+    grouping,
     is_number,
     option_text,
 )
@@ -39,25 +39,10 @@ _STRIPPED = (
 )  # fmt: skip
 
 
-def groups(row: Row) -> Groups:
-    """The official tables: levels, subjects, and subjects by level."""
-    level, subject = row.get("level"), row.get("subject")
-    tables: Groups = {}
-    if level is not None:
-        tables["level"] = [f"level{level}"]
-    if subject is not None:
-        tables["subject"] = [str(subject)]
-    if level is not None and subject is not None:
-        tables["subject_level"] = [f"{subject}_level{level}"]
-    return tables
-
-
 def official(row: Row) -> Scored:
     """The official outcome: ``extraction``, the same as prediction, and the verdict."""
     extraction, answer = extraction_or(extract, row), gold(row)
-    correct = same(answer, extraction)
-    if not correct:
-        correct = same(option_text(answer, choices(row)) or "", extraction)
+    correct = same(answer, extraction) or same(option_text(answer, choices(row)) or "", extraction)
     return Scored(extraction, extraction, correct)
 
 
@@ -181,7 +166,7 @@ def same(answer: str, extraction: str) -> bool:
         return True
     try:
         return _rounded(right) == _rounded(left)
-    except (LatexError, ArithmeticError, TypeError, ValueError):
+    except LatexError:
         return False
 
 
@@ -199,7 +184,7 @@ def _rounded_tuple(text: str) -> str:
             part if "infty" in part or part in ("a", "-a") else str(_rounded(part))
             for part in parts
         ]
-    except (LatexError, ArithmeticError, TypeError, ValueError):
+    except ValueError:  # no value, or an integer too long to print
         return text
     return f"{text[0]}{','.join(values)}{text[-1]}"
 
@@ -212,6 +197,8 @@ BENCHMARK = Benchmark(
         "test": Place("MathLLMs/MathVision", "test"),
         "testmini": Place("MathLLMs/MathVision", "testmini"),
     },
-    groups=groups,
+    groups=grouping(
+        level="level{level}", subject="{subject}", subject_level="{subject}_level{level}"
+    ),
     official=by_row(official),
 )

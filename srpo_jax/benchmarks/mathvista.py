@@ -6,6 +6,7 @@ extraction for which none of these holds has no answer by rule. What is extracte
 (by letter, else the nearest by edit distance), an integer, a rounded float, or text.
 """
 
+import contextlib
 import re
 from typing import Any
 
@@ -37,12 +38,12 @@ _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
 def official(row: Row) -> Scored:
     """The official outcome: extraction, normalised prediction and verdict."""
     _check_types(row)
-    return _compared(row, _extraction(row), NEEDS_MODEL)
+    return _compared(row, extract(row), NEEDS_MODEL)
 
 
 async def judged(row: Row, golds: list[str], ask: Ask) -> Scored:
     """The official way: the model extracts where no shortcut does, the rule compares."""
-    extraction = _extraction(row, quick=False)
+    extraction = extract(row, quick=False)
     if extraction is None:
         query = row.get("query")
         values = {
@@ -65,11 +66,6 @@ def _check(row: Row) -> None:
     normalise(row, "1")
 
 
-def _extraction(row: Row, quick: bool = True) -> Any:
-    given = row.get("extraction")
-    return extract(row, quick) if given is None else given
-
-
 def _compared(row: Row, extraction: Any, no_answer: str) -> Scored:
     if extraction is None:
         return Scored(None, None, False, no_answer)
@@ -77,11 +73,13 @@ def _compared(row: Row, extraction: Any, no_answer: str) -> Scored:
     return Scored(str(extraction), prediction, prediction == gold(row))
 
 
-def extract(row: Row, quick: bool = True) -> str | None:
-    """The answer of a response by the official shortcuts; None where they need the model.
+def extract(row: Row, quick: bool = True) -> Any:
+    """The given extraction, else one by the official shortcuts; None where they need the model.
 
     ``quick``: also by the pattern of the official --quick_extract, which is off by default there.
     """
+    if row.get("extraction") is not None:
+        return row["extraction"]
     text = response(row)
     if text == "":
         return ""
@@ -89,10 +87,8 @@ def extract(row: Row, quick: bool = True) -> str | None:
         return text
     convert = {"integer": int, "float": float}.get(row["answer_type"])
     if convert is not None:
-        try:
+        with contextlib.suppress(ValueError):
             return str(convert(text))
-        except ValueError:
-            pass
     quoted = _QUICK.search(text) if quick else None
     return quoted[1] if quoted else None
 
@@ -102,7 +98,9 @@ def normalise(row: Row, extraction: Any) -> str | None:
     if row["question_type"] == "multi_choice":
         return _option(str(extraction).strip(), choices(row))
     kind = row["answer_type"]
-    precision = _precision(row) if kind == "float" else None
+    if kind == "float" and row.get("precision") is None:
+        raise RowError("no 'precision' for a float answer")
+    precision = int(float(row["precision"])) if kind == "float" else None  # a float on the hub
     try:
         if kind == "integer":
             return str(int(float(extraction)))
@@ -111,14 +109,6 @@ def normalise(row: Row, extraction: Any) -> str | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return str(extraction) if kind == "list" else extraction
-
-
-def _precision(row: Row) -> int:
-    """Decimals to round to; the hub's copy holds them as floats."""
-    precision = row.get("precision")
-    if precision is None:
-        raise RowError("no 'precision' for a float answer")
-    return int(float(precision))
 
 
 def _option(text: str, options: list[str]) -> str:
@@ -152,5 +142,5 @@ BENCHMARK = Benchmark(
     best_first=True,
     judge=judged,
     check=_check,
-    shows_question=lambda row: _extraction(row, quick=False) is None,
+    shows_question=lambda row: extract(row, quick=False) is None,
 )  # fmt: skip

@@ -6,6 +6,7 @@ so (``drawn``). An open answer is right if any of its parts or numbers holds or 
 """
 
 import ast
+import contextlib
 import random
 import re
 from collections.abc import Sequence
@@ -67,7 +68,8 @@ def _official(row: Row, generator: random.Random) -> Scored:
     if is_open(row):
         parts = parse_open(extraction_or(str, row))
         shown = sorted(parts, key=str)
-        return Scored(_joined(shown), shown, open_correct(wanted, parts))
+        extraction = "; ".join(str(part).strip() for part in shown)
+        return Scored(extraction, shown, open_correct(wanted, parts))
     letter = read_option(row)
     if letter is not None:
         return Scored(letter, letter, letter in wanted)
@@ -95,15 +97,9 @@ def golds(row: Row) -> list[str]:
     if value is None:
         raise RowError("no 'answer' (the gold)")
     if isinstance(value, str) and value.startswith("[") and is_open(row):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            value = [value]
     return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-
-
-def _joined(parts: list[Part]) -> str:
-    return "; ".join(str(part).strip() for part in parts)
 
 
 # --------------------------------------------------------------------------------- open answers

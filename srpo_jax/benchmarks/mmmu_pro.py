@@ -43,15 +43,10 @@ _DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subjec
 
 def groups(row: Row) -> Groups:
     """The official tables: domains, subjects, and the settings where rows name theirs."""
-    tables: Groups = {}
     subject = subject_of(row)
-    if subject is not None:
-        if subject in _DOMAIN_OF:
-            tables["domain"] = [_DOMAIN_OF[subject]]
-        tables["subject"] = [subject]
-    if row.get("setting") is not None:
-        tables["setting"] = [str(row["setting"])]
-    return tables
+    domain = _DOMAIN_OF.get(subject or "")
+    groups = {"domain": domain, "subject": subject, "setting": row.get("setting")}
+    return {table: [str(group)] for table, group in groups.items() if group is not None}
 
 
 def order(group: str) -> tuple[int, str]:
@@ -61,11 +56,10 @@ def order(group: str) -> tuple[int, str]:
 
 def subject_of(row: Row) -> str | None:
     """The row's subject, read from an id such as "test_Art_Theory_12" where no field names it."""
-    subject = row.get("subject")
-    if subject is None:
-        middle = str(row.get("id", "")).split("_")[1:-1]
-        subject = "_".join(middle) if "_".join(middle) in _DOMAIN_OF else None
-    return subject if subject is None else str(subject).replace(" ", "_")
+    if row.get("subject") is not None:
+        return str(row["subject"]).replace(" ", "_")
+    middle = "_".join(str(row.get("id", "")).split("_")[1:-1])
+    return middle if middle in _DOMAIN_OF else None
 
 
 def official(row: Row) -> Scored:

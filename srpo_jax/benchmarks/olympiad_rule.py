@@ -3,14 +3,21 @@ r"""OlympiadBench's comparison of two answers (the official ``judge`` program, a
 Runs in a worker process: sympy may take for ever.
 """
 
-import logging
+import contextlib
+import io
 import math
 import re
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import sympy
+from sympy.parsing.latex import _parse_latex_antlr as antlr
+
 from srpo_jax.rewards.braces import braced_spans
+
+# The parser asks for antlr 4.11 by name; its tables are in the format that 4.10 to 4.13 share, and
+# math-verify brings a later one of these.
+antlr.version = lambda package: "4.11"
 
 _REPLACED = {
     "\\left": "", "\\right": "", "∶": ":", "，": ",", "$": "", "\\approx": "=", "\\simeq": "=",
@@ -94,11 +101,7 @@ def _parts(text: str) -> list[str]:
     if start < len(text):
         parts.append(text[start:].strip())
     return [
-        signed
-        for part in parts
-        for signed in (
-            [part.replace("\\pm", "+"), part.replace("\\pm", "-")] if "\\pm" in part else [part]
-        )
+        part.replace("\\pm", sign) for part in parts for sign in ("+-" if "\\pm" in part else "+")
     ]
 
 
@@ -115,21 +118,17 @@ def _equal(left: str, right: str, error: float) -> bool:
                 return True
         except Exception:
             return False
-    try:
+    with contextlib.suppress(ValueError):
         if _same_numbers(float(left), float(right), error):
             return True
-    except ValueError:
-        pass
     if _DECIMAL.fullmatch(left) and _DECIMAL.fullmatch(right):
         return False  # as expressions they would differ by the same error
     both_equations = "=" in left and "=" in right
     checks = [] if both_equations else [lambda: _same_expressions(left, right, error)]
     for check in [*checks, lambda: _same_equations(left, right)]:
-        try:
+        with contextlib.suppress(Exception):  # of the parser or sympy: not equal in this way
             if check():
                 return True
-        except Exception:  # whatever the parser or sympy raises: not equal in this way
-            continue
     return False
 
 
@@ -144,8 +143,6 @@ def _same_numbers(gold: float, answer: float, error: float) -> bool:
 
 def _same_expressions(left: str, right: str, error: float) -> bool:
     """Equality of what stands behind the first "=" of each, by sympy."""
-    import sympy
-
     left, right = (text.split("=")[1] if "=" in text else text for text in (left, right))
     a, b = (sympy.sympify(_parse(text.strip())) for text in (left, right))
     if a == b:
@@ -162,8 +159,6 @@ def _same_expressions(left: str, right: str, error: float) -> bool:
 
 def _is_computable(expression: Any) -> bool:
     """Whether an expression is no power, or one of numbers with a bearable exponent."""
-    import sympy
-
     if not isinstance(expression, sympy.Pow):
         return True
     base, exponent = expression.as_base_exp()
@@ -173,13 +168,11 @@ def _is_computable(expression: Any) -> bool:
 
 def _same_equations(left: str, right: str) -> bool:
     """Whether one equation, with all on one side, is a whole multiple of the other."""
-    from sympy import simplify
-
     sides = []
     for text in (left, right):
         a, b = text.split("=")
-        sides.append(simplify(_parse(a) - _parse(b)))
-    ratios = simplify(sides[0] / sides[1]), simplify(sides[1] / sides[0])
+        sides.append(sympy.simplify(_parse(a) - _parse(b)))
+    ratios = sympy.simplify(sides[0] / sides[1]), sympy.simplify(sides[1] / sides[0])
     return any(ratio.is_Integer and ratio != 0 for ratio in ratios)
 
 
@@ -205,26 +198,5 @@ def warm_up() -> None:
 @cache
 def _parse(text: str) -> Any:
     """sympy's tree of a LaTeX text."""
-    return _parser()(text)
-
-
-@cache
-def _parser() -> Callable[[str], Any]:
-    """sympy's LaTeX parser.
-
-    It asks for antlr 4.11 by name; its tables are in the format that 4.10 to 4.13 share, and
-    math-verify brings a later one of these.
-    """
-    import contextlib
-    import io
-
-    from sympy.parsing.latex import _parse_latex_antlr as antlr
-
-    antlr.version = lambda package: "4.11"
-    logging.disable(logging.CRITICAL)
-
-    def parse(text: str) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()):  # a note on the version, each time
-            return antlr.parse_latex(text)
-
-    return parse
+    with contextlib.redirect_stdout(io.StringIO()):  # a note on the version, each time
+        return antlr.parse_latex(text)

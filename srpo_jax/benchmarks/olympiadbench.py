@@ -14,13 +14,14 @@ from srpo_jax.benchmarks.common import (
     EMPTY,
     Benchmark,
     Form,
-    Groups,
     Place,
     Row,
     RowError,
     Scored,
     each,
     extraction_or,
+    first,
+    grouping,
 )
 from srpo_jax.rewards.verifier import Verifier
 
@@ -38,37 +39,21 @@ def official(rows: Sequence[Row], pool: Verifier | None) -> list[Scored]:
     extractions = each(lambda row: extraction_or(extract, row), rows)
     golds = each(final_answer, rows)
     allowed_errors = each(errors, rows)
-    correct = [False] * len(rows)
-    by_errors: dict[tuple[float, ...], list[int]] = {}
-    for i, extraction in enumerate(extractions):
-        if extraction:
-            by_errors.setdefault(allowed_errors[i], []).append(i)
-    for allowed, indices in by_errors.items():
+    correct: dict[int, bool] = {}
+    for allowed in dict.fromkeys(allowed_errors):
+        indices = [i for i, e in enumerate(extractions) if e and allowed_errors[i] == allowed]
         pairs = [(golds[i], extractions[i]) for i in indices]
         found = pool.verify_math(pairs, function=RULE, errors=list(allowed))
-        for i, right in zip(indices, found, strict=True):
-            correct[i] = right
+        correct |= zip(indices, found, strict=True)
     return [
-        Scored(extraction or None, extraction or None, right, None if extraction else EMPTY)
-        for extraction, right in zip(extractions, correct, strict=True)
+        Scored(e or None, e or None, correct.get(i, False), None if e else EMPTY)
+        for i, e in enumerate(extractions)
     ]
-
-
-def groups(row: Row) -> Groups:
-    """The official tables: the data set (modality, subject, language), and the subfield."""
-    tables: Groups = {}
-    for table, names in (("dataset", ("dataset", "source")), ("subfield", ("subfield",))):
-        value = next((row[name] for name in names if row.get(name) is not None), None)
-        if value is not None:
-            tables[table] = [str(value)]
-    return tables
 
 
 def final_answer(row: Row) -> str:
     """The gold answer: the first of ``final_answer``, or ``answer``; RowError without one."""
-    value = row.get("final_answer")
-    if value is None:
-        value = row.get("answer")
+    value = first(row, "final_answer", "answer")
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     if value is None:
@@ -109,7 +94,7 @@ BENCHMARK = Benchmark(
         "maths": Place("Hothan/OlympiadBench", "train", ("OE_MM_maths_en_COMP",)),
         "physics": Place("Hothan/OlympiadBench", "train", ("OE_MM_physics_en_COMP",)),
     },
-    groups=groups,
+    groups=grouping(dataset="{dataset|source}", subfield="{subfield}"),
     official=official,
     worker_modules=WORKER_MODULES,
     golds=lambda row: [final_answer(row)],

@@ -19,7 +19,18 @@ from srpo_jax.rewards.verifier import Verifier
 
 MODES = ("official_rule", "strict")  # without a server
 JUDGE = "judge"
-REMARKS = ("no_answer", "drawn", "gold_problem", "no_judgement")  # fields of some scored rows
+REMARKS = ("no_answer", "drawn", "gold_problem", "no_judgement")  # of Scored; in some rows
+NOTES = {  # key of a summary -> what a reader of the accuracy must know
+    "no_answer_rows": "{} rows without an answer by rule, counted as wrong",
+    "expected_if_drawn": (
+        "the official code draws an option at random for those: {:.2f} % on average"
+    ),
+    "drawn_rows": "{} answers drawn at random with the official seed",
+    "no_judgement_rows": "{} rows without a judgement, counted as wrong",
+    "gold_problem_rows": "{} golds that cannot be graded, counted as wrong",
+    "timeouts": "{} comparisons ended by timeouts, counted as wrong",
+    "crashes": "{} comparisons ended by crashes, counted as wrong",
+}
 NO_TEXT = "the response holds no answer"
 
 _ANNOUNCED = re.compile(r"\banswer\s*(?:is|:)[:\s]*", re.IGNORECASE)
@@ -42,11 +53,7 @@ def score(
     pool: Verifier | None = None,
     judge: Judge | None = None,
 ) -> list[Row]:
-    """The rows with ``extraction``, ``prediction``, ``correct`` and ``mode``.
-
-    Where there is no answer by rule, ``no_answer`` says why; ``drawn`` marks an answer that the
-    official rule draws at random with its seed, ``gold_problem`` a gold that cannot be graded,
-    ``no_judgement`` says why the judge gave none.
+    """The rows with ``extraction``, ``prediction``, ``correct``, ``mode``; REMARKS where they hold.
 
     Args:
         benchmark: a name of BENCHMARKS.
@@ -75,21 +82,9 @@ def score(
     out = []
     for row, result in zip(rows, scored, strict=True):
         new = {key: value for key, value in row.items() if key not in REMARKS}
-        new |= {
-            "extraction": result.extraction,
-            "prediction": result.prediction,
-            "correct": result.correct,
-            "mode": mode,
-        }
-        if result.no_answer is not None:
-            new["no_answer"] = result.no_answer
-        if result.drawn:
-            new["drawn"] = True
-        if result.no_judgement is not None:
-            new["no_judgement"] = result.no_judgement
-        if mode == "strict" and (problem := _gold_problem(one, row)):
-            new["gold_problem"] = problem
-        out.append(new)
+        new |= {key: getattr(result, key) for key in ("extraction", "prediction", "correct")}
+        new |= {"mode": mode}
+        out.append(new | {key: value for key in REMARKS if (value := getattr(result, key))})
     return out
 
 
@@ -119,11 +114,6 @@ def strict_answer(row: Row) -> str | None:
     return line.strip() or text.strip() or None
 
 
-def _gold_problem(benchmark: Benchmark, row: Row) -> str | None:
-    problems = [answer_problem(answer, choices(row)) for answer in benchmark.golds(row)]
-    return problems[0] if problems and all(problems) else None
-
-
 def _strict(benchmark: Benchmark, rows: Sequence[Row], pool: Verifier | None) -> list[Scored]:
     assert pool is not None, "strict comparisons need workers"
     answers, golds = each(strict_answer, rows), each(benchmark.golds, rows)
@@ -135,11 +125,13 @@ def _strict(benchmark: Benchmark, rows: Sequence[Row], pool: Verifier | None) ->
     ]
     verdicts = iter(pool.check(items))
     scored = []
-    for targets, answer in zip(golds, answers, strict=True):
+    for targets, answer, wanted in zip(golds, answers, options, strict=True):
         right = any([next(verdicts) for _ in targets])
-        text = extract_answer(answer) if answer is not None else ""
+        text = (extract_answer(answer) if answer is not None else "") or None
+        problems = [answer_problem(target, wanted) for target in targets]
+        problem = problems[0] if problems and all(problems) else None
         reason = None if text else NO_TEXT
-        scored.append(Scored(text or None, text or None, right, reason))
+        scored.append(Scored(text, text, right, reason, gold_problem=problem))
     return scored
 
 
@@ -209,22 +201,5 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """What a reader of the accuracy must know, one line each."""
-    out = []
-    if summary["no_answer_rows"]:
-        out.append(f"{summary['no_answer_rows']} rows without an answer by rule, counted as wrong")
-    if "expected_if_drawn" in summary:
-        out.append(
-            "the official code draws an option at random for those: "
-            f"{summary['expected_if_drawn']:.2f} % on average"
-        )
-    if summary["drawn_rows"]:
-        out.append(f"{summary['drawn_rows']} answers drawn at random with the official seed")
-    if summary["no_judgement_rows"]:
-        out.append(f"{summary['no_judgement_rows']} rows without a judgement, counted as wrong")
-    if summary["gold_problem_rows"]:
-        out.append(f"{summary['gold_problem_rows']} golds that cannot be graded, counted as wrong")
-    for key in ("timeouts", "crashes"):
-        if summary.get(key):
-            out.append(f"{summary[key]} comparisons ended by {key}, counted as wrong")
-    return out
+    """Those of NOTES that hold, one line each."""
+    return [text.format(summary[key]) for key, text in NOTES.items() if summary.get(key)]

@@ -67,10 +67,7 @@ def four_dimensions(rows: Sequence[Row], correct: Sequence[bool]) -> dict | None
         "InsufficientKnowledge": _share(knowledge, total),
         "InadequateGeneralization": _share(general, total),
     }
-    for name, rote, mastered in (
-        ("strict", any, all),
-        ("loose", all, any),
-    ):
+    for name, rote, mastered in (("strict", any, all), ("loose", all, any)):
         memorised = sum(rote(step is False for step in steps) for steps in solved)
         complete = sum(mastered(step is True for step in steps) for steps in solved)
         score = total - 0.5 * general - memorised - knowledge
@@ -94,13 +91,12 @@ def _page(summary: dict[str, Any]) -> list[str]:
     metrics = summary["four_dimensions"]
     if not metrics:
         return []
-    both = metrics["strict"], metrics["loose"]
+    both = [metrics | metrics[side] for side in ("strict", "loose")]
     lines = ["", "## four dimensions", "", "| measure | strict | loose |", "|---|---:|---:|"]
     lines.append("| score | " + " | ".join(f"{side['score']:.2f}" for side in both) + " |")
-    for name in ("InsufficientKnowledge", "InadequateGeneralization"):
-        share = f"{metrics[name]['percent']:.2f} ({metrics[name]['count']})"
-        lines.append(f"| {name} | {share} | {share} |")
-    for name in ("CompleteMastery", "RoteMemorization"):
+    for name in (
+        "InsufficientKnowledge", "InadequateGeneralization", "CompleteMastery", "RoteMemorization",
+    ):  # fmt: skip
         shares = [f"{side[name]['percent']:.2f} ({side[name]['count']})" for side in both]
         lines.append(f"| {name} | {' | '.join(shares)} |")
     return lines
@@ -111,11 +107,6 @@ def _line(summary: dict[str, Any]) -> str | None:
         return None
     strict, loose = (summary["four_dimensions"][side]["score"] for side in ("strict", "loose"))
     return f"score over problems of several steps: strict {strict:.2f} %, loose {loose:.2f} %"
-
-
-def _with_options(row: Row, question: str) -> str:
-    """The options are one text, which prompts do not append as they do a list."""
-    return f"{question}\n{row['option']}" if row.get("option") else question
 
 
 BENCHMARK = Benchmark(

@@ -7,12 +7,9 @@ _SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
 ).split()
-_VALUES = {word: value for value, word in enumerate(_SMALL)}
-_VALUES |= {
-    word: 10 * value
-    for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
-}
-_VALUES |= {"hundred": 100}
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBERS = (*range(20), *range(20, 101, 10))
+_VALUES: dict[str, int] = dict(zip((*_SMALL, *_TENS, "hundred"), _NUMBERS, strict=True))
 _SCALES = {"billion": 10**9, "million": 10**6, "thousand": 10**3}
 _DIGITS = set(_SMALL[:10])
 _WORDS = set(_VALUES) | set(_SCALES) | {"point"}
@@ -34,9 +31,7 @@ def word_number(text: str) -> int | float | None:
         place = words.index("point")
         words, decimals = words[:place], words[place + 1 :]
     whole = _whole(words)
-    if whole is None or not decimals:
-        return whole
-    if not set(decimals) <= _DIGITS:
+    if whole is None or not decimals or not set(decimals) <= _DIGITS:
         return whole
     return whole + float("0." + "".join(str(_VALUES[word]) for word in decimals))
 
@@ -66,8 +61,6 @@ def _below_thousand(words: list[str]) -> int:
     match values:
         case [a, b]:
             return a * b if 100 in values else a + b
-        case [a, b, c]:
-            return a * b + c
-        case [a, b, c, d]:
-            return a * b + c + d
+        case [a, b, c, *rest] if len(rest) <= 1:
+            return a * b + c + sum(rest)
     return values[0]

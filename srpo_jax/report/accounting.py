@@ -78,10 +78,7 @@ def majority_at_k(rows: Sequence[Row], ks: Sequence[int]) -> dict[int, float]:
 
     Args:
         rows: with ``final_answer``, and ``choices`` where the problem has options.
-        ks: numbers of samples, counted in the order of ``sample``.
-
-    Raises:
-        ValueError where there are no rows, or a problem has fewer than k samples.
+        ks: numbers of samples, counted in the order of ``sample``; too many raise as `pass_at_k`.
     """
     problems = _problems(rows, ks)
     return {k: float(np.mean([_majority(own[:k]) for own in problems])) for k in ks}
@@ -90,14 +87,12 @@ def majority_at_k(rows: Sequence[Row], ks: Sequence[int]) -> dict[int, float]:
 def _majority(rows: Sequence[Row]) -> bool:
     camps: list[tuple[Vote, list[Row]]] = []  # each with what its first row answers
     for row in rows:
-        vote = _vote(row)
-        if vote is None:
+        if (vote := _vote(row)) is None:
             continue
-        own = next((own for other, own in camps if _same(other, vote)), None)
-        if own is None:
-            camps.append((vote, [row]))
-        else:
-            own.append(row)
+        own = next((own for other, own in camps if _same(other, vote)), [])
+        if not own:
+            camps.append((vote, own))
+        own.append(row)
     most = max((own for _, own in camps), key=len, default=None)
     return bool(most and most[0]["final_correct"])
 
@@ -123,9 +118,9 @@ def _vote(row: Row) -> Vote | None:
 
 
 def _same(a: Vote, b: Vote) -> bool:
-    if a[0] != b[0]:
-        return False
-    return same_quantity(a[1], b[1]) if a[0] == "quantity" else a[1] == b[1]
+    if a[0] == b[0] == "quantity":
+        return same_quantity(a[1], b[1])
+    return a == b
 
 
 def _problems(rows: Sequence[Row], ks: Sequence[int]) -> list[list[Row]]:
@@ -174,44 +169,32 @@ def stop_curve(rows: Sequence[Row]) -> dict[str, Any]:
     if not rows:
         raise ValueError("no rows to account for")
     ends = np.array([row["tokens_to_first"] is not None for row in rows])
-    confidence = np.array(
-        [-math.inf if row["first_confidence"] is None else row["first_confidence"] for row in rows]
-    )
+    confidence = np.array([row["first_confidence"] for row in rows], float)  # NaN for None
     known = confidence[ends & np.isfinite(confidence)]
-    curve = (
-        [
-            {"quantile": quantile} | _at_threshold(rows, ends, confidence, float(threshold))
-            for quantile, threshold in zip(
-                CURVE_QUANTILES, np.quantile(known, CURVE_QUANTILES), strict=True
-            )
-        ]
-        if len(known)
-        else []
-    )
+    thresholds = np.quantile(known, CURVE_QUANTILES).tolist() if len(known) else []
+
+    def at(threshold: float) -> dict[str, float]:
+        return {"threshold": threshold} | _stopped(rows, ends & (confidence >= threshold))
+
     return {
         "points": {
             "first": _stopped(rows, ends),
-            "confident": _at_threshold(rows, ends, confidence, CONFIDENT),
+            "confident": at(CONFIDENT),
             "final": _stopped(rows, np.zeros(len(rows), bool)),
         },
-        "curve": curve,
+        "curve": [
+            {"quantile": quantile} | at(threshold)
+            for quantile, threshold in zip(CURVE_QUANTILES, thresholds, strict=False)
+        ],
         "without_confidence": len(rows) - len(known),
     }
 
 
-def _at_threshold(
-    rows: Sequence[Row], ends: np.ndarray, confidence: np.ndarray, threshold: float
-) -> dict[str, float]:
-    stop = ends & (confidence >= threshold)
-    return {"threshold": threshold} | _stopped(rows, stop)
-
-
 def _stopped(rows: Sequence[Row], stop: np.ndarray) -> dict[str, float]:
     """Accuracy and mean tokens where the marked completions stop after their first answer."""
-    correct, tokens = [], []
-    for row, stops in zip(rows, stop.tolist(), strict=True):
-        correct.append(bool(row["first_correct" if stops else "final_correct"]))
-        tokens.append(row["tokens_to_first" if stops else "tokens"])
+    stopping = list(zip(rows, stop.tolist(), strict=True))
+    correct = [bool(row["first_correct" if stops else "final_correct"]) for row, stops in stopping]
+    tokens = [row["tokens_to_first" if stops else "tokens"] for row, stops in stopping]
     return {
         "accuracy": float(np.mean(correct)),
         "tokens": float(np.mean(tokens)),
@@ -253,15 +236,13 @@ def paired(
     """
     name = _matching_name(base_rows, new_rows)
     base, new = _means(base_rows, key, name), _means(new_rows, key, name)
-    problem = _difference(base_rows, new_rows, name)
-    if problem:
-        raise ValueError(problem)
+    _check_same(base_rows, new_rows, name)
     change = [new[p] - base[p] for p in base]
     values, counts = np.unique(np.array([float(c) for c in change]), return_counts=True)
     # Resampling problems is drawing how often each value of the difference occurs.
     low, high = interval(
         values[:, None], np.ones((len(values), 1)), times=counts, resamples=bootstrap, seed=seed
-    )[:, 0]
+    )[:, 0].tolist()
     better, worse = sum(c > 0 for c in change), sum(c < 0 for c in change)
     single = len(base_rows) == len(new_rows) == len(base)
     return {
@@ -270,8 +251,8 @@ def paired(
         "base": float(sum(base.values()) / len(base)),
         "new": float(sum(new.values()) / len(base)),
         "difference": float(sum(change) / len(change)),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         "better": better,
         "worse": worse,
         "p": _binomial_p(better, worse),
@@ -296,24 +277,20 @@ def _matching_name(*sides: Sequence[Row]) -> str:
     return name
 
 
-def _difference(base_rows: Sequence[Row], new_rows: Sequence[Row], name: str) -> str | None:
-    """What two sets of rows do not share: problems, or the gold of one."""
+def _check_same(base_rows: Sequence[Row], new_rows: Sequence[Row], name: str) -> None:
+    """ValueError naming what two sets of rows do not share: problems, or the gold of one."""
     base = {row[name]: row.get("gold") for row in base_rows}
     new = {row[name]: row.get("gold") for row in new_rows}
     texts = []
-    for side, missing in (
-        ("the base", [p for p in base if p not in new]),
-        ("the new", [p for p in new if p not in base]),
-    ):
-        if missing:
+    for side, own, other in (("base", base, new), ("new", new, base)):
+        if missing := [problem for problem in own if problem not in other]:
             shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." * (len(missing) > _SHOWN))
-            texts.append(f"{len(missing)} only in {side} rows ({shown})")
+            texts.append(f"{len(missing)} only in the {side} rows ({shown})")
     if texts:
-        return f"different problems, by {name}: " + "; ".join(texts)
+        raise ValueError(f"different problems, by {name}: " + "; ".join(texts))
     for problem, gold in base.items():
         if gold != new[problem]:
-            return f"different golds of {problem}: {gold!r:.60} and {new[problem]!r:.60}"
-    return None
+            raise ValueError(f"different golds of {problem}: {gold!r:.60} and {new[problem]!r:.60}")
 
 
 def _means(rows: Sequence[Row], key: str, name: str) -> dict[Any, Fraction]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from srpo_jax.benchmarks.common import first
 from srpo_jax.report.html import problem, render
 
 Item = dict[str, Any]
@@ -14,10 +15,11 @@ Images = Callable[[Item], Iterable[Image.Image]]
 LIMIT = 500  # items on a page
 THUMBNAIL = 384  # pixels of the longer side
 ROUNDS = (
-    ("first", "First round", (("think", "first_think"), ("answer", "first_answer"))),
-    ("", "Reflection", (("reflection", "reflection"),)),
-    ("final", "Second round", (("think", "second_think"), ("answer", "second_answer"))),
+    ("First round", (("think", "first_think"), ("answer", "first_answer"))),
+    ("Reflection", (("reflection", "reflection"),)),
+    ("Second round", (("think", "second_think"), ("answer", "second_answer"))),
 )
+_SHOWN = ("extraction", "prediction", "no_answer", "mode", "tokens", "first_confidence")
 TAGS = {  # -> kind of badge
     "right": "good",
     "wrong": "bad",
@@ -32,7 +34,6 @@ def page(
     items: Sequence[Item],
     images: Images | None = None,
     *,
-    title: str = "Evaluated items",
     limit: int = LIMIT,
     seed: int = 0,
 ) -> str:
@@ -45,7 +46,6 @@ def page(
             benchmark, mode and ``categories`` ({table: groups}).
         images: the pictures of an item. Where it raises ValueError or OSError, the reason stands
             in the picture's place.
-        title: of the page.
         limit: so many items at most, drawn at random and shown in their order.
         seed: of the draw.
     """
@@ -55,7 +55,7 @@ def page(
     counts = {tag: sum((tag, TAGS[tag]) in item["badges"] for item in shown) for tag in TAGS}
     return render(
         "eval_page.html.jinja",
-        title=title,
+        title="Evaluated items",
         items=shown,
         total=len(items),
         counts=counts,
@@ -68,10 +68,10 @@ def tags(item: Item) -> list[str]:
 
     "no answer": the rule found none, or, for a row that no rule scored, there is no answer block.
     """
-    final = bool(item["final_correct"] if "final_correct" in item else item.get("correct"))
+    final = bool(item.get("final_correct", item.get("correct")))
     out = ["right" if final else "wrong"]
-    first = item.get("first_correct")
-    if first is not None and bool(first) != final:
+    before = item.get("first_correct")
+    if before is not None and bool(before) != final:
         out.append("fixed" if final else "harmed")
     missing = "mode" not in item and "final_answer" in item and item["final_answer"] is None
     if item.get("no_answer") or missing:
@@ -89,19 +89,18 @@ def _view(item: Item, images: Images | None, groups: dict[str, int]) -> Item:
     blocks = {name: text for name, text in (item.get("blocks") or {}).items() if text is not None}
     # A response that the blocks do not cover must be seen as a whole.
     whole = not blocks or not item.get("format_ok", True)
-    final = item["final_correct"] if "final_correct" in item else item.get("correct")
-    verdicts = {"first": item.get("first_correct"), "final": final}
+    verdicts = item.get("first_correct"), None, item.get("final_correct", item.get("correct"))
     rounds = [
-        (heading, verdicts.get(key), [(kind, blocks.get(name)) for kind, name in parts])
-        for key, heading, parts in ROUNDS
+        (heading, verdict, [(kind, blocks.get(name)) for kind, name in parts])
+        for verdict, (heading, parts) in zip(verdicts, ROUNDS, strict=True)
     ]
     sample = f", sample {item['sample']}" if item.get("sample") else ""
     own = tags(item)
     numbers = [str(groups.setdefault(name, len(groups))) for name in names]
     return problem(
-        _first(item, "prompt", "question", "problem"),
+        str(first(item, "prompt", "question", "problem", default="")),
         item.get("choices") or (),
-        _first(item, "gold", "answer"),
+        str(first(item, "gold", "answer", default="")),
         lambda: images(item) if images else (),
         THUMBNAIL,
     ) | {
@@ -111,15 +110,6 @@ def _view(item: Item, images: Images | None, groups: dict[str, int]) -> Item:
         "data": {"data-tags": "|".join(own), "data-groups": "|".join(numbers)},
         "rounds": rounds if blocks else [],
         "response": item.get("response") if whole else None,
-        "extraction": item.get("extraction"),
-        "prediction": item.get("prediction"),
         "scored": "extraction" in item,
-        "no_answer": item.get("no_answer"),
-        "mode": item.get("mode"),
-        "tokens": item.get("tokens"),
-        "confidence": item.get("first_confidence"),
+        **{key: item.get(key) for key in _SHOWN},
     }
-
-
-def _first(item: Item, *names: str) -> str:
-    return next((str(item[name]) for name in names if item.get(name) is not None), "")

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,17 @@ from srpo_jax.data.images import to_rgb
 from srpo_jax.data.prompts import letter
 from srpo_jax.rewards.answers import choice_indices
 
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters["sha256"] = lambda text: base64.b64encode(
+    hashlib.sha256(text.encode()).digest()
+).decode()
+
 
 def render(template: str, **values: Any) -> str:
     """A page from a template of this folder, which extends ``base.html.jinja``.
@@ -29,22 +39,7 @@ def render(template: str, **values: Any) -> str:
     [(heading, right | wrong | None, [(kind, text)])].
     """
     # A model can write a zero byte, which may not stand in a page.
-    return _environment().get_template(template).render(**values).replace("\0", "\ufffd")
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sha256"] = lambda text: base64.b64encode(
-        hashlib.sha256(text.encode()).digest()
-    ).decode()
-    return environment
+    return _TEMPLATES.get_template(template).render(**values).replace("\0", "\ufffd")
 
 
 def problem(

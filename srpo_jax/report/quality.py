@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from srpo_jax.benchmarks.common import Ask, Row, RowError, choices, each, option_text
+from srpo_jax.benchmarks.common import Ask, Row, RowError, choices, each, first, option_text
 from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
 from srpo_jax.remote.replies import BadReply
 from srpo_jax.report.rates import interval
@@ -117,7 +117,7 @@ def stated_answers(text: str) -> list[str]:
 
 
 def _gold(row: Row) -> str | None:
-    value = row["gold"] if row.get("answer") is None and "gold" in row else row.get("answer")
+    value = first(row, "answer", "gold")
     return None if value is None else str(value)
 
 
@@ -141,15 +141,12 @@ def gives_away(row: Row, found: dict[str, str | None]) -> bool | None:
     wanted = words(option_text(target, options) or target)
     if not wanted or (len(wanted) == 1 and re.fullmatch("[a-z]", wanted[0])):
         return False  # a letter alone stands in every text
-    first = words(found["first_think"]) + words(found["first_answer"])
-    return _holds(words(text), wanted) and not _holds(first, wanted)
+    before = words(found["first_think"]) + words(found["first_answer"])
+    return _holds(words(text), wanted) and not _holds(before, wanted)
 
 
 def _holds(found: list[str], wanted: list[str]) -> bool:
-    n = len(wanted)
-    return any(
-        found[i] == wanted[0] and found[i : i + n] == wanted for i in range(len(found) - n + 1)
-    )
+    return any(found[i : i + len(wanted)] == wanted for i in range(len(found)))
 
 
 def verdict(text: str) -> str | None:
@@ -190,16 +187,16 @@ def measure(row: Row) -> dict[str, Any]:
     if text is None:
         empty = "reflection_copied second_copied states_answer gives_away verdict verdict_fits"
         return out | dict.fromkeys(empty.split())
-    first = found["first_think"]
-    out["reflection_copied"] = copied(text, first) if first else None
-    out["second_copied"] = copied(found["second_think"], first) if first else None
-    out["states_answer"] = bool(stated_answers(text))
-    out["gives_away"] = gives_away(row, found)
-    out["verdict"] = verdict(text)
-    right = _first_correct(row, found)
-    clear = out["verdict"] in ("right", "wrong") and right is not None
-    out["verdict_fits"] = (out["verdict"] == "right") == right if clear else None
-    return out
+    think, said, right = found["first_think"], verdict(text), _first_correct(row, found)
+    clear = said in ("right", "wrong") and right is not None
+    return out | {
+        "reflection_copied": copied(text, think) if think else None,
+        "second_copied": copied(found["second_think"], think) if think else None,
+        "states_answer": bool(stated_answers(text)),
+        "gives_away": gives_away(row, found),
+        "verdict": said,
+        "verdict_fits": (said == "right") == right if clear else None,
+    }
 
 
 def _first_correct(row: Row, found: dict[str, str | None]) -> bool | None:
@@ -234,7 +231,6 @@ def rated(rows: Sequence[Row], judge: Judge) -> list[Row]:
             ratings = await ask("rubric", _shown(row), RUBRIC, float, check=_in_range)
         except NoJudgement as error:
             return row | {"quality": row["quality"] | {"no_judgement": str(error)}}
-        ratings = {name: ratings[name] for name in RUBRIC}
         mean = sum(ratings.values()) / len(ratings)
         return row | {"quality": row["quality"] | {"rubric": ratings, "rubric_mean": mean}}
 
@@ -244,12 +240,9 @@ def rated(rows: Sequence[Row], judge: Judge) -> list[Row]:
 def _shown(row: Row) -> dict[str, str]:
     found = blocks(row)
     question = next((row[k] for k in ("question", "problem") if isinstance(row.get(k), str)), "")
-    return {
-        "question": question.replace("<image>", " ").strip(),
-        "think": (found["first_think"] or "")[:MAX_SHOWN],
-        "answer": (found["first_answer"] or "")[:MAX_SHOWN],
-        "reflection": (found["reflection"] or "")[:MAX_SHOWN],
-    }
+    names = {"think": "first_think", "answer": "first_answer", "reflection": "reflection"}
+    shown = {key: (found[name] or "")[:MAX_SHOWN] for key, name in names.items()}
+    return {"question": question.replace("<image>", " ").strip()} | shown
 
 
 def _in_range(found: dict[str, float]) -> None:
@@ -270,12 +263,11 @@ def measure_means(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
     names = list(dict.fromkeys(name for one in values for name in one))
     keys = [row.get("origin", row.get("id", ("row", i))) for i, row in enumerate(rows)]
     places = {key: i for i, key in enumerate(dict.fromkeys(map(str, keys)))}
+    table = np.array([[one.get(name) for name in names] for one in values], float)  # NaN: None
     sums, counts = np.zeros((2, len(places), len(names)))
-    for key, one in zip(keys, values, strict=True):
-        for j, name in enumerate(names):
-            if one.get(name) is not None:
-                sums[places[str(key)], j] += one[name]
-                counts[places[str(key)], j] += 1
+    owners = [places[str(key)] for key in keys]
+    np.add.at(sums, owners, np.nan_to_num(table))
+    np.add.at(counts, owners, ~np.isnan(table))
     low, high = interval(sums, counts, resamples=RESAMPLES, seed=seed, empty=np.nan)
     totals = counts.sum(0)
     return {

@@ -19,6 +19,12 @@ MODES = {
 OWN_GRADER = "own grader"  # a file of problems that is no benchmark
 MAX_GROUPS = 40  # of a table; one with more is left to the JSON
 NONE = "–"
+# Count of a summary -> what it says of an answer, first or final.
+QUALMS = {
+    "no_answer_rows": "{} completions have no {} answer by rule and count as wrong",
+    "drawn_rows": "{} {} answers were drawn at random with the official seed",
+    "gold_problem_rows": "{} golds cannot be graded; their {} answers count as wrong",
+}
 
 _HEAD = ("evaluation", "scored by", "problems", "first answer", "final answer", "fix", "harm",
          "net gain", "tokens")  # fmt: skip
@@ -102,24 +108,11 @@ def _qualms(summary: Summary) -> list[str]:
         out.append(f"{summary['skipped_records']} records could not be used and are not counted")
     for which in ("first", "final"):
         counts = scored.get(which, {})
-        if counts.get("no_answer_rows"):
-            out.append(f"{counts['no_answer_rows']} completions have no {which} answer by rule and "
-                       "count as wrong")  # fmt: skip
-        if counts.get("drawn_rows"):
-            out.append(f"{counts['drawn_rows']} {which} answers were drawn at random with the "
-                       "official seed")  # fmt: skip
-        if counts.get("gold_problem_rows"):
-            out.append(f"{counts['gold_problem_rows']} golds cannot be graded; their {which} "
-                       "answers count as wrong")  # fmt: skip
+        out += [text.format(counts[key], which) for key, text in QUALMS.items() if counts.get(key)]
     if summary.get("truncated"):
         out.append(f"{100 * summary['truncated']:.1f} % of the completions were cut off at the "
                    "length limit")  # fmt: skip
     return out
-
-
-def _rates(summary: Summary) -> Summary:
-    """Where the verdicts of the benchmark's rule are, else those of this project's grader."""
-    return summary.get("benchmark") or summary
 
 
 def _scored_by(summary: Summary) -> str:
@@ -129,11 +122,13 @@ def _scored_by(summary: Summary) -> str:
 def _ours(summaries: Mapping[str, Summary]) -> str:
     rows = []
     for name, summary in summaries.items():
-        rates = _rates(summary)
         scored = summary.get("benchmark") or {}
         split = scored.get("final", {}).get("complete") or ("not all" if scored else "")
         problems = f"{summary['records']:,}" + (f" ({split})" if split else "")
-        cells = [_percent(rates, key) for key in ("acc@1", "acc@2", "fix", "harm", "net_gain")]
+        cells = [
+            _percent(scored or summary, key)
+            for key in ("acc@1", "acc@2", "fix", "harm", "net_gain")
+        ]
         rows.append((name, _scored_by(summary), problems, *cells, f"{summary['tokens']:,.0f}"))
     return _table(_HEAD, rows)
 
@@ -163,7 +158,7 @@ def _beside(summaries: Mapping[str, Summary]) -> str:
 def _own(summary: Summary, part: str) -> tuple[str, str] | None:
     """First and final accuracy, of a subject where ``part`` names one; None where it is absent."""
     if not part:
-        rates = _rates(summary)
+        rates = summary.get("benchmark") or summary
         return f"{100 * rates['acc@1']:.1f}", f"{100 * rates['acc@2']:.1f}"
     cells = []
     for which in ("first", "final"):

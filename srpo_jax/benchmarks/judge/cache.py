@@ -4,6 +4,7 @@ One row for each request, committed when its reply arrives (write-ahead log): a 
 any moment loses only what was in flight, and several may share one file.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ CREATE TABLE IF NOT EXISTS replies (
     completion_tokens INTEGER NOT NULL, cost REAL NOT NULL, seconds REAL NOT NULL,
     time REAL NOT NULL) WITHOUT ROWID;
 """
+# In the order of Reply's fields.
 _COLUMNS = (
     "text, refusal, finish_reason, answered_by, prompt_tokens, completion_tokens, cost, seconds"
 )
@@ -32,14 +34,8 @@ def request_key(model: str, request: Request) -> str:
 
     A model that moves to another server is the same judge.
     """
-    asked = {
-        "model": model,
-        "messages": list(request.messages),
-        "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "seed": request.seed,
-        "schema": request.schema,
-    }
+    kept = ("messages", "max_tokens", "temperature", "seed", "schema")
+    asked = {"model": model} | {name: getattr(request, name) for name in kept}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -86,9 +82,5 @@ class JudgeCache:
         self._db.execute(
             f"INSERT OR IGNORE INTO replies (key, model, {_COLUMNS}, time) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(key, model, reply.text, reply.refusal, reply.finish_reason, reply.model),
-                *(reply.prompt_tokens, reply.completion_tokens, reply.cost, reply.seconds),
-                time.time(),
-            ),
+            (key, model, *dataclasses.astuple(reply), time.time()),
         )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from srpo_jax.remote.client import Client
 
 PROMPTS = Path(__file__).parent / "prompts"
+_TEMPLATES = Environment(loader=FileSystemLoader(PROMPTS), undefined=StrictUndefined)
 TRIES = 4  # the first request and three more
 WARMER = 0.3  # added to the temperature at each further try: at 0 a seed changes nothing
 ALL_REFUSED = 8  # refusals before any reply that stop the run: the request's form is at fault
@@ -45,7 +46,7 @@ class NoJudgement(Exception):
 
 @dataclass
 class JudgeStats:
-    """What one ``Judge`` asked since it was made."""
+    """What one ``Judge`` asked since it was made; the fields are those of its summary."""
 
     calls: int = 0  # replies that were paid for
     cached: int = 0  # replies taken from the cache
@@ -54,44 +55,20 @@ class JudgeStats:
     unavailable: int = 0  # requests to be asked again by a later run
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cost: float = 0.0  # USD of the calls
+    cost_usd: float = 0.0  # of the calls
 
 
-def prompt_hashes() -> dict[str, str]:
-    """SHA-256 of every prompt file by name."""
-    files = sorted(PROMPTS.glob("*.jinja"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
+@dataclass(frozen=True)
 class Judge:
     """One model that judges, with its cache."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        cache: str | os.PathLike,
-        *,
-        temperature: float | None = 0.0,
-        schema: bool = True,
-        max_tokens: int = 1024,
-        advance: Callable[[int], Any] = lambda n: None,
-    ):
-        """
-        Args:
-            endpoint: the model, its server and their limits.
-            cache: the SQLite file, made where it is missing.
-            temperature: of the first try; None for models that take none.
-            schema: ask the server to hold replies to their JSON schema; not every server can.
-            max_tokens: of one reply, thoughts included.
-            advance: called with 1 for every item that ``map`` is done with.
-        """
-        self.endpoint, self.cache = endpoint, Path(cache)
-        self.temperature, self.schema = temperature, schema
-        self.max_tokens, self.advance = max_tokens, advance
-        self.stats = JudgeStats()
-        self._environment = Environment(
-            loader=FileSystemLoader(PROMPTS), undefined=StrictUndefined, autoescape=False
-        )
+    endpoint: Endpoint  # the model, its server and their limits
+    cache: str | os.PathLike  # the SQLite file, made where it is missing
+    temperature: float | None = 0.0  # of the first try; None for models that take none
+    schema: bool = True  # ask the server to hold replies to their JSON schema; not every one can
+    max_tokens: int = 1024  # of one reply, thoughts included
+    advance: Callable[[int], Any] = lambda n: None  # called with 1 for every item done by ``map``
+    stats: JudgeStats = field(default_factory=JudgeStats, init=False)
 
     def map(
         self, function: Callable[[Ask, Any], Awaitable[Any]], items: Iterable[Any]
@@ -131,7 +108,7 @@ class Judge:
         self, name: str, values: dict[str, Any], fields: Sequence[str], kind: type, trial: int
     ) -> Request:
         """The request of one try."""
-        text = self._environment.get_template(f"{name}.jinja").render(**values).strip()
+        text = _TEMPLATES.get_template(f"{name}.jinja").render(**values).strip()
         temperature = self.temperature
         if temperature is not None:
             temperature = round(min(temperature + WARMER * trial, 2.0), 3)
@@ -147,19 +124,12 @@ class Judge:
 
     def summary(self) -> dict[str, Any]:
         """What a report says about the judge: model, calls, tokens, USD, prompts."""
-        stats = self.stats
-        return {
-            "model": self.endpoint.model,
-            "calls": stats.calls,
-            "cached": stats.cached,
-            "nonsense": dict(stats.nonsense),
-            "refused": stats.refused,
-            "unavailable": stats.unavailable,
-            "prompt_tokens": stats.prompt_tokens,
-            "completion_tokens": stats.completion_tokens,
-            "cost_usd": round(stats.cost, 6),
-            "prompts_sha256": prompt_hashes(),
+        hashes = {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(PROMPTS.glob("*.jinja"))
         }
+        stats = vars(self.stats) | {"cost_usd": round(self.stats.cost_usd, 6)}
+        return {"model": self.endpoint.model, **stats, "prompts_sha256": hashes}
 
 
 class _Asking:
@@ -230,7 +200,7 @@ class _Asking:
             raise NoJudgement(f"unavailable: {error}") from None
         except Rejected as error:
             stats.refused += 1
-            stats.cost += error.cost
+            stats.cost_usd += error.cost
             if not stats.calls and not stats.cached and stats.refused >= ALL_REFUSED:
                 raise Fatal(
                     f"the server refused each of the first {stats.refused} requests, the last "
@@ -243,6 +213,6 @@ class _Asking:
             stats.calls += 1
             stats.prompt_tokens += reply.prompt_tokens
             stats.completion_tokens += reply.completion_tokens
-            stats.cost += reply.cost
+            stats.cost_usd += reply.cost
         self.cache.put(key, model, reply)
         return reply

@@ -26,22 +26,16 @@ class LatexError(ValueError):
     """Text that the parser does not accept."""
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
 def _commands(text: str) -> list[str]:
     return ["\\" + name for name in text.split()]
 
 
-# Kind -> the literal texts of that kind. Single characters name their own kind.
+# Kind -> the literal texts of that kind.
 _LITERALS = {
     "/": ["/", r"\over"],
     "*": ["*", r"\times", r"\cdot"],
     ":": [":", r"\div"],
     "mod": [r"\mod"],
-    "<": ["<"],
-    ">": [">"],
     "<=": _commands("leq le leqslant"),
     ">=": _commands("geq ge geqslant"),
     "==": ["==", r"\equiv"],
@@ -63,14 +57,11 @@ _LITERALS = {
     "name": _commands(
         "alpha beta Gamma gamma Delta delta epsilon varepsilon zeta eta Theta theta vartheta iota "
         "kappa Lambda lambda mu nu Xi xi omicron Pi varpi rho varrho Sigma sigma varsigma tau "
-        "Upsilon upsilon Phi phi varphi chi Psi psi Omega omega"
-    ),
-    "other name": _commands(
-        "Bbbk wp nabla bigstar angle nexists diagdown measuredangle eth emptyset diagup "
-        "sphericalangle clubsuit varnothing Diamond complement diamondsuit imath Finv triangledown "
-        "heartsuit jmath Game triangle spadesuit ell hbar vartriangle hslash blacklozenge lozenge "
-        "blacksquare mho blacktriangle sharp prime Im flat square backprime Re natural surd "
-        "circledS"
+        "Upsilon upsilon Phi phi varphi chi Psi psi Omega omega Bbbk wp nabla bigstar angle "
+        "nexists diagdown measuredangle eth emptyset diagup sphericalangle clubsuit varnothing "
+        "Diamond complement diamondsuit imath Finv triangledown heartsuit jmath Game triangle "
+        "spadesuit ell hbar vartriangle hslash blacklozenge lozenge blacksquare mho blacktriangle "
+        "sharp prime Im flat square backprime Re natural surd circledS"
     ),
     "accent": _commands(
         "acute bar overline breve check widecheck dot ddot grave hat tilde widetilde vec "
@@ -88,27 +79,27 @@ _LITERALS = {
     )
     + ["<->", "<=>", r"\\", "E"]
     + [rf"\end{{{kind}}}" for kind in ("matrix", "pmatrix", "bmatrix", "vmatrix")]
-    + _words(
+    + (
         "arsinh arcsinh arcosh arccosh artanh arctanh gcd lcm floor ceil eye zeros ones cols rows "
         "diag norm rank trace tr rref hstack vstack orth ortho orthogonal orthogonalize nullspace "
         "eig eigen diagonalize eigenvals eigenvalues eigenvects eigenvectors svd SVD matrix "
         "pmatrix bmatrix vmatrix"
-    ),
+    ).split(),
 }
-_LITERALS |= {char: [char] for char in "+-()[]{}|_^=!,;.&"}
-_LITERALS |= {
-    text: [text]
-    for text in _commands(
-        "lgroup rgroup { } lbrace rbrace lbrack rbrack lvert rvert vert lfloor rfloor llcorner "
-        "lrcorner lceil rceil ulcorner urcorner left right mleft mright"
-    )
-}
+_OWN_KIND = [*"+-()[]{}|_^=!,;.&<>"] + _commands(
+    "lgroup rgroup { } lbrace rbrace lbrack rbrack lvert rvert vert lfloor rfloor llcorner "
+    "lrcorner lceil rceil ulcorner urcorner left right mleft mright"
+)
 _KINDS = {text: kind for kind, texts in _LITERALS.items() for text in texts}
+_KINDS |= {text: text for text in _OWN_KIND}
 _LITERAL = re.compile("|".join(re.escape(text) for text in sorted(_KINDS, key=len, reverse=True)))
 _SKIPPED = re.compile(r"(?:[ \t\r\n]+|\\\$)+")
-_NUMBER = re.compile(r"\d*(?:,\d{3})*\.\d+|\d+(?:,\d{3})*", re.ASCII)
-_DIFFERENTIAL = re.compile(r"d[ \t\r\n]*(?:[a-zA-Z]|\\[a-zA-Z]+)")
-_LETTER = re.compile(r"[a-df-zA-DF-Z]")
+_PATTERNS = {
+    "literal": _LITERAL,
+    "differential": re.compile(r"d[ \t\r\n]*(?:[a-zA-Z]|\\[a-zA-Z]+)"),
+    "letter": re.compile(r"[a-df-zA-DF-Z]"),
+    "number": re.compile(r"\d*(?:,\d{3})*\.\d+|\d+(?:,\d{3})*", re.ASCII),
+}
 
 _FALLING = re.compile(r"\(([a-zA-Z0-9+\-*/\\ ]+?)\)_{([a-zA-Z0-9+\-*/\\ ]+?)}")
 _REPLACED = (
@@ -136,8 +127,7 @@ def tokens(text: str) -> Iterator[Token]:
     """
     position = 0
     while True:
-        skipped = _SKIPPED.match(text, position)
-        if skipped:
+        if skipped := _SKIPPED.match(text, position):
             position = skipped.end()
         if position >= len(text):
             yield Token(END, "")
@@ -149,18 +139,11 @@ def tokens(text: str) -> Iterator[Token]:
 
 def _longest(text: str, position: int) -> Token:
     """The longest token at a position; of equal ones that which the grammar names first."""
-    literal = _LITERAL.match(text, position)
-    best = Token(_KINDS[literal[0]], literal[0]) if literal else None
-    for kind, pattern in (
-        ("differential", _DIFFERENTIAL),
-        ("letter", _LETTER),
-        ("number", _NUMBER),
-    ):
-        match = pattern.match(text, position)
-        if match and match[0] and (best is None or len(match[0]) > len(best.text)):
-            best = Token(kind, match[0])
-    if best is None:
+    matches = {kind: pattern.match(text, position) for kind, pattern in _PATTERNS.items()}
+    found = [Token(kind, match[0]) for kind, match in matches.items() if match]
+    if not found:
         raise LatexError(f"no token starts with {text[position]!r}")
-    if best.kind == "number" and text.startswith(r"\%", position + len(best.text)):
-        return Token("percent", best.text + r"\%")
-    return best
+    kind, best = max(found, key=lambda token: len(token.text))
+    if kind == "number" and text.startswith(r"\%", position + len(best)):
+        return Token("percent", best + r"\%")
+    return Token(_KINDS[best] if kind == "literal" else kind, best)

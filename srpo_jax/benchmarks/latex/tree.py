@@ -30,8 +30,7 @@ _AROUND = {
     "|": "abs", r"\lvert": "abs", r"\vert": "abs", r"\lfloor": "floor", r"\llcorner": "floor",
     r"\lceil": "ceil", r"\ulcorner": "ceil",
 }  # fmt: skip
-_ATOMS = {"number", "percent", "pi", "symbol", "letter", "name", "other name", "accent"}
-_ATOMS |= {"differential"}
+_ATOMS = {"number", "percent", "pi", "symbol", "letter", "name", "accent", "differential"}
 _SIMPLE = _ATOMS | {"frac", "binom", "unsupported", r"\left", r"\mleft"} | set(_CLOSERS)
 _FUNCTIONS = {"func", "many", "sqrt", "e"}
 
@@ -79,11 +78,9 @@ class _Parser:
             raise LatexError(f"expected {' or '.join(kinds)}, found {token.text or END!r}")
         return self._next.pop(0)
 
-    def _takes(self, kind: str) -> bool:
-        if self.kind == kind:
-            self._take()
-            return True
-        return False
+    def _takes(self, *kinds: str) -> bool:
+        """Whether one of these kinds was next, and has been taken."""
+        return self.kind in kinds and bool(self._take())
 
     # ------------------------------------------------------------------------------ operators
 
@@ -142,11 +139,7 @@ class _Parser:
 
     def _argument(self) -> Tree:
         """What ``^`` and ``_`` take: a braced expression or one atom."""
-        if self._takes("{"):
-            tree = self.expression()
-            self._take("}")
-            return tree
-        return self._atom()
+        return self._braced() if self.kind == "{" else self._atom()
 
     def _subscript(self) -> str:
         """``_`` and what follows it, as text that tells names apart."""
@@ -162,22 +155,15 @@ class _Parser:
     # ------------------------------------------------------------------------------- operands
 
     def _primary(self) -> Tree:
-        kind = self.kind
-        if kind in (r"\left", r"\mleft"):
-            self._take()
-            tree = self._group()
-            return tree
-        if kind in _CLOSERS:
+        if self._takes(r"\left", r"\mleft"):
+            return self._group()
+        if self.kind in _CLOSERS:
             return self._group(bare=True)
-        if kind == "frac":
-            self._take()
+        if self._takes("frac"):
             return ("div", self._braced(), self._braced())
-        if kind == "binom":
-            self._take()
+        if self._takes("binom"):
             return ("binom", self._braced(), self._braced())
-        if kind in _FUNCTIONS:
-            return self._function()
-        return self._atom()
+        return self._function() if self.kind in _FUNCTIONS else self._atom()
 
     def _braced(self) -> Tree:
         self._take("{")
@@ -206,10 +192,9 @@ class _Parser:
             return ("pi",)
         if token.kind in ("symbol", "differential"):
             raise LatexError(f"{token.text} is no number")
+        name = token.text
         if token.kind == "accent":
-            name = f"{token.text}{{{_text(self._braced())}}}"
-        else:
-            name = token.text
+            name += f"{{{_text(self._braced())}}}"
         if self.kind == "_":
             name += self._subscript()
         if self.kind in ("(", "[") and (argument := self._call()) is not None:
@@ -260,8 +245,7 @@ class _Parser:
             self._take()
         self._take("(")
         tree = self.expression()
-        if self.kind in (r"\right", r"\mright"):
-            self._take()
+        self._takes(r"\right", r"\mright")
         self._take(")")
         return tree
 
@@ -270,13 +254,11 @@ _INVERTED = set("sin cos tan csc sec cot sinh cosh tanh".split())
 
 
 def _number(text: str) -> Tree:
-    digits = text.replace(",", "")
-    percent = digits.endswith(r"\%")
-    digits = digits.removesuffix(r"\%")
+    digits = text.replace(",", "").removesuffix(r"\%")
     if len(digits) > _MAX_DIGITS:
         raise LatexError(f"a number of {len(digits)} digits")
     value = Fraction("0" + digits)
-    return ("number", value / 100 if percent else value)
+    return ("number", value / 100 if text.endswith("%") else value)
 
 
 def _text(tree: Tree) -> str:
