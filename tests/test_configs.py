@@ -12,6 +12,7 @@ from configs import common, grpo, sft
 from configs import eval as evaluation
 from srpo_jax.learn.optim import OptimConfig, make_optimizer
 from srpo_jax.model.sizes import size_config
+from srpo_jax.run.command import check_arguments
 from srpo_jax.run.settings import (
     GrpoSettings,
     evaluate_settings,
@@ -91,13 +92,33 @@ def test_arguments_are_typed_by_their_defaults():
             common.parse_arg(wrong, **known)
 
 
-def test_unknown_keys_are_refused_on_the_command_line():
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.optm.lr=1"], "--config.optm.lr: .* did you mean --config.optim.lr"),
+        (["--config.optim.learning_rate=1"], "no such key; optim has b1, b2, eps, .* lr,"),
+        (["--config.seed=1", "--config.seed=2"], "--config.seed: given 2 times"),
+        (["--config=configs/sft.py:size=8b"], "size is one of 7b, 3b, 32b, 72b, tiny"),
+        (["--config=configs/nope.py"], "configs/nope.py is no file; give one of configs/"),
+        (["--config=README.md"], "README.md is no file"),
+    ],
+)
+def test_what_is_misspelt_on_the_command_line_is_one_line_with_what_was_meant(words, message):
+    config = [] if words[0].startswith("--config=") else ["--config=configs/sft.py:size=3b"]
+    with pytest.raises((ValueError, RunError), match=message):
+        check_arguments([*config, "--workdir=nowhere", *words])
+
+
+def test_a_wrong_command_line_ends_with_one_line_and_code_1():
     command = [sys.executable, "-m", "srpo_jax.train_sft", "--config=configs/sft.py:size=3b"]
-    done = subprocess.run(
-        [*command, "--workdir=/nowhere", "--config.optim.learning_rate=1"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode != 0 and "learning_rate" in done.stderr
+    for words, told in (
+        (["--workdir=nowhere", "--config.optim.learning_rate=1"], "optim has b1, b2"),
+        (["--workdir=nowhere", "--config.optim.lr=much"], "could not convert string to float"),
+        ([], "--workdir must have a value"),
+    ):
+        done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and told in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
 
 
 def test_help_shows_an_example_and_a_wrong_setting_is_one_line():

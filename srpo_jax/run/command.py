@@ -15,6 +15,7 @@ from srpo_jax.run.resume import flat_config
 from srpo_jax.structs import RunError
 
 OVERRIDE = "--config."
+EXAMPLE = "configs/grpo.py:size=7b"
 
 
 def main(run: Callable[[Any, str], Any]) -> None:
@@ -37,7 +38,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
         except (flags.Error, ValueError, OSError, RuntimeError) as error:
             if "--debug" in argv:
                 raise
-            _fail(error)
+            _fail(RunError(str(error)) if isinstance(error, flags.Error) else error)
 
     def call(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
@@ -62,11 +63,8 @@ def _fail(error: BaseException) -> NoReturn:
     interrupted = isinstance(error, KeyboardInterrupt)
     print("interrupted" if interrupted else f"error: {text}", file=sys.stderr, flush=True)
     code = 130 if interrupted else 1
-    if (
-        jax.process_count() > 1
-    ):  # others may be waiting in a collective: leave without their consent
-        os._exit(code)
-    sys.exit(code)
+    # Other processes may be waiting in a collective: leave without their consent.
+    os._exit(code) if jax.process_count() > 1 else sys.exit(code)
 
 
 def read_config(text: str) -> Any:
@@ -86,9 +84,6 @@ def read_config(text: str) -> Any:
     return module.get_config(argument or None)
 
 
-EXAMPLE = "configs/grpo.py:size=7b"
-
-
 def check_arguments(words: list[str]) -> None:
     """Of a command line: the configuration can be read, has every key that is changed, once.
 
@@ -106,8 +101,8 @@ def check_arguments(words: list[str]) -> None:
             # A misspelt last word is sought in its own section first.
             section, _, word = key.rpartition(".")
             beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-            near = [f"{section}.{w}" for w in difflib.get_close_matches(word, beside, 1)]
-            near = near or difflib.get_close_matches(key, known, 1)
+            near = [f"{section}.{w}" for w in difflib.get_close_matches(word, beside, 1, 0.7)]
+            near = near or difflib.get_close_matches(key, known, 1, 0.8)
             meant = f"; did you mean {OVERRIDE}{near[0].lstrip('.')}?" if near else ""
             listed = f"; {section} has {', '.join(beside)}" if beside and not near else ""
             raise RunError(f"{OVERRIDE}{key}: the configuration has no such key{meant}{listed}")
