@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 
 from srpo_jax.data.images import RecordError
 from srpo_jax.reflection.drive import Driver, Handle, Outcome, Task
-from srpo_jax.remote.batch import BatchClient, request_bytes
+from srpo_jax.remote.batch import BatchClient, request_line
 from srpo_jax.remote.protocol import Rejected, Request, Unavailable
 
 BATCH_REQUESTS = 5_000
@@ -131,7 +131,7 @@ class BatchDriver(Driver):
                 except RecordError as error:
                     unread.append((name, error))
                 else:
-                    size += request_bytes(self.endpoint, requests[name])
+                    size += len(request_line(self.endpoint, name, requests[name]))
             return requests
 
         requests = await asyncio.to_thread(build)  # images are decoded beside the event loop

@@ -210,7 +210,7 @@ class Driver:
 
     def _count_errors(self, client: Client) -> None:
         """Bring the stored counts of errors up to the client's."""
-        for kind, number in client.stats.errors.items():
+        for kind, number in client.errors.items():
             new = number - self._progress.errors[kind]
             if new:
                 self.store.count_error(self.stage, kind, new)
