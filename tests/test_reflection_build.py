@@ -387,8 +387,8 @@ def test_every_setting_is_an_option_with_help():
 
 def test_a_result_that_is_there_stays_as_it_is(tmp_path):
     with Store(tmp_path, write=True) as store:
-        store.put(Result(1, "attempt", True, data={"text": "first"}))
-        store.put(Result(1, "attempt", True, data={"text": "second"}))
+        store.put(Result(1, "attempt", data={"text": "first"}))
+        store.put(Result(1, "attempt", data={"text": "second"}))
         assert store.results("attempt", 1)[0].data == {"text": "first"}
 
 
