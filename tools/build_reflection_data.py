@@ -111,7 +111,9 @@ def write(args: argparse.Namespace, store: Store, items: Items, settings: Any) -
 
 def read_settings(store: Store, args: argparse.Namespace) -> settings_lib.Settings:
     """Stored settings under those of the command line, for commands that build nothing."""
-    return settings_lib.Settings(**{**settings_lib.load(store), **settings_lib.only_settings(vars(args))})
+    return settings_lib.Settings(
+        **{**settings_lib.load(store), **settings_lib.only_settings(vars(args))}
+    )
 
 
 def export_now(args: argparse.Namespace) -> int:
