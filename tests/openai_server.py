@@ -217,9 +217,6 @@ class Server:
                 out = self._list(dict(p.split("=") for p in query.split("&") if p))
             case "GET", "batches", name:
                 out = self._advance(self.batches[name])
-            case "POST", "batches", name, "cancel":
-                self.batches[name]["status"] = "cancelled"
-                out = self.batches[name]
             case _:
                 raise HTTPError(404, f"no such path: {method} {'/'.join(parts)}")
         return 200, json.dumps(out).encode()

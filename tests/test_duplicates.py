@@ -184,7 +184,7 @@ def test_copies_of_real_images_are_recognised(folder, copy, missed):
 # ---------------------------------------------------------------------------------------- index
 
 
-def test_the_three_kinds_of_a_find():
+def test_the_two_kinds_of_a_find():
     index = Index()
     red, blue = dup.image_hash(puzzle()), dup.image_hash(puzzle(colour="blue"))
     index.add("first", Print("which number is missing in the ring", (red,)))
@@ -192,23 +192,17 @@ def test_the_three_kinds_of_a_find():
     index.add("third", Print("another question", (red,)))
     index.add("words", Print("name the capital"))
     found = index.find(Print("which number is missing in the ring", (red,)))
-    assert found == [("first", "same"), ("second", "question"), ("third", "image")]
+    assert found == [("first", "same"), ("third", "image")]
     assert index.find(Print("another question", (blue,))) == [("second", "image")]
-    assert index.find(Print("name the capital", (red,)), ("question",)) == [("words", "question")]
-    assert index.find(Print("name the capital"), ("same",)) == [("words", "same")]
+    assert index.find(Print("name the capital", (red,))) == [("first", "image"), ("third", "image")]
+    assert index.find(Print("name the capital")) == [("words", "same")]
     assert index.find(Print("something new")) == []
 
 
-def test_other_choices_make_it_the_same_question_but_not_the_same_item():
+def test_the_same_question_with_other_choices_is_not_the_same_item():
     index = Index()
     index.add(1, dup.fingerprint("What is the capital?", ["Rome", "Bern"]))
-    found = index.find(dup.fingerprint("What is the capital?", ["Rome", "Oslo"]))
-    assert found == [(1, "question")]
-
-
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="kinds .'picture'.: know same, question, image"):
-        Index().find(Print("x"), ("picture",))
+    assert index.find(dup.fingerprint("What is the capital?", ["Rome", "Oslo"])) == []
 
 
 def test_the_index_finds_what_a_full_search_finds():
@@ -257,8 +251,6 @@ def test_contamination_names_file_row_and_kind():
         {"key": "x", "file": "one.jsonl", "row": 7, "kind": "same"},
         {"key": "y", "file": "two.jsonl", "row": 3, "kind": "image"},
     ]
-    by_question = dup.contamination(prints, evaluation, ("question",))
-    assert by_question == [{"key": "z", "file": "two.jsonl", "row": 3, "kind": "question"}]
 
 
 def test_one_question_or_one_image_on_everything_stays_fast():

@@ -20,11 +20,11 @@ import reflection_world
 
 from srpo_jax.data.encoders import sft_response
 from srpo_jax.data.records import open_records
-from srpo_jax.reflection import batches
+from srpo_jax.reflection import batches, stages
 from srpo_jax.reflection import settings as settings_lib
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
-from srpo_jax.reflection.write import account
+from srpo_jax.reflection.write import account, tally
 from srpo_jax.rewards.verifier import Verifier
 from tools import build_reflection_data as tool
 from tools.demo import tiles
@@ -327,6 +327,57 @@ def test_batches_stay_within_the_number_of_items_and_the_budget(
     assert 10 - dearest < stored["money"][1] < 10 + dearest, stored
 
 
+# ----------------------------------------------------------------------- local policy and judge
+
+
+class LocalPolicy:
+    """Half of its answers are right; every fifth text is cut off."""
+
+    name = "local"
+
+    def sample(self, asks, *, prompt, temperature, max_new_tokens):
+        assert (prompt, temperature) == ("srpo", 1.0 if asks[0].prefix else 0.2)
+        found = []
+        for ask in asks:
+            rng = random.Random(ask.seed)
+            said = ask.record.answer if rng.random() < 0.5 else "99"
+            text = f"<think>I count the tiles.</think>\n<answer>$\\boxed{{{said}}}$</answer>"
+            if ask.prefix:
+                text = f"I look at each of the tiles once more.</reflection>\n{text}"
+            ended = rng.random() > 0.2
+            found.append((text if ended else text[:40], 10, len(text), ended))
+        return found
+
+
+def test_a_local_policy_reviews_itself_and_a_judge_rates_its_attempts(world, heard, tmp_path):
+    def rate(body):
+        return json.dumps({"score": body["seed"] % 7})
+
+    with openai_server.Server(rate) as server, Store(tmp_path, write=True) as store:
+        settings = Settings(
+            records=(str(world / "tiles.jsonl"),), policy_hf_dir="x", attempt_prompt="srpo",
+            mode="self", share_correct=-1, batch_size=20, grading_workers=1, max_items=40,
+            judge_model="judge", judge_url=server.base_url,
+        )  # fmt: skip
+        run = stages.Run(store, settings, lambda text: None, LocalPolicy)
+        with pytest.raises(stages.Incomplete, match="--max_items=40 is reached"):
+            stages.attempt(run)
+        run.settings = dataclasses.replace(settings, max_items=0)
+        for stage in stages.STAGES.values():
+            stage(run)
+        counts = tally(store)
+        rated = [store.result("judge", item) for item, _ in store.keys("judge")]
+        chosen = [item for (item,) in store.query("SELECT item FROM results WHERE "
+                                                  "stage = 'select' AND ok")]  # fmt: skip
+        assert all(store.result("judge", item).data["score"] >= 3 for item in chosen)
+        accepted = account(store)
+    assert counts["attempt"]["ok"] + counts["attempt"]["reasons"].pop(stages.CUT_OFF) == RECORDS
+    assert all(r.reason == ("outside the schema" if r.data["score"] > 5 else "") for r in rated)
+    assert 0 < accepted["accepted"] == counts["check"]["ok"] <= len(chosen)
+    assert set(counts["check"]["reasons"]) == {"second answer wrong"}
+    assert accepted["rated too low"] > 0
+
+
 # -------------------------------------------------------------------------------------- selection
 
 
@@ -387,8 +438,8 @@ def test_every_setting_is_an_option_with_help():
 
 def test_a_result_that_is_there_stays_as_it_is(tmp_path):
     with Store(tmp_path, write=True) as store:
-        store.put(Result(1, "attempt", True, data={"text": "first"}))
-        store.put(Result(1, "attempt", True, data={"text": "second"}))
+        store.put(Result(1, "attempt", data={"text": "first"}))
+        store.put(Result(1, "attempt", data={"text": "second"}))
         assert store.results("attempt", 1)[0].data == {"text": "first"}
 
 

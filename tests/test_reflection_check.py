@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from srpo_jax.reflection.check import leak, same_language
+from srpo_jax.reflection.check import leaks, same_language
 
 COLOURS = ("red", "blue", "light green", "yellow")
 NUMBERS = ("6", "12", "7", "2")
@@ -150,27 +150,25 @@ CLEAN = [
     ("reflection", "gold", "choices", "first", "right"), LEAKS, ids=[c[0][:40] for c in LEAKS]
 )
 def test_a_leak_is_found(reflection, gold, choices, first, right):
-    reason = leak(reflection, gold, choices, first, right)
-    assert reason
-    assert "\n" not in reason
+    assert leaks(reflection, gold, choices, first, right)
 
 
 @pytest.mark.parametrize(
     ("reflection", "gold", "choices", "first", "right"), CLEAN, ids=[c[0][:40] for c in CLEAN]
 )
 def test_a_diagnosis_is_no_leak(reflection, gold, choices, first, right):
-    assert leak(reflection, gold, choices, first, right) is None
+    assert not leaks(reflection, gold, choices, first, right)
 
 
 @pytest.mark.parametrize("reflection", ["", " ", "...", "\\boxed{", "$", "\0", "答案"])
 def test_odd_texts_are_no_leak(reflection):
-    assert leak(reflection, *OPEN) is None
+    assert not leaks(reflection, *OPEN)
 
 
 @pytest.mark.parametrize("gold", ["", " ", "$", "}{", "\\frac{1}{", "x" * 5000, "[a-z]+(", "Z"])
 def test_odd_golds_do_no_harm(gold):
     text = "The rows were added although they should be multiplied with each other."
-    assert leak(text, gold, (), "7", False) is None
+    assert not leaks(text, gold, (), "7", False)
 
 
 HOSTILE = [
@@ -200,8 +198,8 @@ HOSTILE = [
 def seconds_for(piece, characters):
     text = (piece * (characters // len(piece) + 1))[:characters]
     start = time.process_time()
-    leak(text, "13", (), "7", False)
-    leak(text, "light green", COLOURS, "red", False)
+    leaks(text, "13", (), "7", False)
+    leaks(text, "light green", COLOURS, "red", False)
     same_language(text, text)
     return time.process_time() - start
 

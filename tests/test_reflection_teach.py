@@ -53,9 +53,8 @@ def test_the_gold_is_told_in_gold_given_only():
     prompts = teach.Prompts()
     for mode, told in (("gold_given", True), ("gold_blind", False), ("self", False)):
         for correct in (True, False):
-            request = teach.reflect_request(
-                record(), 0, ATTEMPT, correct, 0, Settings(mode=mode), prompts
-            )
+            first = {**ATTEMPT, "correct": correct}
+            request = teach.reflect_request(record(), 0, first, 0, Settings(mode=mode), prompts)
             assert (GOLD in said(request)) is told
 
 
@@ -63,8 +62,8 @@ def test_right_and_wrong_attempts_get_two_instructions_and_blind_ones_the_same()
     prompts = teach.Prompts()
 
     def asked(mode, correct):
-        settings = Settings(mode=mode)
-        return said(teach.reflect_request(record(), 0, ATTEMPT, correct, 0, settings, prompts))
+        first = {**ATTEMPT, "correct": correct}
+        return said(teach.reflect_request(record(), 0, first, 0, Settings(mode=mode), prompts))
 
     assert asked("gold_given", True) != asked("gold_given", False)
     assert "shorter" in asked("gold_given", True)

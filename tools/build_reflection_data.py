@@ -25,11 +25,9 @@ is enough then. Exit code 3: stopped by --budget_usd, --max_items or a signal, n
 """
 
 import argparse
-import functools
 import random
 import sys
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +71,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that stand on the command line."""
-    found = {n: v for n, v in vars(args).items() if n in settings_lib.FIELDS}
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
-
-
 def say(text: str) -> None:
     """One line of progress."""
     print(text, file=sys.stderr, flush=True)
@@ -87,18 +79,18 @@ def say(text: str) -> None:
 def build(args: argparse.Namespace) -> int:
     """Run stages; 3 where they stopped before their end."""
     with Store(args.workdir, write=True) as store:
-        settings = settings_lib.merge(store, given_settings(args))
-        if store.meta("run") is None:
-            store.set_meta("run", uuid.uuid4().hex)
-        policy = None
-        if settings.policy_hf_dir:
-            from tools.lib.reflection_policy import SamplerPolicy  # loads jax only where needed
+        settings = settings_lib.merge(store, settings_lib.only_settings(vars(args)))
 
-            policy = functools.partial(SamplerPolicy, settings)
+        def policy() -> stages.LocalPolicy:
+            from tools.lib.reflection_policy import SamplerPolicy  # loads jax: only where needed
+
+            return SamplerPolicy(settings)
+
         run = stages.Run(store, settings, say, policy)
         names = ("attempt", "grade", "judge", "select", "reflect")
         try:
-            stages.run_stages(run, names if args.command == "run" else (args.command,))
+            for name in names if args.command == "run" else (args.command,):
+                stages.STAGES[name](run)
         except stages.Incomplete as stop:
             say(str(stop))
             return STOPPED
@@ -119,7 +111,9 @@ def write(args: argparse.Namespace, store: Store, items: Items, settings: Any) -
 
 def read_settings(store: Store, args: argparse.Namespace) -> settings_lib.Settings:
     """Stored settings under those of the command line, for commands that build nothing."""
-    return settings_lib.Settings(**{**settings_lib.load(store), **given_settings(args)})
+    return settings_lib.Settings(
+        **{**settings_lib.load(store), **settings_lib.only_settings(vars(args))}
+    )
 
 
 def export_now(args: argparse.Namespace) -> int:

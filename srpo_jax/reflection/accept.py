@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from srpo_jax.data.prompts import CONTROL_TOKENS, add_box, block, paper_sft_response, srpo_response
+from srpo_jax.data.prompts import CONTROL_TOKENS, paper_sft_response, plain_response, srpo_response
 from srpo_jax.data.records import Record
 from srpo_jax.reflection import check
 from srpo_jax.reflection.settings import Settings
@@ -14,11 +14,10 @@ def target_problem(think: str, answer: str) -> str | None:
     if any(token in text for text in (think, answer) for token in CONTROL_TOKENS):
         return "control token in the text"
     try:
-        block("think", think)
-        block("answer", add_box(answer))
+        plain_response(think, answer)
     except ValueError:
         return "not the template"
-    return None if answer.strip() else "not the template"
+    return None
 
 
 def reply_problem(
@@ -58,11 +57,12 @@ def reply_problem(
         return "reflection too long"
     if count_tokens(reply.get("second_think", "")) > settings.max_think_tokens:
         return "second think too long"
-    if not settings.any_language and not all(
-        check.same_language(record.question, text) for text in texts
+    if not settings.any_language:
+        if not all(check.same_language(record.question, text) for text in texts):
+            return "another language"
+    # Who has not seen the gold can state it, but not leak it.
+    if settings.mode == "gold_given" and check.leaks(
+        reflection, record.answer, record.choices, first["answer"], first["correct"]
     ):
-        return "another language"
-    if settings.mode != "gold_given":  # who has not seen the gold can state it, but not leak it
-        return None
-    leak = check.leak(reflection, record.answer, record.choices, first["answer"], first["correct"])
-    return None if leak is None else "leaked gold"
+        return "leaked gold"
+    return None

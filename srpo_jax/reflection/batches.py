@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable
 
 from srpo_jax.data.images import RecordError
-from srpo_jax.reflection.drive import Driver, Handle, Outcome, Task
-from srpo_jax.remote.batch import BatchClient, request_bytes
-from srpo_jax.remote.protocol import Rejected, Request, Unavailable
+from srpo_jax.reflection.drive import Driver, Task
+from srpo_jax.remote.batch import BatchClient, request_line
+from srpo_jax.remote.protocol import Request, Unavailable
 
 BATCH_REQUESTS = 5_000
 BATCH_BYTES = 50 * 10**6  # images in base64: the batch that is being uploaded is held in memory
@@ -28,11 +28,9 @@ class BatchDriver(Driver):
     """A ``Driver`` that sends batches. A batch is written down before it is submitted and crossed
     out after it was collected, so that a killed run neither pays for one twice nor forgets it."""
 
-    async def _send(self, tasks: Iterable[Task], handle: Handle) -> Outcome:
-        outcome = Outcome()
-        self._todo = {self._name(task): task for task in tasks}
+    async def _send(self, tasks: Iterable[Task]) -> int:
+        self._todo = {f"{self.stage}-{task.item}-{task.trial}": task for task in tasks}
         self._away: set[str] = set()  # members of batches that are at the vendor's
-        self._handle, self._outcome = handle, outcome
         with self._signals():
             async with BatchClient(self.endpoint) as client:
                 # Those that an earlier run left, then new ones.
@@ -41,9 +39,7 @@ class BatchDriver(Driver):
                     if not self._todo or self._stop:
                         break
                     await self._together(client, self._new(client))
-        outcome.left, outcome.stopped = len(self._todo), self._stop
-        self._progress.tick(force=True)
-        return outcome
+        return len(self._todo)
 
     async def _together(self, client: BatchClient, batches: AsyncIterator[Batch]) -> None:
         """Wait for batches (key, id, members) and collect them, AT_ONCE at a time."""
@@ -102,12 +98,12 @@ class BatchDriver(Driver):
         Waits for batches under way where only they stand between the stage and its limits.
         """
         settings, progress = self.settings, self._progress
-        while not self._limit(0, self._outcome):
+        while not self._limit(0):
             size, away = settings.batch_size or BATCH_REQUESTS, len(self._away)
             if settings.max_items:
-                size = min(size, settings.max_items - self._outcome.replies - away)
+                size = min(size, settings.max_items - progress.done - away)
             if settings.budget_usd and progress.dearest:
-                left = settings.budget_usd - self._spent - progress.cost
+                left = settings.budget_usd - progress.spent
                 # At least one when nothing is under way: a limit is reached, not approached.
                 size = min(size, max(int(left / progress.dearest) - away, int(not away)))
             elif settings.budget_usd:
@@ -119,24 +115,15 @@ class BatchDriver(Driver):
 
     async def _build(self, names: deque[str], most: int) -> dict[str, Request]:
         """The next requests, taken from ``names``; records that cannot be read are settled here."""
-        unread: list[tuple[str, RecordError]] = []
-
-        def build() -> dict[str, Request]:
-            requests: dict[str, Request] = {}
-            size = 0
-            while names and len(requests) < most and size < BATCH_BYTES:
-                name = names.popleft()
-                try:
-                    requests[name] = self._todo[name].build()
-                except RecordError as error:
-                    unread.append((name, error))
-                else:
-                    size += request_bytes(self.endpoint, requests[name])
-            return requests
-
-        requests = await asyncio.to_thread(build)  # images are decoded beside the event loop
-        for name, error in unread:
-            self._store(self._unreadable(self._todo.pop(name), error), self._outcome)
+        requests: dict[str, Request] = {}
+        size = 0
+        while names and len(requests) < most and size < BATCH_BYTES:
+            name = names.popleft()
+            try:  # images are decoded beside the event loop
+                requests[name] = await asyncio.to_thread(self._todo[name].build)
+                size += len(request_line(self.endpoint, name, requests[name]))
+            except RecordError as error:
+                self._store(self._todo.pop(name), error)
         return requests
 
     async def _finish(self, client: BatchClient, key: str, name: str) -> None:
@@ -155,18 +142,10 @@ class BatchDriver(Driver):
         if status.error:
             self.say(f"{self.stage}: batch {name} {status.status}: {status.error}")
         async for member, reply in client.collect(name):
-            task = self._todo.get(member)
-            if task is None or isinstance(reply, Unavailable):
-                continue
-            refused = isinstance(reply, Rejected)
-            result = self._refused(task, reply) if refused else self._handle(task, reply)
-            self._store(result, self._outcome)
-            del self._todo[member]
+            if member in self._todo and not isinstance(reply, Unavailable):
+                self._store(self._todo.pop(member), reply)
         self._progress.tick()
         self._mark(key, name, "collected")
-
-    def _name(self, task: Task) -> str:
-        return f"{self.stage}-{task.item}-{task.trial}"
 
     def _mark(self, key: str, name: str, state: str) -> None:
         self.store.db.execute(

@@ -1,9 +1,9 @@
 """What a reflection must not do: give away that the answer was known, or change the language.
 
-``leak`` finds three things. Speaking of a key (also where the first attempt was right); stating the
-gold as the answer instead of saying what went wrong; and hardly being more than the gold. A gold
-that only occurs in a computation, and the model's own right answer repeated, are no leaks. Every
-pattern here is tried at few places and looks at a bounded stretch of text: time is linear.
+``leaks`` finds three things. Speaking of a key (also where the first attempt was right); stating
+the gold as the answer instead of saying what went wrong; and hardly being more than the gold. A
+gold that only occurs in a computation, and the model's own right answer repeated, are no leaks.
+Every pattern here is tried at few places and looks at a bounded stretch of text: time is linear.
 """
 
 import re
@@ -64,21 +64,19 @@ _OWN = re.compile(
 )
 
 
-def _speaks_of_a_key(text: str, first_answer: str, first_correct: bool) -> str | None:
-    """The words that speak of a known answer; ``text`` in lower case on one line."""
-    found = _KEY.search(text)
-    if found:
-        return found[0]
+def _speaks_of_a_key(text: str, first_answer: str, first_correct: bool) -> bool:
+    """Whether a known answer is spoken of; ``text`` in lower case on one line."""
+    if _KEY.search(text):
+        return True
     own = " ".join(plain_text(extract_answer(first_answer)).casefold().split())[:80]
     for found in _SHOWN.finditer(text):
         after = re.split(r"[.。;；!?](?!\d)", text[found.end() : found.end() + 80], maxsplit=1)[0]
         if own and re.search(r"(?<![\w.])" + re.escape(own) + r"(?![\w])", after):
             continue
-        if _COMPARED.search(text[max(0, found.start() - 30) : found.start()]):
-            return found[0]
-        if not first_correct and not _OWN.search(after):
-            return found[0]
-    return None
+        compared = _COMPARED.search(text[max(0, found.start() - 30) : found.start()])
+        if compared or not (first_correct or _OWN.search(after)):
+            return True
+    return False
 
 
 # --------------------------------------------------------------------- (b) the gold as the answer
@@ -184,26 +182,17 @@ class _GoldForms:
 
     def __init__(self, gold: str, choices: tuple[str, ...]):
         text = extract_answer(gold)
-        plain = plain_text(text)
-        indices = choice_indices(text, choices)
-        if indices is None and choices:
-            indices = frozenset()
-        texts = (
-            [plain_text(choices[i]) for i in sorted(indices)] if choices and indices else [plain]
-        )
-        self.letters = ""
+        # Without choices a letter names none of them.
+        chosen = sorted(choice_indices(text, choices) or ()) if choices else []
+        texts = [plain_text(choices[i]) for i in chosen] or [plain_text(text)]
+        names = {chr(ord("A") + i) for i in chosen if i < 26}
         if all(_LETTER.fullmatch(t) for t in texts):  # pictures called A to E: the name decides
-            self.letters = "".join(t.strip("().:") for t in texts)
-            labels = {chr(ord("A") + i) for i in indices or ()} if choices else set()
-            self.letters += "".join(sorted(labels - {plain_text(c) for c in choices}))
+            names = {t.strip("().:") for t in texts} | (names - {plain_text(c) for c in choices})
             texts = []
-        elif indices and choices:
-            self.letters = "".join(chr(ord("A") + i) for i in sorted(indices) if i < 26)
+        self.letters = "".join(sorted(names))
         self.numbers = [q for q in map(parse_quantity, texts) if q is not None]
-        self.words = [] if self.numbers else [_fold(t) for t in texts if _fold(t)]
-        self.compact = [
-            _compact(t).lstrip("([") for t in texts if len(_compact(t).lstrip("([")) > 0
-        ]
+        self.words = [] if self.numbers else [word for t in texts if (word := _fold(t))]
+        self.compact = [packed for t in texts if (packed := _compact(t).lstrip("(["))]
 
     def starts(self, text: str) -> bool:
         """Whether the text begins with the gold, and not with something longer."""
@@ -214,7 +203,7 @@ class _GoldForms:
         if number and self.numbers and not _GOES_ON.match(text, number.end()):
             return self._is_number(number[0])
         folded = _fold(text)
-        if any(folded.startswith(w) and _WORD_END.match(folded, len(w)) for w in self.words if w):
+        if any(folded.startswith(w) and _WORD_END.match(folded, len(w)) for w in self.words):
             return True
         if number and self.numbers:
             return False
@@ -231,15 +220,16 @@ class _GoldForms:
         if self.letters and re.search(rf"(?<![\w'’])[{self.letters}]$", text):
             return True
         folded = _fold(text)
-        if any(re.search(r"(?<!\w)" + re.escape(w) + r"$", folded) for w in self.words if w):
+        if any(re.search(r"(?<!\w)" + re.escape(w) + r"$", folded) for w in self.words):
             return True
-        numbers = list(_NUMBER.finditer(text[-60:]))
+        text = text[-60:]
+        numbers = list(_NUMBER.finditer(text))
         if not numbers or not self.numbers:
             return False
         last = numbers[-1]
-        unit, before = text[-60:][last.end() :], text[-60:][: last.start()].rstrip()
-        alone = not re.search(r"[+*/×÷=^]$", before)
-        return alone and bool(re.fullmatch(r"\s?[^\W\d]{0,12}", unit)) and self._is_number(last[0])
+        alone = not re.search(r"[+*/×÷=^]\s*$", text[: last.start()])
+        unit = re.fullmatch(r"\s?[^\W\d]{0,12}", text[last.end() :])
+        return alone and bool(unit) and self._is_number(last[0])
 
     def _is_number(self, text: str) -> bool:
         found = parse_quantity(plain_text(text.replace("−", "-").rstrip(",")))
@@ -258,10 +248,9 @@ class _GoldForms:
             ):
                 count = 0  # the article
         for words in self.words:
-            if words:
-                parts = r"\s+".join(map(re.escape, words.split()))
-                out, more = re.subn(rf"(?<!\w)(?i:{parts})(?!\w)", " ", out)
-                count += more
+            parts = r"\s+".join(map(re.escape, words.split()))
+            out, more = re.subn(rf"(?<!\w)(?i:{parts})(?!\w)", " ", out)
+            count += more
         if self.numbers:
             before, out = out, _NUMBER.sub(lambda m: " " if self._is_number(m[0]) else m[0], out)
             count += before != out
@@ -289,17 +278,12 @@ def _fold(text: str) -> str:
 
 
 def _compact(text: str) -> str:
-    text = re.sub(
-        r"\\(?:left|right|,|;|!|quad|text|mathrm|dfrac)", lambda m: _FRAC.get(m[0], ""), text
-    )
-    return re.sub(r"[\s${}]", "", text)
+    text = text.replace(r"\dfrac", r"\frac")
+    return re.sub(r"\\(?:left|right|,|;|!|quad|text|mathrm)|[\s${}]", "", text)
 
 
-_FRAC = {r"\dfrac": r"\frac"}
-
-
-def _states_gold(text: str, forms: _GoldForms) -> str | None:
-    """The words that give the gold as the answer; ``text`` on one line."""
+def _states_gold(text: str, forms: _GoldForms) -> bool:
+    """Whether the gold is given as the answer; ``text`` on one line."""
     lower = text.lower()  # of the same length, so that places agree
     if len(lower) != len(text):
         lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
@@ -308,21 +292,20 @@ def _states_gold(text: str, forms: _GoldForms) -> str | None:
             window = text[found.end() : found.end() + _WINDOW]
             if lead is _BOXED:
                 window = _braced(window)
-            if forms.starts(window):
-                if lead is _SHOULD and _computed(lower, found.start()):
-                    continue
-                if lead is _CHOSEN and _JUDGED.match(window):
-                    continue
-                return _shown(text, found.start(), found.end() + 30)
             if lead is _STATED and _last_side_is_gold(window, forms):
-                return _shown(text, found.start(), found.end() + 30)
+                return True
+            computed = lead is _SHOULD and _computed(lower, found.start())
+            if computed or (lead is _CHOSEN and _JUDGED.match(window)):
+                continue
+            if forms.starts(window):
+                return True
     for found in _CALLED.finditer(lower):
         before = text[max(0, found.start() - _WINDOW) : found.start()]
-        if found.groupdict().get("bare") and re.search(r"\d\s*\w*$", before):
+        if found["bare"] and re.search(r"\d\s*\w*$", before):
             continue  # "reading 12 is correct" judges a step
         if forms.ends(before):
-            return _shown(text, found.start() - 20, found.end())
-    return None
+            return True
+    return False
 
 
 def _braced(text: str) -> str:
@@ -346,47 +329,38 @@ def _last_side_is_gold(window: str, forms: _GoldForms) -> bool:
     return bool(equals) and bool(re.search(r"\d", left)) and forms.starts(right)
 
 
-def _shown(text: str, start: int, end: int) -> str:
-    return text[max(0, start) : end].strip()
-
-
 # ------------------------------------------------------------------------------------- the check
 
 
-def leak(
+def leaks(
     reflection: str,
     gold: str,
     choices: Sequence[str],
     first_answer: str,
     first_correct: bool,
-) -> str | None:
-    """Why a reflection gives away that the gold was known, as one line; None where it does not.
+) -> bool:
+    """Whether a reflection gives away that the gold was known.
 
     ``choices`` are empty for an open question; ``first_answer`` is the attempt's answer block.
     """
     text = " ".join(unicodedata.normalize("NFKC", reflection).replace("**", "").split())
-    words = _speaks_of_a_key(text.casefold(), first_answer, first_correct)
-    if words:
-        return f"speaks of a known answer: {words[:60]!r}"
+    if _speaks_of_a_key(text.casefold(), first_answer, first_correct):
+        return True
     if first_correct:
-        return None
-    forms = _forms(str(gold), tuple(choices))
-    words = _states_gold(text, forms)
-    if words:
-        return f"states the gold as the answer: {words[:80]!r}"
-    rest = forms.without(text[:2000]) if len(text) < 2000 else None
-    if rest is not None and _count_words(rest) < MIN_OTHER_WORDS:
-        return "hardly more than the gold"
-    return None
+        return False
+    forms = _forms(gold, tuple(choices))
+    if _states_gold(text, forms):
+        return True
+    rest = forms.without(text) if len(text) < 2000 else None
+    return rest is not None and _count_words(rest) < MIN_OTHER_WORDS
 
 
 def _count_words(text: str) -> int:
     """Words of letters; two ideographs count as one word. Formulas and commands do not count."""
+    ideographs = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
     text = re.sub(r"\\[a-zA-Z]+", " ", text)
-    dense = len(re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]", text))
-    return (
-        len(re.findall(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]{2,}", text)) + dense // 2
-    )
+    dense = len(re.findall(rf"[{ideographs}]", text))
+    return len(re.findall(rf"[^\W\d_{ideographs}]{{2,}}", text)) + dense // 2
 
 
 # ------------------------------------------------------------------------------------- language

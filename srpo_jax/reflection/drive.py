@@ -6,7 +6,8 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from srpo_jax.data.images import RecordError
 from srpo_jax.reflection.settings import Settings
@@ -16,6 +17,7 @@ from srpo_jax.remote.protocol import Endpoint, Rejected, Reply, Request, Unavail
 
 PASSES = 3  # over requests that the server could not answer
 REPORT_SECONDS = 10.0
+UNREADABLE = "unreadable record"
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,12 @@ class Task:
     build: Callable[[], Request]
 
 
-Handle = Callable[[Task, Reply], Result]
+# A reply -> why it is not usable ("" where it is), and what is kept of it.
+Handle = Callable[[Reply], tuple[str, dict[str, Any]]]
 
 
-@dataclass
-class Outcome:
-    """How a stage's requests went: replies stored, tasks left open, and why it stopped early."""
-
-    replies: int = 0
-    left: int = 0
-    stopped: str = ""
-    errors: Counter = field(default_factory=Counter)
+class Incomplete(RuntimeError):
+    """A stage that stopped before its end; everything that arrived is kept."""
 
 
 class Progress:
@@ -48,30 +45,34 @@ class Progress:
         self.spent_before, self.cost, self.tokens = spent, 0.0, 0
         self.done = self.good = 0
         self.dearest = 0.0  # USD of one reply
-        self.errors: Counter = Counter()
+        self.errors: Counter[str] = Counter()
         self.start = self.last = time.monotonic()
 
-    def add(self, result: Result) -> None:
-        """Count one stored result."""
-        self.done += 1
-        self.good += result.ok
-        self.cost += result.cost
-        self.dearest = max(self.dearest, result.cost)
-        self.tokens += result.prompt_tokens + result.completion_tokens
+    @property
+    def spent(self) -> float:
+        """USD so far, of earlier commands too."""
+        return self.spent_before + self.cost
+
+    def add(self, *results: Result) -> None:
+        """Count stored results."""
+        self.done += len(results)
+        for result in results:
+            self.good += result.ok
+            self.cost += result.cost
+            self.dearest = max(self.dearest, result.cost)
+            self.tokens += result.prompt_tokens + result.completion_tokens
 
     def line(self) -> str:
         """Items, pace, usable share, tokens, cost so far and forecast, errors by kind."""
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rate = self.done / seconds
-        left = (self.total - self.done) / rate if rate else float("inf")
+        rate = self.done / max(time.monotonic() - self.start, 1e-9)
         parts = [f"{self.label} {self.done}/{self.total}", f"{rate:.1f}/s"]
         if self.done:
-            parts.append(f"{duration(left)} left")
+            parts.append(f"{duration((self.total - self.done) / rate)} left")
             parts.append(f"usable {self.good / self.done:.1%}")
         parts.append(f"{self.tokens:,} tokens")
         if self.cost:
             forecast = self.spent_before + self.cost / self.done * self.total
-            parts.append(f"${self.spent_before + self.cost:.2f} of about ${forecast:.2f}")
+            parts.append(f"${self.spent:.2f} of about ${forecast:.2f}")
         if self.errors:
             parts.append(", ".join(f"{kind} {n}" for kind, n in sorted(self.errors.items())))
         return "  ".join(parts)
@@ -86,8 +87,6 @@ class Progress:
 
 def duration(seconds: float) -> str:
     """Seconds as 3h12m, 4m07s or 9s."""
-    if seconds == float("inf"):
-        return "?"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (
@@ -110,41 +109,48 @@ class Driver:
         self.say = say
         self._stop = ""
 
-    def run(self, tasks: Iterable[Task], total: int, handle: Handle) -> Outcome:
-        """Send the requests of all tasks; see ``Outcome``. Fatal errors are raised."""
-        self._spent = self.store.cost()
-        self._progress = Progress(self.stage, total, self._spent, self.say)
-        return asyncio.run(self._send(tasks, handle))
+    def run(self, tasks: Iterable[Task], total: int, handle: Handle) -> None:
+        """Send the requests of all tasks; Incomplete where some are left. Raises Fatal."""
+        self._handle = handle
+        self._progress = Progress(self.stage, total, self.store.cost(), self.say)
+        left = asyncio.run(self._send(tasks))
+        self._progress.tick(force=True)
+        if self._stop:
+            raise Incomplete(
+                f"{self.stage} stopped: {self._stop}; the same command goes on with it"
+            )
+        if left:
+            raise Incomplete(
+                f"{self.stage}: {left} requests could not be answered "
+                f"({dict(self._progress.errors)}); the same command tries them again"
+            )
 
-    async def _send(self, tasks: Iterable[Task], handle: Handle) -> Outcome:
-        outcome, retry = Outcome(), []
+    async def _send(self, tasks: Iterable[Task]) -> int:
+        """Send every task; returns how many could not be answered."""
         with self._signals():
             async with Client(self.endpoint) as client:
-                for turn in range(PASSES):
-                    retry = await self._pass(client, iter(tasks), handle, outcome)
-                    if not retry or self._stop or turn == PASSES - 1:
-                        break
-                    tasks = retry  # after everything else: the server had time to recover
-        outcome.left, outcome.stopped = len(retry), self._stop
-        outcome.errors = Counter(self._progress.errors)
-        self._progress.tick(force=True)
-        return outcome
+                left = await self._pass(client, iter(tasks))
+                for _ in range(PASSES - 1):
+                    if left and not self._stop:  # the server had time to recover
+                        left = await self._pass(client, iter(left))
+        return len(left)
 
-    async def _pass(
-        self, client: Client, tasks: Iterator[Task], handle: Handle, outcome: Outcome
-    ) -> list[Task]:
+    async def _pass(self, client: Client, tasks: Iterator[Task]) -> list[Task]:
         """Send every task once; returns those the server could not answer."""
         retry: list[Task] = []
-
         flying = 0
 
         async def work() -> None:
             nonlocal flying
             # A plain iterator serves all workers: they share one thread.
-            while not self._limit(flying, outcome) and (task := next(tasks, None)):
+            while not self._limit(flying) and (task := next(tasks, None)):
                 flying += 1
                 try:
-                    self._store(await self._answer(client, task, handle), outcome)
+                    # Images are decoded and encoded beside the event loop.
+                    request = await asyncio.to_thread(task.build)
+                    self._store(task, await client.complete(request))
+                except (RecordError, Rejected) as error:
+                    self._store(task, error)
                 except Unavailable:
                     retry.append(task)
                 finally:
@@ -162,43 +168,30 @@ class Driver:
             self._count_errors(client)
         return retry
 
-    async def _answer(self, client: Client, task: Task, handle: Handle) -> Result:
-        """The result of one task: what its reply holds, or why there can be none."""
-        try:
-            # Images are decoded and encoded beside the event loop.
-            request = await asyncio.to_thread(task.build)
-        except RecordError as error:
-            return self._unreadable(task, error)
-        try:
-            reply = await client.complete(request)
-        except Rejected as error:
-            return self._refused(task, error)
-        return handle(task, reply)
-
-    def _unreadable(self, task: Task, error: RecordError) -> Result:
-        data = {"error": str(error)}
-        return Result(task.item, self.stage, False, "unreadable record", data, task.trial)
-
-    def _refused(self, task: Task, error: Rejected) -> Result:
-        data = {"error": str(error)}
-        reason = "refused by the server"
-        return Result(task.item, self.stage, False, reason, data, task.trial, cost=error.cost)
-
-    def _store(self, result: Result, outcome: Outcome) -> None:
+    def _store(self, task: Task, found: Reply | Rejected | RecordError) -> None:
+        """Commit what a reply holds, or why there is none."""
+        if isinstance(found, Reply):
+            reason, data = self._handle(found)
+            data = {"model": found.model, **data}
+            costs = found.prompt_tokens, found.completion_tokens, found.cost
+        else:
+            refused = isinstance(found, Rejected)
+            reason = "refused by the server" if refused else UNREADABLE
+            data = {"error": str(found)}
+            costs = 0, 0, found.cost if refused else 0.0
+        result = Result(task.item, self.stage, reason, data, task.trial, *costs)
         self.store.put(result)
         self._progress.add(result)
-        outcome.replies += 1
 
-    def _limit(self, flying: int, outcome: Outcome) -> bool:
+    def _limit(self, flying: int) -> bool:
         """Whether nothing more may be sent while ``flying`` requests are under way; notes why."""
         settings = self.settings
         if not self._stop and settings.budget_usd:
             # What is under way may cost as much as the dearest reply so far.
-            expected = self._spent + self._progress.cost + flying * self._progress.dearest
-            if expected >= settings.budget_usd:
+            if self._progress.spent + flying * self._progress.dearest >= settings.budget_usd:
                 self._stop = f"the budget of ${settings.budget_usd:g} is used up"
         if not self._stop and settings.max_items:
-            if outcome.replies + flying >= settings.max_items:
+            if self._progress.done + flying >= settings.max_items:
                 self._stop = f"--max_items={settings.max_items} is reached"
         return bool(self._stop)
 
@@ -210,11 +203,9 @@ class Driver:
 
     def _count_errors(self, client: Client) -> None:
         """Bring the stored counts of errors up to the client's."""
-        for kind, number in client.stats.errors.items():
-            new = number - self._progress.errors[kind]
-            if new:
-                self.store.count_error(self.stage, kind, new)
-                self._progress.errors[kind] = number
+        for kind, number in (client.errors - self._progress.errors).items():
+            self.store.count_error(self.stage, kind, number)
+        self._progress.errors = client.errors.copy()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ Measured at MAX_DISTANCE, on 1,000 images each:
     MATH-Vision   0 of 499,499            0               13            27
 """
 
+import itertools
 import re
 import unicodedata
 from array import array
@@ -26,8 +27,6 @@ from PIL import Image
 from srpo_jax.data.images import to_rgb
 
 MAX_DISTANCE = 2  # between the hashes of one image: 2 steps of 4 grey levels
-MIN_WORDS = 6  # a shorter question ("What is x?") is no sign of a copy by itself
-KINDS = ("same", "question", "image")
 FAR = 64  # the distance of images that differ in shape: more than any difference of cells
 
 _GRID, _COLOUR, _COARSE = 32, 8, 8  # cells a side: brightness, colour, means for the index
@@ -38,7 +37,6 @@ _SHAPE_STEPS = 16  # a doubling of width / height
 _COARSE_TOLERANCE = 3  # levels that a coarse mean of one image moves by; measured: 3
 _BUCKET, _BUCKET_TOLERANCE = 8, 2  # levels: size of a bucket, and how far a quarter's mean moves
 _FEW = 16  # so many items of one question are compared one by one
-_CHOICES = " | "  # between the question and its choices in Print.question
 
 Key = TypeVar("Key", bound=Hashable)
 Row = TypeVar("Row", bound=Hashable)
@@ -64,15 +62,10 @@ class _Letters(dict):
     """For str.translate: letters, digits and signs stay, the rest becomes a space."""
 
     def __missing__(self, code: int) -> str:
-        char = chr(code)
-        if char in "−–—":
-            kept = "-"
-        elif char in "$\\":  # marks of formulas, not their content
-            kept = " "
-        else:
-            kept = char if char in ".-*/%" or unicodedata.category(char)[0] in "LMNS" else " "
-        self[code] = kept
-        return kept
+        char = "-" if chr(code) in "−–—" else chr(code)
+        stays = char in ".-*/%" or unicodedata.category(char)[0] in "LMNS"
+        self[code] = char if stays and char != "$" else " "  # "$" marks formulas
+        return self[code]
 
 
 _LETTERS = _Letters()
@@ -152,10 +145,12 @@ def distance(a: int, b: int) -> int:
     return int(distances(a, [b])[0])
 
 
-def fingerprint(question: str, choices: Iterable[str] = (), images: Iterable[Image.Image] = ()):
+def fingerprint(
+    question: str, choices: Iterable[str] = (), images: Iterable[Image.Image] = ()
+) -> Print:
     """The ``Print`` of an item; the order of the choices does not matter, that of images does."""
     options = sorted(normalise_question(str(choice)) for choice in choices or ())
-    text = _CHOICES.join([normalise_question(question), *options])
+    text = " | ".join([normalise_question(question), *options])
     return Print(text, tuple(image_hash(image) for image in images))
 
 
@@ -172,7 +167,7 @@ class _Images:
     def __init__(self):
         self._hashes: list[int] = []
         self._coarse = np.zeros((1024, _COARSE**2), np.uint8)
-        self._buckets: dict[int, array] = {}
+        self._buckets: dict[tuple[int, ...], array] = {}
 
     def add(self, image: int) -> int:
         """The place of a new hash: 0, 1, 2, ..."""
@@ -181,21 +176,16 @@ class _Images:
             self._coarse = np.concatenate([self._coarse, np.zeros_like(self._coarse)])
         self._coarse[place] = np.frombuffer(means, np.uint8)
         self._hashes.append(image)
-        key = 0
-        for quarter in _quarters(means):
-            key = key << 8 | quarter // _BUCKET
+        key = tuple(quarter // _BUCKET for quarter in _quarters(means))
         self._buckets.setdefault(key, array("i")).append(place)
         return place
 
     def find(self, image: int) -> list[int]:
         """The places of all hashes within MAX_DISTANCE, in the order they were added."""
         means = _head(image)[1:]
-        keys = [0]
-        for quarter in _quarters(means):
-            steps = {
-                max(0, quarter + d) // _BUCKET for d in (-_BUCKET_TOLERANCE, _BUCKET_TOLERANCE)
-            }
-            keys = [key << 8 | step for key in keys for step in steps]
+        ends = (-_BUCKET_TOLERANCE, _BUCKET_TOLERANCE)
+        steps = [{max(0, q + end) // _BUCKET for end in ends} for q in _quarters(means)]
+        keys = itertools.product(*steps)
         found = [self._buckets[key] for key in keys if key in self._buckets]
         if not found:
             return []
@@ -214,17 +204,12 @@ class _Images:
 def _quarters(means: bytes) -> list[int]:
     """The mean brightness of the four quarters, in levels, from the coarse means."""
     half = _COARSE // 2
-    rows = [means[i : i + half] for i in range(0, len(means), half)]  # left, right, left, ...
-    parts = (rows[:_COARSE:2], rows[1:_COARSE:2], rows[_COARSE::2], rows[_COARSE + 1 :: 2])
-    return [sum(map(sum, part)) // half**2 for part in parts]
+    cells = np.frombuffer(means, np.uint8).reshape(2, half, 2, half)
+    return (cells.sum((1, 3)) // half**2).ravel().tolist()
 
 
 class Index(Generic[Key]):
-    """Prints by question and by image; ``find`` looks at few of them.
-
-    Kinds of a find: ``same``: question with choices, and every image. ``question``: the question
-    alone, where it has MIN_WORDS words or one of the two has no image. ``image``: an image alone.
-    """
+    """Prints by question and by image; ``find`` looks at few of them."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[Key, Print]] = []
@@ -232,44 +217,32 @@ class Index(Generic[Key]):
         self._images = _Images()
         self._owners = array("i")  # of the images, by place: the entry
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def add(self, key: Key, item: Print) -> None:
         """File a print under a key."""
         entry = len(self._entries)
         self._entries.append((key, item))
-        self._questions.setdefault(_stem(item), []).append(entry)
+        self._questions.setdefault(item.question, []).append(entry)
         for image in item.images:
             self._images.add(image)
             self._owners.append(entry)
 
-    def find(self, item: Print, kinds: Iterable[str] = KINDS) -> list[tuple[Key, str]]:
+    def find(self, item: Print) -> list[tuple[Key, str]]:
         """(key, kind) of every print filed that resembles ``item``, each once, first filed first.
 
-        ValueError for a kind that is none of KINDS.
+        ``same``: question with choices, and every image. ``image``: an image alone.
         """
-        kinds = frozenset(kinds)
-        if not kinds <= set(KINDS):
-            raise ValueError(f"kinds {sorted(kinds - set(KINDS))}: know {', '.join(KINDS)}")
-        found = dict.fromkeys(self._same(item), "same")
-        if "image" in kinds:
-            for entry in self._with_image(item):
-                found.setdefault(entry, "image")
-        if "question" in kinds:
-            stem = _stem(item)
-            long = len(stem.split()) >= MIN_WORDS
-            for entry in self._questions.get(stem, ()) if stem else ():
-                if long or not (item.images and self._entries[entry][1].images):
-                    if found.get(entry) != "same":
-                        found[entry] = "question"
-        return [(self._entries[e][0], kind) for e, kind in sorted(found.items()) if kind in kinds]
+        found = dict.fromkeys(self._with_image(item.images), "image")
+        found |= dict.fromkeys(self._same(item), "same")
+        return [(self._entries[entry][0], kind) for entry, kind in sorted(found.items())]
+
+    def copies(self, item: Print) -> Iterator[Key]:
+        """The keys of ``same`` alone."""
+        return (self._entries[entry][0] for entry in self._same(item))
 
     def _same(self, item: Print) -> Iterator[int]:
-        """The entries with this question, these choices and these images."""
-        entries = self._questions.get(_stem(item), [])
+        entries = self._questions.get(item.question, [])
         if item.images and len(entries) > _FEW:  # many puzzles ask one question: the image decides
-            entries = self._with_image(Print("", item.images[:1]))
+            entries = self._with_image(item.images[:1])
         for entry in entries:
             other = self._entries[entry][1]
             if other.question != item.question or len(other.images) != len(item.images):
@@ -278,14 +251,10 @@ class Index(Generic[Key]):
             if all(a == b or distance(a, b) <= MAX_DISTANCE for a, b in pairs):
                 yield entry
 
-    def _with_image(self, item: Print) -> list[int]:
+    def _with_image(self, images: Iterable[int]) -> list[int]:
         """The entries that hold one of the images."""
-        places = {place for image in set(item.images) for place in self._images.find(image)}
+        places = {place for image in set(images) for place in self._images.find(image)}
         return sorted({self._owners[place] for place in places})
-
-
-def _stem(item: Print) -> str:
-    return item.question.partition(_CHOICES)[0]
 
 
 # -------------------------------------------------------------------------------------- uses
@@ -296,30 +265,27 @@ def duplicates(prints: Iterable[tuple[Key, Print]]) -> dict[Key, Key]:
     index: Index[Key] = Index()
     out: dict[Key, Key] = {}
     for key, item in prints:
-        first = index.find(item, ("same",))
-        if first:
-            out[key] = first[0][0]
+        for first in index.copies(item):
+            out[key] = first
+            break
         else:
             index.add(key, item)
     return out
 
 
 def contamination(
-    prints: Iterable[tuple[Key, Print]],
-    evaluation: Mapping[str, list[tuple[Row, Print]]],
-    kinds: Iterable[str] = ("same", "image"),
+    prints: Iterable[tuple[Key, Print]], evaluation: Mapping[str, list[tuple[Row, Print]]]
 ) -> list[dict[str, Any]]:
     """Every item that stands in an evaluation file: {"key", "file", "row", "kind"}.
 
-    ``evaluation``: file -> (row id, print) of its rows. ``kinds`` as in ``Index``.
+    ``evaluation``: file -> (row id, print) of its rows. ``kind`` as in ``Index.find``.
     """
     index: Index[tuple[str, Row]] = Index()
-    kinds = tuple(kinds)
     for file, rows in evaluation.items():
         for row, item in rows:
             index.add((file, row), item)
     return [
         {"key": key, "file": file, "row": row, "kind": kind}
         for key, item in prints
-        for (file, row), kind in index.find(item, kinds)
+        for (file, row), kind in index.find(item)
     ]

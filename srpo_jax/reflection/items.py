@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from srpo_jax.data.records import Record, RecordError, Records, load_image, open_records
@@ -79,17 +80,18 @@ def make_prints(store: Store, items: Items, say: Callable[[str], None]) -> None:
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         for start in range(0, len(todo), CHUNK):
             part = todo[start : start + CHUNK]
-            found = pool.map(lambda item: _print(items, item), part)
-            store.set_prints((p, problem, i) for i, (p, problem) in zip(part, found, strict=True))
+            store.set_prints(list(pool.map(partial(_print, items), part)))
             if len(todo) > CHUNK:
                 say(f"fingerprints {start + len(part)}/{len(todo)}")
 
 
-def _print(items: Items, item: int) -> tuple[str, str | None]:
+def _print(items: Items, item: int) -> tuple[str, str | None, int]:
+    """A row of ``Store.set_prints``; ``prints`` reads it."""
     try:
-        return pack(print_of(items[item])), None
+        found = print_of(items[item])
     except RecordError as error:
-        return "", error.reason
+        return "", error.reason, item
+    return json.dumps([found.question, [f"{image:x}" for image in found.images]]), None, item
 
 
 def print_of(record: Record) -> Print:
@@ -98,23 +100,14 @@ def print_of(record: Record) -> Print:
     return fingerprint(record.question, record.choices, images)
 
 
-def pack(found: Print) -> str:
-    """A fingerprint as text."""
-    return json.dumps([found.question, [f"{image:x}" for image in found.images]])
-
-
-def unpack(text: str) -> Print:
-    """The fingerprint that ``pack`` wrote."""
-    question, images = json.loads(text)
-    return Print(question, tuple(int(image, 16) for image in images))
-
-
 def prints(store: Store) -> Iterator[tuple[int, Print]]:
     """(item, fingerprint) of every usable item, in order."""
     rows = store.query(
         "SELECT item, print FROM items WHERE problem IS NULL AND print IS NOT NULL ORDER BY item"
     )
-    return ((item, unpack(text)) for item, text in rows)
+    for item, text in rows:
+        question, images = json.loads(text)
+        yield item, Print(question, tuple(int(image, 16) for image in images))
 
 
 def evaluation_prints(
@@ -125,9 +118,6 @@ def evaluation_prints(
     found: dict[str, list[tuple[str, Print]]] = {}
     for file in files:
         records = open_records(file, require_answer=False)
-        rows = found.setdefault(file, [])
-        for index in range(len(records)):
-            record = records[index]
-            rows.append((record.id, print_of(record)))
-        say(f"{file}: {len(rows)} evaluation items")
+        found[file] = [(record.id, print_of(record)) for record in records]
+        say(f"{file}: {len(found[file])} evaluation items")
     return found

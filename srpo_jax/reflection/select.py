@@ -19,7 +19,6 @@ class Candidate:
     """An item that may be chosen, with its first right and first wrong usable attempt."""
 
     item: int
-    rank: int  # a seeded hash: the order of choice
     source: str
     right: int | None
     wrong: int | None
@@ -29,24 +28,22 @@ def select(
     store: Store, items: item_lib.Items, settings: Settings, say: Callable[[str], None]
 ) -> None:
     """Decide on every item, once: chosen, in reserve, or out with a reason."""
-    if store.count("SELECT EXISTS(SELECT 1 FROM results WHERE stage = 'select')"):
+    if store.begun("select"):
         return
     item_lib.make_prints(store, items, say)
-    out = _removed(store, settings, say)
-    candidates, unusable = _candidates(store, settings)
-    out = {**unusable, **out}
+    candidates, out = _candidates(store, settings)
+    out |= _removed(store, settings, say)
     candidates = [c for c in candidates if c.item not in out]
-    candidates, over = _capped(candidates, settings.caps())
-    out |= dict.fromkeys(over, "over the cap of its source")
+    out |= dict.fromkeys(_over(candidates, settings.caps()), "over the cap of its source")
+    candidates = [c for c in candidates if c.item not in out]
     right, wrong = assign(candidates, settings.share_correct)
     quota = quotas(len(right), len(wrong), settings.target_size, settings.share_correct)
     results = []
     for correct, group, number in ((True, right, quota[0]), (False, wrong, quota[1])):
         for place, c in enumerate(group):
-            chosen = place < number
             data = {"sample": c.right if correct else c.wrong, "correct": correct, "place": place}
-            results.append(Result(c.item, "select", chosen, "" if chosen else RESERVE, data))
-    results += [Result(item, "select", False, reason) for item, reason in out.items()]
+            results.append(Result(c.item, "select", "" if place < number else RESERVE, data))
+    results += [Result(item, "select", reason) for item, reason in out.items()]
     store.put(*results)
     say(
         f"selected {quota[0]} right and {quota[1]} wrong first attempts of {len(right)} and "
@@ -80,19 +77,20 @@ def _removed(store: Store, settings: Settings, say: Callable[[str], None]) -> di
 
 
 def _candidates(store: Store, settings: Settings) -> tuple[list[Candidate], dict[int, str]]:
-    """Items with a usable attempt, in the order of choice, and why the others have none."""
+    """Items with a usable attempt, in the order of choice, and why the others have none.
+
+    The order is that of a seeded hash.
+    """
     graded: dict[int, dict[bool, int]] = defaultdict(dict)
-    rated = dict(
-        store.query("SELECT item * 1000 + try, json_extract(data, '$.score') FROM results "
-                    "WHERE stage = 'judge' AND ok")
-    )  # fmt: skip
     low: set[int] = set()
     rows = store.query(
-        "SELECT item, try, json_extract(data, '$.correct') FROM results "
-        "WHERE stage = 'grade' AND ok ORDER BY item, try"
+        "SELECT g.item, g.try, json_extract(g.data, '$.correct'), "
+        "COALESCE(json_extract(j.data, '$.score'), -1) FROM results g LEFT JOIN results j ON "
+        "j.stage = 'judge' AND j.ok AND j.item = g.item AND j.try = g.try "
+        "WHERE g.stage = 'grade' AND g.ok ORDER BY g.item, g.try"
     )
-    for item, sample, correct in rows:
-        if settings.judge_model and rated.get(item * 1000 + sample, -1.0) < settings.judge_min:
+    for item, sample, correct, score in rows:
+        if settings.judge_model and score < settings.judge_min:
             low.add(item)
         else:
             graded[item].setdefault(bool(correct), sample)
@@ -100,33 +98,26 @@ def _candidates(store: Store, settings: Settings) -> tuple[list[Candidate], dict
     for item, source, problem in store.query("SELECT item, source, problem FROM items"):
         if problem is not None:
             out[item] = "unusable record"
-        elif item in graded:
-            pair = graded[item]
-            rank = _rank(settings.seed, item)
-            found.append(Candidate(item, rank, source, pair.get(True), pair.get(False)))
+        elif pair := graded.get(item):
+            found.append(Candidate(item, source, pair.get(True), pair.get(False)))
         else:
             out[item] = "rated too low" if item in low else "no usable attempt"
-    return sorted(found, key=lambda c: c.rank), out
+    return sorted(found, key=lambda c: _rank(settings.seed, c.item)), out
 
 
-def _rank(seed: int, item: int) -> int:
-    digest = hashlib.sha256(f"{seed}:select:{item}".encode()).digest()
-    return int.from_bytes(digest[:8])
+def _rank(seed: int, item: int) -> bytes:
+    return hashlib.sha256(f"{seed}:select:{item}".encode()).digest()[:8]
 
 
-def _capped(
-    candidates: Iterable[Candidate], caps: dict[str, int]
-) -> tuple[list[Candidate], list[int]]:
-    """The candidates within the caps of their sources, and the items beyond."""
-    seen: Counter = Counter()
-    kept, over = [], []
+def _over(candidates: Iterable[Candidate], caps: dict[str, int]) -> set[int]:
+    """The items beyond the caps of their sources."""
+    seen: Counter[str] = Counter()
+    over = set()
     for c in candidates:
         seen[c.source] += 1
-        if seen[c.source] <= caps.get(c.source, seen[c.source]):
-            kept.append(c)
-        else:
-            over.append(c.item)
-    return kept, over
+        if seen[c.source] > caps.get(c.source, seen[c.source]):
+            over.add(c.item)
+    return over
 
 
 def assign(
@@ -137,13 +128,10 @@ def assign(
     One with attempts of both kinds goes where it brings the mix nearer to ``share_correct``.
     """
     mixed = [c for c in candidates if c.right is not None and c.wrong is not None]
-    pure = sum(1 for c in candidates if c.wrong is None)
+    always = {c for c in candidates if c.wrong is None}
     share = 0.5 if share_correct < 0 else share_correct
-    as_right = min(max(round(share * len(candidates)) - pure, 0), len(mixed))
-    to_right = {c.item for c in mixed[:as_right]}
-    right = [c for c in candidates if c.wrong is None or c.item in to_right]
-    chosen = {c.item for c in right}
-    return right, [c for c in candidates if c.item not in chosen]
+    right = always | set(mixed[: max(round(share * len(candidates)) - len(always), 0)])
+    return [c for c in candidates if c in right], [c for c in candidates if c not in right]
 
 
 def quotas(right: int, wrong: int, target: int, share: float) -> tuple[int, int]:
@@ -173,31 +161,21 @@ def call_up(store: Store, say: Callable[[str], None]) -> int:
     """
     moved = 0
     for correct in (1, 0):
-        lost = store.count(
-            "SELECT COUNT(*) FROM results s WHERE stage = 'select' AND ok AND "
-            "json_extract(data, '$.correct') = ? AND NOT EXISTS (SELECT 1 FROM results c WHERE "
-            "c.stage = 'check' AND c.item = s.item AND c.ok)",
-            (correct,),
-        )
-        called = store.count(
-            "SELECT COUNT(*) FROM results WHERE stage = 'select' AND ok AND "
-            "json_extract(data, '$.correct') = ? AND json_extract(data, '$.substitute')",
-            (correct,),
-        )
         # Each loss has had its substitute except the newest ones.
-        rows = store.query(
-            "SELECT item FROM results WHERE stage = 'select' AND reason = ? AND "
-            "json_extract(data, '$.correct') = ? ORDER BY json_extract(data, '$.place') LIMIT ?",
-            (RESERVE, correct, max(lost - called, 0)),
+        losses = store.count(
+            "SELECT COUNT(*) FILTER (WHERE NOT EXISTS (SELECT 1 FROM results c WHERE "
+            "c.stage = 'check' AND c.item = s.item AND c.ok)) - "
+            "COUNT(json_extract(data, '$.substitute')) FROM results s WHERE stage = 'select' "
+            "AND ok AND json_extract(data, '$.correct') = ?",
+            (correct,),
         )
-        chosen = [item for (item,) in rows]
-        for item in chosen:
-            store.db.execute(
-                "UPDATE results SET ok = 1, reason = '', data = json_set(data, '$.substitute', 1) "
-                "WHERE stage = 'select' AND item = ? AND try = 0",
-                (item,),
-            )
-        moved += len(chosen)
+        moved += store.db.execute(
+            "UPDATE results SET ok = 1, reason = '', data = json_set(data, '$.substitute', 1) "
+            "WHERE stage = 'select' AND item IN (SELECT item FROM results WHERE stage = 'select' "
+            "AND reason = ? AND json_extract(data, '$.correct') = ? "
+            "ORDER BY json_extract(data, '$.place') LIMIT ?)",
+            (RESERVE, correct, max(losses, 0)),
+        ).rowcount
     if moved:
         say(f"{moved} items called up from the reserve for rejected ones")
     return moved

@@ -6,6 +6,7 @@ be mixed. Settings of no stage (limits, prices, speed) may change at any time.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ class Settings:
     max_items: int = _setting(0, "stop after this many new replies in this command; 0: no limit")
 
     def __post_init__(self):
-        for name, setting in self.__dataclass_fields__.items():
+        for name, setting in FIELDS.items():
             allowed, value = setting.metadata["choices"], getattr(self, name)
             if allowed and value not in allowed:
                 raise ValueError(f"--{name}={value}: choose {', '.join(allowed)}")
@@ -122,13 +123,15 @@ class Settings:
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 
 
+def only_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among named values, with lists as the tuples that settings hold."""
+    items = values.items()
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in items if n in FIELDS}
+
+
 def load(store: Store) -> dict[str, Any]:
     """What the work directory was built with so far."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in store.meta("settings", {}).items()
-        if name in FIELDS
-    }
+    return only_settings(store.meta("settings", {}))
 
 
 def merge(store: Store, given: dict[str, Any]) -> Settings:
@@ -138,11 +141,7 @@ def merge(store: Store, given: dict[str, Any]) -> Settings:
     results of the work directory were made with.
     """
     stored = load(store)
-    done = {
-        stage
-        for stage in STAGES
-        if store.count("SELECT EXISTS(SELECT 1 FROM results WHERE stage = ?)", (stage,))
-    }
+    done = {stage for stage in STAGES if store.begun(stage)}
     changed = [
         name
         for name, value in given.items()

@@ -2,15 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from srpo_jax.data import prompts as templates
 from srpo_jax.data.records import Record, RecordError
 from srpo_jax.reflection import accept, teach
 from srpo_jax.reflection.batches import BatchDriver
-from srpo_jax.reflection.drive import Driver, Outcome, Progress, Task
+from srpo_jax.reflection.drive import UNREADABLE, Driver, Incomplete, Progress, Task
 from srpo_jax.reflection.items import Items, register
 from srpo_jax.reflection.select import call_up, select
 from srpo_jax.reflection.settings import Settings
@@ -23,20 +23,15 @@ from srpo_jax.rewards.template import Completion, parse_response
 from srpo_jax.rewards.verifier import Verifier
 
 GRADE_CHUNK = 256
+CUT_OFF = "cut off at the token limit"
 NEXT_TRY = (
-    "SELECT s.item, json_extract(s.data, '$.sample'), json_extract(s.data, '$.correct'), "
-    "(SELECT COUNT(*) FROM results r WHERE r.stage = 'reflect' AND r.item = s.item) AS tries "
-    "FROM results s WHERE s.stage = 'select' AND s.ok AND tries < ? AND NOT EXISTS "
+    "SELECT s.item, (SELECT COUNT(*) FROM results r WHERE r.stage = 'reflect' AND r.item = s.item) "
+    "AS tries FROM results s WHERE s.stage = 'select' AND s.ok AND tries < ? AND NOT EXISTS "
     "(SELECT 1 FROM results c WHERE c.stage = 'check' AND c.item = s.item AND c.ok) "
     "ORDER BY s.item"
 )
 
-
-Try = tuple[int, int, bool, int]  # item, sample of its first attempt, whether that is right, trial
-
-
-class Incomplete(RuntimeError):
-    """A stage that stopped before its end; everything that arrived is kept."""
+Try = tuple[int, int]  # item, and which try it is: number of an attempt or of a reflection
 
 
 @dataclass(frozen=True)
@@ -74,58 +69,54 @@ class Run:
     store: Store
     settings: Settings
     say: Callable[[str], None]
-    policy: Callable[[], LocalPolicy] | None = None  # loaded when a stage first needs it
+    load_policy: Callable[[], LocalPolicy]
 
     def __post_init__(self) -> None:
         self.items = Items(self.settings.records, self.settings.data_root)
         register(self.store, self.items, self.say)
-        self._loaded: LocalPolicy | None = None
 
-    def local_policy(self) -> LocalPolicy:
-        """The local policy, loaded once."""
-        if self._loaded is None:
-            if self.policy is None:
-                raise ValueError("no local policy: give --policy_hf_dir")
-            self._loaded = self.policy()
-        return self._loaded
+    @cached_property
+    def policy(self) -> LocalPolicy:
+        """The local policy, loaded when a stage first needs it."""
+        return self.load_policy()
 
-    def driver(self, stage: str, who: str) -> Driver:
-        """A driver for the server of "policy", "judge" or "teacher"; ValueError without a model."""
-        model = getattr(self.settings, f"{who}_model")
-        if not model:
+    def ask(
+        self,
+        stage: str,
+        who: str,
+        todo: list[Try],
+        build: Callable[[int, int], Callable[[], Request]],
+        handle: Callable[[Reply], tuple[str, dict[str, Any]]],
+    ) -> None:
+        """Send the requests of a stage to the server of "policy", "judge" or "teacher".
+
+        Args:
+            stage, who, todo: whom to ask about what.
+            build: (item, trial) -> what makes its request; called on the database's thread, while
+                what it returns works beside the event loop.
+            handle: see ``drive.Handle``.
+
+        ValueError without a model, Incomplete where requests are left.
+        """
+        if not getattr(self.settings, f"{who}_model"):
             raise ValueError(
                 f"the {stage} stage needs --{who}_model (and --{who}_url for a server)"
             )
-        return (BatchDriver if self.settings.batch else Driver)(
-            self.store, stage, endpoint(self.settings, who), self.settings, self.say
-        )
+        kind = BatchDriver if self.settings.batch else Driver
+        driver = kind(self.store, stage, endpoint(self.settings, who), self.settings, self.say)
+        tasks = (Task(*one, build(*one)) for one in todo)
+        driver.run(tasks, len(todo), handle)
 
 
 def endpoint(settings: Settings, who: str) -> Endpoint:
     """The server of "policy", "judge" or "teacher"."""
+    own = ("model", "key_env", "price_in", "price_out")
+    shared = ("concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "max_retries")
     return Endpoint(
-        model=getattr(settings, f"{who}_model"),
-        base_url=getattr(settings, f"{who}_url") or None,
-        key_env=getattr(settings, f"{who}_key_env"),
-        price_in=getattr(settings, f"{who}_price_in"),
-        price_out=getattr(settings, f"{who}_price_out"),
-        concurrency=settings.concurrency,
-        requests_per_minute=settings.requests_per_minute,
-        tokens_per_minute=settings.tokens_per_minute,
-        timeout=settings.timeout,
-        max_retries=settings.max_retries,
+        base_url=getattr(settings, f"{who}_url"),
+        **{name: getattr(settings, f"{who}_{name}") for name in own},
+        **{name: getattr(settings, name) for name in shared},
     )
-
-
-def finish(outcome: Outcome, stage: str) -> None:
-    """Incomplete where a stage has open requests."""
-    if outcome.stopped:
-        raise Incomplete(f"{stage} stopped: {outcome.stopped}; the same command goes on with it")
-    if outcome.left:
-        raise Incomplete(
-            f"{stage}: {outcome.left} requests could not be answered ({dict(outcome.errors)}); "
-            "the same command tries them again"
-        )
 
 
 # ------------------------------------------------------------------------------------ attempt
@@ -133,109 +124,88 @@ def finish(outcome: Outcome, stage: str) -> None:
 
 def attempt(run: Run) -> None:
     """The policy answers every usable question ``attempts`` times."""
-    have = run.store.keys("attempt")
+    have, settings = run.store.keys("attempt"), run.settings
     usable = run.store.query("SELECT item FROM items WHERE problem IS NULL ORDER BY item")
-    todo = [
-        (item, trial)
-        for (item,) in usable
-        for trial in range(run.settings.attempts)
-        if (item, trial) not in have
-    ]
+    every = ((item, trial) for (item,) in usable for trial in range(settings.attempts))
+    todo = [one for one in every if one not in have]
     if not todo:
         return
-    if run.settings.policy_hf_dir:
+    if settings.policy_hf_dir:
         _attempt_locally(run, todo)
         return
-    driver = run.driver("attempt", "policy")
 
     def build(item: int, trial: int) -> Callable[[], Request]:
-        return lambda: teach.attempt_request(run.items[item], item, trial, run.settings)
+        return lambda: teach.attempt_request(run.items[item], item, trial, settings)
 
-    tasks = (Task(item, trial, build(item, trial)) for item, trial in todo)
-    finish(driver.run(tasks, len(todo), _attempt_result), "attempt")
+    run.ask("attempt", "policy", todo, build, _attempt_said)
 
 
-def _attempt_result(task: Task, reply: Reply) -> Result:
+def _attempt_said(reply: Reply) -> tuple[str, dict[str, Any]]:
     reason = ""
     if reply.refusal:
         reason = "refusal"
     elif not reply.text.strip():
         reason = "empty reply"
     elif reply.finish_reason == "length":
-        reason = "cut off at the token limit"
-    data = {"text": reply.text, "model": reply.model}
-    return received(task, "attempt", reply, not reason, reason, data)
+        reason = CUT_OFF
+    return reason, {"text": reply.text}
 
 
-def received(
-    task: Task, stage: str, reply: Reply, ok: bool, reason: str, data: dict[str, Any]
-) -> Result:
-    """A result with what its reply cost."""
-    return Result(
-        *(task.item, stage, ok, reason, data, task.trial),
-        *(reply.prompt_tokens, reply.completion_tokens, reply.cost),
-    )
+def _attempt_locally(run: Run, todo: list[Try]) -> None:
+    settings = run.settings
 
-
-def _attempt_locally(run: Run, todo: list[tuple[int, int]]) -> None:
-    settings, policy = run.settings, run.local_policy()
-
-    def result(item: int, trial: int, text: str, ended: bool) -> Result:
+    def read(item: int, text: str, ended: bool) -> tuple[str, dict[str, Any]]:
         # In the five-block template only the first two blocks are wanted of an attempt.
         whole = ended or (settings.attempt_prompt == "srpo" and "</answer>" in text)
-        reason = "" if whole else "cut off at the token limit" if text else "prompt too long"
-        data = {"text": text, "model": policy.name}
-        return Result(item, "attempt", not reason, reason, data, trial)
+        return "" if whole else CUT_OFF if text else "prompt too long", {"text": text}
 
     sample = partial(
-        policy.sample,
+        run.policy.sample,
         prompt=settings.attempt_prompt,
         temperature=settings.attempt_temperature,
         max_new_tokens=settings.attempt_max_tokens,
     )
-    sample_locally(run, "attempt", todo, sample, lambda item, trial: "", result)
+    sample_locally(run, "attempt", todo, sample, lambda item: "", read)
 
 
 def sample_locally(
     run: Run,
     stage: str,
-    todo: list[tuple[int, int]],
+    todo: list[Try],
     sample: Callable[[list[Ask]], list[Sampled]],
-    prefix: Callable[[int, int], str],
-    result: Callable[[int, int, str, bool], Result],
+    prefix: Callable[[int], str],
+    read: Callable[[int, str, bool], tuple[str, dict[str, Any]]],
 ) -> None:
-    """Sample (item, trial) pairs batch by batch with the local policy; each batch is committed.
+    """Sample with the local policy, batch by batch; each batch is committed.
 
     Args:
-        run: what the stage works on.
-        stage: its name.
-        todo: the pairs.
+        run, stage, todo: what is to be sampled.
         sample: the policy's.
-        prefix: (item, trial) -> how the answer must begin.
-        result: (item, trial, text, whether it ended by itself) -> what is stored.
+        prefix: item -> how the answer must begin.
+        read: (item, text, whether it ended by itself) -> why it is not usable ("" where it is), and
+            what is kept of it.
     """
     size, most = run.settings.batch_size or 8, run.settings.max_items
-    cut = bool(most) and len(todo) > most
-    todo = todo[:most] if most else todo
-    progress = Progress(stage, len(todo), 0.0, run.say)
-    for start in range(0, len(todo), size):
-        part, asks, results = [], [], []
-        for item, trial in todo[start : start + size]:
+    chosen = todo[:most] if most else todo
+    progress = Progress(stage, len(chosen), 0.0, run.say)
+    for start in range(0, len(chosen), size):
+        asks: dict[Try, Ask] = {}
+        results = []
+        for item, trial in chosen[start : start + size]:
             seed = teach.request_seed(run.settings.seed, stage, item, trial)
             try:
-                asks.append(Ask(run.items[item], prefix(item, trial), seed))
-                part.append((item, trial))
+                asks[item, trial] = Ask(run.items[item], prefix(item), seed)
             except RecordError as error:
-                data = {"error": str(error)}
-                results.append(Result(item, stage, False, "unreadable record", data, trial))
-        for (item, trial), (text, before, after, ended) in zip(part, sample(asks), strict=True):
-            one = result(item, trial, text, ended)
-            results.append(replace(one, prompt_tokens=before, completion_tokens=after))
+                results.append(Result(item, stage, UNREADABLE, {"error": str(error)}, trial))
+        sampled = zip(asks, sample(list(asks.values())), strict=True)
+        for (item, trial), (text, before, after, ended) in sampled:
+            reason, data = read(item, text, ended)
+            data = {"model": run.policy.name, **data}
+            results.append(Result(item, stage, reason, data, trial, before, after))
         run.store.put(*results)
-        for one in results:
-            progress.add(one)
-        progress.tick(force=start + size >= len(todo))
-    if cut:
+        progress.add(*results)
+        progress.tick(force=start + size >= len(chosen))
+    if len(chosen) < len(todo):
         raise Incomplete(f"{stage} stopped: --max_items={most} is reached")
 
 
@@ -247,15 +217,14 @@ def grade(run: Run) -> None:
     todo = run.store.unseen("attempt", "grade")
     progress = Progress("grade", len(todo), 0.0, run.say)
     for results in _verified(run, todo, _grade):
-        for result in results:
-            progress.add(result)
+        progress.add(*results)
         progress.tick(force=progress.done == len(todo))
 
 
 def _verified(
     run: Run,
-    todo: list[tuple[int, int]],
-    check: Callable[[Run, list[tuple[int, int]], Verifier], Iterable[Result]],
+    todo: list[Try],
+    check: Callable[[Run, list[Try], Verifier], Iterable[Result]],
 ) -> Iterator[list[Result]]:
     """What ``check`` says of (item, trial) pairs, chunk by chunk, each stored already."""
     if not todo:
@@ -267,26 +236,21 @@ def _verified(
             yield results
 
 
-def _grade(run: Run, part: list[tuple[int, int]], verifier: Verifier) -> list[Result]:
+def _grade(run: Run, part: list[Try], verifier: Verifier) -> Iterator[Result]:
     records = [run.items[item] for item, _ in part]
-    blocks = [first_round(run.store.result("attempt", *pair).data["text"]) for pair in part]
-    verdicts = verifier.check(
-        [
-            (record.answer, found[1] if found else None, record.choices)
-            for record, found in zip(records, blocks, strict=True)
-        ]
-    )
-    results = []
-    for (item, trial), found, correct in zip(part, blocks, verdicts, strict=True):
-        if found is None:
-            reason = "no think or no answer block"
-            results.append(Result(item, "grade", False, reason, trial=trial))
-            continue
-        think, answer = found[0], extract_answer(found[1])
-        reason = accept.target_problem(think, answer) or ""
-        data = {"think": think, "answer": answer, "correct": correct}
-        results.append(Result(item, "grade", not reason, reason, data, trial))
-    return results
+    rounds = [first_round(run.store.result("attempt", *one).data["text"]) for one in part]
+    answers = [
+        (record.answer, found and found[1], record.choices)
+        for record, found in zip(records, rounds, strict=True)
+    ]
+    verdicts = verifier.check(answers)
+    for (item, trial), found, correct in zip(part, rounds, verdicts, strict=True):
+        reason, data = "no think or no answer block", {}
+        if found:
+            think, answer = found[0], extract_answer(found[1])
+            reason = accept.target_problem(think, answer) or ""
+            data = {"think": think, "answer": answer, "correct": correct}
+        yield Result(item, "grade", reason, data, trial)
 
 
 def first_round(text: str) -> tuple[str, str] | None:
@@ -305,10 +269,8 @@ def first_round(text: str) -> tuple[str, str] | None:
 
 def judge(run: Run) -> None:
     """The optional judge rates the reasoning of every usable attempt."""
-    if not run.settings.judge_model:
-        return
     todo = run.store.unseen("grade", "judge")
-    if not todo:
+    if not run.settings.judge_model or not todo:
         return
     prompts = teach.Prompts(run.settings.prompts)
 
@@ -316,17 +278,14 @@ def judge(run: Run) -> None:
         found = run.store.result("grade", item, trial).data
         return lambda: teach.judge_request(run.items[item], item, found, run.settings, prompts)
 
-    def handle(task: Task, reply: Reply) -> Result:
+    def handle(reply: Reply) -> tuple[str, dict[str, Any]]:
         try:
             score = reply_fields(reply, ["score"], float)["score"]
-            reason = "" if 0 <= score <= 5 else "outside the schema"
         except BadReply as error:
-            score, reason = None, str(error)
-        data = {"score": score, "model": reply.model}
-        return received(task, "judge", reply, not reason, reason, data)
+            return str(error), {"score": None}
+        return "" if 0 <= score <= 5 else "outside the schema", {"score": score}
 
-    tasks = (Task(item, trial, build(item, trial)) for item, trial in todo)
-    finish(run.driver("judge", "judge").run(tasks, len(todo), handle), "judge")
+    run.ask("judge", "judge", todo, build, handle)
 
 
 # ---------------------------------------------------------------------------- reflect and check
@@ -353,57 +312,42 @@ def reflect(run: Run) -> None:
 def _reflect_remotely(run: Run, todo: list[Try]) -> None:
     settings = run.settings
     prompts = teach.Prompts(settings.prompts)
-    fields = teach.FIELDS[settings.target]
 
-    def build(item: int, sample: int, correct: bool, trial: int) -> Callable[[], Request]:
-        # Read here, on the database's thread; the rest is done beside the event loop.
-        found = run.store.result("grade", item, sample).data
-        return lambda: teach.reflect_request(
-            run.items[item], item, found, correct, trial, settings, prompts
-        )
+    def build(item: int, trial: int) -> Callable[[], Request]:
+        first = run.store.first_attempt(item).data
+        return lambda: teach.reflect_request(run.items[item], item, first, trial, settings, prompts)
 
-    def handle(task: Task, reply: Reply) -> Result:
-        data = {"model": reply.model}
+    def handle(reply: Reply) -> tuple[str, dict[str, Any]]:
         try:
-            data |= reply_fields(reply, fields)
-            return received(task, "reflect", reply, True, "", data)
+            return "", reply_fields(reply, teach.FIELDS[settings.target])
         except BadReply as error:
-            data |= {"text": reply.text[:20_000], "refusal": reply.refusal[:2_000]}
-            return received(task, "reflect", reply, False, str(error), data)
+            return str(error), {"text": reply.text[:20_000], "refusal": reply.refusal[:2_000]}
 
     who = "policy" if settings.mode == "self" else "teacher"
-    driver = run.driver("reflect", who)
-    tasks = (
-        Task(item, trial, build(item, sample, bool(correct), trial))
-        for item, sample, correct, trial in todo
-    )
-    finish(driver.run(tasks, len(todo), handle), "reflect")
+    run.ask("reflect", who, todo, build, handle)
 
 
 def _reflect_locally(run: Run, todo: list[Try]) -> None:
     """The local policy goes on from its own first attempt: reflection, second think and answer."""
-    samples = {(item, trial): sample for item, sample, _, trial in todo}
-    settings, policy = run.settings, run.local_policy()
 
-    def prefix(item: int, trial: int) -> str:
-        found = run.store.result("grade", item, samples[item, trial]).data
-        return templates.review_prefix(found["think"], found["answer"])
+    def prefix(item: int) -> str:
+        first = run.store.first_attempt(item).data
+        return templates.review_prefix(first["think"], first["answer"])
 
-    def result(item: int, trial: int, text: str, ended: bool) -> Result:
-        fields = second_round(prefix(item, trial) + text) if ended else None
-        reason = "" if fields else "not the template" if ended else "cut off at the token limit"
-        data = {"model": policy.name, **(fields or {"text": text[:20_000]})}
-        return Result(item, "reflect", not reason, reason, data, trial)
+    def read(item: int, text: str, ended: bool) -> tuple[str, dict[str, Any]]:
+        fields = second_round(prefix(item) + text) if ended else None
+        reason = "" if fields else "not the template" if ended else CUT_OFF
+        return reason, fields or {"text": text[:20_000]}
 
     # Paper and RL sample at 1.0; at the attempt's 0.2 every try would say the same.
-    temperature = settings.teacher_temperature
+    temperature = run.settings.teacher_temperature
     sample = partial(
-        policy.sample,
+        run.policy.sample,
         prompt="srpo",
         temperature=1.0 if temperature < 0 else temperature,
-        max_new_tokens=settings.teacher_max_tokens,
+        max_new_tokens=run.settings.teacher_max_tokens,
     )
-    sample_locally(run, "reflect", list(samples), sample, prefix, result)
+    sample_locally(run, "reflect", todo, sample, prefix, read)
 
 
 def second_round(text: str) -> dict[str, str] | None:
@@ -430,22 +374,20 @@ def verify(run: Run) -> None:
 
 
 def _verify(
-    run: Run, part: list[tuple[int, int]], verifier: Verifier, count: Callable[[str], int]
+    run: Run, part: list[Try], verifier: Verifier, count: Callable[[str], int]
 ) -> Iterator[Result]:
-    replies = [run.store.result("reflect", *pair) for pair in part]
+    replies = [run.store.result("reflect", *one).data for one in part]
     records = [run.items[item] for item, _ in part]
-    answers = [reply.data.get("second_answer") for reply in replies]
     # A paper target has no second answer of its own: the gold stands there.
-    items = [
-        (record.answer, record.answer if answer is None else answer, record.choices)
-        for record, answer in zip(records, answers, strict=True)
+    answers = [
+        (record.answer, reply.get("second_answer", record.answer), record.choices)
+        for record, reply in zip(records, replies, strict=True)
     ]
-    for (item, trial), reply, record, right in zip(
-        part, replies, records, verifier.check(items), strict=True
-    ):
+    verdicts = verifier.check(answers)
+    for (item, trial), record, reply, right in zip(part, records, replies, verdicts, strict=True):
         first = run.store.first_attempt(item).data
-        reason = accept.reply_problem(record, first, reply.data, right, run.settings, count)
-        yield Result(item, "check", reason is None, reason or "", {"right": right}, trial)
+        reason = accept.reply_problem(record, first, reply, right, run.settings, count)
+        yield Result(item, "check", reason or "", {"right": right}, trial)
 
 
 def token_counter(directory: str) -> Callable[[str], int]:
@@ -458,6 +400,7 @@ def token_counter(directory: str) -> Callable[[str], int]:
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+# Each takes what its predecessors left in the store; Incomplete where one stops before its end.
 STAGES: dict[str, Callable[[Run], None]] = {
     "attempt": attempt,
     "grade": grade,
@@ -466,9 +409,3 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "reflect": reflect,
     "check": verify,
 }
-
-
-def run_stages(run: Run, names: Iterable[str]) -> None:
-    """Run stages in order; Incomplete where one stops before its end."""
-    for name in names:
-        STAGES[name](run)

@@ -4,6 +4,7 @@ Every answer is committed when it arrives (write-ahead log), so that a process k
 loses only what was in flight, and readers (``status``, ``export``) work beside a running writer.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -42,13 +43,17 @@ class Result:
 
     item: int
     stage: str
-    ok: bool
-    reason: str = ""  # why not ok, in words that can be counted
+    reason: str = ""  # why it is not usable, in words that can be counted
     data: dict[str, Any] = field(default_factory=dict)
     trial: int = 0  # sample number of an attempt, try number of a reflection
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is usable."""
+        return not self.reason
 
 
 class Store:
@@ -122,11 +127,7 @@ class Store:
     def add_items(self, rows: Iterable[tuple[int, str, str, str, str | None]]) -> None:
         """Rows of (item, id, source, origin, problem or None), in one transaction."""
         with self._transaction():
-            self.db.executemany(
-                "INSERT OR IGNORE INTO items(item, id, source, origin, problem) "
-                "VALUES (?, ?, ?, ?, ?)",
-                rows,
-            )
+            self.db.executemany("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?, ?, NULL)", rows)
 
     def set_prints(self, rows: Iterable[tuple[str, str | None, int]]) -> None:
         """Rows of (fingerprint as JSON, problem found while making it or None, item)."""
@@ -141,30 +142,25 @@ class Store:
         """Commit results; one that is already there stays as it is."""
         now = time.time()
         rows = [
-            (
-                *(r.item, r.stage, r.trial, int(r.ok), r.reason),
-                json.dumps(r.data, ensure_ascii=False),
-                *(r.prompt_tokens, r.completion_tokens, r.cost, now),
-            )
+            vars(r) | {"ok": r.ok, "data": json.dumps(r.data, ensure_ascii=False), "now": now}
             for r in results
         ]
         with self._transaction():
             self.db.executemany(
-                "INSERT OR IGNORE INTO results(item, stage, try, ok, reason, data, prompt_tokens, "
-                "completion_tokens, cost, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO results VALUES (:item, :stage, :trial, :ok, :reason, :data, "
+                ":prompt_tokens, :completion_tokens, :cost, :now)",
                 rows,
             )
 
     def results(self, stage: str, item: int) -> list[Result]:
         """All tries of one item in one stage, in their order."""
         rows = self.db.execute(
-            "SELECT try, ok, reason, data, prompt_tokens, completion_tokens, cost FROM results "
+            "SELECT reason, data, try, prompt_tokens, completion_tokens, cost FROM results "
             "WHERE stage = ? AND item = ? ORDER BY try",
             (stage, item),
         )
         return [
-            Result(item, stage, bool(ok), reason, json.loads(data), trial, p, c, cost)
-            for trial, ok, reason, data, p, c, cost in rows
+            Result(item, stage, reason, json.loads(data), *rest) for reason, data, *rest in rows
         ]
 
     def result(self, stage: str, item: int, trial: int = 0) -> Result:
@@ -190,17 +186,21 @@ class Store:
 
     def query(self, sql: str, parameters: tuple = ()) -> Iterator[tuple]:
         """Rows of a SELECT, fetched as they are asked for."""
-        return iter(self.db.execute(sql, parameters))
+        return self.db.execute(sql, parameters)
 
     def count(self, sql: str, parameters: tuple = ()) -> int:
         """The one number that a SELECT gives."""
-        return self.db.execute(sql, parameters).fetchone()[0] or 0
+        return next(self.query(sql, parameters))[0]
 
     def cost(self) -> float:
         """USD of everything that arrived."""
-        return float(self.db.execute("SELECT TOTAL(cost) FROM results").fetchone()[0])
+        return next(self.query("SELECT TOTAL(cost) FROM results"))[0]
 
-    def count_error(self, stage: str, kind: str, number: int = 1) -> None:
+    def begun(self, stage: str) -> bool:
+        """Whether there is a result of a stage."""
+        return bool(self.count("SELECT EXISTS(SELECT 1 FROM results WHERE stage = ?)", (stage,)))
+
+    def count_error(self, stage: str, kind: str, number: int) -> None:
         """Add to the count of one kind of error."""
         self.db.execute(
             "INSERT INTO errors VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET count = count + ?",
@@ -217,18 +217,8 @@ class Store:
                 self.db.execute("DELETE FROM errors WHERE stage = ?", (stage,))
         return deleted
 
-    def _transaction(self) -> "_Transaction":
-        return _Transaction(self.db)
-
-
-class _Transaction:
-    """BEGIN IMMEDIATE ... COMMIT, rolled back on an error."""
-
-    def __init__(self, db: sqlite3.Connection):
-        self.db = db
-
-    def __enter__(self) -> None:
-        self.db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.db.execute("ROLLBACK" if kind else "COMMIT")
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self.db:  # commits, or rolls back on an error
+            self.db.execute("BEGIN IMMEDIATE")
+            yield

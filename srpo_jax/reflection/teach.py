@@ -141,7 +141,6 @@ def reflect_request(
     record: Record,
     item: int,
     attempt: dict,
-    correct: bool,
     trial: int,
     settings: Settings,
     prompts: Prompts,
@@ -150,7 +149,7 @@ def reflect_request(
     values = _variables(record, attempt)
     fields = prompts.render(f"fields_{settings.target}", choices=record.choices)
     if settings.mode == "gold_given":
-        name, values = "right" if correct else "wrong", {**values, "gold": record.answer}
+        name, values = "right" if attempt["correct"] else "wrong", {**values, "gold": record.answer}
     else:
         name = "blind"
     text = prompts.render(name, fields=fields, **values)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from srpo_jax import __version__
 from srpo_jax.data.files import jsonl_writer, whole, write_json, write_text
 from srpo_jax.data.images import ImageRef, resolve_path
 from srpo_jax.data.records import Record, write_array_record
@@ -38,26 +39,25 @@ def export(
     targets = ("rl_aligned", "paper") if settings.target == "rl_aligned" else ("paper",)
     count = token_counter(settings.tokenizer)
     lengths: dict[str, list[int]] = defaultdict(list)
-    mix: Counter = Counter()
-    sources: Counter = Counter()
-    splits: Counter = Counter()
-    seen: set[str] = set()
+    mix, sources, splits = Counter(), Counter(), Counter()
     with contextlib.ExitStack() as stack:
         writers = {
             (t, s): stack.enter_context(jsonl_writer(out / f"{t}_{s}.jsonl"))
             for t in targets
             for s in SPLITS
         }
-        for record, fields, image_files in _accepted(store, items, out, seen):
+        for record, row in _accepted(store, items, out):
             split = split_of(record, settings.validation_share, settings.seed)
             splits[split] += 1
             sources[record.source] += 1
-            mix["right" if fields["first_correct"] else "wrong"] += 1
+            mix["right" if row["first_correct"] else "wrong"] += 1
             for name in ("first_think", "reflection", "second_think"):
-                if fields.get(name):
-                    lengths[name].append(count(fields[name]))
+                if row[name]:
+                    lengths[name].append(count(row[name]))
+            # The paper's target has one think, and the gold as second answer.
+            paper = {"target": "paper", "second_think": "", "second_answer": record.answer}
             for target in targets:
-                writers[target, split](row_of(record, fields, image_files, target))
+                writers[target, split](row | paper if target == "paper" else row)
     for target, split in writers:
         _array_record(out, target, split)
     card = make_card(store, settings, mix, sources, splits, lengths)
@@ -67,48 +67,34 @@ def export(
     return card
 
 
-def _accepted(
-    store: Store, items: Items, out: Path, seen: set[str]
-) -> Iterator[tuple[Record, dict[str, Any], list[str]]]:
-    """Record, reflection fields and image files of every accepted item."""
+def _accepted(store: Store, items: Items, out: Path) -> Iterator[tuple[Record, dict[str, Any]]]:
+    """Every accepted item: its record, and its line of the data set that is aligned with RL."""
+    seen: set[str] = set()
     for item, trial in list(store.query(ACCEPTED)):
-        record = items[item]
-        attempt = store.first_attempt(item)
+        record, attempt = items[item], store.first_attempt(item)
         first, reply = attempt.data, store.result("reflect", item, trial).data
-        tried = store.result("attempt", item, attempt.trial).data
-        fields = {
-            "first_think": first["think"],
-            "first_answer": first["answer"],
-            "first_correct": bool(first["correct"]),
-            "reflection": reply["reflection"],
-            "second_think": reply.get("second_think", ""),
-            "second_answer": reply.get("second_answer", ""),
-            "teacher": reply["model"],
-            "policy": tried["model"],
-        }
         name = record.id if record.id not in seen else f"{record.id}#{item}"
         seen.add(name)
-        fields["id"] = name
-        yield record, fields, [copy_image(ref, out / "images") for ref in record.images]
-
-
-def row_of(
-    record: Record, fields: dict[str, Any], images: list[str], target: str
-) -> dict[str, Any]:
-    """One line of a data set; the paper's target has one think, and the gold as second answer."""
-    row = {
-        "id": fields["id"],
-        "problem": record.question,
-        "answer": record.answer,
-        "images": images,
-        "choices": list(record.choices),
-        "source": record.source,
-        "target": target,
-        **{name: value for name, value in fields.items() if name != "id"},
-    }
-    if target == "paper":
-        row |= {"second_think": "", "second_answer": record.answer}
-    return row
+        yield (
+            record,
+            {
+                "id": name,
+                "problem": record.question,
+                "answer": record.answer,
+                "images": [copy_image(ref, out / "images") for ref in record.images],
+                "choices": list(record.choices),
+                "source": record.source,
+                "target": "rl_aligned",
+                "first_think": first["think"],
+                "first_answer": first["answer"],
+                "first_correct": bool(first["correct"]),
+                "reflection": reply["reflection"],
+                "second_think": reply.get("second_think", ""),
+                "second_answer": reply.get("second_answer", ""),
+                "teacher": reply["model"],
+                "policy": store.result("attempt", item, attempt.trial).data["model"],
+            },
+        )
 
 
 def copy_image(ref: ImageRef, folder: Path) -> str:
@@ -158,27 +144,28 @@ def _array_record(out: Path, target: str, split: str) -> None:
 
 def tally(store: Store) -> dict[str, Any]:
     """Counts of every stage: results, usable ones, reasons, errors, tokens and USD."""
-    stages = {}
-    for stage in STAGES:
-        rows = store.query(
-            "SELECT ok, reason, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), SUM(cost) "
-            "FROM results WHERE stage = ? GROUP BY ok, reason ORDER BY ok DESC, reason",
-            (stage,),
-        )
-        found = {"ok": 0, "reasons": {}, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
-        for ok, reason, number, before, after, cost in rows:
-            if ok:
-                found["ok"] += number
-            else:
-                found["reasons"][reason] = number
-            found["prompt_tokens"] += before
-            found["completion_tokens"] += after
-            found["cost"] += cost
-        found["cost"] = round(found["cost"], 6)
-        errors = store.query("SELECT kind, count FROM errors WHERE stage = ?", (stage,))
-        found["errors"] = dict(sorted(errors))
-        stages[stage] = found
-    return stages
+    return {stage: _tally(store, stage) for stage in STAGES}
+
+
+def _tally(store: Store, stage: str) -> dict[str, Any]:
+    totals = store.query(
+        "SELECT SUM(ok), SUM(prompt_tokens), SUM(completion_tokens), ROUND(TOTAL(cost), 6) "
+        "FROM results WHERE stage = ?",
+        (stage,),
+    )
+    reasons = store.query(
+        "SELECT reason, COUNT(*) FROM results WHERE stage = ? AND NOT ok GROUP BY reason", (stage,)
+    )
+    errors = store.query("SELECT kind, count FROM errors WHERE stage = ?", (stage,))
+    ok, before, after, cost = next(totals)
+    return {
+        "ok": ok or 0,
+        "reasons": dict(sorted(reasons)),
+        "prompt_tokens": before or 0,
+        "completion_tokens": after or 0,
+        "cost": cost,
+        "errors": dict(sorted(errors)),
+    }
 
 
 def account(store: Store) -> dict[str, int]:
@@ -229,15 +216,8 @@ def make_card(
         "judge": {"models": models["judge"], "min": settings.judge_min},
         "evaluation_files": list(settings.evaluation),
         "prompts_sha256": prompts.hashes(),
-        "srpo_jax": _version(),
+        "srpo_jax": __version__,
     }  # fmt: skip
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("srpo_jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "source tree"
 
 
 def _spread(values: list[int]) -> dict[str, float]:
@@ -245,42 +225,17 @@ def _spread(values: list[int]) -> dict[str, float]:
     cuts = np.percentile(values, [5, 50, 95])
     return {
         "mean": round(float(np.mean(values)), 1),
-        **{name: float(cut) for name, cut in zip(("p5", "median", "p95"), cuts, strict=True)},
-        "max": int(max(values)),
+        **dict(zip(("p5", "median", "p95"), cuts.tolist(), strict=True)),
+        "max": max(values),
     }
 
 
 def card_text(card: dict[str, Any]) -> str:
     """The card in Markdown."""
-    lines = ["# Reflection data set", ""]
-    mix = card["first_attempts"]
-    lines += [
-        f"{card['items']} items ({_list(card['splits'])}), target {card['target']}, mode "
-        f"{card['mode']}, seed {card['seed']}.",
-        f"First attempts: {mix.get('right', 0)} right, {mix.get('wrong', 0)} wrong.",
-        f"Policy: {', '.join(card['policy']['models'])}; teacher: "
-        f"{', '.join(card['teacher']['models'])}; cost ${card['cost_usd']:.2f}.",
-        "",
-        "| source | items |",
-        "|---|---|",
-        *(f"| {name} | {number} |" for name, number in card["sources"].items()),
-        "",
-        f"| length in {card['lengths']['unit']} | mean | p5 | median | p95 | max |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, spread in card["lengths"].items():
-        if isinstance(spread, dict):
-            lines.append(f"| {name} | " + " | ".join(f"{v:g}" for v in spread.values()) + " |")
-    lines += ["", "| where every record ended | records |", "|---|---|"]
-    lines += [f"| {state} | {number} |" for state, number in card["accounted"].items()]
-    lines += ["", "| stage | usable | not usable, by reason |", "|---|---|---|"]
-    for stage, found in card["stages"].items():
-        if found["ok"] or found["reasons"]:
-            lines.append(f"| {stage} | {found['ok']} | {_list(found['reasons']) or '-'} |")
-    lines += ["", "| prompt file | SHA-256 |", "|---|---|"]
-    lines += [f"| {name} | {digest} |" for name, digest in card["prompts_sha256"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def _list(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in counts.items())
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("card.md.jinja").render(card=card)

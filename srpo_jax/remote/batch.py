@@ -14,17 +14,16 @@ failures are waited out for ``patience`` seconds, since a batch goes on without 
 
 import asyncio
 import json
-import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from functools import partial
+from typing import IO, Any
 
-import httpx2
-import openai
+from openai.types import Batch, FileObject
 
-from srpo_jax.remote.client import CONNECTION_ERRORS, connect, connection_failure
+from srpo_jax.remote.client import ERRORS, Connection
 from srpo_jax.remote.limits import Clock, Sleep, backoff
 from srpo_jax.remote.protocol import (
     Endpoint,
@@ -36,9 +35,7 @@ from srpo_jax.remote.protocol import (
     Unavailable,
     classify,
     http_failure,
-    is_vendor,
     parse_reply,
-    read_key,
     request_body,
     scrub,
 )
@@ -51,18 +48,12 @@ MIN_SPEED = 100_000  # bytes per second: a slower upload is given up and tried a
 DOWNLOAD_SECONDS = 3600.0  # for all of it; between two pieces the endpoint's time limit holds
 
 
-class _NotTheProtocol(Exception):
-    """A body that is not what the protocol promises: a transient failure."""
-
-
 @dataclass(frozen=True)
 class BatchStatus:
     """How far a batch is; ``error`` says why one failed as a whole."""
 
     status: str  # the vendor's word
-    total: int
     completed: int
-    failed: int
     error: str = ""
 
     @property
@@ -71,16 +62,19 @@ class BatchStatus:
         return self.status in FINAL
 
 
-def request_bytes(endpoint: Endpoint, request: Request) -> int:
-    """About how many bytes a request takes of the ``MAX_BYTES`` of a batch."""
-    return len(_line(endpoint, "", request, is_vendor(endpoint)))
+def request_line(endpoint: Endpoint, name: str, request: Request) -> bytes:
+    """One line of a batch's input file, of which MAX_BYTES bytes make a batch."""
+    body = request_body(endpoint, request)
+    row = {"custom_id": name, "method": "POST", "url": CHAT, "body": body}
+    return json.dumps(row).encode() + b"\n"
 
 
-class BatchClient:
-    """Batches at one endpoint; an async context manager.
+class BatchClient(Connection):
+    """Batches at one endpoint.
 
-    ``clock``, ``sleep`` and ``rng`` as in ``Client``. Every method raises Unavailable when the
-    server does not answer for ``patience`` seconds, and Fatal where no request can succeed.
+    ``clock`` and ``sleep`` replace ``time.monotonic`` and ``asyncio.sleep`` in tests. Every method
+    raises Unavailable when the server does not answer for ``patience`` seconds, and Fatal where no
+    request can succeed.
     """
 
     def __init__(
@@ -90,80 +84,60 @@ class BatchClient:
         patience: float = 6 * 3600.0,
         clock: Clock = time.monotonic,
         sleep: Sleep = asyncio.sleep,
-        rng: random.Random | None = None,
     ):
-        """Raises Fatal where the key is missing or the base URL is none."""
-        self.endpoint, self.patience = endpoint, patience
-        self._clock, self._sleep = clock, sleep
-        self._rng = rng or random.Random()
-        self._key = read_key(endpoint)
-        self.openai = connect(endpoint, self._key)
+        super().__init__(endpoint)
+        self.patience, self._clock, self._sleep = patience, clock, sleep
 
-    async def __aenter__(self) -> "BatchClient":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.openai.close()
-
-    async def submit(
-        self, requests: Mapping[str, Request] | Iterable[tuple[str, Request]], key: str
-    ) -> str:
+    async def submit(self, requests: Mapping[str, Request], key: str) -> str:
         """The id of the batch with this ``key``, which is made unless it is there already.
 
-        ``requests`` maps an id of the caller's to each request; pairs may come from a generator,
-        for they are written to a temporary file one by one. Raises ValueError where they are none
-        or more than the vendor takes.
+        ``requests`` maps an id of the caller's to each request. Raises ValueError where they are
+        none or more than the vendor takes.
         """
         if found := await self.find(key):
             return found
-        if isinstance(requests, Mapping):
-            pairs = cast("Mapping[str, Request]", requests).items()  # not a mapping OF pairs
-        else:
-            pairs = requests
         with tempfile.TemporaryFile() as file:
-            self._write(file, pairs)
-            limit = self.endpoint.timeout + file.tell() / MIN_SPEED
-            uploaded = await self._json(lambda: self._upload(file, limit), limit)
-        body = {
-            "input_file_id": _text(uploaded, "id"),
-            "endpoint": CHAT,
-            "completion_window": "24h",
-            "metadata": {"key": key},
-        }
-        return await self._create(body, key)
+            file.writelines(request_line(self.endpoint, *pair) for pair in requests.items())
+            size = file.tell()
+            if not 0 < len(requests) <= MAX_REQUESTS or size > MAX_BYTES:
+                raise ValueError(
+                    f"a batch of {len(requests)} requests and {size} bytes: the vendor takes 1 to "
+                    f"{MAX_REQUESTS} requests and at most {MAX_BYTES} bytes; make smaller batches"
+                )
+            limit = self.endpoint.timeout + size / MIN_SPEED
+            uploaded = await self._call(lambda: self._upload(file, limit), limit)
+        tried = False
+
+        async def create() -> Batch:
+            """Create the batch; after a failure look whether it was created all the same."""
+            nonlocal tried
+            if tried and (found := await self._search(key)):
+                return found
+            tried = True
+            return await self.openai.batches.create(
+                input_file_id=uploaded.id,
+                endpoint=CHAT,
+                completion_window="24h",
+                metadata={"key": key},
+            )
+
+        return (await self._call(create)).id
 
     async def find(self, key: str) -> str | None:
         """The id of the newest batch that was submitted with ``key``; None where there is none."""
-        path = "/batches?limit=100"
-        while True:
-            page = await self._json(lambda path=path: self._get(path))
-            rows = page.get("data") or []
-            for row in rows:
-                if (row.get("metadata") or {}).get("key") == key:
-                    return _text(row, "id")
-            if not rows or not page.get("has_more"):
-                return None
-            path = f"/batches?limit=100&after={_text(rows[-1], 'id')}"
+        found = await self._call(lambda: self._search(key))
+        return found and found.id
 
     async def poll(self, batch_id: str) -> BatchStatus:
         """Where a batch stands now."""
-        batch = await self._json(lambda: self._get(f"/batches/{batch_id}"))
-        counts = batch.get("request_counts") or {}
-        errors = (batch.get("errors") or {}).get("data") or []
+        batch = await self._call(lambda: self.openai.batches.retrieve(batch_id))
+        if not batch.status:
+            raise Unavailable("the server's batch endpoint answers without 'status'")
+        errors = (batch.errors and batch.errors.data) or []
         # The vendor's words about lines of the file may quote them: only the code is kept.
-        codes = sorted({str(error.get("code") or "unknown") for error in errors})
-        return BatchStatus(
-            _text(batch, "status"),
-            total=int(counts.get("total") or 0),
-            completed=int(counts.get("completed") or 0),
-            failed=int(counts.get("failed") or 0),
-            error=scrub(", ".join(codes), self._key),
-        )
-
-    async def cancel(self, batch_id: str) -> None:
-        """Ask the vendor to stop a batch; what is done by then can be collected, and is paid."""
-        path = f"/batches/{batch_id}/cancel"
-        await self._json(lambda: self.openai.post(path, cast_to=httpx2.Response))
+        codes = ", ".join(sorted({str(error.code or "unknown") for error in errors}))
+        completed = batch.request_counts and batch.request_counts.completed
+        return BatchStatus(batch.status, completed or 0, scrub(codes, self._key))
 
     async def collect(
         self, batch_id: str
@@ -174,19 +148,14 @@ class BatchClient:
         altogether, which means the same. Where some met what every request would (no quota), Fatal
         is raised after all others were given. Raises ValueError while the batch is not done.
         """
-        batch = await self._json(lambda: self._get(f"/batches/{batch_id}"))
-        if batch.get("status") not in FINAL:
-            raise ValueError(f"batch {batch_id} is {batch.get('status')}: poll until it is done")
+        batch = await self._call(lambda: self.openai.batches.retrieve(batch_id))
+        if batch.status not in FINAL:
+            raise ValueError(f"batch {batch_id} is {batch.status}: poll until it is done")
         seen: set[str] = set()
         fatal = None
-        for field in ("output_file_id", "error_file_id"):
-            if not batch.get(field):
-                continue
+        for output in filter(None, (batch.output_file_id, batch.error_file_id)):
             with tempfile.TemporaryFile() as file:
-                await self._call(
-                    lambda name=batch[field], file=file: self._download(name, file),
-                    DOWNLOAD_SECONDS,
-                )
+                await self._call(partial(self._download, output, file), DOWNLOAD_SECONDS)
                 file.seek(0)
                 for line in file:
                     name, result = self._result(line)
@@ -198,39 +167,16 @@ class BatchClient:
         if fatal is not None:
             raise fatal
 
-    def _write(self, file: IO[bytes], pairs: Iterable[tuple[str, Request]]) -> None:
-        vendor, count = is_vendor(self.endpoint), 0
-        for count, (name, request) in enumerate(pairs, 1):  # noqa: B007
-            file.write(_line(self.endpoint, name, request, vendor))
-        size = file.tell()
-        if not 0 < count <= MAX_REQUESTS or size > MAX_BYTES:
-            raise ValueError(
-                f"a batch of {count} requests and {size} bytes: the vendor takes 1 to "
-                f"{MAX_REQUESTS} requests and at most {MAX_BYTES} bytes; make smaller batches"
-            )
+    async def _search(self, key: str) -> Batch | None:
+        async for batch in self.openai.batches.list(limit=100):
+            if (batch.metadata or {}).get("key") == key:
+                return batch
+        return None
 
-    async def _create(self, body: dict, key: str) -> str:
-        """Create the batch; after a failure look whether it was created all the same."""
-        asked = False
-
-        async def create() -> httpx2.Response | str:
-            nonlocal asked
-            if asked and (found := await self.find(key)):
-                return found
-            asked = True
-            return await self.openai.post("/batches", cast_to=httpx2.Response, body=body)
-
-        made = await self._json(create)
-        return made if isinstance(made, str) else _text(made, "id")
-
-    async def _upload(self, file: IO[bytes], limit: float) -> httpx2.Response:
+    async def _upload(self, file: IO[bytes], limit: float) -> FileObject:
         file.seek(0)
-        raw = await self.openai.files.with_raw_response.create(
-            file=("batch.jsonl", file, "application/jsonl"),
-            purpose="batch",
-            timeout=limit,
-        )
-        return raw.http_response
+        content = ("batch.jsonl", file, "application/jsonl")
+        return await self.openai.files.create(file=content, purpose="batch", timeout=limit)
 
     async def _download(self, name: str, file: IO[bytes]) -> None:
         """The content of a vendor's file, from its start."""
@@ -242,29 +188,7 @@ class BatchClient:
         # A gateway's error page in place of answers that were paid for must not pass for them.
         file.seek(0)
         if not all(line.startswith(b"{") for line in file):
-            raise _NotTheProtocol
-
-    async def _get(self, path: str) -> httpx2.Response:
-        return await self.openai.get(path, cast_to=httpx2.Response)
-
-    async def _json(
-        self, send: Callable[[], Awaitable[httpx2.Response | str]], limit: float = 0.0
-    ) -> Any:
-        """The decoded body of a response; a body that is no JSON object is a transient failure."""
-
-        async def decoded() -> Any:
-            response = await send()
-            if isinstance(response, str):
-                return response
-            try:
-                body = json.loads(response.content)
-            except (ValueError, RecursionError):
-                raise _NotTheProtocol from None
-            if not isinstance(body, dict):
-                raise _NotTheProtocol
-            return body
-
-        return await self._call(decoded, limit)
+            raise ValueError(f"{name}: not JSON Lines")
 
     async def _call(self, send: Callable[[], Awaitable[Any]], limit: float = 0.0) -> Any:
         """``send`` until it succeeds within ``limit`` seconds (0: the endpoint's time limit).
@@ -276,30 +200,17 @@ class BatchClient:
             attempt += 1
             try:
                 async with asyncio.timeout(limit or self.endpoint.timeout):
-                    return await send()
-            except openai.APIStatusError as error:
-                failure = self._failure(error)
-            except CONNECTION_ERRORS as error:
-                failure = connection_failure(error)
-            except _NotTheProtocol:
-                failure = Failure("not_json", "the body is not the protocol's", "retry")
-            text = f"batch at {self.endpoint.model}: {failure.text}"
-            if failure.action == "stop":
-                raise Fatal(text)
-            if failure.action == "reject":
-                raise Rejected(text, failure.kind)
-            if self._clock() - start > self.patience:
-                raise Unavailable(f"{text} (after {attempt} tries)")
-            await self._sleep((failure.wait or 0.0) + backoff(attempt, self._rng))
-
-    def _failure(self, error: openai.APIStatusError) -> Failure:
-        try:
-            body = json.loads(error.response.content)
-        except (ValueError, httpx2.StreamError):
-            body = None
-        return http_failure(
-            self.endpoint, self._key, error.status_code, error.response.headers, body
-        )
+                    found = await send()
+                if found is None or found.id:
+                    return found
+                raise Unavailable("the server's batch endpoint answers without 'id'")
+            # The official client hands on text, or JSON of another shape, without these fields.
+            except (*ERRORS, AttributeError) as error:
+                failure = self.failure(error)
+            error = failure.error(f"batch at {self.endpoint.model}", f" (after {attempt} tries)")
+            if not isinstance(error, Unavailable) or self._clock() - start > self.patience:
+                raise error
+            await self._sleep((failure.wait or 0.0) + backoff(attempt))
 
     def _result(self, line: bytes) -> tuple[str | None, Reply | Rejected | Unavailable | Fatal]:
         """(custom id, result) of one line of an output or error file; (None, ...) if unreadable."""
@@ -310,42 +221,15 @@ class BatchClient:
             error, response = row.get("error"), row.get("response")
             if response is None:
                 code = scrub(str((error or {}).get("code") or "no response"), self._key)
-                return name, Unavailable(f"{self.endpoint.model}: {code}")
-            status, body = response["status_code"], response["body"]
-            if status == 200:
-                reply = parse_reply(self.endpoint, None, body)
-                if reply.finish_reason == "content_filter":
-                    text = f"{self.endpoint.model}: the content filter stopped the answer"
-                    return name, Rejected(text, "content_filter", reply.cost)
-                return name, reply
-            return name, self._refusal(status, body)
+                found = Failure("expired", code, "retry")
+            elif response["status_code"] == 200:
+                found = parse_reply(self.endpoint, None, response["body"])
+            else:
+                # The server's words may quote the prompt, which is not at hand to be cut out.
+                status = response["status_code"]
+                kind, _, _ = classify(status, response["body"])
+                said = {"code": kind, "message": "" if kind == str(status) else kind}
+                found = http_failure(self.endpoint, self._key, status, {}, {"error": said})
         except (ValueError, KeyError, TypeError, AttributeError):
-            return name, Unavailable(f"{self.endpoint.model}: a line that is not the protocol's")
-
-    def _refusal(self, status: int, body: Any) -> Rejected | Unavailable | Fatal:
-        """What the HTTP error of one request means, without the server's words about it.
-
-        Those may quote the prompt, which is not at hand here to be cut out.
-        """
-        kind, _, action = classify(status, body)
-        text = f"{self.endpoint.model}: HTTP {status}" + (
-            f" ({kind})" if kind != str(status) else ""
-        )
-        if action == "stop":
-            body = {"error": {"code": kind}}
-            return Fatal(http_failure(self.endpoint, self._key, status, {}, body).text)
-        return Rejected(text, kind) if action == "reject" else Unavailable(text)
-
-
-def _line(endpoint: Endpoint, name: str, request: Request, vendor: bool) -> bytes:
-    """One line of a batch's input file."""
-    body = request_body(endpoint, request, vendor)
-    row = {"custom_id": name, "method": "POST", "url": CHAT, "body": body}
-    return json.dumps(row).encode() + b"\n"
-
-
-def _text(row: Mapping[str, Any], name: str) -> str:
-    """A field that the protocol promises; Unavailable where the server leaves it out."""
-    if not isinstance(row.get(name), str):
-        raise Unavailable(f"the server's batch endpoint answers without {name!r}")
-    return row[name]
+            found = Failure("not_json", "a line that is not the protocol's", "retry")
+        return name, found if isinstance(found, Reply) else found.error(self.endpoint.model)

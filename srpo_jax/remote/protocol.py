@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from srpo_jax.remote.limits import retry_after
 
 MAX_ERROR_CHARS = 300
+QUOTE = 24  # characters of a prompt that an error may not repeat
 IMAGE_TOKENS = 1000  # of one image, for the limit per minute; vendors count 85 to 2,500
 
 TRANSIENT = {408, 409, 425, 429}  # and everything from 500 on
@@ -108,7 +109,6 @@ class Request:
     seed: int | None = None
     schema: dict[str, Any] | None = None  # JSON schema that the server must hold the reply to
     schema_name: str = "reply"
-    tokens: int = 0  # prompt tokens, for the limit per minute; 0: estimated
 
 
 @dataclass(frozen=True)
@@ -136,23 +136,30 @@ class Failure:
     wait: float | None = None  # seconds that the server asked for
     cost: float = 0.0
 
+    def error(self, where: str, tries: str = "") -> Fatal | Rejected | Unavailable:
+        """The exception that says what to do with the item."""
+        text = f"{where}: {self.text}"
+        if self.action == "stop":
+            return Fatal(text)
+        if self.action == "reject":
+            return Rejected(text, self.kind, self.cost)
+        return Unavailable(text + tries)
+
 
 def estimate_tokens(request: Request) -> int:
     """A rough count of prompt tokens: a quarter of the UTF-8 bytes, images at a flat rate."""
-    if request.tokens:
-        return request.tokens
     size = images = 0
     for message in request.messages:
         texts = _texts(message)
-        size += sum(len(text) if text.isascii() else len(_utf8(text)) for text in texts)
+        size += sum(len(_utf8(text)) for text in texts)
         if not isinstance(message.get("content") or "", str):
             images += len(message["content"]) - len(texts)
     return size // 4 + 4 * len(request.messages) + IMAGE_TOKENS * images
 
 
-def request_body(endpoint: Endpoint, request: Request, vendor: bool) -> dict[str, Any]:
-    """The JSON body of a request; ``vendor``: for OpenAI's own server, which renamed a field."""
-    limit = "max_completion_tokens" if vendor else "max_tokens"
+def request_body(endpoint: Endpoint, request: Request) -> dict[str, Any]:
+    """The JSON body of a request; OpenAI's own server has renamed a field."""
+    limit = "max_completion_tokens" if is_vendor(endpoint) else "max_tokens"
     out = {"model": endpoint.model, "messages": list(request.messages), limit: request.max_tokens}
     if request.temperature is not None:
         out["temperature"] = request.temperature
@@ -166,8 +173,8 @@ def request_body(endpoint: Endpoint, request: Request, vendor: bool) -> dict[str
 
 def parse_reply(
     endpoint: Endpoint, request: Request | None, body: Any, seconds: float = 0.0
-) -> Reply:
-    """A ``Reply`` from a decoded body; ValueError where it is not the protocol's.
+) -> Reply | Failure:
+    """The decoded body of an answer; a ``Failure`` where it was filtered or is not the protocol's.
 
     A server that reports no usage gets an estimate, so that a budget still ends the run; of the
     prompt only where ``request`` is known.
@@ -184,13 +191,17 @@ def parse_reply(
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         finish, model = choice.get("finish_reason"), body.get("model")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError("the body is JSON but not a chat completion") from None
+        text = "the body is JSON but not a chat completion"
+        return Failure("not_json", text, "retry", server=True)
     text, refusal = (_utf8(part or "").decode() for part in (text, refusal))
     if not isinstance(prompt, int):
         prompt = estimate_tokens(request) if request else 0
     if not isinstance(completion, int):
         completion = len(text.encode()) // 4 + 1
     cost = endpoint.cost(prompt, completion)
+    if finish == "content_filter":
+        text = "the server's content filter stopped the answer"
+        return Failure("content_filter", text, "reject", cost=cost)
     return Reply(
         text, refusal, str(finish or ""), str(model or ""), prompt, completion, cost, seconds
     )
@@ -237,19 +248,18 @@ def http_failure(
     return Failure(kind, text, action, status >= 500 or status == 408, wait)
 
 
-def hide_prompt(text: str, request: Request, run: int = 24) -> str:
-    """``text`` without the pieces of ``run`` characters or more that it shares with the prompt.
+def hide_prompt(text: str, request: Request) -> str:
+    """``text`` without the pieces of ``QUOTE`` characters or more that it shares with the prompt.
 
     Servers quote what they refuse; a prompt may be private, and errors are logged and stored.
     """
     text = re.sub(r"[A-Za-z0-9+/=]{64,}", "[data]", text[:2000])
     prompts = [content for message in request.messages for content in _texts(message)]
-    shared = [any(text[i : i + run] in p for p in prompts) for i in range(len(text) - run + 1)]
-    hidden = {i + k for i, hit in enumerate(shared) if hit for k in range(run)}
-    return "".join(
-        "..." if i in hidden and i - 1 not in hidden else "" if i in hidden else letter
-        for i, letter in enumerate(text)
-    )
+    hidden = list(text)
+    for i in range(len(text) - QUOTE + 1):
+        if any(text[i : i + QUOTE] in prompt for prompt in prompts):
+            hidden[i : i + QUOTE] = "\0" * QUOTE
+    return re.sub("\0+", "...", "".join(hidden))
 
 
 def _texts(message: dict[str, Any]) -> list[str]:
