@@ -161,8 +161,8 @@ def test_bfloat16_parameters_move_as_float32_ones_do():
             for path, x in state.params.items()
         }
         assert state.params["text/norm/scale"].dtype == dtype
-        wanted = 1.0 if dtype == jnp.float32 else 0.1
-        assert 0 < metrics["moved_share"] <= wanted
+        if dtype == jnp.bfloat16:
+            assert 0.001 < metrics["moved_share"] < 0.1
     for path, exact in moved[jnp.float32].items():
         np.testing.assert_allclose(exact, -2e-4, rtol=0.02)
         np.testing.assert_allclose(moved[jnp.bfloat16][path], exact, rtol=0.05, err_msg=path)

@@ -131,8 +131,8 @@ def apply_gradients(
 
     Returns:
         the new state; float32 scalars: ``grad_norm`` (before clipping), ``update_norm`` (of what
-        the parameters really changed by), ``moved_share`` (entries that changed at all), ``lr`` and
-        ``skipped`` (so far).
+        the parameters really changed by), ``lr``, ``skipped`` (so far) and, where parameters are
+        rounded, ``moved_share``, the share of their entries that changed at all.
     """
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
@@ -141,9 +141,7 @@ def apply_gradients(
     key = jax.random.fold_in(jax.random.key(optimizer.seed), state.step)
     noise = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in state.params}
     params = jax.tree.map(keep, jax.tree.map(_add, state.params, updates, noise), state.params)
-    changes = jax.tree.map(
-        lambda new, old: new.astype(jnp.float32) - old.astype(jnp.float32), params, state.params
-    )
+    changes = jax.tree.map(_change, params, state.params, updates)
     new_state = dataclasses.replace(
         state,
         step=state.step + finite.astype(jnp.int32),
@@ -153,11 +151,15 @@ def apply_gradients(
     )
     metrics = {
         "grad_norm": grad_norm,
-        "update_norm": optax.tree.norm(changes),
-        "moved_share": _mean_of_all(jax.tree.map(lambda x: x != 0, changes)),
+        "update_norm": jnp.where(finite, optax.tree.norm(changes), 0.0),
         "lr": jnp.asarray(optimizer.schedule(state.step)),
         "skipped": new_state.skipped,
     }
+    rounded = [changes[path] for path, x in params.items() if x.dtype != jnp.float32]
+    if rounded:
+        moved = sum((jnp.sum(x != 0, dtype=jnp.float32) for x in rounded), jnp.float32(0))
+        share = moved / float(sum(x.size for x in rounded))  # the count may be beyond int32
+        metrics["moved_share"] = jnp.where(finite, share, 0.0)
     return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 
@@ -178,6 +180,11 @@ def _add(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _mean_of_all(tree: dict[str, jax.Array]) -> jax.Array:
-    count = float(sum(x.size for x in tree.values()))  # beyond int32
-    return sum((x.sum(dtype=jnp.float32) for x in tree.values()), jnp.float32(0)) / count
+def _change(new: jax.Array, old: jax.Array, update: jax.Array) -> jax.Array:
+    """What a parameter changed by, float32.
+
+    A float32 parameter takes its update as it is: comparing would hold the old one beside the new.
+    """
+    if new.dtype == jnp.float32:
+        return update
+    return new.astype(jnp.float32) - old.astype(jnp.float32)
