@@ -7,21 +7,8 @@ option's text: in lower case, as a number written in words, or by value at two d
 
 import re
 
-from srpo_jax.benchmarks.common import (
-    EMPTY,
-    Benchmark,
-    Form,
-    Place,
-    Row,
-    Scored,
-    by_row,
-    choices,
-    extraction_or,
-    gold,
-    grouping,
-    is_number,
-    option_text,
-)
+from srpo_jax.benchmarks import common
+from srpo_jax.benchmarks.common import EMPTY, Row, choices, gold
 from srpo_jax.benchmarks.latex.tokens import LatexError
 from srpo_jax.benchmarks.latex.value import latex_value
 from srpo_jax.benchmarks.word_numbers import word_number
@@ -32,13 +19,15 @@ _BRACE = re.compile(r"(\\boxed\{)|[{}]")  # an escaped brace counts, as in the o
 _TEXT = re.compile(r"\\text{(.*?)}")
 
 
-def official(row: Row) -> Scored:
+def official(row: Row) -> common.Scored:
     """The official outcome."""
-    extraction = extraction_or(lambda text: extract(text) if text else None, row)
+    extraction = common.extraction_or(lambda text: extract(text) if text else None, row)
     targets = _targets(row)
     if extraction is None:
-        return Scored(None, None, False, EMPTY)
-    return Scored(extraction, extraction, any(same(extraction, target) for target in targets))
+        return common.Scored(None, None, False, EMPTY)
+    return common.Scored(
+        extraction, extraction, any(same(extraction, target) for target in targets)
+    )
 
 
 def _targets(row: Row) -> list[str]:
@@ -46,7 +35,7 @@ def _targets(row: Row) -> list[str]:
     answer = gold(row)
     content = row.get("gt_content")
     if content is None:
-        content = option_text(answer, choices(row))
+        content = common.option_text(answer, choices(row))
     return [answer] if content is None else list(dict.fromkeys([answer, str(content)]))
 
 
@@ -56,7 +45,7 @@ def extract(text: str) -> str:
     for letter in "ABCDEFGH":
         if text.upper() == letter or text.startswith((f"{letter}:", f"{letter}.")):
             return letter
-    if is_number(text):
+    if common.is_number(text):
         return text
     boxes = _boxes(text)
     if boxes:
@@ -100,19 +89,19 @@ def _rounded(text: str) -> float:
 
 
 _SUBJECTS = ("Chemistry", "Coding", "Math", "Physics")
-BENCHMARK = Benchmark(
+BENCHMARK = common.Benchmark(
     name="emma",
     counts={2788: "EMMA", 400: "EMMA-mini"},
-    form=Form(
+    form=common.Form(
         "pid|id question options answer subject type",
         images=(),
         numbered=True,
         id=("pid", "id"),
     ),
     places={
-        "test": Place("luckychao/EMMA", "test", _SUBJECTS),
-        "mini": Place("luckychao/EMMA-mini", "test", _SUBJECTS),
+        "test": common.Place("luckychao/EMMA", "test", _SUBJECTS),
+        "mini": common.Place("luckychao/EMMA-mini", "test", _SUBJECTS),
     },
-    groups=grouping("subject", subject_category="{subject}_{category}", task="{task}"),
-    official=by_row(official),
+    groups=common.grouping("subject", subject_category="{subject}_{category}", task="{task}"),
+    official=common.by_row(official),
 )
