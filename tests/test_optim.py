@@ -146,7 +146,7 @@ def test_bfloat16_parameters_move_as_float32_ones_do():
     cfg = OptimConfig(lr=1e-6, schedule="constant", warmup_steps=0, grad_clip=None)
     key = jax.random.key(3)
     start = {
-        "text/layers/attn/q/kernel": 0.02 * jax.random.normal(key, (256, 512)),
+        "text/layers/attn/q/kernel": 0.02 * jax.random.normal(key, (2, 128, 512)),  # two layers
         "text/norm/scale": jnp.ones((300_000,)),
     }
     grads = {path: jnp.where(x > 0, 1.0, -1.0) for path, x in start.items()}  # a steady direction
@@ -183,6 +183,17 @@ def test_rounding_repeats_with_seed_step_and_parameter_and_keeps_exact_sums():
     np.testing.assert_array_equal(ends[0], ends[1])
     assert (ends[0] != ends[2]).any()
     # What a bfloat16 can hold is not rounded: 1 - 2**-8 + 2**-8, and adding nothing.
-    key = jax.random.key(0)
-    exact = optim._add(jnp.array([1 - 2**-8, 3.0], jnp.bfloat16), jnp.array([2**-8, 0]), key)
-    assert exact.tolist() == [1.0, 3.0]
+    values = jnp.array([1 - 2**-8, 3.0], jnp.bfloat16)
+    assert optim._rounded_sum(values, jnp.array([2**-8, 0]), jax.random.key(0)).tolist() == [1, 3]
+
+
+def test_the_bits_of_rounding_are_even_and_independent():
+    bits = np.asarray(optim._hashed_bits(jax.random.key(1), (8, 64, 256))) >> 16
+    share = bits.astype(np.float64) / 2**16
+    for axes in ((1, 2), (0, 2), (0, 1)):  # no index along any axis leans to a side
+        sizes = share.size / share.mean(axes).size
+        assert np.abs(share.mean(axes) - 0.5).max() < 5 * np.sqrt(1 / 12 / sizes)
+    flat = share.reshape(-1) - 0.5
+    for lag in (1, 2, 255, 256, 257, 64 * 256):
+        assert abs((flat[lag:] * flat[:-lag]).mean() * 12) < 5 / np.sqrt(flat.size)
+    assert np.unique(bits).size > 0.8 * 2**16

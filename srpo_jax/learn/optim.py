@@ -1,6 +1,7 @@
 """The optimizer: AdamW with warm-up, cosine decay and clipping; freezing; non-finite gradients."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -121,6 +122,9 @@ def trains_vision(params: Mapping[str, Any], freeze: tuple[str, ...]) -> bool:
     return any(path.startswith("vision/") for path in split_frozen(dict(params), freeze)[0])
 
 
+_SAMPLE = 2**20  # entries of a rounded parameter, at least
+
+
 def apply_gradients(
     state: TrainState[jax.Array], grads: Params, optimizer: Optimizer
 ) -> tuple[TrainState[jax.Array], dict[str, jax.Array]]:
@@ -138,10 +142,7 @@ def apply_gradients(
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-    key = jax.random.fold_in(jax.random.key(optimizer.seed), state.step)
-    noise = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in state.params}
-    params = jax.tree.map(keep, jax.tree.map(_add, state.params, updates, noise), state.params)
-    changes = jax.tree.map(_change, params, state.params, updates)
+    params, squares, moved = _add(state, updates, finite, optimizer.seed)
     new_state = dataclasses.replace(
         state,
         step=state.step + finite.astype(jnp.int32),
@@ -151,40 +152,67 @@ def apply_gradients(
     )
     metrics = {
         "grad_norm": grad_norm,
-        "update_norm": jnp.where(finite, optax.tree.norm(changes), 0.0),
+        "update_norm": jnp.where(finite, jnp.sqrt(squares), 0.0),
+        **({} if moved is None else {"moved_share": moved}),
         "lr": jnp.asarray(optimizer.schedule(state.step)),
         "skipped": new_state.skipped,
     }
-    rounded = [changes[path] for path, x in params.items() if x.dtype != jnp.float32]
-    if rounded:
-        moved = sum((jnp.sum(x != 0, dtype=jnp.float32) for x in rounded), jnp.float32(0))
-        share = moved / float(sum(x.size for x in rounded))  # the count may be beyond int32
-        metrics["moved_share"] = jnp.where(finite, share, 0.0)
     return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 
-def _add(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
-    """``param + update`` in the parameter's dtype, right in the mean where that is bfloat16.
+def _add(
+    state: TrainState[jax.Array], updates: Any, finite: jax.Array, seed: int
+) -> tuple[Params, jax.Array, jax.Array | None]:
+    """Parameters after the update, the squared norm of their change, and the share that moved.
+
+    A float32 parameter takes its update as it is. What rounding makes of the others is measured on
+    a sample of their entries (the whole would cost a second copy of the parameters); the share is
+    None where there are no others.
+    """
+    exact = {path: updates[path] for path, x in state.params.items() if x.dtype == jnp.float32}
+    squares = jnp.square(optax.tree.norm(exact)) if exact else jnp.float32(0)
+    moved, size = jnp.float32(0), 0.0  # their number may be beyond int32
+    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    params = {}
+    for path, old in state.params.items():
+        update = updates[path].astype(jnp.float32)
+        new = old + update
+        if path not in exact:
+            key = jax.random.fold_in(step_key, zlib.crc32(path.encode()))
+            new = _rounded_sum(old, update, key)
+            few = _SAMPLE // math.prod(old.shape[1:]) + 1  # rounded alike: bits go by the place
+            change = _rounded_sum(old[:few], update[:few], key).astype(jnp.float32)
+            change -= old[:few].astype(jnp.float32)
+            share = old.size / change.size
+            squares += jnp.sum(jnp.square(change)) * share
+            moved, size = moved + jnp.sum(change != 0, dtype=jnp.float32) * share, size + old.size
+        params[path] = jnp.where(finite, new, old)
+    return params, squares, jnp.where(finite, moved / size, 0.0) if size else None
+
+
+def _rounded_sum(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
+    """``param + update`` in bfloat16, right in the mean.
 
     An update at a learning rate of 1e-6 is far below the distance between two bfloat16 numbers, and
     rounding to the nearest would lose nearly all of them. Stochastic rounding (Gupta et al., arXiv
-    1502.02551) goes up with the probability of the part that is cut off: adding 16 random bits
-    below a float32's upper half, then cutting the lower half off. The bits depend on seed, step
-    and parameter alone, not on devices.
+    1502.02551) goes up with the probability of the part that is cut off: 16 random bits are added
+    to a float32's lower half, which is then cut off.
     """
-    total = param.astype(jnp.float32) + update.astype(jnp.float32)
-    if param.dtype != jnp.bfloat16:
-        return total.astype(param.dtype)
-    noise = jax.random.bits(key, param.shape, jnp.uint16)
-    bits = jax.lax.bitcast_convert_type(total, jnp.uint32) + noise.astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    total = jax.lax.bitcast_convert_type(param.astype(jnp.float32) + update, jnp.uint32)
+    upper = (total + (_hashed_bits(key, param.shape) >> 16)) >> 16
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
 
 
-def _change(new: jax.Array, old: jax.Array, update: jax.Array) -> jax.Array:
-    """What a parameter changed by, float32.
+def _hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """32 bits for each place of ``shape``, of key and place alone: alike on any devices.
 
-    A float32 parameter takes its update as it is: comparing would hold the old one beside the new.
+    A hash of the indices (lowbias32 of C. Wellons), since it melts into the addition where
+    jax.random's kernels would hold four numbers for each entry.
     """
-    if new.dtype == jnp.float32:
-        return update
-    return new.astype(jnp.float32) - old.astype(jnp.float32)
+    bits = jax.random.bits(key, (), jnp.uint32)
+    for axis in range(len(shape)):
+        bits = bits + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(0x9E3779B9)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+        bits = bits ^ (bits >> 16)
+    return bits
