@@ -232,7 +232,7 @@ class Evaluator:
             self._parts,
             source,
             self._encode,
-            check_record=self._check,
+            check=self._check,
             shuffle=False,
             epochs=1,
             drop_remainder=False,

@@ -13,36 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from srpo_jax.data.batching import (
-    Encoded,
-    FirstFit,
-    Media,
-    collate,
-    collate_packed,
-    encode_arrays,
-)
-from srpo_jax.data.images import to_rgb
+from srpo_jax.data.batching import Encoded, Media, encode_arrays
+from srpo_jax.data.images import RecordError, to_rgb
 from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS, Message
-from srpo_jax.data.records import RecordError
-from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds, mrope_positions, vision_arrays
-
-__all__ = [
-    "Encoded",
-    "FirstFit",
-    "Media",
-    "Processor",
-    "VisionGeometry",
-    "VisionIds",
-    "check_messages",
-    "collate",
-    "collate_packed",
-    "encode_arrays",
-    "mrope_positions",
-    "token_bytes",
-    "vision_arrays",
-]
+from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds
 
 # The recipe's pixel range: 4 to 640 merged tokens an image (MM-EUREKA, SRPO).
 MIN_PIXELS = 4 * 28 * 28
@@ -325,11 +302,7 @@ def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:
     in UTF-8. ``size`` pads the list with b"" up to the model's vocabulary, which is larger than the
     tokenizer's. ValueError for a tokenizer that is not byte-level.
     """
-    # The byte alphabet of GPT-2: printable Latin-1 bytes stand for themselves, the other 68 are
-    # moved, in order, to the code points from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = [b for b in range(256) if b not in set(printable)]
-    alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
     added = tokenizer.get_added_vocab()
     vocabulary = tokenizer.get_vocab()
     table = [b""] * max(size or 0, max(vocabulary.values()) + 1)

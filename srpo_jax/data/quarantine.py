@@ -3,7 +3,7 @@
 import json
 import os
 
-from srpo_jax.data.records import RecordError
+from srpo_jax.data.images import RecordError
 
 
 class Quarantine:
@@ -29,20 +29,15 @@ class Quarantine:
             if lines and not lines[-1].endswith(b"\n"):
                 self._append("\n")
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def _append(self, text: str) -> None:
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
 
-    def add(self, error: RecordError, record_id: str | None) -> bool:
-        """Note a bad record; True where it was not known yet."""
+    def add(self, error: RecordError, record_id: str | None) -> None:
+        """Note a bad record, unless it is known."""
         key = (error.origin, error.reason)
-        if key in self._known:
-            return False
-        self._known.add(key)
-        entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
-        self._append(json.dumps(entry, ensure_ascii=False) + "\n")
-        return True
+        if key not in self._known:
+            self._known.add(key)
+            entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
+            self._append(json.dumps(entry, ensure_ascii=False) + "\n")

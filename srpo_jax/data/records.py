@@ -23,22 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from srpo_jax.data.files import whole
-from srpo_jax.data.images import ImageRef, RecordError, load_image, resolve_path
-
-__all__ = [
-    "ImageRef",
-    "Parquet",
-    "Record",
-    "RecordError",
-    "RecordSource",
-    "Records",
-    "image_ref",
-    "load_image",
-    "open_records",
-    "resolve_path",
-    "to_record",
-    "write_array_record",
-]
+from srpo_jax.data.images import ImageRef, RecordError
 
 _TFDS = re.compile(
     r"(?:tfds:)?(?P<name>\w+(?:/[\w.-]+)?):(?P<version>\d+\.\d+\.\d+)"
@@ -204,41 +189,30 @@ class Parquet:
 
         self.path = path
         try:
-            metadata = pq.read_metadata(path)
+            self._file = pq.ParquetFile(path, memory_map=True)
         except Exception as error:  # pyarrow's own error classes
             raise ValueError(f"{path}: not a parquet file ({error})") from None
-        sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        table = self._file.metadata
+        sizes = (table.row_group(g).num_rows for g in range(table.num_row_groups))
         self.ends = list(itertools.accumulate(sizes))
         self.num_bytes = os.path.getsize(path)
-        self._reset()
+        self._cache, self._lock = OrderedDict(), threading.Lock()
 
-    def _reset(self) -> None:
-        self._file, self._cache, self._lock = None, OrderedDict(), threading.Lock()
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "ends": self.ends, "num_bytes": self.num_bytes}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._reset()
+    def __reduce__(self) -> tuple:
+        return Parquet, (self.path,)  # a worker process opens the file for itself
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def columns(self) -> set[str]:
         """The names of the table's fields."""
-        import pyarrow.parquet as pq
-
-        return set(pq.read_schema(self.path).names)
+        return set(self._file.schema_arrow.names)
 
     def _row_group(self, group: int):
-        import pyarrow.parquet as pq
-
         with self._lock:
             if group in self._cache:
                 self._cache.move_to_end(group)
                 return self._cache[group]
-            self._file = self._file or pq.ParquetFile(self.path, memory_map=True)
             self._cache[group] = self._file.read_row_group(group, use_threads=False)
             while len(self._cache) > 1 and (
                 sum(table.nbytes for table in self._cache.values()) > _ROW_GROUP_CACHE_BYTES
