@@ -179,13 +179,8 @@ class Stage:
         with parts.guard.step(f"sampling, {bucket}"):
             params = merge_params(state)
             with timers("sample"):
-                sampled = self.generator.sample(
-                    params,
-                    self.generator.sampler_params(params),
-                    loaded,
-                    seed=self.settings.seed,
-                    step=step,
-                )
+                seed = self.settings.seed
+                sampled = self.generator.sample(params, loaded, seed=seed, step=step)
             # Dispatched before grading: the host checks answers while the device computes.
             logps = (None, None)
             if with_logps:

@@ -142,23 +142,19 @@ class Checkpoints:
         )
         return self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: TrainState, *, step: int | None = None) -> Restored:
-        """Read a step (the newest by default) into the shapes and shardings of ``like``.
+    def restore(self, like: TrainState) -> Restored:
+        """Read the newest step into the shapes and shardings of ``like``.
 
         Args:
             like: train state of arrays or of ShapeDtypeStruct with shardings.
-            step: which step.
 
         Raises:
-            CheckpointError: no such step, other shapes, or another number of processes.
+            CheckpointError: no step, other shapes, or another number of processes.
         """
         self.wait()
-        step = self.latest_step() if step is None else step
-        if step is None or step not in self._manager.all_steps():
-            raise CheckpointError(
-                f"{self.folder}: no complete checkpoint{'' if step is None else f' of step {step}'}"
-                f"; there are {sorted(self._manager.all_steps())}"
-            )
+        step = self.latest_step()
+        if step is None:
+            raise CheckpointError(f"{self.folder}: no complete checkpoint")
         path = self.folder / str(step)
         meta = read_meta(path)
         if meta["processes"] != jax.process_count():
@@ -335,9 +331,7 @@ def abstract(tree: Any) -> Any:
     )
 
 
-@jax.jit
-def _copy(x: jax.Array) -> jax.Array:
-    return jnp.copy(x)
+_copy = jax.jit(jnp.copy)
 
 
 def own_buffers(tree: Any) -> Any:
@@ -365,33 +359,19 @@ def _check_shapes(path: Path, stored: Any, wanted: Any) -> None:
     """One error that lists every array that is missing, superfluous or of another shape."""
     old, new = (
         {
-            jax.tree_util.keystr(k, simple=True, separator="."): leaf.shape
-            for k, leaf in jax.tree_util.tree_leaves_with_path(t)
+            # Orbax stores tuples with names as dicts: their simple paths are the same.
+            jax.tree_util.keystr(k, simple=True, separator="."): tuple(leaf.shape)
+            for k, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
-        for t in (_plain(stored), _plain(wanted))
+        for tree in (stored, wanted)
     )
     wrong = [f"{k} missing" for k in sorted(new.keys() - old.keys())]
     wrong += [f"{k} superfluous" for k in sorted(old.keys() - new.keys())]
-    wrong += [
-        f"{k} is {old[k]}, wanted {new[k]}"
-        for k in sorted(old.keys() & new.keys())
-        if tuple(old[k]) != tuple(new[k])
-    ]
+    both = sorted(old.keys() & new.keys())
+    wrong += [f"{k} is {old[k]}, wanted {new[k]}" for k in both if old[k] != new[k]]
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise CheckpointError(
             f"{path} does not fit: {shown}. Check the model's size and, for a run that goes on, "
             "frozen parameters and optimizer settings"
         )
-
-
-def _plain(tree: Any) -> Any:
-    """Optimizer tuples with names as dicts, as Orbax stores them, so that paths compare."""
-    if isinstance(tree, dict):
-        return {k: _plain(v) for k, v in tree.items()}
-    names = getattr(tree, "_fields", None)
-    if isinstance(tree, tuple) and names is not None:
-        return {k: _plain(getattr(tree, k)) for k in names}
-    if isinstance(tree, list | tuple):
-        return [_plain(v) for v in tree]
-    return tree

@@ -149,23 +149,20 @@ class Subset:
 
 def without_origins(source: Any, origins: frozenset[str]) -> list[int]:
     """Indices of the records that are not among ``origins``; unreadable ones are kept."""
-    kept = []
-    for index in range(len(source)):
+
+    def known(index: int) -> bool:
         try:
-            known = source[index].origin in origins
+            return source[index].origin in origins
         except ValueError:
-            known = False
-        if not known:
-            kept.append(index)
-    return kept
+            return False
+
+    return [index for index in range(len(source)) if not known(index)]
 
 
 def bucket_of(batch: Batch) -> str:
     """The budgets of a batch in words: what a program is compiled for."""
-    text = f"tokens {list(batch.tokens.shape)}"
-    return (
-        text if batch.vision is None else f"{text}, patches {list(batch.vision.patches.shape[:2])}"
-    )
+    patches = f", patches {list(batch.vision.patches.shape[:2])}" if batch.vision else ""
+    return f"tokens {list(batch.tokens.shape)}{patches}"
 
 
 def prompt_keys(loaded: LoadedBatch) -> np.ndarray:
