@@ -191,23 +191,13 @@ class Evaluator:
 
     def __init__(self, settings: RunSettings, parts: Parts, profile: Profile, encode: feed.Encode):
         """As the sections ``eval``, ``data`` and ``sampling`` say; raises as `open_problems`."""
-        self._parts, self._encode = parts, encode
+        self._settings, self._parts, self._encode = settings, parts, encode
         self._generator = Generator(parts, evaluation_sampling(settings), profile)
         source = open_problems(settings)
         count = min(settings.eval.limit or len(source), len(source))
         self.source = feed.Subset(source, range(count))
         # Every problem of a benchmark counts; what cannot be graded here, its own rule decides.
         self._check = None if settings.eval.benchmark else gold_problem
-        data = settings.data
-        rows = -(-settings.eval.batch_size // (parts.shards * data.prompts_per_row))
-        self._loading = {
-            "token_budget": data.prompt_tokens,
-            "patch_budgets": data.patch_budgets,
-            "workers": data.workers,
-            "max_bad_share": data.max_bad_share,
-            "global_batch_size": rows * parts.shards * data.prompts_per_row,
-            "rows_per_shard": rows,
-        }
 
     def __len__(self) -> int:
         return len(self.source)
@@ -227,6 +217,8 @@ class Evaluator:
             source = feed.Subset(source, feed.without_origins(source, skip))
             if not len(source):
                 return
+        data, each = self._settings.data, self._parts.shards * self._settings.data.prompts_per_row
+        per_shard = -(-self._settings.eval.batch_size // each)
         loader = feed.open_loader(
             self._parts,
             source,
@@ -235,7 +227,12 @@ class Evaluator:
             shuffle=False,
             epochs=1,
             drop_remainder=False,
-            **self._loading,
+            token_budget=data.prompt_tokens,
+            patch_budgets=data.patch_budgets,
+            workers=data.workers,
+            max_bad_share=data.max_bad_share,
+            global_batch_size=per_shard * each,
+            rows_per_shard=per_shard,
         )
         try:
             for loaded in loader:

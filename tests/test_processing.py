@@ -76,7 +76,7 @@ def test_positions_follow_the_images(processor):
     encoded = processor.encode_prompt([_user(None, "and", None, "?")], images)
     expected, next_pos = mrope_positions(
         encoded.token_ids,
-        VisionIds(processor.image_token_id, processor.video_token_id),
+        processor.ids,
         encoded.grid,
     )
     assert (encoded.mrope == expected).all() and encoded.next_pos == next_pos

@@ -252,13 +252,9 @@ class Loader:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a saved place to mean anything."""
-        return {
-            "data": getattr(self._source, "fingerprint", str(len(self._source))),
-            "seed": self.config.seed,
-            "shuffle": self.config.shuffle,
-            "process_index": self.config.process_index,
-            "process_count": self.config.process_count,
-        }
+        data = getattr(self._source, "fingerprint", str(len(self._source)))
+        settings = ("seed", "shuffle", "process_index", "process_count")
+        return {"data": data} | {name: getattr(self.config, name) for name in settings}
 
     def get_state(self) -> dict[str, Any]:
         """The place right after the last batch, JSON values only; one for each process."""

@@ -55,7 +55,7 @@ class Processor:
     """Tokenizer, image processor and chat template of one Hugging Face directory.
 
     Attributes: tokenizer (HF), geometry, vocab_size (ids the tokenizer knows), eos_ids, pad_id,
-    image_token_id, video_token_id, forbidden_ids (never to be sampled).
+    image_token_id, ids (of images and videos), forbidden_ids (never to be sampled).
     """
 
     def __init__(
@@ -110,14 +110,10 @@ class Processor:
                     f"{self.hf_dir}/config.json: {key}={config[key]}, but {token} is {ids[token]} "
                     "in the tokenizer"
                 )
-        self.image_token_id, self.video_token_id = ids[IMAGE_PAD], ids[VIDEO_PAD]
+        self.image_token_id = ids[IMAGE_PAD]
         self.forbidden_ids = tuple(ids[t] for t in VISION_MARKERS)
-        self.ids = VisionIds(
-            self.image_token_id,
-            self.video_token_id,
-            vision.get("tokens_per_second", 2),
-            self.geometry,
-        )
+        time_scale = vision.get("tokens_per_second", 2)
+        self.ids = VisionIds(ids[IMAGE_PAD], ids[VIDEO_PAD], time_scale, self.geometry)
         generation = _read_json(self.hf_dir / "generation_config.json")
         eos = generation.get("eos_token_id", [ids["<|im_end|>"], ids["<|endoftext|>"]])
         self.eos_ids = tuple(eos) if isinstance(eos, list) else (int(eos),)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 from srpo_jax.data.images import RecordError
 
@@ -18,8 +19,7 @@ class Quarantine:
             return
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         if os.path.exists(path):
-            with open(path, "rb") as file:
-                lines = file.read().splitlines(keepends=True)
+            lines = Path(path).read_bytes().splitlines(keepends=True)
             for line in lines:
                 try:
                     entry = json.loads(line)

@@ -7,6 +7,7 @@ stay undecoded (``ImageRef``) until ``load_image``.
 import base64
 import binascii
 import bisect
+import contextlib
 import glob
 import itertools
 import json
@@ -154,6 +155,12 @@ def _parse_json(line: bytes, origin: str) -> dict[str, Any]:
     return fields
 
 
+def _locate(ends: list[int], index: int) -> tuple[int, int]:
+    """Which part holds item ``index``, and where in it; ``ends`` counts the items up to its end."""
+    part = bisect.bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
+
+
 class _Jsonl:
     """Lines of a JSONL file by their byte offsets; blank lines are no records."""
 
@@ -223,20 +230,11 @@ class Parquet:
     def read(self, index: int) -> tuple[dict[str, Any], str]:
         """Fields and origin of one record."""
         origin = f"{self.path}:{index + 1}"
-        group = bisect.bisect_right(self.ends, index)
-        first = self.ends[group - 1] if group else 0
+        group, within = _locate(self.ends, index)
         try:
-            return self._row_group(group).slice(index - first, 1).to_pylist()[0], origin
+            return self._row_group(group).slice(within, 1).to_pylist()[0], origin
         except Exception as error:  # a damaged page, or text that is not UTF-8
             raise RecordError(origin, f"cannot be read ({error})") from None
-
-
-def _decoded(value: bytes) -> str | bytes:
-    """Text where the bytes are UTF-8, else the bytes (a binary feature nobody asked for)."""
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
 
 
 def _parse_example(data: bytes, origin: str) -> dict[str, Any]:
@@ -252,7 +250,8 @@ def _parse_example(data: bytes, origin: str) -> dict[str, Any]:
     for name, feature in example.features.feature.items():
         values = list(getattr(feature, feature.WhichOneof("kind") or "bytes_list").value)
         if feature.WhichOneof("kind") == "bytes_list" and name not in ("images", "image"):
-            values = [_decoded(v) for v in values]
+            with contextlib.suppress(UnicodeDecodeError):  # a binary feature that nobody asked for
+                values = [value.decode("utf-8") for value in values]
         fields[name] = values[0] if len(values) == 1 else values
     return fields
 
@@ -334,9 +333,8 @@ class Records:
         """Record ``index``; RecordError where the row is bad, IndexError out of range."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        which = bisect.bisect_right(self._ends, index)
-        first = self._ends[which - 1] if which else 0
-        fields, origin = self._readers[which].read(index - first)
+        which, within = _locate(self._ends, index)
+        fields, origin = self._readers[which].read(within)
         return to_record(
             fields, origin=origin, root=self._roots[which], require_answer=self._require_answer
         )

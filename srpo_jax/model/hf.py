@@ -320,7 +320,6 @@ def save_hf(
     Args:
         params: path -> jax array (sharded or not), numpy array, or anything with ``shape``,
             ``dtype`` and slicing to numpy, as `open_hf` gives.
-        cfg: the model.
         out_dir: directory to make; may exist when it is empty.
         reference_dir: an HF directory of the same model, whose config, generation_config,
             tokenizer and processor files are copied.

@@ -34,7 +34,7 @@ def plan(
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
-        nbytes = math.prod(tensor.shape) * dtypes[tensor.row.path].itemsize
+        nbytes = _nbytes(tensor, dtypes)
         if shards[-1] and size + nbytes > max_bytes:
             shards.append([])
             size = 0
@@ -53,23 +53,18 @@ def write_files(
     progress: Progress | None,
 ) -> None:
     """Write (first process) or only help to gather (``folder`` None) every file."""
-    sizes = {
-        t.name: math.prod(t.shape) * dtypes[t.row.path].itemsize
-        for tensors in files.values()
-        for t in tensors
-    }
-    done, total = 0, sum(sizes.values())
+    done, total = 0, sum(_nbytes(t, dtypes) for tensors in files.values() for t in tensors)
     for name, tensors in files.items():
         with open(folder / name, "wb") if folder else contextlib.nullcontext() as out:
             if out:
-                _write_header(out, tensors, dtypes, sizes)
+                _write_header(out, tensors, dtypes)
             for tensor in tensors:
                 for block in _blocks(params[tensor.row.path], tensor):
                     if out:
                         data = np.empty(block.shape, dtypes[tensor.row.path])
                         assign(data, block)
                         out.write(data.reshape(-1).view(np.uint8).data)
-                done += sizes[tensor.name]
+                done += _nbytes(tensor, dtypes)
                 if progress:
                     progress(tensor.name, done, total)
     if folder and len(files) > 1:
@@ -78,19 +73,22 @@ def write_files(
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_header(
-    out: BinaryIO, tensors: list[Tensor], dtypes: Mapping[str, np.dtype], sizes: dict[str, int]
-) -> None:
+def _nbytes(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> int:
+    return math.prod(tensor.shape) * dtypes[tensor.row.path].itemsize
+
+
+def _write_header(out: BinaryIO, tensors: list[Tensor], dtypes: Mapping[str, np.dtype]) -> None:
     """The head of a safetensors file: length, then JSON padded to eight bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in tensors:
+        end = at + _nbytes(tensor, dtypes)
         header[tensor.name] = {
             "dtype": TAGS[dtypes[tensor.row.path]],
             "shape": list(tensor.shape),
-            "data_offsets": [at, at + sizes[tensor.name]],
+            "data_offsets": [at, end],
         }
-        at += sizes[tensor.name]
+        at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)

@@ -124,7 +124,6 @@ def param_specs(
 
     Args:
         abstract_params: path -> anything with ``shape``.
-        mesh: of `make_mesh`.
         layout: "train" (fsdp and tensor) or "sample" (tensor only).
 
     Raises:
@@ -205,7 +204,6 @@ def to_global(tree: Any, mesh: Mesh) -> Any:
 
     Args:
         tree: arrays holding the rows of this process's shards (`process_shards`), in order.
-        mesh: the mesh.
 
     Raises:
         ValueError: a leading axis that this process's shards do not divide.

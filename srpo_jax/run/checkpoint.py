@@ -113,7 +113,6 @@ class Checkpoints:
 
         Args:
             step: number of the step; a step that is there already is left alone.
-            state: the train state.
             config: the run's config as plain JSON values.
             host: JSON values and bytes that belong to THIS process (collective: all call).
             arrays: numpy arrays that belong to this process.
@@ -199,40 +198,31 @@ class Checkpoints:
 
 def load_params(
     path: str | Path,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    shapes: Mapping[str, Any],
     dtype: Any = None,
-    shapes: dict[str, Any] | None = None,
 ) -> Params:
     """Parameters of a parameter-only checkpoint, a step of a run, or a run's newest step.
 
     Args:
         path: that directory, a step's directory, or a ``--workdir``; see `find_params`.
-        shardings: parameter path -> sharding, for every parameter; None: host numpy arrays.
-        dtype: dtype to read into; None keeps the stored one.
+        shardings: parameter path -> sharding, for every parameter.
         shapes: parameter path -> anything with ``shape``: those of the model.
+        dtype: dtype to read into; None keeps the stored one.
 
     Raises:
         CheckpointError: no checkpoint there, or its names or shapes are not those wanted.
     """
     folder = find_params(path)
     stored = _read_metadata(folder, "params")
-    names = stored if shardings is None else shardings
-    _check_shapes(folder, stored, shapes or {n: stored.get(n, np.zeros(0)) for n in names})
+    _check_shapes(folder, stored, dict(shapes))
     target = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, dtype or leaf.dtype, sharding=None if shardings is None else shardings[name]
-        )
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=shardings[name])
         for name, leaf in stored.items()
     }
-    if shardings is None:
-        args = jax.tree.map(lambda leaf: ocp.RestoreArgs(np.ndarray, dtype=leaf.dtype), target)
-        how = ocp.args.PyTreeRestore(target, restore_args=args)
-        handler = ocp.CompositeCheckpointHandler(params=ocp.PyTreeCheckpointHandler())
-    else:
-        how, handler = ocp.args.StandardRestore(target), ocp.CompositeCheckpointHandler()
-    with ocp.Checkpointer(handler) as reader:
-        params = reader.restore(folder, args=ocp.args.Composite(params=how)).params
-    return params if shardings is None else own_buffers(params)
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return own_buffers(reader.restore(folder, args=items).params)
 
 
 def find_params(path: str | Path) -> Path:

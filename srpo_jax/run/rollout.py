@@ -73,11 +73,11 @@ class Generator:
 
     def sample(self, params: Params, loaded: LoadedBatch, *, seed: int, step: int) -> Sampled:
         """Encode the images of a batch and sample its group of completions."""
-        local, mesh = loaded.arrays, self.parts.mesh
+        local, parts = loaded.arrays, self.parts
         batch, features = self.encode(params, local)
-        keys = sharding.to_global(prompt_keys(loaded), mesh)
+        keys = prompt_keys(loaded)
         # Alive until the next update donates ``params``.
-        fit = relayout(params, mesh, layout="sample", dtype=self.parts.model.dtype)
+        fit = relayout(params, parts.mesh, layout="sample", dtype=parts.model.dtype)
         rollout = self._sampler.generate(fit, batch, features, keys, seed=seed, step=step)
         return Sampled(loaded.records, loaded.slots, local, batch, features, rollout)
 

@@ -26,7 +26,6 @@ from srpo_jax.structs import RunError
 
 T = TypeVar("T")
 R = TypeVar("R", bound="RunSettings")
-STOPS = ("first", "confident", "final")  # what eval.stop_after can be
 
 
 # --- sections --------------------------------------------------------------------------------
@@ -358,7 +357,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.prompt": tuple(MESSAGES),
     "data.target": TARGETS,
     "data.mask_wrong_first": ("auto", "true", "false", True, False),
-    "eval.stop_after": STOPS,
+    "eval.stop_after": ("first", "confident", "final"),
     "optim.schedule": ("cosine", "constant"),
     "grpo.kl_kind": ("k1", "k2", "k3"),
     "grpo.aggregation": ("sequence", "token", "constant"),
