@@ -11,7 +11,6 @@ that a run that was stopped goes on where it stood, and become ``samples.jsonl``
 for the periodic evaluation of both training stages.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +34,7 @@ from srpo_jax.run.command import main
 from srpo_jax.run.guard import StopRequest
 from srpo_jax.run.parts import Parts, load_weights, start
 from srpo_jax.run.resume import below, flat_config
-from srpo_jax.run.rollout import Generator, Graded, Sampled
+from srpo_jax.run.rollout import Generator, Graded, Sampled, graded_samples
 from srpo_jax.run.settings import (
     EvaluateSettings,
     RunSettings,
@@ -170,7 +169,7 @@ class RowLog:
             except ValueError as error:
                 raise RunError(str(error)) from None
             own = list(self._log.rows())
-        self.rows: list[Row] = json.loads(processes.gather_bytes(json.dumps(own).encode())[0])
+        self.rows: list[Row] = processes.gather(own)[0]
 
     def append(self, rows: list[Row]) -> None:
         """Keep the rows of one batch, of records that were not there yet."""
@@ -192,23 +191,13 @@ class Evaluator:
 
     def __init__(self, settings: RunSettings, parts: Parts, profile: Profile, encode: feed.Encode):
         """As the sections ``eval``, ``data`` and ``sampling`` say; raises as `open_problems`."""
-        self._parts, self._encode = parts, encode
+        self._settings, self._parts, self._encode = settings, parts, encode
         self._generator = Generator(parts, evaluation_sampling(settings), profile)
         source = open_problems(settings)
         count = min(settings.eval.limit or len(source), len(source))
         self.source = feed.Subset(source, range(count))
         # Every problem of a benchmark counts; what cannot be graded here, its own rule decides.
         self._check = None if settings.eval.benchmark else gold_problem
-        data = settings.data
-        rows = -(-settings.eval.batch_size // (parts.shards * data.prompts_per_row))
-        self._loading = {
-            "token_budget": data.prompt_tokens,
-            "patch_budgets": data.patch_budgets,
-            "workers": data.workers,
-            "max_bad_share": data.max_bad_share,
-            "global_batch_size": rows * parts.shards * data.prompts_per_row,
-            "rows_per_shard": rows,
-        }
 
     def __len__(self) -> int:
         return len(self.source)
@@ -228,30 +217,34 @@ class Evaluator:
             source = feed.Subset(source, feed.without_origins(source, skip))
             if not len(source):
                 return
+        data, each = self._settings.data, self._parts.shards * self._settings.data.prompts_per_row
+        per_shard = -(-self._settings.eval.batch_size // each)
         loader = feed.open_loader(
             self._parts,
             source,
             self._encode,
-            check_record=self._check,
+            check=self._check,
             shuffle=False,
             epochs=1,
             drop_remainder=False,
-            **self._loading,
+            token_budget=data.prompt_tokens,
+            patch_budgets=data.patch_budgets,
+            workers=data.workers,
+            max_bad_share=data.max_bad_share,
+            global_batch_size=per_shard * each,
+            rows_per_shard=per_shard,
         )
         try:
             for loaded in loader:
                 start = time.monotonic()
                 with self._parts.guard.step(f"evaluation, {feed.bucket_of(loaded.arrays)}"):
-                    sampled = self._generator.sample(
-                        params, self._generator.sampler_params(params), loaded, seed=seed, step=0
-                    )
+                    sampled = self._generator.sample(params, loaded, seed=seed, step=0)
                     graded = self._generator.grade(sampled)
                 rows = self._rows(sampled, graded)
                 seconds = round((time.monotonic() - start) / max(len(rows), 1), 3)
                 for row in rows:  # a batch is one piece of work: each sample's even share of it
                     row["seconds"] = seconds
-                shared = processes.gather_bytes(json.dumps(rows).encode())
-                yield [row for part in shared for row in json.loads(part)]
+                yield [row for part in processes.gather(rows) for row in part]
         finally:
             loader.close()
 
@@ -260,38 +253,24 @@ class Evaluator:
         return rates([row for rows in self.run(params, seed=seed) for row in rows])
 
     def _rows(self, sampled: Sampled, graded: Graded) -> list[Row]:
-        verdict, rollout = graded.verdict, graded.rollout
-        group = rollout.finished.shape[1]
-        rows = []
-        for record, p in zip(sampled.records, sampled.slots.tolist(), strict=True):
-            for g in range(group):
-                detail = graded.details[p * group + g]
-                ids = rollout.completions[p, g][rollout.completion_mask[p, g]]
-                span = detail["spans"]["first_answer"]
-                logp = rollout.policy_logp[p, g][slice(*span)] if span else ()
-                rows.append(
-                    {
-                        "id": record.id,
-                        "origin": record.origin,
-                        "sample": g,
-                        "prompt": record.question,
-                        "gold": record.answer,
-                        "choices": list(record.choices),
-                        "response": detail["text"],
-                        "blocks": self._generator.blocks(ids, detail["spans"]),
-                        "first_answer": detail["first_answer"],
-                        "final_answer": detail["final_answer"],
-                        "first_correct": bool(verdict.first_correct[p, g]),
-                        "final_correct": bool(verdict.final_correct[p, g]),
-                        "format_ok": bool(verdict.format_ok[p, g]),
-                        "truncated": bool(~rollout.finished[p, g]),
-                        "tokens": int(len(ids)),
-                        "block_tokens": verdict.block_tokens[p, g].tolist(),
-                        "tokens_to_first": self._generator.until_first_answer(ids, detail["spans"]),
-                        # Mean probability of its tokens: what an early stop would go by.
-                        "first_confidence": float(np.exp(logp).mean()) if len(logp) else None,
-                    }
-                )
+        rollout, rows = graded.rollout, []
+        for record, at, detail, row in graded_samples(sampled, graded):
+            ids, spans = rollout.completions[at][rollout.completion_mask[at]], detail["spans"]
+            span = spans["first_answer"]
+            logp = rollout.policy_logp[at][slice(*span)] if span else ()
+            row |= {
+                "origin": record.origin,
+                "prompt": record.question,
+                "choices": list(record.choices),
+                "response": detail["text"],
+                "blocks": self._generator.blocks(ids, spans),
+                "truncated": bool(~rollout.finished[at]),
+                "block_tokens": graded.verdict.block_tokens[at].tolist(),
+                "tokens_to_first": self._generator.until_first_answer(ids, spans),
+                # Mean probability of its tokens: what an early stop would go by.
+                "first_confidence": float(np.exp(logp).mean()) if len(logp) else None,
+            }
+            rows.append(row)
         return rows
 
 

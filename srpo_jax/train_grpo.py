@@ -17,13 +17,11 @@ goes on from there, bit for bit.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.files import write_jsonl
@@ -66,17 +64,13 @@ def train(
     profile: Profile | None = None,
     encode: Encode | None = None,
 ) -> dict[str, Any]:
-    """Run stage 2, or go on with it where it was stopped.
+    """Run stage 2, or go on with it where it was stopped; returns what `Session.run` does.
 
     Args:
         config: of configs/grpo.py.
         workdir: folder for checkpoints/, metrics.jsonl, rollouts/ and quarantine.jsonl.
         profile: reward design, instead of the configured one.
         encode: record -> Encoded prompt, instead of the configured one.
-
-    Returns:
-        the last row of metrics, with ``step``, ``finished`` (False where a signal stopped the run)
-        and the last evaluation under "eval".
     """
     settings = grpo_settings(config, workdir, profile)
     with start(settings) as parts:
@@ -138,7 +132,7 @@ class Stage:
         mesh, watch = parts.mesh, parts.guard.watch
         self.logp_step = watch(make_logp_step(parts.model, cfg, mesh=mesh))
         self.score_step = watch(make_score_step(cfg, mesh))
-        self.choose_old = watch(make_choose_old(mesh))
+        self.choose_old = watch(jax.jit(choose_old, out_shardings=sharding.batch_sharding(mesh)))
         self.grpo_step = watch(
             make_grpo_step(parts.model, cfg, optimizer, freeze=settings.freeze, mesh=mesh)
         )
@@ -179,13 +173,8 @@ class Stage:
         with parts.guard.step(f"sampling, {bucket}"):
             params = merge_params(state)
             with timers("sample"):
-                sampled = self.generator.sample(
-                    params,
-                    self.generator.sampler_params(params),
-                    loaded,
-                    seed=self.settings.seed,
-                    step=step,
-                )
+                seed = self.settings.seed
+                sampled = self.generator.sample(params, loaded, seed=seed, step=step)
             # Dispatched before grading: the host checks answers while the device computes.
             logps = (None, None)
             if with_logps:
@@ -326,13 +315,9 @@ class Stage:
         write_jsonl(self.settings.workdir / "rollouts" / f"{step:06d}{part}.jsonl", rows)
 
 
-def make_choose_old(mesh: Mesh) -> Callable[..., jax.Array]:
-    """-> ``choose_old(carried_P, sampled_logp_PGR, logp_PGR)``: the former where carried."""
-
-    def choose_old(carried_P, sampled_logp_PGR, logp_PGR):
-        return jnp.where(carried_P[:, None, None], sampled_logp_PGR, logp_PGR)
-
-    return jax.jit(choose_old, out_shardings=sharding.batch_sharding(mesh))
+def choose_old(carried_P: jax.Array, sampled_logp_PGR: jax.Array, logp_PGR: jax.Array) -> jax.Array:
+    """The log-probs at sampling where a group was carried over, else those before the update."""
+    return jnp.where(carried_P[:, None, None], sampled_logp_PGR, logp_PGR)
 
 
 if __name__ == "__main__":

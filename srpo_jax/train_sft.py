@@ -40,17 +40,13 @@ def train(
     encode: Encode | None = None,
     encode_prompt: Encode | None = None,
 ) -> dict[str, Any]:
-    """Run stage 1, or go on with it where it was stopped.
+    """Run stage 1, or go on with it where it was stopped; returns what `Session.run` does.
 
     Args:
         config: of configs/sft.py.
         workdir: folder for checkpoints/, metrics.jsonl and quarantine.jsonl.
         encode: record -> Encoded with a loss mask, instead of the configured target.
         encode_prompt: record -> Encoded for the evaluation, instead of the configured prompt.
-
-    Returns:
-        the last row of metrics, with ``step``, ``finished`` (False where a signal stopped the run)
-        and the last evaluation under "eval".
     """
     settings = sft_settings(config, workdir)
     data = settings.data

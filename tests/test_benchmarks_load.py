@@ -11,8 +11,8 @@ from PIL import Image
 from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.load import load, scoring_row
+from srpo_jax.data.images import RecordError, load_image
 from srpo_jax.data.prompts import plain_messages
-from srpo_jax.data.records import RecordError, load_image
 from tests.benchmark_helpers import PARITY, write_rows
 
 

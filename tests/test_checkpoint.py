@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoint_helpers import save_params
+from checkpoint_helpers import save_params, stored_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -152,7 +152,7 @@ def test_missing_checkpoint_says_where_it_looked(tmp_path):
         saver.restore(make_state())
     saver.close()
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        checkpoint.load_params(tmp_path)
+        checkpoint.load_params(tmp_path, {}, {})
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
@@ -166,16 +166,15 @@ def test_another_number_of_processes_is_refused(tmp_path):
     saver.close()
 
 
-def test_parameters_alone_come_back_sharded_cast_or_on_the_host(tmp_path):
+def test_parameters_alone_come_back_sharded_and_cast(tmp_path):
     state = make_state(5)
     params = {**state.params, **state.frozen}
     save_params(tmp_path / "p", params, {"model": {"width": 8}})
     assert checkpoint.read_meta(tmp_path / "p")["config"] == {"model": {"width": 8}}
-    host = checkpoint.load_params(tmp_path / "p")
-    assert all(isinstance(x, np.ndarray) for x in host.values())
-    assert_same(host, jax.tree.map(np.asarray, params))
     shardings = {name: x.sharding for name, x in params.items()}
-    cast = checkpoint.load_params(tmp_path / "p", shardings, dtype=jnp.bfloat16)
+    loaded = checkpoint.load_params(tmp_path / "p", shardings, params)
+    assert_same(loaded, jax.tree.map(np.asarray, params))
+    cast = checkpoint.load_params(tmp_path / "p", shardings, params, dtype=jnp.bfloat16)
     assert cast["text/w/kernel"].sharding.spec == P("fsdp")
     assert_same(cast, jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), params))
 
@@ -186,7 +185,7 @@ def test_parameters_load_from_a_run_its_newest_step_or_one_step(tmp_path):
         saver.save(step, make_state(step), config={"n": step})
     saver.close()
     for path, step in ((tmp_path, 12), (tmp_path / "checkpoints" / "1", 1)):
-        params = checkpoint.load_params(path)
+        params = stored_params(path)
         np.testing.assert_array_equal(
             params["text/w/kernel"], np.asarray(make_state(step).params["text/w/kernel"])
         )
@@ -197,9 +196,10 @@ def test_parameters_load_from_a_run_its_newest_step_or_one_step(tmp_path):
 def test_parameter_names_must_be_the_models(tmp_path):
     state = make_state()
     save_params(tmp_path / "p", state.params, {})
-    shardings = {"text/w/kernel": state.step.sharding, "text/other": state.step.sharding}
+    wanted = {"text/w/kernel": state.params["text/w/kernel"], "text/other": state.step}
+    shardings = {name: x.sharding for name, x in wanted.items()}
     with pytest.raises(CheckpointError) as error:
-        checkpoint.load_params(tmp_path / "p", shardings)
+        checkpoint.load_params(tmp_path / "p", shardings, wanted)
     assert "text/other missing" in str(error.value)
     assert "text/norm/scale superfluous" in str(error.value)
 
@@ -209,7 +209,7 @@ def test_parameter_shapes_must_be_the_models(tmp_path):
     save_params(tmp_path / "p", state.params, {})
     shardings = {name: x.sharding for name, x in state.params.items()}
     with pytest.raises(CheckpointError, match=r"kernel is \(8, 4\), wanted \(16, 4\)"):
-        checkpoint.load_params(tmp_path / "p", shardings, shapes=make_state(width=16).params)
+        checkpoint.load_params(tmp_path / "p", shardings, make_state(width=16).params)
 
 
 def test_host_state_holds_bytes_and_arrays_and_nothing_pickled():

@@ -12,9 +12,10 @@ from configs import grpo
 from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.loader import make_loader
+from srpo_jax.data.loader import Loader
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import OPENERS, open_records
+from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import SIZES, size_config
 from srpo_jax.rewards.grade import grade_sequences
@@ -91,8 +92,8 @@ def test_a_record_source_gives_batches(monkeypatch, tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("id,problem,answer\na,What is 1 + 1?,2\nb,What is 2 + 2?,4\n")
     encode = PromptEncoder(Processor(make_hf_dir(tmp_path / "hf")))
-    settings = {"global_batch_size": 2, "token_budget": 2048, "shuffle": False}
-    batch = next(make_loader(open_records(path), encode, **settings))
+    config = LoaderConfig(global_batch_size=2, token_budget=2048, shuffle=False)
+    batch = next(Loader(open_records(path), encode, config))
     assert [(r.id, r.answer, r.origin) for r in batch.records] == [
         ("a", "2", f"{path}:1"),
         ("b", "4", f"{path}:2"),

@@ -37,7 +37,7 @@ def test_an_import_is_what_training_starts_from(tmp_path):
     cfg = write_tiny(tmp_path / "hf", "bfloat16")
     convert_hf.import_hf(tmp_path / "hf", tmp_path / "ckpt", progress=lambda *_: None)
     specs = sharding.param_specs(abstract_params(cfg), sharding.make_mesh(1, 4, 2))
-    loaded = checkpoint.load_params(tmp_path / "ckpt", specs, dtype="float32")
+    loaded = checkpoint.load_params(tmp_path / "ckpt", specs, abstract_params(cfg), dtype="float32")
     wanted = hf.load_params(tmp_path / "hf", cfg, dtype="float32")
     assert loaded.keys() == wanted.keys()
     for path in wanted:

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from srpo_jax.data.encoders import PromptEncoder, SftEncoder
+from srpo_jax.data.images import load_image
 from srpo_jax.data.processing import Processor, token_bytes
-from srpo_jax.data.records import load_image, open_records
+from srpo_jax.data.records import open_records
 from srpo_jax.model.config import load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.rewards.answers import gold_problem

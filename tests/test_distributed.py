@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import train_helpers as helpers
+from checkpoint_helpers import stored_params
 
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
@@ -58,7 +59,7 @@ def test_two_processes_stopped_and_resumed_give_the_losses_of_one(tmp_path):
         for a, b in zip(one, two, strict=True):
             for name in names:
                 assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-7), (stage, name)
-        first, second = (checkpoint.load_params(tmp_path / d / stage) for d in ("one", "two"))
+        first, second = (stored_params(tmp_path / d / stage) for d in ("one", "two"))
         assert checkpoint.read_meta(tmp_path / "two" / stage)["processes"] == 2
         for name, value in first.items():
             np.testing.assert_allclose(second[name], value, atol=1e-5, err_msg=name)
@@ -80,7 +81,7 @@ def test_two_processes_stopped_and_resumed_give_the_losses_of_one(tmp_path):
         assert one == two and one
 
     exported = hf.load_params(tmp_path / "two" / "hf", load_config(tmp_path / "two" / "hf"))
-    params = checkpoint.load_params(tmp_path / "two" / "sft")
+    params = stored_params(tmp_path / "two" / "sft")
     for name, value in exported.items():
         np.testing.assert_array_equal(np.asarray(value), params[name])
 

@@ -340,9 +340,9 @@ def test_export_sets_the_dtype_it_writes(tmp_path):
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert after == json.loads(before) | {"torch_dtype": "bfloat16"}
     assert {str(t.dtype) for t in read_all(tmp_path / "out").values()} == {"bfloat16"}
-    assert hf_write._set_dtype(nested, "bfloat16")
-    assert nested["text_config"]["dtype"] == nested["torch_dtype"] == "bfloat16"
-    assert not hf_write._set_dtype(nested, "bfloat16")
+    written = hf_write._with_dtype(nested, "bfloat16")
+    assert written["text_config"]["dtype"] == written["torch_dtype"] == "bfloat16"
+    assert hf_write._with_dtype(written, "bfloat16") == written
 
 
 def test_export_copies_the_processor_and_completes_the_eos_ids(tmp_path, shared_data):

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 from data_helpers import make_hf_dir, noise_image, png, write_dots, write_jsonl
 
+from srpo_jax.data.batching import Media, encode_arrays
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.loader import make_loader
-from srpo_jax.data.processing import Media, Processor, VisionIds, encode_arrays
-from srpo_jax.data.records import (
-    Record,
-    RecordError,
-    load_image,
-    open_records,
-    write_array_record,
-)
+from srpo_jax.data.images import RecordError, load_image
+from srpo_jax.data.loader import Loader
+from srpo_jax.data.processing import Processor
+from srpo_jax.data.records import Record, open_records, write_array_record
+from srpo_jax.data.stream import LoaderConfig
+from srpo_jax.data.vision_arrays import VisionIds
 from srpo_jax.structs import RunError
 
 PAD = 9
@@ -65,7 +63,10 @@ def _budget(loaded):
 
 def _loader(source, encoder=encode, **settings):
     base = {"global_batch_size": 4, "token_budget": 4, "seed": 3, "pad_id": PAD}
-    return make_loader(source, encoder, **{**base, **settings})
+    base |= settings
+    names = ("check_record", "agree", "quarantine_path")
+    others = {name: base.pop(name) for name in names if name in base}
+    return Loader(source, encoder, LoaderConfig(**base), **others)
 
 
 def _ids(batch):

@@ -167,5 +167,5 @@ def test_peak_is_known_for_accelerators_and_none_for_the_rest():
 
 
 def test_utilisation_is_of_all_devices(monkeypatch):
-    monkeypatch.setattr(metrics, "peak_flops", lambda: 1e12)
+    monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e12)
     assert metrics.utilisation(4e12, 2.0) == pytest.approx(4e12 / (2.0 * 1e12 * 8))

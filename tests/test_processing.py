@@ -7,19 +7,11 @@ import numpy as np
 import pytest
 from data_helpers import hf_processor, make_hf_dir, noise_image
 
-from srpo_jax.data.processing import (
-    FirstFit,
-    Media,
-    Processor,
-    VisionIds,
-    collate,
-    collate_packed,
-    encode_arrays,
-    mrope_positions,
-    token_bytes,
-)
+from srpo_jax.data.batching import FirstFit, Media, collate, collate_packed, encode_arrays
+from srpo_jax.data.images import RecordError
+from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.data.prompts import srpo_messages, srpo_response
-from srpo_jax.data.records import RecordError
+from srpo_jax.data.vision_arrays import VisionIds, mrope_positions
 
 PIXELS = {"min_pixels": 3136, "max_pixels": 50_176}
 SIZES = [(56, 56), (100, 37), (500, 400), (1, 90), (3, 200), (28, 28), (1, 1), (700, 7)]
@@ -46,7 +38,7 @@ def _raster(encoded):
     """The patches back in HF's order."""
     unit = 4
     where = (encoded.vision.merge_src[:, None] * unit + np.arange(unit)).ravel()
-    return encoded.patches[where]
+    return encoded.vision.patches[where]
 
 
 def _user(*parts):
@@ -84,7 +76,7 @@ def test_positions_follow_the_images(processor):
     encoded = processor.encode_prompt([_user(None, "and", None, "?")], images)
     expected, next_pos = mrope_positions(
         encoded.token_ids,
-        VisionIds(processor.image_token_id, processor.video_token_id),
+        processor.ids,
         encoded.grid,
     )
     assert (encoded.mrope == expected).all() and encoded.next_pos == next_pos
@@ -95,7 +87,7 @@ def test_positions_follow_the_images(processor):
 
 def test_text_only_prompts_have_plain_positions_and_no_patches(processor):
     encoded = processor.encode_prompt([{"role": "user", "content": "2+2?"}])
-    assert encoded.num_slots == 0 and encoded.patches.shape == (0, 1176)
+    assert encoded.num_slots == 0 and encoded.vision.patches.shape == (0, 1176)
     assert (encoded.mrope == np.arange(encoded.num_tokens)).all()
     assert encoded.next_pos == encoded.num_tokens
 
@@ -279,7 +271,9 @@ def test_processor_can_be_pickled_for_workers(processor):
     image = [noise_image(90, 70)]
     one = processor.encode_prompt([_user(None, "q")], image)
     two = copy.encode_prompt([_user(None, "q")], image)
-    assert (one.token_ids == two.token_ids).all() and (one.patches == two.patches).all()
+    assert (one.token_ids == two.token_ids).all() and (
+        one.vision.patches == two.vision.patches
+    ).all()
 
 
 def test_hf_outputs_with_videos_can_be_encoded():
@@ -432,4 +426,6 @@ def test_files_as_transformers_5_saves_them_are_read(hf_dir, tmp_path, processor
     saved.unlink()
     one = Processor(tmp_path, **PIXELS).encode_prompt([_user(None, "q")], [noise_image(300, 200)])
     two = processor.encode_prompt([_user(None, "q")], [noise_image(300, 200)])
-    assert (one.token_ids == two.token_ids).all() and (one.patches == two.patches).all()
+    assert (one.token_ids == two.token_ids).all() and (
+        one.vision.patches == two.vision.patches
+    ).all()

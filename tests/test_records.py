@@ -16,14 +16,8 @@ import pytest
 from data_helpers import noise_image, png, write_dots, write_jsonl
 from PIL import Image
 
-from srpo_jax.data.images import ImageRef, to_rgb
-from srpo_jax.data.records import (
-    RecordError,
-    load_image,
-    open_records,
-    to_record,
-    write_array_record,
-)
+from srpo_jax.data.images import ImageRef, RecordError, load_image, to_rgb
+from srpo_jax.data.records import open_records, to_record, write_array_record
 
 GOOD = {"problem": "q", "answer": "1"}
 

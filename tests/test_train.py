@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import train_helpers as helpers
+from checkpoint_helpers import stored_params
 
 from configs import grpo as recipe
 from srpo_jax import evaluate, train_grpo, train_sft
@@ -78,7 +79,7 @@ def final(workdir) -> dict[str, np.ndarray]:
     optimizer = ocp.PyTreeCheckpointer().restore(folder / "optimizer")
     leaves = jax.tree_util.tree_leaves_with_path(optimizer)
     moments = {jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves}
-    return checkpoint.load_params(folder) | moments
+    return stored_params(folder) | moments
 
 
 def assert_bit_identical(one, other):
@@ -133,7 +134,7 @@ def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
 
     # The export is the final state, in HF form.
     exported = hf.load_params(tmp_path / "hf", load_config(tmp_path / "hf"))
-    params = checkpoint.load_params(tmp_path / "whole")
+    params = stored_params(tmp_path / "whole")
     assert_bit_identical({k: np.asarray(v) for k, v in exported.items()}, params)
     start = hf.load_params(paths["hf_dir"], load_config(paths["hf_dir"]))
     changed = {k for k in params if not np.array_equal(params[k], np.asarray(start[k]))}
@@ -242,7 +243,7 @@ def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
     assert row["mfu"] is None  # CPU: the peak is not known
     assert row["updates"] == 0 and row["filter/kept_share"] == 0
     start = hf.load_params(paths["hf_dir"], load_config(paths["hf_dir"]))
-    params = checkpoint.load_params(tmp_path)
+    params = stored_params(tmp_path)
     assert all(np.array_equal(params[k], np.asarray(start[k])) for k in params)
 
     lines = (tmp_path / "rollouts" / "000002.jsonl").read_text().splitlines()

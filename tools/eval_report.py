@@ -15,7 +15,8 @@ from PIL import Image
 
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.files import write_json, write_text
-from srpo_jax.data.records import load_image, open_records
+from srpo_jax.data.images import load_image
+from srpo_jax.data.records import open_records
 from srpo_jax.report import accounting, eval_page, table
 from tools.lib import cli, eval_folders
 from tools.lib.eval_folders import Evaluation

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from srpo_jax.data.batching import Encoded
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.files import JsonlLog
-from srpo_jax.data.processing import Encoded
 from srpo_jax.data.records import to_record
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind

@@ -14,8 +14,8 @@ import functools
 import jax
 import numpy as np
 
+from srpo_jax.data.batching import Encoded
 from srpo_jax.data.files import JsonlLog
-from srpo_jax.data.processing import Encoded
 from srpo_jax.learn.losses import token_logps
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind

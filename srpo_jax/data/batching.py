@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from srpo_jax.data.records import RecordError
+from srpo_jax.data.images import RecordError
 from srpo_jax.data.vision_arrays import (
     Grids,
     VisionArrays,
@@ -30,16 +30,6 @@ class Encoded:
     grid: np.ndarray  # [I, 3] int64, image grids and then video grids
     vision: VisionArrays
     origin: str = ""  # "file:row" for error messages
-
-    @property
-    def patches(self) -> np.ndarray:
-        """[n, patch_dim] float32 pixel rows in window order."""
-        return self.vision.patches
-
-    @property
-    def patch_hw(self) -> np.ndarray:
-        """[n, 2] int32 row and column of each patch."""
-        return self.vision.patch_hw
 
     @property
     def num_tokens(self) -> int:
@@ -142,39 +132,33 @@ def collate_packed(
         raise ValueError(f"{len(sequences)} sequences do not divide into {rows} rows")
     per_row = len(sequences) // rows
     arrays = _blank(len(sequences), tokens, pad_id)
-    vision_rows = []
-    for m in range(rows):
-        merged, slots, row_vision = 0, 0, []
-        for b in range(m * per_row, (m + 1) * per_row):
-            start = 0
-            for segment, sample in enumerate(sequences[b], start=1):
-                stop = start + sample.num_tokens
-                slots += sample.num_slots
-                if stop > tokens:
+    vision_rows: list[list[VisionArrays]] = [[] for _ in range(rows)]
+    for b, samples in enumerate(sequences):
+        start, row = 0, vision_rows[b // per_row]
+        for segment, sample in enumerate(samples, start=1):
+            stop, merged = start + sample.num_tokens, sum(v.num_merged for v in row)
+            row.append(sample.vision)
+            slots = sum(v.num_slots for v in row)
+            for kind, taken, unit, budget in (
+                ("token", stop, "tokens", tokens),
+                ("patch", slots, "image patches in its row", patches),
+            ):
+                if taken > budget:
                     raise RecordError(
                         sample.origin,
-                        f"{stop} tokens exceed the budget of {tokens}",
-                        "raise the token budget or lower max_pixels",
+                        f"{taken} {unit} exceed the budget of {budget}",
+                        f"raise the {kind} budget or lower max_pixels",
                     )
-                if slots > patches:
-                    raise RecordError(
-                        sample.origin,
-                        f"{slots} image patches in its row exceed the budget of {patches}",
-                        "raise the patch budget or lower max_pixels",
-                    )
-                arrays["tokens"][b, start:stop] = sample.token_ids
-                arrays["segment_ids"][b, start:stop] = segment
-                arrays["mrope"][b, :, start:stop] = sample.mrope
-                arrays["vision_src"][b, start:stop] = np.where(
-                    sample.vision_src >= 0, sample.vision_src + merged, -1
-                )
-                arrays["loss_mask"][b, start:stop] = sample.loss_mask
-                arrays["lengths"][b], arrays["next_pos"][b] = stop, sample.next_pos
-                arrays["valid"][b] = True
-                merged += sample.vision.num_merged
-                row_vision.append(sample.vision)
-                start = stop
-        vision_rows.append(row_vision)
+            part = (b, slice(start, stop))
+            arrays["tokens"][part] = sample.token_ids
+            arrays["segment_ids"][part] = segment
+            arrays["mrope"][b, :, start:stop] = sample.mrope
+            shifted = np.where(sample.vision_src >= 0, sample.vision_src + merged, -1)
+            arrays["vision_src"][part] = shifted
+            arrays["loss_mask"][part] = sample.loss_mask
+            arrays["lengths"][b], arrays["next_pos"][b] = stop, sample.next_pos
+            arrays["valid"][b] = True
+            start = stop
     vision = stack_rows(vision_rows, patches, geometry) if patches else None
     return Batch(**arrays, vision=vision)
 

@@ -1,10 +1,9 @@
 """Record -> Encoded: the functions that the loader's workers run, one image decode per record."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.images import ImageRef
+from srpo_jax.data.images import ImageRef, RecordError, load_image
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.prompts import (
     MESSAGES,
@@ -13,10 +12,10 @@ from srpo_jax.data.prompts import (
     plain_response,
     srpo_response,
 )
-from srpo_jax.data.records import Record, RecordError, image_ref, load_image
+from srpo_jax.data.records import Record, image_ref
+from srpo_jax.structs import BLOCKS
 
 TARGETS = ("rl_aligned", "paper", "plain", "gold")
-_SRPO_FIELDS = ("first_think", "first_answer", "reflection", "second_think", "second_answer")
 
 
 def _fields(record: Record, names: tuple[str, ...]) -> list[str]:
@@ -38,9 +37,9 @@ def sft_response(record: Record, target: str) -> str:
     """
     try:
         if target == "rl_aligned":
-            return srpo_response(*_fields(record, _SRPO_FIELDS))
+            return srpo_response(*_fields(record, BLOCKS))
         if target == "paper":
-            think, first, reflection = _fields(record, _SRPO_FIELDS[:3])
+            think, first, reflection = _fields(record, BLOCKS[:3])
             return paper_sft_response(think, first, reflection, record.answer)
         if target == "plain":
             (think,) = _fields(record, ("second_think",))
@@ -75,15 +74,14 @@ def _messages(record: Record, prompt: str) -> list[Message]:
 class PromptEncoder:
     """``encode(record)`` for RL and evaluation: the prompt up to the assistant's first token.
 
-    ``prompt`` is "srpo", "plain", or a function record -> messages. Picklable, so that worker
-    processes can run it.
+    ``prompt`` is "srpo" or "plain". Picklable, so that worker processes can run it.
     """
 
     processor: Processor
-    prompt: str | Callable[[Record], list[Message]] = "srpo"
+    prompt: str = "srpo"
 
     def __call__(self, record: Record) -> Encoded:
-        messages = self.prompt(record) if callable(self.prompt) else _messages(record, self.prompt)
+        messages = _messages(record, self.prompt)
         images = [load_image(ref) for ref in record.images]
         return self.processor.encode_prompt(messages, images, origin=record.origin)
 

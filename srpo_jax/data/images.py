@@ -119,16 +119,12 @@ def load_image(ref: ImageRef, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
             return to_rgb(ImageOps.exif_transpose(image))
     except RecordError:
         raise
-    except UnidentifiedImageError:  # its own text holds a memory address
-        raise RecordError(
-            ref.origin,
-            f"image {name} cannot be decoded (none of {', '.join(FORMATS)})",
-            "replace the image",
-        ) from None
     # PIL's decoders raise nearly anything on a damaged file (OSError, SyntaxError, struct.error,
     # zlib.error, DecompressionBombError, ...), and one bad file must not end a run.
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, UnidentifiedImageError):  # its own text holds a memory address
+            text = f"none of {', '.join(FORMATS)}"
         raise RecordError(
             ref.origin, f"image {name} cannot be decoded ({text})", "replace the image"
         ) from None

@@ -7,25 +7,18 @@ into patch budgets, and knows its exact place in the data at any batch.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
+from srpo_jax.data.images import RecordError
 from srpo_jax.data.quarantine import Quarantine
-from srpo_jax.data.records import Record, RecordError, RecordSource
+from srpo_jax.data.records import Record, RecordSource
 from srpo_jax.data.stream import BadItem, Item, LoaderConfig, Stream
 from srpo_jax.structs import Batch, RunError
-
-__all__ = [
-    "LoadedBatch",
-    "Loader",
-    "LoaderConfig",
-    "RunError",
-    "make_loader",
-]
 
 _MIN_SEEN = 100  # records before the share of bad ones means anything
 _LOOK_AHEAD = 8  # records without room before a packed batch counts as full
@@ -45,13 +38,20 @@ class LoadedBatch:
     passes: np.ndarray  # [len(records)] int32: over the data, before the one that drew the record
 
 
-# What the processes agree on before each batch, by maximum: nobody has data left, the patch budget
-# (1, 2, ...), the data have ended for one of them, one of them failed.
-_EMPTY = 0
-
-
 class Loader:
-    """Iterator of ``LoadedBatch``; see ``make_loader``. Counts: ``seen``, ``bad``."""
+    """Iterator of ``LoadedBatch`` over a source. Counts: ``seen``, ``bad``.
+
+    Args:
+        encode: record -> Encoded, picklable when ``workers`` > 0; may raise RecordError. It runs
+            once for each record that is drawn, never once for each sample of a group.
+        config: for evaluation, ``shuffle=False, epochs=1, drop_remainder=False`` gives every record
+            exactly once, and fillers at the end.
+        check_record: a reason to leave a record out (a gold that cannot be parsed), or None; runs
+            in this process, once for each record.
+        agree: maximum of an integer over all processes; called once a batch by every process.
+        quarantine_path: where bad records are listed; ".<process>" is put before the suffix when
+            there are several processes.
+    """
 
     def __init__(
         self,
@@ -67,7 +67,11 @@ class Loader:
             raise RunError("the data hold no records")
         self.config, self._source = config, source
         self._stream, self._check_record = Stream(source, encode, config), check_record
+        self._budgets = config.patch_budgets or (0,)
+        # What the processes agree on before each batch, by maximum: 0, nobody has data left; the
+        # patch budget (1, 2, ...); the data have ended for one of them; one of them failed.
         self._agree = agree or (lambda status: status)
+        self._ended, self._failed = len(self._budgets) + 1, len(self._budgets) + 2
         if quarantine_path is not None and config.process_count > 1:
             stem, suffix = os.path.splitext(os.fspath(quarantine_path))
             quarantine_path = f"{stem}.{config.process_index}{suffix}"
@@ -81,15 +85,6 @@ class Loader:
 
     # --- the stream of usable records ---
 
-    def _next_item(self) -> Item | BadItem | None:
-        if self._iterator is None:
-            self._iterator = self._stream.start(self._position)
-        item = next(self._iterator, None)
-        if item is None:
-            return None
-        self._position += 1
-        return replace(item, position=self._position - 1)
-
     def _fault(self, item: Item) -> RecordError | None:
         """Why the item cannot be used, or None."""
         record, encoded, config = item.record, item.encoded, self.config
@@ -98,10 +93,10 @@ class Loader:
                 record.origin,
                 f"{encoded.num_tokens} tokens exceed the budget of {config.token_budget}",
             )
-        most = max(config.patch_budgets, default=0)
-        if encoded.num_slots > most:
+        if encoded.num_slots > self._budgets[-1]:
             return RecordError(
-                record.origin, f"{encoded.num_slots} image patches exceed the budget of {most}"
+                record.origin,
+                f"{encoded.num_slots} image patches exceed the budget of {self._budgets[-1]}",
             )
         if self._check_record is None:
             return None
@@ -112,7 +107,10 @@ class Loader:
 
     def _next_good(self) -> Item | None:
         """The next usable record; bad ones on the way are counted and set aside."""
-        while (item := self._next_item()) is not None:
+        if self._iterator is None:
+            self._iterator = self._stream.start(self._position)
+        for item in self._iterator:
+            position, self._position = self._position, self._position + 1
             self.seen += 1
             error = item.error if isinstance(item, BadItem) else self._fault(item)
             if error is None:
@@ -124,7 +122,7 @@ class Loader:
                 self.quarantine.add(error, item.record.id if item.record else None)
             self._check_share()
             if error is None and isinstance(item, Item):
-                return item
+                return replace(item, position=position)
         return None
 
     def _check_share(self) -> None:
@@ -146,22 +144,19 @@ class Loader:
     def _gather(self) -> tuple[list[list[Item]], int]:
         """The items of the next batch, by sequence, and this process's status."""
         config = self.config
-        budgets = config.patch_budgets or (0,)
-        stop = len(budgets) + 1
         fit = FirstFit(
             rows=config.rows,
             per_row=config.per_row,
             tokens=config.token_budget,
-            patches=budgets[-1],
+            patches=self._budgets[-1],
             pack=config.pack,
         )
         size = config.rows * config.per_row
         groups: list[list[Item]] = [[] for _ in range(size)]
-        count, ended, skipped = 0, False, []
+        count, skipped, item = 0, [], None
         while count < size or config.pack:
             item = self._waiting.popleft() if self._waiting else self._next_good()
             if item is None:
-                ended = True
                 break
             b = fit.place(item.encoded)
             if b >= 0:
@@ -174,17 +169,19 @@ class Loader:
             if len(skipped) > 2 * size + _LOOK_AHEAD:
                 raise RunError(
                     f"patch_budgets: {config.per_row} prompts a row need more than "
-                    f"{budgets[-1]} patches; add a larger budget, or raise rows_per_shard or "
+                    f"{self._budgets[-1]} patches; add a larger budget, or raise rows_per_shard or "
                     "lower max_pixels"
                 )
         self._waiting.extendleft(reversed(skipped))
-        if ended and config.drop_remainder:
-            return groups, stop
+        if item is None and config.drop_remainder:
+            return groups, self._ended
         if not config.pack:
             groups = self._arrange([g[0] for g in groups if g])
         if not count:
-            return groups, _EMPTY
-        return groups, 1 + self._budget(max(_row_slots(groups, config.per_row)))
+            return groups, 0
+        taken_B = np.array([sum(i.encoded.num_slots for i in group) for group in groups])
+        needed = int(taken_B.reshape(-1, config.per_row).sum(axis=1).max())
+        return groups, 1 + self._budget(needed)
 
     def _budget(self, needed: int) -> int:
         """Index of the smallest patch budget that holds ``needed`` slots."""
@@ -206,10 +203,10 @@ class Loader:
             if self._budget(needed) <= self._budget(int(load.max())):
                 table = in_order
         else:
-            most, row = max(self.config.patch_budgets, default=0), 0
+            row = 0
             for place, item in enumerate(items):
                 row += len(table[row]) == per_row
-                if sum(i.encoded.num_slots for i in [*table[row], item]) > most:
+                if sum(i.encoded.num_slots for i in [*table[row], item]) > self._budgets[-1]:
                     self._waiting.extendleft(reversed(items[place:]))
                     break
                 table[row].append(item)
@@ -224,27 +221,23 @@ class Loader:
         """The next batch. RecordErrors never leave; RunError when the data cannot be used."""
         if self._done:
             raise StopIteration
-        budgets = self.config.patch_budgets or (0,)
-        stop, failed = len(budgets) + 1, len(budgets) + 2
         try:
             groups, status = self._gather()
         except Exception:
             self._done = True
-            self._agree(failed)  # the other processes must not wait for this one
+            self._agree(self._failed)  # the other processes must not wait for this one
             raise
         status = self._agree(status)
-        if status == failed:
-            self._done = True
+        self._done = status in (0, self._ended, self._failed)
+        if status == self._failed:
             raise RunError("another process could not go on with its data; see its message")
-        if status in (_EMPTY, stop):
-            self._done = True
+        if self._done:
             raise StopIteration
-        budget = budgets[status - 1]
         arrays = collate_packed(
             [[item.encoded for item in group] for group in groups],
             rows=self.config.rows,
             tokens=self.config.token_budget,
-            patches=budget,
+            patches=self._budgets[status - 1],
             pad_id=self.config.pad_id,
             geometry=self.config.geometry,
         )
@@ -259,13 +252,9 @@ class Loader:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a saved place to mean anything."""
-        return {
-            "data": getattr(self._source, "fingerprint", str(len(self._source))),
-            "seed": self.config.seed,
-            "shuffle": self.config.shuffle,
-            "process_index": self.config.process_index,
-            "process_count": self.config.process_count,
-        }
+        data = getattr(self._source, "fingerprint", str(len(self._source)))
+        settings = ("seed", "shuffle", "process_index", "process_count")
+        return {"data": data} | {name: getattr(self.config, name) for name in settings}
 
     def get_state(self) -> dict[str, Any]:
         """The place right after the last batch, JSON values only; one for each process."""
@@ -294,7 +283,7 @@ class Loader:
         self._position = int(state["position"])
         self.seen, self.bad = int(state["seen"]), int(state["bad"])
         self._bad_run = int(state["bad_run"])
-        self._waiting = deque()
+        self._waiting.clear()
         for position in state["waiting"]:
             item = self._stream.item(int(position))
             if isinstance(item, BadItem):
@@ -307,45 +296,3 @@ class Loader:
         """Stop threads and worker processes; iteration may go on afterwards."""
         getattr(self._iterator, "close", lambda: None)()  # an empty stream's has none
         self._iterator = None
-
-
-def make_loader(
-    source: RecordSource,
-    encode: Callable[[Record], Encoded],
-    *,
-    check_record: Callable[[Record], str | None] | None = None,
-    agree: Callable[[int], int] | None = None,
-    quarantine_path: str | os.PathLike | None = None,
-    **settings: Any,
-) -> Loader:
-    """An iterator of ``LoadedBatch`` over ``source``.
-
-    Args:
-        encode: record -> Encoded, picklable when ``workers`` > 0; may raise RecordError. It runs
-            once for each record that is drawn, never once for each sample of a group.
-        check_record: a reason to leave a record out (a gold that cannot be parsed), or None; runs
-            in this process, once for each record.
-        agree: maximum of an integer over all processes; called once a batch by every process.
-        quarantine_path: where bad records are listed; ".<process>" is put before the suffix when
-            there are several processes.
-        **settings: fields of ``LoaderConfig``.
-
-    For evaluation: ``shuffle=False, epochs=1, drop_remainder=False`` gives every record exactly
-    once, and fillers at the end.
-    """
-    return Loader(
-        source,
-        encode,
-        LoaderConfig(**settings),
-        check_record=check_record,
-        agree=agree,
-        quarantine_path=quarantine_path,
-    )
-
-
-def _row_slots(groups: Sequence[Sequence[Item]], per_row: int) -> list[int]:
-    """Patch slots that each row of a batch takes."""
-    return [
-        sum(item.encoded.num_slots for group in groups[b : b + per_row] for item in group)
-        for b in range(0, len(groups), per_row)
-    ]

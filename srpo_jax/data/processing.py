@@ -13,36 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from srpo_jax.data.batching import (
-    Encoded,
-    FirstFit,
-    Media,
-    collate,
-    collate_packed,
-    encode_arrays,
-)
-from srpo_jax.data.images import to_rgb
+from srpo_jax.data.batching import Encoded, Media, encode_arrays
+from srpo_jax.data.images import RecordError, to_rgb
 from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS, Message
-from srpo_jax.data.records import RecordError
-from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds, mrope_positions, vision_arrays
-
-__all__ = [
-    "Encoded",
-    "FirstFit",
-    "Media",
-    "Processor",
-    "VisionGeometry",
-    "VisionIds",
-    "check_messages",
-    "collate",
-    "collate_packed",
-    "encode_arrays",
-    "mrope_positions",
-    "token_bytes",
-    "vision_arrays",
-]
+from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds
 
 # The recipe's pixel range: 4 to 640 merged tokens an image (MM-EUREKA, SRPO).
 MIN_PIXELS = 4 * 28 * 28
@@ -78,7 +55,7 @@ class Processor:
     """Tokenizer, image processor and chat template of one Hugging Face directory.
 
     Attributes: tokenizer (HF), geometry, vocab_size (ids the tokenizer knows), eos_ids, pad_id,
-    image_token_id, video_token_id, forbidden_ids (never to be sampled).
+    image_token_id, ids (of images and videos), forbidden_ids (never to be sampled).
     """
 
     def __init__(
@@ -133,14 +110,10 @@ class Processor:
                     f"{self.hf_dir}/config.json: {key}={config[key]}, but {token} is {ids[token]} "
                     "in the tokenizer"
                 )
-        self.image_token_id, self.video_token_id = ids[IMAGE_PAD], ids[VIDEO_PAD]
+        self.image_token_id = ids[IMAGE_PAD]
         self.forbidden_ids = tuple(ids[t] for t in VISION_MARKERS)
-        self.ids = VisionIds(
-            self.image_token_id,
-            self.video_token_id,
-            vision.get("tokens_per_second", 2),
-            self.geometry,
-        )
+        time_scale = vision.get("tokens_per_second", 2)
+        self.ids = VisionIds(ids[IMAGE_PAD], ids[VIDEO_PAD], time_scale, self.geometry)
         generation = _read_json(self.hf_dir / "generation_config.json")
         eos = generation.get("eos_token_id", [ids["<|im_end|>"], ids["<|endoftext|>"]])
         self.eos_ids = tuple(eos) if isinstance(eos, list) else (int(eos),)
@@ -325,11 +298,7 @@ def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:
     in UTF-8. ``size`` pads the list with b"" up to the model's vocabulary, which is larger than the
     tokenizer's. ValueError for a tokenizer that is not byte-level.
     """
-    # The byte alphabet of GPT-2: printable Latin-1 bytes stand for themselves, the other 68 are
-    # moved, in order, to the code points from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = [b for b in range(256) if b not in set(printable)]
-    alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
     added = tokenizer.get_added_vocab()
     vocabulary = tokenizer.get_vocab()
     table = [b""] * max(size or 0, max(vocabulary.values()) + 1)

@@ -3,6 +3,7 @@
 Plain strings, joined and never formatted, so that the braces of LaTeX stay what they are.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -98,24 +99,17 @@ def user_message(
     return {"role": "user", "content": parts}
 
 
-def srpo_messages(
-    question: str, images: int | Sequence[Any] = 0, choices: Sequence[str] = ()
+def _messages(
+    system: str, question: str, images: int | Sequence[Any] = 0, choices: Sequence[str] = ()
 ) -> list[Message]:
-    """System turn with the five-block template and the user's turn (see ``user_message``)."""
-    return [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        user_message(question, images, choices),
-    ]
+    """A system turn and the user's turn (see ``user_message``)."""
+    return [{"role": "system", "content": system}, user_message(question, images, choices)]
 
 
-def plain_messages(
-    question: str, images: int | Sequence[Any] = 0, choices: Sequence[str] = ()
-) -> list[Message]:
-    """The same for one round of think and answer: the prompt of the baselines."""
-    return [
-        {"role": "system", "content": PLAIN_SYSTEM_PROMPT},
-        user_message(question, images, choices),
-    ]
+srpo_messages = functools.partial(_messages, SYSTEM_PROMPT)  # the five-block template
+plain_messages = functools.partial(_messages, PLAIN_SYSTEM_PROMPT)  # the baselines: one round
+# How a template's prompt is called in configurations and on command lines.
+MESSAGES = {"srpo": srpo_messages, "plain": plain_messages}
 
 
 def add_box(answer: str) -> str:
@@ -177,7 +171,3 @@ def plain_response(think: str, answer: str) -> str:
     if not answer.strip():
         raise ValueError("the answer block is empty")
     return "\n".join([block("think", think), block("answer", add_box(answer))])
-
-
-# How a template's prompt is called in configurations and on command lines.
-MESSAGES = {"srpo": srpo_messages, "plain": plain_messages}

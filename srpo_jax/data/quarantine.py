@@ -2,8 +2,9 @@
 
 import json
 import os
+from pathlib import Path
 
-from srpo_jax.data.records import RecordError
+from srpo_jax.data.images import RecordError
 
 
 class Quarantine:
@@ -18,8 +19,7 @@ class Quarantine:
             return
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         if os.path.exists(path):
-            with open(path, "rb") as file:
-                lines = file.read().splitlines(keepends=True)
+            lines = Path(path).read_bytes().splitlines(keepends=True)
             for line in lines:
                 try:
                     entry = json.loads(line)
@@ -29,20 +29,15 @@ class Quarantine:
             if lines and not lines[-1].endswith(b"\n"):
                 self._append("\n")
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def _append(self, text: str) -> None:
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
 
-    def add(self, error: RecordError, record_id: str | None) -> bool:
-        """Note a bad record; True where it was not known yet."""
+    def add(self, error: RecordError, record_id: str | None) -> None:
+        """Note a bad record, unless it is known."""
         key = (error.origin, error.reason)
-        if key in self._known:
-            return False
-        self._known.add(key)
-        entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
-        self._append(json.dumps(entry, ensure_ascii=False) + "\n")
-        return True
+        if key not in self._known:
+            self._known.add(key)
+            entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
+            self._append(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -7,6 +7,7 @@ stay undecoded (``ImageRef``) until ``load_image``.
 import base64
 import binascii
 import bisect
+import contextlib
 import glob
 import itertools
 import json
@@ -23,22 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from srpo_jax.data.files import whole
-from srpo_jax.data.images import ImageRef, RecordError, load_image, resolve_path
-
-__all__ = [
-    "ImageRef",
-    "Parquet",
-    "Record",
-    "RecordError",
-    "RecordSource",
-    "Records",
-    "image_ref",
-    "load_image",
-    "open_records",
-    "resolve_path",
-    "to_record",
-    "write_array_record",
-]
+from srpo_jax.data.images import ImageRef, RecordError
 
 _TFDS = re.compile(
     r"(?:tfds:)?(?P<name>\w+(?:/[\w.-]+)?):(?P<version>\d+\.\d+\.\d+)"
@@ -169,6 +155,12 @@ def _parse_json(line: bytes, origin: str) -> dict[str, Any]:
     return fields
 
 
+def _locate(ends: list[int], index: int) -> tuple[int, int]:
+    """Which part holds item ``index``, and where in it; ``ends`` counts the items up to its end."""
+    part = bisect.bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
+
+
 class _Jsonl:
     """Lines of a JSONL file by their byte offsets; blank lines are no records."""
 
@@ -204,41 +196,30 @@ class Parquet:
 
         self.path = path
         try:
-            metadata = pq.read_metadata(path)
+            self._file = pq.ParquetFile(path, memory_map=True)
         except Exception as error:  # pyarrow's own error classes
             raise ValueError(f"{path}: not a parquet file ({error})") from None
-        sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        table = self._file.metadata
+        sizes = (table.row_group(g).num_rows for g in range(table.num_row_groups))
         self.ends = list(itertools.accumulate(sizes))
         self.num_bytes = os.path.getsize(path)
-        self._reset()
+        self._cache, self._lock = OrderedDict(), threading.Lock()
 
-    def _reset(self) -> None:
-        self._file, self._cache, self._lock = None, OrderedDict(), threading.Lock()
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "ends": self.ends, "num_bytes": self.num_bytes}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._reset()
+    def __reduce__(self) -> tuple:
+        return Parquet, (self.path,)  # a worker process opens the file for itself
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def columns(self) -> set[str]:
         """The names of the table's fields."""
-        import pyarrow.parquet as pq
-
-        return set(pq.read_schema(self.path).names)
+        return set(self._file.schema_arrow.names)
 
     def _row_group(self, group: int):
-        import pyarrow.parquet as pq
-
         with self._lock:
             if group in self._cache:
                 self._cache.move_to_end(group)
                 return self._cache[group]
-            self._file = self._file or pq.ParquetFile(self.path, memory_map=True)
             self._cache[group] = self._file.read_row_group(group, use_threads=False)
             while len(self._cache) > 1 and (
                 sum(table.nbytes for table in self._cache.values()) > _ROW_GROUP_CACHE_BYTES
@@ -249,20 +230,11 @@ class Parquet:
     def read(self, index: int) -> tuple[dict[str, Any], str]:
         """Fields and origin of one record."""
         origin = f"{self.path}:{index + 1}"
-        group = bisect.bisect_right(self.ends, index)
-        first = self.ends[group - 1] if group else 0
+        group, within = _locate(self.ends, index)
         try:
-            return self._row_group(group).slice(index - first, 1).to_pylist()[0], origin
+            return self._row_group(group).slice(within, 1).to_pylist()[0], origin
         except Exception as error:  # a damaged page, or text that is not UTF-8
             raise RecordError(origin, f"cannot be read ({error})") from None
-
-
-def _decoded(value: bytes) -> str | bytes:
-    """Text where the bytes are UTF-8, else the bytes (a binary feature nobody asked for)."""
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
 
 
 def _parse_example(data: bytes, origin: str) -> dict[str, Any]:
@@ -278,7 +250,8 @@ def _parse_example(data: bytes, origin: str) -> dict[str, Any]:
     for name, feature in example.features.feature.items():
         values = list(getattr(feature, feature.WhichOneof("kind") or "bytes_list").value)
         if feature.WhichOneof("kind") == "bytes_list" and name not in ("images", "image"):
-            values = [_decoded(v) for v in values]
+            with contextlib.suppress(UnicodeDecodeError):  # a binary feature that nobody asked for
+                values = [value.decode("utf-8") for value in values]
         fields[name] = values[0] if len(values) == 1 else values
     return fields
 
@@ -360,9 +333,8 @@ class Records:
         """Record ``index``; RecordError where the row is bad, IndexError out of range."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        which = bisect.bisect_right(self._ends, index)
-        first = self._ends[which - 1] if which else 0
-        fields, origin = self._readers[which].read(index - first)
+        which, within = _locate(self._ends, index)
+        fields, origin = self._readers[which].read(within)
         return to_record(
             fields, origin=origin, root=self._roots[which], require_answer=self._require_answer
         )

@@ -1,5 +1,6 @@
 """The stream under the loader: which records in which order, read and encoded in parallel."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,7 +10,8 @@ import grain
 import numpy as np
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.records import Record, RecordError, RecordSource
+from srpo_jax.data.images import RecordError
+from srpo_jax.data.records import Record, RecordSource
 from srpo_jax.data.vision_arrays import VisionGeometry
 from srpo_jax.structs import RunError
 
@@ -82,26 +84,18 @@ class Item:
 class BadItem:
     """A record that could not be read (None) or encoded, and why."""
 
-    position: int
-    index: int
     record: Record | None
     error: RecordError
 
 
-@dataclass(frozen=True)
-class _Load:
+def _load(source: RecordSource, encode: Callable[[Record], Encoded], index: int) -> Item | BadItem:
     """Read and encode record ``index``; a bad record becomes an item with its error."""
-
-    source: RecordSource
-    encode: Callable[[Record], Encoded]
-
-    def __call__(self, index: int) -> Item | BadItem:
-        record = None
-        try:
-            record = self.source[index]
-            return Item(-1, index, record, self.encode(record))
-        except RecordError as error:
-            return BadItem(-1, index, record, error)
+    record = None
+    try:
+        record = source[index]
+        return Item(-1, index, record, encode(record))
+    except RecordError as error:
+        return BadItem(record, error)
 
 
 def _to_wire(item: Item | BadItem) -> tuple[Item | BadItem, np.ndarray | None]:
@@ -139,7 +133,7 @@ class Stream:
     def __init__(
         self, source: RecordSource, encode: Callable[[Record], Encoded], config: LoaderConfig
     ):
-        self._load, self._config = _Load(source, encode), config
+        self._load, self._config = functools.partial(_load, source, encode), config
         indices = grain.MapDataset.range(len(source)).seed(config.seed)
         indices = indices.shuffle() if config.shuffle else indices
         self._indices = indices.repeat(config.epochs)[config.process_index :: config.process_count]
@@ -148,7 +142,8 @@ class Stream:
         """The record at one position."""
         index = self._indices[position]
         assert index is not None  # which a filter would leave where it drops something
-        return replace(self._load(int(index)), position=position)
+        item = self._load(int(index))
+        return item if isinstance(item, BadItem) else replace(item, position=position)
 
     def start(self, position: int) -> Iterator[Item | BadItem]:
         """A Grain iterator from ``position`` on (its items do not know their position).

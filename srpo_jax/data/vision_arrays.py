@@ -6,6 +6,7 @@ with the merge_size**2 patches of a block beside each other, and leave in WINDOW
 of one window together, every window padded to W slots.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -240,37 +241,33 @@ def mrope_positions(
     if not kind_T.any() and not len(image_grid_thw) and not len(video_grid_thw):
         plain = np.broadcast_to(np.arange(len(ids_T), dtype=np.int32), (3, len(ids_T)))
         return plain.copy(), len(ids_T)
-    grids = {1: list(check_grid(image_grid_thw, merge_size))}
-    grids[2] = list(check_grid(video_grid_thw, merge_size))
-    seconds = [1.0] * len(grids[2]) if second_per_grid_ts is None else list(second_per_grid_ts)
-    if len(seconds) != len(grids[2]):
-        raise ValueError(f"{len(grids[2])} videos but {len(seconds)} second_per_grid_ts")
-    bounds = np.flatnonzero(np.diff(kind_T)) + 1
-    starts = np.concatenate([[0], bounds])
-    stops = np.concatenate([bounds, [len(ids_T)]])
+    images, videos = check_grid(image_grid_thw, merge_size), check_grid(video_grid_thw, merge_size)
+    seconds = [1.0] * len(videos) if second_per_grid_ts is None else list(second_per_grid_ts)
+    if len(seconds) != len(videos):
+        raise ValueError(f"{len(videos)} videos but {len(seconds)} second_per_grid_ts")
+    scales = np.float32(ids.tokens_per_second) * np.array(seconds, np.float32)
+    grids = {1: [(g, 1.0) for g in images], 2: list(zip(videos, scales.tolist(), strict=True))}
+    edges = [0, *(np.flatnonzero(np.diff(kind_T)) + 1).tolist(), len(ids_T)]
     pieces, position, used = [], 0, {1: 0, 2: 0}
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        kind = int(kind_T[start])
+    for start, stop in itertools.pairwise(edges):
+        kind, length = int(kind_T[start]), stop - start
         if kind == 0:
-            pieces.append(np.broadcast_to(np.arange(stop - start), (3, stop - start)) + position)
-            position += stop - start
+            pieces.append(np.broadcast_to(np.arange(length), (3, length)) + position)
+            position += length
             continue
         if used[kind] == len(grids[kind]):
             raise ValueError(f"placeholder run at token {start} has no grid: too few images given")
-        grid = grids[kind][used[kind]]
-        interval = 1.0
-        if kind == 2:
-            interval = float(np.float32(ids.tokens_per_second) * np.float32(seconds[used[kind]]))
-        if int(grid.prod()) // merge_size**2 != stop - start:
+        grid, interval = grids[kind][used[kind]]
+        used[kind] += 1
+        if int(grid.prod()) // merge_size**2 != length:
             raise ValueError(
-                f"placeholder run at token {start} is {stop - start} long, its grid "
+                f"placeholder run at token {start} is {length} long, its grid "
                 f"{grid.tolist()} needs {int(grid.prod()) // merge_size**2}"
             )
         pieces.append(_vision_positions(position, grid, merge_size, interval))
         # Text resumes after the larger SPATIAL side, even when a long video reaches further on
         # the temporal axis (so does HF).
         position += int(max(grid[1], grid[2])) // merge_size
-        used[kind] += 1
     for kind, name in ((1, "image"), (2, "video")):
         if used[kind] != len(grids[kind]):
             raise ValueError(f"{len(grids[kind])} {name} grids, but {used[kind]} in the text")

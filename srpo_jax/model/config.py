@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REMAT_POLICIES = ("none", "block", "dots")
-ATTENTION_IMPLS = ("auto", "xla", "cudnn", "splash")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -30,7 +30,7 @@ class VisionConfig:
     rms_norm_eps: float = 1e-6  # a constant in transformers, not a key of config.json
 
     def __post_init__(self) -> None:
-        _check_positive("vision_config", self, _VISION_SIZES)
+        _check_positive("vision_config", self)
         _check_divides("vision_config.num_heads", self.num_heads, "hidden_size", self.hidden_size)
         _require(
             self.head_dim % 4 == 0,
@@ -82,7 +82,7 @@ class TextConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        _check_positive("text_config", self, _TEXT_SIZES)
+        _check_positive("text_config", self)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _check_divides("text_config.num_attention_heads", heads, "hidden_size", self.hidden_size)
         _check_divides("text_config.num_key_value_heads", kv_heads, "num_attention_heads", heads)
@@ -124,8 +124,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("param_dtype", self.param_dtype, DTYPES)
-        _check_choice("remat", self.remat, REMAT_POLICIES)
-        _check_choice("attention", self.attention, ATTENTION_IMPLS)
+        _check_choice("remat", self.remat, ("none", "block", "dots"))
+        _check_choice("attention", self.attention, ("auto", "xla", "cudnn", "splash"))
         _require(
             self.vision.out_hidden_size == self.text.hidden_size,
             f"vision_config.out_hidden_size: {self.vision.out_hidden_size} must equal the decoder's"
@@ -148,7 +148,7 @@ class ModelConfig:
         nested = hf.get("text_config")
         text = nested if isinstance(nested, dict) else hf
         tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
-        fields: dict[str, Any] = {k: _integer(hf, k) for k in _TOKEN_IDS if k in hf}
+        fields = _read(cls, {key: hf[key] for key in TOKEN_IDS if key in hf})
         fields |= {"vision": _vision_from_hf(vision), "text": _text_from_hf(text)}
         fields["tie_word_embeddings"] = bool(tied)
         unknown = sorted(set(overrides) - {f.name for f in dataclasses.fields(cls)})
@@ -157,9 +157,9 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` of this model in the released, flat form."""
-        vision = {
-            k: v for k, v in dataclasses.asdict(self.vision).items() if k not in _NOT_IN_HF_VISION
-        }
+        vision = dataclasses.asdict(self.vision)
+        for key in _NOT_IN_HF_VISION:
+            del vision[key]
         vision["fullatt_block_indexes"] = list(self.vision.fullatt_block_indexes)
         text = dataclasses.asdict(self.text)
         section = list(text.pop("mrope_section"))
@@ -170,7 +170,7 @@ class ModelConfig:
             "hidden_act": "silu",
             "rope_scaling": {"type": "mrope", "mrope_section": section},
             "use_sliding_window": False,
-            **{key: getattr(self, key) for key in _TOKEN_IDS},
+            **{key: getattr(self, key) for key in TOKEN_IDS},
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": self.param_dtype,
             "vision_config": {
@@ -194,52 +194,20 @@ def load_config(hf_dir: str | Path, **overrides: Any) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-_TOKEN_IDS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "vision_token_id",
-)
-_VISION_SIZES = (
-    "depth",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "out_hidden_size",
-    "in_channels",
-    "patch_size",
-    "temporal_patch_size",
-    "spatial_merge_size",
-    "window_size",
-)
-_TEXT_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-_NOT_IN_HF_VISION = ("rope_theta", "rms_norm_eps", "fullatt_block_indexes")
+# What must never stand in a text: images, videos and their markers.
+TOKEN_IDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name.endswith("_token_id"))
+_NOT_IN_HF_VISION = ("rope_theta", "rms_norm_eps")
 
 
 def _vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
     """``vision_config``; the released files call the channels ``in_chans``."""
     _check_choice("vision_config.hidden_act", hf.get("hidden_act", "silu"), ("silu",))
-    fields: dict[str, Any] = {
-        k: _integer(hf, k, "vision_config.")
-        for k in (*_VISION_SIZES, "tokens_per_second")
-        if k in hf
-    }
-    if "in_channels" not in hf and "in_chans" in hf:
-        fields["in_channels"] = _integer(hf, "in_chans", "vision_config.")
-    if "fullatt_block_indexes" in hf:
-        fields["fullatt_block_indexes"] = _integers(hf, "fullatt_block_indexes", "vision_config.")
+    table = {k: v for k, v in hf.items() if k not in _NOT_IN_HF_VISION}
+    if "in_chans" in hf:
+        table.setdefault("in_channels", hf["in_chans"])
+    fields = _read(VisionConfig, table, "vision_config.")
     rope = hf.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        fields["rope_theta"] = _number(rope, "rope_theta", "vision_config.rope_parameters.")
-    return VisionConfig(**fields)
+    return VisionConfig(**fields | _read(VisionConfig, rope, "vision_config.rope_parameters."))
 
 
 def _text_from_hf(hf: dict[str, Any]) -> TextConfig:
@@ -249,57 +217,51 @@ def _text_from_hf(hf: dict[str, Any]) -> TextConfig:
         not hf.get("use_sliding_window"),
         "config.json: use_sliding_window: true is not supported; released models have false",
     )
-    fields: dict[str, Any] = {
-        k: _integer(hf, k)
-        for k in (*_TEXT_SIZES, "max_position_embeddings")
-        if hf.get(k) is not None
-    }
-    if "num_key_value_heads" in hf and hf["num_key_value_heads"] is None:
+    fields = _read(TextConfig, {k: v for k, v in hf.items() if v is not None})
+    if hf.get("num_key_value_heads", 0) is None:
         fields["num_key_value_heads"] = fields.get("num_attention_heads", 64)
-    for key in ("rms_norm_eps", "initializer_range", "rope_theta"):
-        if hf.get(key) is not None:
-            fields[key] = _number(hf, key)
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = hf.get(name) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _check_choice("rope_scaling.type", kind, ("default", "mrope"))
-    if "rope_theta" in rope:
-        fields["rope_theta"] = _number(rope, "rope_theta", "rope_parameters.")
-    if "mrope_section" in rope:
-        fields["mrope_section"] = _integers(rope, "mrope_section", "rope_scaling.")
-    return TextConfig(**fields)
+    _check_choice(f"{name}.type", kind, ("default", "mrope"))
+    return TextConfig(**fields | _read(TextConfig, rope, f"{name}."))
 
 
-def _integer(table: dict[str, Any], key: str, prefix: str = "") -> int:
-    value = table[key]
-    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
-        value = value[0]  # transformers allows patch sizes as pairs
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"config.json: {prefix}{key}: expected an integer, found {value!r}")
-    return value
+# Type of a field -> what config.json must hold for it, in words and as a test, and its maker.
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+    int: ("an integer", lambda v: type(v) is int, int),
+    float: ("a number", lambda v: type(v) in (int, float), float),
+    tuple[int, ...]: (
+        "integers",
+        lambda v: isinstance(v, list) and all(type(i) is int for i in v),
+        tuple,
+    ),
+}
 
 
-def _integers(table: dict[str, Any], key: str, prefix: str = "") -> tuple[int, ...]:
-    value = table[key]
-    if not isinstance(value, (list, tuple)) or not all(type(i) is int for i in value):
-        raise ValueError(f"config.json: {prefix}{key}: expected integers, found {value!r}")
-    return tuple(value)
-
-
-def _number(table: dict[str, Any], key: str, prefix: str = "") -> float:
-    value = table[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"config.json: {prefix}{key}: expected a number, found {value!r}")
-    return float(value)
+def _read(kind: type, table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of ``kind`` that ``table`` holds; ValueError for one of another type."""
+    fields = {}
+    for key, hint in typing.get_type_hints(kind).items():
+        if key in table:
+            (words, fits, make), value = _KINDS[hint], table[key]
+            if hint is int and isinstance(value, list) and len(set(value)) == 1:
+                value = value[0]  # transformers allows patch sizes as pairs
+            _require(fits(value), f"config.json: {prefix}{key}: expected {words}, found {value!r}")
+            fields[key] = make(value)
+    return fields
 
 
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"{key}: {value!r} is not one of {', '.join(choices)}")
 
 
-def _check_positive(where: str, config: Any, keys: tuple[str, ...]) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _require(value > 0, f"{where}.{key}: must be positive, found {value}")
+def _check_positive(where: str, config: Any) -> None:
+    """ValueError for a size, that is an integer, that is not positive."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        fits = field.type is not int or value > 0
+        _require(fits, f"{where}.{field.name}: must be positive, found {value}")
 
 
 def _check_divides(small_key: str, small: int, large_key: str, large: int) -> None:

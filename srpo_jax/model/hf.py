@@ -130,11 +130,7 @@ def _open(file: Path) -> Iterator[Any]:
 
 def _released_name(key: str) -> str:
     """The name in the released layout of a tensor in either layout."""
-    return re.sub(r"^model\.(?:language_model\.|(?=visual\.))", _released_prefix, key)
-
-
-def _released_prefix(match: re.Match) -> str:
-    return "model." if match.group().endswith("language_model.") else ""
+    return re.sub(r"^model\.(?=visual\.)|(?<=^model\.)language_model\.", "", key)
 
 
 def _list_files(hf_dir: Path) -> tuple[list[Path], dict[str, str]]:
@@ -177,17 +173,10 @@ def _scan(hf_dir: Path) -> tuple[dict[str, Stored], list[str]]:
     return stored, wrong
 
 
-def check_names(
-    stored: Mapping[str, Stored], cfg: ModelConfig, *, one_dtype: bool = True
-) -> list[str]:
-    """What keeps HF tensors (released names) from being exactly the model ``cfg``.
+def _check_names(stored: Mapping[str, Stored], cfg: ModelConfig, one_dtype: bool) -> list[str]:
+    """One line for each tensor (released name) that is wrong, missing or superfluous.
 
-    Args:
-        stored: released name -> what stands there.
-        one_dtype: also report the layers of a parameter whose dtypes differ.
-
-    Returns:
-        One line for each wrong, missing or superfluous tensor; empty when all is well.
+    ``one_dtype``: also for the layers of a parameter whose dtypes differ.
     """
     wrong, first = [], {}
     wanted = hf_tensors(cfg)
@@ -243,22 +232,22 @@ def open_hf(hf_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: Any = None) -
     # Older files carry this buffer; transformers ignores it as well.
     stored = {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
     wrong += _untie(stored, cfg)
-    wrong += check_names(stored, cfg, one_dtype=dtype is None)
+    wrong += _check_names(stored, cfg, one_dtype=dtype is None)
     if wrong:
         lines = "\n  ".join(wrong)
         raise HFError(f"{hf_dir} does not hold this model ({len(wrong)} faults):\n  {lines}")
     parts: dict[str, list[Stored]] = {}
     for tensor in hf_tensors(cfg):
         parts.setdefault(tensor.row.path, []).append(stored[tensor.name])
-    rows, shapes = {row.path: row for row in TABLE}, abstract_params(cfg)
+    rows = {row.path: row for row in TABLE}
     return {
         path: HFLeaf(
             rows[path],
-            tuple(shapes[path].shape),
+            tuple(leaf.shape),
             np.dtype(DTYPES[parts[path][0].dtype] if dtype is None else dtype),
             tuple(parts[path]),
         )
-        for path in shapes
+        for path, leaf in abstract_params(cfg).items()
     }
 
 
@@ -268,7 +257,6 @@ def load_params(
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: Any = None,
-    progress: Progress | None = None,
 ) -> Params:
     """Read an HF directory into device arrays; each process reads only the slices it holds.
 
@@ -278,23 +266,17 @@ def load_params(
         shardings: parameter path -> sharding (`srpo_jax.model.sharding.param_specs`); None puts
             everything on the default device.
         dtype: dtype of the arrays, cast slice by slice; None keeps the stored one.
-        progress: called after each parameter.
 
     Raises:
         HFError: one message with every fault, see `open_hf`.
     """
-    leaves = open_hf(hf_dir, cfg, dtype=dtype)
-    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
-    params, done = {}, 0
-    for path, leaf in leaves.items():
+    params = {}
+    for path, leaf in open_hf(hf_dir, cfg, dtype=dtype).items():
         if shardings is None:
             # A copy by XLA: a buffer that numpy owns could not be donated.
             params[path] = jnp.array(leaf[(slice(None),) * len(leaf.shape)], copy=True)
         else:
             params[path] = _place(leaf, shardings[path])
-        done += math.prod(leaf.shape) * leaf.dtype.itemsize
-        if progress:
-            progress(path, done, total)
     return params
 
 
@@ -338,7 +320,6 @@ def save_hf(
     Args:
         params: path -> jax array (sharded or not), numpy array, or anything with ``shape``,
             ``dtype`` and slicing to numpy, as `open_hf` gives.
-        cfg: the model.
         out_dir: directory to make; may exist when it is empty.
         reference_dir: an HF directory of the same model, whose config, generation_config,
             tokenizer and processor files are copied.
@@ -398,13 +379,13 @@ def _begin(make: Callable[[], Path], writes: bool, agree: Callable[[int], int]) 
 
 def _check_params(params: Mapping[str, Any], cfg: ModelConfig, reference_dir: Path) -> None:
     """One error for every difference between the parameters, ``cfg`` and the reference."""
-    wanted = {path: tuple(leaf.shape) for path, leaf in abstract_params(cfg).items()}
     described = abstract_params(load_config(reference_dir))
+    wanted, ours, theirs = (
+        {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+        for leaves in (abstract_params(cfg), params, described)
+    )
     wrong = []
-    for found, what in (
-        ({path: tuple(leaf.shape) for path, leaf in params.items()}, "the parameters have"),
-        ({path: tuple(leaf.shape) for path, leaf in described.items()}, f"{reference_dir} has"),
-    ):
+    for found, what in ((ours, "the parameters have"), (theirs, f"{reference_dir} has")):
         for path in sorted(wanted.keys() | found.keys()):
             have, want = found.get(path, "no such parameter"), wanted.get(path, "no such parameter")
             if have != want:

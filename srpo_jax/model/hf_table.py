@@ -57,10 +57,6 @@ class Row:
         """The axes of our parameter, without L."""
         return self.axes.split("->")[1]
 
-    def hf_name(self, layer: int) -> str:
-        """HF's name of one layer (of the only tensor, where it is not stacked)."""
-        return self.name.format(layer)
-
     def sizes(self, shape: Sequence[int]) -> dict[str, int]:
         """Axis -> size, from the shape of our parameter."""
         return dict(zip(self.ours, shape[self.stacked :], strict=True))
@@ -137,7 +133,7 @@ def hf_tensors(cfg: ModelConfig) -> list[Tensor]:
         for layer in range(shapes[same[0].path][0] if stacked else 1):
             for row in same:
                 shape = row.hf_shape(shapes[row.path], cfg)
-                found.append(Tensor(row.hf_name(layer), row, layer, shape))
+                found.append(Tensor(row.name.format(layer), row, layer, shape))
     return found
 
 

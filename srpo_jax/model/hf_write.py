@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from srpo_jax.model.hf_table import BLOCK_BYTES, DTYPES, Index, Progress, Tensor, assign
 
 INDEX_FILE = "model.safetensors.index.json"
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, by transformers' version
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 # Copied from the reference beside config.json and generation_config.json.
 COPIED_FILES = (
@@ -33,7 +34,7 @@ def plan(
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
-        nbytes = math.prod(tensor.shape) * dtypes[tensor.row.path].itemsize
+        nbytes = _nbytes(tensor, dtypes)
         if shards[-1] and size + nbytes > max_bytes:
             shards.append([])
             size = 0
@@ -52,23 +53,18 @@ def write_files(
     progress: Progress | None,
 ) -> None:
     """Write (first process) or only help to gather (``folder`` None) every file."""
-    sizes = {
-        t.name: math.prod(t.shape) * dtypes[t.row.path].itemsize
-        for tensors in files.values()
-        for t in tensors
-    }
-    done, total = 0, sum(sizes.values())
+    done, total = 0, sum(_nbytes(t, dtypes) for tensors in files.values() for t in tensors)
     for name, tensors in files.items():
         with open(folder / name, "wb") if folder else contextlib.nullcontext() as out:
             if out:
-                _write_header(out, tensors, dtypes, sizes)
+                _write_header(out, tensors, dtypes)
             for tensor in tensors:
                 for block in _blocks(params[tensor.row.path], tensor):
                     if out:
                         data = np.empty(block.shape, dtypes[tensor.row.path])
                         assign(data, block)
                         out.write(data.reshape(-1).view(np.uint8).data)
-                done += sizes[tensor.name]
+                done += _nbytes(tensor, dtypes)
                 if progress:
                     progress(tensor.name, done, total)
     if folder and len(files) > 1:
@@ -77,19 +73,22 @@ def write_files(
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_header(
-    out: BinaryIO, tensors: list[Tensor], dtypes: Mapping[str, np.dtype], sizes: dict[str, int]
-) -> None:
+def _nbytes(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> int:
+    return math.prod(tensor.shape) * dtypes[tensor.row.path].itemsize
+
+
+def _write_header(out: BinaryIO, tensors: list[Tensor], dtypes: Mapping[str, np.dtype]) -> None:
     """The head of a safetensors file: length, then JSON padded to eight bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in tensors:
+        end = at + _nbytes(tensor, dtypes)
         header[tensor.name] = {
             "dtype": TAGS[dtypes[tensor.row.path]],
             "shape": list(tensor.shape),
-            "data_offsets": [at, at + sizes[tensor.name]],
+            "data_offsets": [at, end],
         }
-        at += sizes[tensor.name]
+        at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)
@@ -116,9 +115,8 @@ def _host_reader(leaf: Any) -> Callable[[Index], np.ndarray]:
     """How to bring a slice of a parameter to the host; collective for arrays across processes."""
     if not isinstance(leaf, jax.Array):
         return leaf.__getitem__
-    if leaf.is_fully_addressable and {d.platform for d in leaf.devices()} == {"cpu"}:
-        if len(leaf.devices()) == 1:
-            return np.asarray(leaf).__getitem__
+    if leaf.is_fully_addressable and [d.platform for d in leaf.devices()] == ["cpu"]:
+        return np.asarray(leaf).__getitem__
 
     def read(index: Index) -> np.ndarray:
         starts = np.array([i.start for i in index], np.int32)
@@ -151,8 +149,9 @@ def copy_reference(reference_dir: Path, out_dir: Path, dtypes: set[np.dtype]) ->
             shutil.copyfile(reference_dir / name, out_dir / name)
     config_text = (reference_dir / "config.json").read_text()
     config = json.loads(config_text)
-    if len(dtypes) == 1 and _set_dtype(config, dtypes.pop().name):
-        config_text = json.dumps(config, indent=2) + "\n"
+    written = _with_dtype(config, dtypes.pop().name) if len(dtypes) == 1 else config
+    if written != config:
+        config_text = json.dumps(written, indent=2) + "\n"
     (out_dir / "config.json").write_text(config_text)
     generation = reference_dir / "generation_config.json"
     text = generation.read_text() if generation.is_file() else ""
@@ -165,18 +164,14 @@ def copy_reference(reference_dir: Path, out_dir: Path, dtypes: set[np.dtype]) ->
         (out_dir / "generation_config.json").write_text(text)
 
 
-def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
-    """Name the dtype wherever config.json names one; returns whether anything changed."""
-    changed = False
-    parts = [config, *(config.get(k) for k in ("text_config", "vision_config"))]
-    for part in (p for p in parts if isinstance(p, dict)):
-        keys = [key for key in ("dtype", "torch_dtype") if key in part]
-        if part is config and not keys:
-            keys = ["torch_dtype"]
-        for key in keys:
-            changed |= part[key] != dtype if key in part else True
-            part[key] = dtype
-    return changed
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The dtype wherever config.json names one, but at the top in any case."""
+    out = dict(config)
+    for name in ("text_config", "vision_config"):
+        if isinstance(out.get(name), dict):
+            out[name] = out[name] | {key: dtype for key in _DTYPE_KEYS if key in out[name]}
+    named = [key for key in _DTYPE_KEYS if key in out] or ["torch_dtype"]
+    return out | dict.fromkeys(named, dtype)
 
 
 def eos_token_ids(hf_dir: str | os.PathLike) -> tuple[int, ...]:

@@ -183,8 +183,7 @@ def bind(cfg: ModelConfig, params: Params) -> Qwen2_5_VL:
 @functools.cache
 def _structure(cfg: ModelConfig) -> tuple[nnx.GraphDef, tuple[str, ...], nnx.State]:
     """Graph definition, parameter paths in the state's own order, abstract state."""
-    abstract = jax.eval_shape(lambda: nnx.split(Qwen2_5_VL(cfg, rngs=nnx.Rngs(0))))
-    graphdef, state = abstract
+    graphdef, state = jax.eval_shape(lambda: nnx.split(Qwen2_5_VL(cfg, rngs=nnx.Rngs(0))))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     return graphdef, tuple(_path_name(path) for path in paths), state
 

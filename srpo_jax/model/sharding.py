@@ -22,38 +22,34 @@ LAYOUTS = ("train", "sample")
 Axes = tuple[str | None, ...]  # the mesh axis of each dimension
 _ = None
 
-# Parameter path -> how its dimensions lie on the mesh while training, and while sampling. Training
-# divides one large dimension over fsdp; sampling keeps it whole, so that decoding a token gathers
-# no weights. An axis that does not divide its dimension is left out (`param_specs`).
-TABLE: tuple[tuple[str, Axes, Axes], ...] = (
-    (r"text/embed/embedding", ("tensor", "fsdp"), ("tensor", _)),  # [V, D]
-    (r"text/lm_head/kernel", ("fsdp", "tensor"), (_, "tensor")),  # [D, V]
-    (
-        r"text/layers/attn/[qkv]/kernel",
-        (_, "fsdp", "tensor", _),
-        (_, _, "tensor", _),
-    ),  # [L, D, H, E]
-    (r"text/layers/attn/[qkv]/bias", (_, "tensor", _), (_, "tensor", _)),  # [L, H, E]
-    (r"text/layers/attn/o/kernel", (_, "tensor", _, "fsdp"), (_, "tensor", _, _)),  # [L, H, E, D]
-    (r"text/layers/mlp/(gate|up)/kernel", (_, "fsdp", "tensor"), (_, _, "tensor")),  # [L, D, F]
-    (r"text/layers/mlp/down/kernel", (_, "tensor", "fsdp"), (_, "tensor", _)),  # [L, F, D]
-    (r"text/layers/(input|post)_norm/scale", (_, _), (_, _)),  # [L, D]
-    (r"text/norm/scale", (_,), (_,)),  # [D]
-    (r"vision/patch_embed/kernel", (_, "fsdp"), (_, _)),  # [1176, D]
-    (r"vision/blocks/norm[12]/scale", (_, _), (_, _)),  # [L, D]
-    (r"vision/blocks/attn/qkv/kernel", (_, "fsdp", _, "tensor", _), (_, _, _, "tensor", _)),
-    (r"vision/blocks/attn/qkv/bias", (_, _, "tensor", _), (_, _, "tensor", _)),  # [L, 3, H, E]
-    (r"vision/blocks/attn/proj/kernel", (_, "tensor", _, "fsdp"), (_, "tensor", _, _)),
-    (r"vision/blocks/attn/proj/bias", (_, _), (_, _)),  # [L, D]
-    (r"vision/blocks/mlp/(gate|up)/kernel", (_, "fsdp", "tensor"), (_, _, "tensor")),  # [L, D, F]
-    (r"vision/blocks/mlp/(gate|up)/bias", (_, "tensor"), (_, "tensor")),  # [L, F]
-    (r"vision/blocks/mlp/down/kernel", (_, "tensor", "fsdp"), (_, "tensor", _)),  # [L, F, D]
-    (r"vision/blocks/mlp/down/bias", (_, _), (_, _)),  # [L, D]
-    (r"vision/merger/norm/scale", (_,), (_,)),  # [D]
-    (r"vision/merger/fc1/kernel", ("fsdp", "tensor"), (_, "tensor")),  # [4 D, 4 D]
-    (r"vision/merger/fc1/bias", ("tensor",), ("tensor",)),  # [4 D]
-    (r"vision/merger/fc2/kernel", ("tensor", "fsdp"), ("tensor", _)),  # [4 D, out]
-    (r"vision/merger/fc2/bias", (_,), (_,)),  # [out]
+# Parameter path -> how its dimensions lie on the mesh. Training divides one large dimension over
+# fsdp; sampling keeps it whole, so that decoding a token gathers no weights. An axis that does not
+# divide its dimension is left out (`param_specs`).
+TABLE: tuple[tuple[str, Axes], ...] = (
+    (r"text/embed/embedding", ("tensor", "fsdp")),  # [V, D]
+    (r"text/lm_head/kernel", ("fsdp", "tensor")),  # [D, V]
+    (r"text/layers/attn/[qkv]/kernel", (_, "fsdp", "tensor", _)),  # [L, D, H, E]
+    (r"text/layers/attn/[qkv]/bias", (_, "tensor", _)),  # [L, H, E]
+    (r"text/layers/attn/o/kernel", (_, "tensor", _, "fsdp")),  # [L, H, E, D]
+    (r"text/layers/mlp/(gate|up)/kernel", (_, "fsdp", "tensor")),  # [L, D, F]
+    (r"text/layers/mlp/down/kernel", (_, "tensor", "fsdp")),  # [L, F, D]
+    (r"text/layers/(input|post)_norm/scale", (_, _)),  # [L, D]
+    (r"text/norm/scale", (_,)),  # [D]
+    (r"vision/patch_embed/kernel", (_, "fsdp")),  # [1176, D]
+    (r"vision/blocks/norm[12]/scale", (_, _)),  # [L, D]
+    (r"vision/blocks/attn/qkv/kernel", (_, "fsdp", _, "tensor", _)),  # [L, D, 3, H, E]
+    (r"vision/blocks/attn/qkv/bias", (_, _, "tensor", _)),  # [L, 3, H, E]
+    (r"vision/blocks/attn/proj/kernel", (_, "tensor", _, "fsdp")),  # [L, H, E, D]
+    (r"vision/blocks/attn/proj/bias", (_, _)),  # [L, D]
+    (r"vision/blocks/mlp/(gate|up)/kernel", (_, "fsdp", "tensor")),  # [L, D, F]
+    (r"vision/blocks/mlp/(gate|up)/bias", (_, "tensor")),  # [L, F]
+    (r"vision/blocks/mlp/down/kernel", (_, "tensor", "fsdp")),  # [L, F, D]
+    (r"vision/blocks/mlp/down/bias", (_, _)),  # [L, D]
+    (r"vision/merger/norm/scale", (_,)),  # [D]
+    (r"vision/merger/fc1/kernel", ("fsdp", "tensor")),  # [4 D, 4 D]
+    (r"vision/merger/fc1/bias", ("tensor",)),  # [4 D]
+    (r"vision/merger/fc2/kernel", ("tensor", "fsdp")),  # [4 D, out]
+    (r"vision/merger/fc2/bias", (_,)),  # [out]
 )
 
 
@@ -128,7 +124,6 @@ def param_specs(
 
     Args:
         abstract_params: path -> anything with ``shape``.
-        mesh: of `make_mesh`.
         layout: "train" (fsdp and tensor) or "sample" (tensor only).
 
     Raises:
@@ -136,28 +131,20 @@ def param_specs(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    return {
-        path: NamedSharding(mesh, _divide(_row(path)[layout], leaf.shape, mesh))
-        for path, leaf in abstract_params.items()
-    }
-
-
-def _row(path: str) -> dict[str, Axes]:
-    rows = [row for row in TABLE if re.fullmatch(row[0], path)]
-    if len(rows) != 1:
-        raise ValueError(
-            f"{path}: {len(rows)} rows of the table in sharding.py match it, one is needed"
-        )
-    return dict(zip(LAYOUTS, rows[0][1:], strict=True))
-
-
-def _divide(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The axes that divide their dimension; those of size 1 are left out too."""
-    kept = [
-        axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(axes, shape, strict=True)
-    ]
-    return PartitionSpec(*kept)
+    used = {axis: n for axis, n in mesh.shape.items() if n > 1}
+    if layout == "sample":
+        used.pop("fsdp", None)
+    specs = {}
+    for path, leaf in abstract_params.items():
+        rows = [axes for pattern, axes in TABLE if re.fullmatch(pattern, path)]
+        if len(rows) != 1:
+            raise ValueError(
+                f"{path}: {len(rows)} rows of the table in sharding.py match it, one is needed"
+            )
+        dims = zip(rows[0], leaf.shape, strict=True)
+        kept = [axis if axis in used and size % used[axis] == 0 else None for axis, size in dims]
+        specs[path] = NamedSharding(mesh, PartitionSpec(*kept))
+    return specs
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -217,7 +204,6 @@ def to_global(tree: Any, mesh: Mesh) -> Any:
 
     Args:
         tree: arrays holding the rows of this process's shards (`process_shards`), in order.
-        mesh: the mesh.
 
     Raises:
         ValueError: a leading axis that this process's shards do not divide.

@@ -153,7 +153,4 @@ def window_attention(
 def full_block_pattern(depth: int, full_indexes: tuple[int, ...]) -> tuple[bool, ...]:
     """The shortest pattern of full (True) and windowed blocks whose repetition gives all blocks."""
     full = tuple(i in full_indexes for i in range(depth))
-    for size in range(1, depth + 1):
-        if depth % size == 0 and full == full[:size] * (depth // size):
-            return full[:size]
-    return full
+    return next(full[:n] for n in range(1, depth + 1) if full == full[:n] * (depth // n))

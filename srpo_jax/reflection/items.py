@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from srpo_jax.data.records import Record, RecordError, Records, load_image, open_records
+from srpo_jax.data.images import RecordError, load_image
+from srpo_jax.data.records import Record, Records, open_records
 from srpo_jax.reflection.duplicates import Print, fingerprint
 from srpo_jax.reflection.store import Store
 from srpo_jax.rewards.answers import answer_problem

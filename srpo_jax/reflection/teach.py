@@ -10,8 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from PIL import Image
 
+from srpo_jax.data.images import load_image
 from srpo_jax.data.prompts import MESSAGES, question_text
-from srpo_jax.data.records import Record, load_image
+from srpo_jax.data.records import Record
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.remote.protocol import Request
 from srpo_jax.remote.replies import object_schema

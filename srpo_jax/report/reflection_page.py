@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from srpo_jax.data.records import RecordError, load_image
+from srpo_jax.data.images import RecordError, load_image
 from srpo_jax.reflection.items import Items
 from srpo_jax.reflection.store import Store
 from srpo_jax.report.html import problem, render

@@ -113,7 +113,6 @@ class Checkpoints:
 
         Args:
             step: number of the step; a step that is there already is left alone.
-            state: the train state.
             config: the run's config as plain JSON values.
             host: JSON values and bytes that belong to THIS process (collective: all call).
             arrays: numpy arrays that belong to this process.
@@ -142,23 +141,19 @@ class Checkpoints:
         )
         return self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: TrainState, *, step: int | None = None) -> Restored:
-        """Read a step (the newest by default) into the shapes and shardings of ``like``.
+    def restore(self, like: TrainState) -> Restored:
+        """Read the newest step into the shapes and shardings of ``like``.
 
         Args:
             like: train state of arrays or of ShapeDtypeStruct with shardings.
-            step: which step.
 
         Raises:
-            CheckpointError: no such step, other shapes, or another number of processes.
+            CheckpointError: no step, other shapes, or another number of processes.
         """
         self.wait()
-        step = self.latest_step() if step is None else step
-        if step is None or step not in self._manager.all_steps():
-            raise CheckpointError(
-                f"{self.folder}: no complete checkpoint{'' if step is None else f' of step {step}'}"
-                f"; there are {sorted(self._manager.all_steps())}"
-            )
+        step = self.latest_step()
+        if step is None:
+            raise CheckpointError(f"{self.folder}: no complete checkpoint")
         path = self.folder / str(step)
         meta = read_meta(path)
         if meta["processes"] != jax.process_count():
@@ -203,40 +198,31 @@ class Checkpoints:
 
 def load_params(
     path: str | Path,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    shapes: Mapping[str, Any],
     dtype: Any = None,
-    shapes: dict[str, Any] | None = None,
 ) -> Params:
     """Parameters of a parameter-only checkpoint, a step of a run, or a run's newest step.
 
     Args:
         path: that directory, a step's directory, or a ``--workdir``; see `find_params`.
-        shardings: parameter path -> sharding, for every parameter; None: host numpy arrays.
-        dtype: dtype to read into; None keeps the stored one.
+        shardings: parameter path -> sharding, for every parameter.
         shapes: parameter path -> anything with ``shape``: those of the model.
+        dtype: dtype to read into; None keeps the stored one.
 
     Raises:
         CheckpointError: no checkpoint there, or its names or shapes are not those wanted.
     """
     folder = find_params(path)
     stored = _read_metadata(folder, "params")
-    names = stored if shardings is None else shardings
-    _check_shapes(folder, stored, shapes or {n: stored.get(n, np.zeros(0)) for n in names})
+    _check_shapes(folder, stored, dict(shapes))
     target = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, dtype or leaf.dtype, sharding=None if shardings is None else shardings[name]
-        )
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=shardings[name])
         for name, leaf in stored.items()
     }
-    if shardings is None:
-        args = jax.tree.map(lambda leaf: ocp.RestoreArgs(np.ndarray, dtype=leaf.dtype), target)
-        how = ocp.args.PyTreeRestore(target, restore_args=args)
-        handler = ocp.CompositeCheckpointHandler(params=ocp.PyTreeCheckpointHandler())
-    else:
-        how, handler = ocp.args.StandardRestore(target), ocp.CompositeCheckpointHandler()
-    with ocp.Checkpointer(handler) as reader:
-        params = reader.restore(folder, args=ocp.args.Composite(params=how)).params
-    return params if shardings is None else own_buffers(params)
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return own_buffers(reader.restore(folder, args=items).params)
 
 
 def find_params(path: str | Path) -> Path:
@@ -335,9 +321,7 @@ def abstract(tree: Any) -> Any:
     )
 
 
-@jax.jit
-def _copy(x: jax.Array) -> jax.Array:
-    return jnp.copy(x)
+_copy = jax.jit(jnp.copy)
 
 
 def own_buffers(tree: Any) -> Any:
@@ -365,33 +349,19 @@ def _check_shapes(path: Path, stored: Any, wanted: Any) -> None:
     """One error that lists every array that is missing, superfluous or of another shape."""
     old, new = (
         {
-            jax.tree_util.keystr(k, simple=True, separator="."): leaf.shape
-            for k, leaf in jax.tree_util.tree_leaves_with_path(t)
+            # Orbax stores tuples with names as dicts: their simple paths are the same.
+            jax.tree_util.keystr(k, simple=True, separator="."): tuple(leaf.shape)
+            for k, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
-        for t in (_plain(stored), _plain(wanted))
+        for tree in (stored, wanted)
     )
     wrong = [f"{k} missing" for k in sorted(new.keys() - old.keys())]
     wrong += [f"{k} superfluous" for k in sorted(old.keys() - new.keys())]
-    wrong += [
-        f"{k} is {old[k]}, wanted {new[k]}"
-        for k in sorted(old.keys() & new.keys())
-        if tuple(old[k]) != tuple(new[k])
-    ]
+    both = sorted(old.keys() & new.keys())
+    wrong += [f"{k} is {old[k]}, wanted {new[k]}" for k in both if old[k] != new[k]]
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise CheckpointError(
             f"{path} does not fit: {shown}. Check the model's size and, for a run that goes on, "
             "frozen parameters and optimizer settings"
         )
-
-
-def _plain(tree: Any) -> Any:
-    """Optimizer tuples with names as dicts, as Orbax stores them, so that paths compare."""
-    if isinstance(tree, dict):
-        return {k: _plain(v) for k, v in tree.items()}
-    names = getattr(tree, "_fields", None)
-    if isinstance(tree, tuple) and names is not None:
-        return {k: _plain(getattr(tree, k)) for k in names}
-    if isinstance(tree, list | tuple):
-        return [_plain(v) for v in tree]
-    return tree

@@ -3,13 +3,15 @@
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.loader import LoadedBatch, Loader, make_loader
+from srpo_jax.data.loader import LoadedBatch, Loader
 from srpo_jax.data.records import Record, open_records
+from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.run import processes
 from srpo_jax.run.parts import Parts
 from srpo_jax.run.settings import TrainSettings, rows_per_shard
@@ -50,7 +52,7 @@ def open_training(
         parts,
         source,
         encode,
-        check_record=check,
+        check=check,
         quarantine_path=settings.workdir / "quarantine.jsonl",
         global_batch_size=data.global_batch_size,
         rows_per_shard=rows_per_shard(data, parts.shards),
@@ -65,20 +67,33 @@ def open_training(
     return loader, len(source)
 
 
-def open_loader(parts: Parts, source: Any, encode: Encode, **settings: Any) -> Loader:
-    """`make_loader` for this mesh: which part of the data is this process's, pads, geometry."""
+def open_loader(
+    parts: Parts,
+    source: Any,
+    encode: Encode,
+    *,
+    check: Check | None = None,
+    quarantine_path: Path | None = None,
+    **settings: Any,
+) -> Loader:
+    """A loader for this mesh; ``settings`` are the fields of LoaderConfig that it does not tell."""
     processes.agree({"data": str(getattr(source, "fingerprint", len(source)))})
     index, count = processes.data_place(parts.mesh)
-    return make_loader(
-        source,
-        encode,
-        agree=processes.maximum,
+    config = LoaderConfig(
         num_shards=parts.shards,
         process_index=index,
         process_count=count,
         pad_id=parts.processor.pad_id,
         geometry=parts.processor.geometry,
         **settings,
+    )
+    return Loader(
+        source,
+        encode,
+        config,
+        check_record=check,
+        agree=processes.maximum,
+        quarantine_path=quarantine_path,
     )
 
 
@@ -134,23 +149,20 @@ class Subset:
 
 def without_origins(source: Any, origins: frozenset[str]) -> list[int]:
     """Indices of the records that are not among ``origins``; unreadable ones are kept."""
-    kept = []
-    for index in range(len(source)):
+
+    def known(index: int) -> bool:
         try:
-            known = source[index].origin in origins
+            return source[index].origin in origins
         except ValueError:
-            known = False
-        if not known:
-            kept.append(index)
-    return kept
+            return False
+
+    return [index for index in range(len(source)) if not known(index)]
 
 
 def bucket_of(batch: Batch) -> str:
     """The budgets of a batch in words: what a program is compiled for."""
-    text = f"tokens {list(batch.tokens.shape)}"
-    return (
-        text if batch.vision is None else f"{text}, patches {list(batch.vision.patches.shape[:2])}"
-    )
+    patches = f", patches {list(batch.vision.patches.shape[:2])}" if batch.vision else ""
+    return f"tokens {list(batch.tokens.shape)}{patches}"
 
 
 def prompt_keys(loaded: LoadedBatch) -> np.ndarray:

@@ -6,7 +6,6 @@ import signal
 import threading
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,12 +51,6 @@ class StopRequest:
 
 
 # --- compilation -----------------------------------------------------------------------------
-
-
-def use_compilation_cache(folder: str | Path) -> None:
-    """Keep compiled programs in ``folder`` for later runs; nothing happens where it is empty."""
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser().resolve()))
 
 
 class CompileGuard:

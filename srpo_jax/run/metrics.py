@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,9 +57,10 @@ class MetricWriter:
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        self.run = 1 + _last_run(path)
+        earlier = path.read_text() if path.exists() else ""
+        self.run = 1 + _last_run(earlier)
         self._file = open(path, "a", buffering=1)
-        if _torn(path):
+        if earlier and not earlier.endswith("\n"):
             self._file.write("\n")  # a run that was killed in mid-write left half a row
         self._console = _Console(total_steps, tuple(show))
         self._board = None
@@ -87,9 +87,8 @@ class MetricWriter:
         Reading device values waits for the device; by the time the next step has been dispatched,
         the last one's are usually there.
         """
-        previous, self._pending = self._pending, (step, split, values)
-        if previous is not None:
-            self._write(*previous)
+        self.flush()
+        self._pending = (step, split, values)
 
     def write(self, step: int, values: Mapping[str, Any], split: str) -> None:
         """Write one row now, after any that was deferred."""
@@ -138,19 +137,13 @@ class MetricWriter:
 
 def to_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Numbers as Python values, and the names of those that are not finite (None in the row)."""
-    values = jax.device_get(dict(values))
     row: dict[str, Any] = {}
     nonfinite = []
-    for name, value in values.items():
-        if isinstance(value, np.ndarray | np.generic):
-            value = value.item() if np.ndim(value) == 0 else value.tolist()
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                nonfinite.append(name)
-                value = None
-            else:
-                value = float(f"{value:.7g}")
-        row[name] = value
+    for name, value in jax.device_get(dict(values)).items():
+        row[name] = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+        if isinstance(row[name], float):
+            row[name] = float(f"{row[name]:.7g}") if math.isfinite(row[name]) else None
+            nonfinite += [name] if row[name] is None else []
     return row, nonfinite
 
 
@@ -190,20 +183,9 @@ def merge_metrics(rows: list[dict[str, Any]], weigh_by: str) -> dict[str, float]
     return {name: float(value) for name, value in merged.items()}
 
 
-def _torn(path: Path) -> bool:
-    """True where the file's last line has no end."""
-    with open(path, "rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
-
-
-def _last_run(path: Path) -> int:
-    """The highest run number in the file; rows are read from its end, where it stands."""
-    if not path.exists():
-        return 0
-    for line in reversed(path.read_text().splitlines()):
+def _last_run(text: str) -> int:
+    """The highest run number in metrics.jsonl; rows are read from its end, where it stands."""
+    for line in reversed(text.splitlines()):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return int(json.loads(line)["run"])
     return 0
@@ -347,15 +329,15 @@ class ModelFlops:
         )
 
 
-def peak_flops(device_kind: str | None = None) -> float | None:
+def peak_flops(device_kind: str) -> float | None:
     """Peak dense bfloat16 FLOP/s of one device, or None where the kind is not in the table."""
-    kind = jax.devices()[0].device_kind if device_kind is None else device_kind
-    return next((flops for name, flops in PEAK_FLOPS if name.lower() in kind.lower()), None)
+    kind = device_kind.lower()
+    return next((flops for name, flops in PEAK_FLOPS if name.lower() in kind), None)
 
 
 def utilisation(flops: float, seconds: float) -> float | None:
     """Model-FLOPs utilisation of all devices; None (null in the row) on an unknown device."""
-    peak = peak_flops()
+    peak = peak_flops(jax.devices()[0].device_kind)
     if peak is None or seconds <= 0:
         return None
     return flops / (seconds * peak * jax.device_count())

@@ -19,7 +19,7 @@ from srpo_jax.model.sizes import size_config
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.run import checkpoint, processes
-from srpo_jax.run.guard import CompileGuard, use_compilation_cache
+from srpo_jax.run.guard import CompileGuard
 from srpo_jax.run.metrics import ModelFlops, Timers
 from srpo_jax.run.resume import config_hash
 from srpo_jax.run.settings import GradingSettings, RunSettings
@@ -89,7 +89,9 @@ def start(settings: RunSettings) -> Parts:
     """
     spread = settings.distributed
     processes.join(spread.enabled, spread.coordinator, spread.num_processes, spread.process_id)
-    use_compilation_cache(settings.compilation_cache_dir)
+    if settings.compilation_cache_dir:  # compiled programs are kept there for later runs
+        folder = Path(settings.compilation_cache_dir).expanduser().resolve()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     if not settings.hf_dir:
         raise RunError(
             "hf_dir is empty: pass --config.hf_dir=DIR, a Hugging Face Qwen2.5-VL directory "
@@ -139,7 +141,7 @@ def load_weights(
     source = source or settings.init_from
     if source and not (Path(source) / "config.json").is_file():
         folder = checkpoint.find_params(source)
-        return checkpoint.load_params(folder, shardings, dtype, parts.shapes), str(folder)
+        return checkpoint.load_params(folder, shardings, parts.shapes, dtype), str(folder)
     source = source or settings.hf_dir
     params = hf.load_params(source, parts.model, shardings=shardings, dtype=dtype)
     return checkpoint.own_buffers(params), str(source)

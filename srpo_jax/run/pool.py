@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from srpo_jax.data.batching import Encoded, collate_packed
+from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
 from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import Record
@@ -77,12 +77,8 @@ class Pool:
             bool: sampled by an older policy.
         """
         data = self._data
-        table = self._fill(rows)
-        needed = max(sum(e.num_slots for _, e in row) for row in table)
+        places, needed = self._fill(rows)
         index = processes.maximum(sum(budget < needed for budget in data.patch_budgets))
-        places = [
-            row[i] if i < len(row) else None for row in table for i in range(data.prompts_per_row)
-        ]
         batch = collate_packed(
             [[place[1]] if place else [] for place in places],
             rows=rows,
@@ -99,25 +95,32 @@ class Pool:
         carried = np.array([bool(place and place[0].step < step) for place in places])
         return Experience(batch, rollout, verdict, weight=weight), carried
 
-    def _fill(self, rows: int) -> list[list[tuple[Group, Encoded]]]:
-        """Groups leave the pool for the first row that has room for them, oldest first."""
-        per_row, most = self._data.prompts_per_row, max(self._data.patch_budgets, default=0)
-        table: list[list[tuple[Group, Encoded]]] = [[] for _ in range(rows)]
+    def _fill(self, rows: int) -> tuple[list[tuple[Group, Encoded] | None], int]:
+        """Groups leave the pool for the first row that has room for them, oldest first.
+
+        Returns what stands at each place, and the most patch slots that a row takes.
+        """
+        data, most = self._data, max(self._data.patch_budgets, default=0)
+        fit = FirstFit(
+            rows=rows,
+            per_row=data.prompts_per_row,
+            tokens=data.prompt_tokens,
+            patches=most,
+            pack=False,
+        )
+        places: list[tuple[Group, Encoded] | None] = [None] * (rows * data.prompts_per_row)
         left = []
         for group in self.groups:
-            if all(len(row) == per_row for row in table):
+            place = -1
+            if not all(places):
+                encoded = self._encode(group.record)  # images are decoded again
+                place = fit.place(encoded)
+            if place < 0:
                 left.append(group)
-                continue
-            encoded = self._encode(group.record)  # images are decoded again
-            room = [
-                row
-                for row in table
-                if len(row) < per_row
-                and sum(e.num_slots for _, e in row) + encoded.num_slots <= most
-            ]
-            (room[0].append((group, encoded)) if room else left.append(group))
+            else:
+                places[place] = (group, encoded)
         self.groups = left
-        return table
+        return places, most - int(fit.room_M.min())
 
     # --- checkpoint ---
 

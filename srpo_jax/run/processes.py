@@ -17,8 +17,6 @@ from jax.sharding import Mesh
 from srpo_jax.model import sharding
 from srpo_jax.structs import RunError
 
-_AGREEMENT_BYTES = 1024
-
 
 def join(
     enabled: bool, coordinator: str = "", num_processes: int = 0, process_id: int = -1
@@ -71,15 +69,7 @@ def agree(values: Mapping[str, Any]) -> None:
     programs would hang in it without a word. RunError names the first value that differs and what
     each process holds.
     """
-    if jax.process_count() == 1:
-        return
-    text = json.dumps(dict(values)).encode()
-    if len(text) > _AGREEMENT_BYTES:
-        raise RunError(f"agreement of {len(text)} bytes, at most {_AGREEMENT_BYTES}: {text!r}")
-    row = np.zeros(_AGREEMENT_BYTES, np.uint8)
-    row[: len(text)] = np.frombuffer(text, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row))
-    check_agreement([json.loads(bytes(r).rstrip(b"\0").decode()) for r in rows])
+    check_agreement(gather(dict(values)))
 
 
 def check_agreement(held: list[dict[str, Any]]) -> None:
@@ -108,34 +98,38 @@ class Lockstep:
 
 def maximum(value: int) -> int:
     """The largest value over all processes."""
-    if jax.process_count() == 1:
-        return value
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    return int(_gather(np.int32(value)).max())
 
 
 def any_true(values: Sequence[bool] | np.ndarray) -> list[bool]:
     """Element by element, whether any process holds True."""
-    if jax.process_count() == 1:
-        return [bool(value) for value in values]
-    return np.any(multihost_utils.process_allgather(np.asarray(values, bool)), axis=0).tolist()
+    return np.any(_gather(np.asarray(values, bool)), axis=0).tolist()
 
 
 def add_up(values: Sequence[float]) -> list[float]:
     """Element by element, the sum over all processes."""
-    if jax.process_count() == 1:
-        return [float(value) for value in values]
-    return np.sum(multihost_utils.process_allgather(np.asarray(values, np.float32)), 0).tolist()
+    return _gather(np.asarray(values, np.float32)).sum(axis=0).tolist()
+
+
+def gather(own: Any) -> list[Any]:
+    """The JSON values that each process passed, in process order, on every process."""
+    return [json.loads(text) for text in gather_bytes(json.dumps(own).encode())]
 
 
 def gather_bytes(own: bytes) -> list[bytes]:
     """What each process passed, in process order, on every process."""
-    if jax.process_count() == 1:
-        return [own]
-    sizes = multihost_utils.process_allgather(np.array(len(own), np.int32)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    sizes = _gather(np.int32(len(own)))
+    padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(own)] = np.frombuffer(own, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+    return [row[:n].tobytes() for row, n in zip(_gather(padded), sizes, strict=True)]
+
+
+def _gather(own: np.ndarray | np.generic) -> np.ndarray:
+    """[processes, ...]; the collective under all of them."""
+    if jax.process_count() == 1:
+        return np.asarray(own)[None]
+    gathered = np.asarray(multihost_utils.process_allgather(own))
+    return gathered.reshape(jax.process_count(), *np.shape(own))
 
 
 # --- this process's part ---------------------------------------------------------------------

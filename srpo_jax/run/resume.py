@@ -30,23 +30,18 @@ def config_hash(plain: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def changed_keys(
-    saved: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]
-) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, without those equal to or below a name in ``free``."""
-    old, new = flat_config(saved), flat_config(current)
-    keys = (key for key in sorted(old.keys() | new.keys()) if not below(key, free))
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
-
-
 def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise RunError naming each key that would make the resumed run another run."""
-    changed = changed_keys(saved, current, FREE)
+    old, new = flat_config(saved), flat_config(current)
+    changed = [
+        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not below(key, FREE)
+    ]
     if changed:
-        listed = "; ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in changed.items())
         raise RunError(
-            f"the checkpoint to resume was written under another config: {listed}. Set these back, "
-            "use a new --workdir, or pass --config.checkpoint.allow_changes=True"
+            f"the checkpoint to resume was written under another config: {'; '.join(changed)}. Set "
+            "these back, use a new --workdir, or pass --config.checkpoint.allow_changes=True"
         )
 
 

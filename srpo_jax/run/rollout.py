@@ -5,7 +5,7 @@ features serve the sampler and, where the tower is frozen, every later pass of t
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -71,27 +71,14 @@ class Generator:
         )
         self._sampler = Sampler(parts.model, sampling, parts.mesh)
 
-    def sampler_params(self, params: Params) -> Params:
-        """Parameters as decoding wants them; alive until the next update donates ``params``."""
-        return relayout(params, self.parts.mesh, layout="sample", dtype=self.parts.model.dtype)
-
-    def sample(
-        self,
-        params: Params,
-        sampler_params: Params,
-        loaded: LoadedBatch,
-        *,
-        seed: int,
-        step: int,
-    ) -> Sampled:
+    def sample(self, params: Params, loaded: LoadedBatch, *, seed: int, step: int) -> Sampled:
         """Encode the images of a batch and sample its group of completions."""
-        local = loaded.arrays
+        local, parts = loaded.arrays, self.parts
         batch, features = self.encode(params, local)
-        keys = sharding.to_global(prompt_keys(loaded), self.parts.mesh)
-        rows = self.parts.shards if features is None else None
-        rollout = self._sampler.generate(
-            sampler_params, batch, features, keys, seed=seed, step=step, rows=rows
-        )
+        keys = prompt_keys(loaded)
+        # Alive until the next update donates ``params``.
+        fit = relayout(params, parts.mesh, layout="sample", dtype=parts.model.dtype)
+        rollout = self._sampler.generate(fit, batch, features, keys, seed=seed, step=step)
         return Sampled(loaded.records, loaded.slots, local, batch, features, rollout)
 
     def encode(self, params: Params, local: Batch) -> tuple[Batch, jax.Array | None]:
@@ -177,41 +164,47 @@ def make_score_step(cfg: grpo.GrpoConfig, mesh: Mesh) -> Callable[..., Any]:
     return jax.jit(score_step, out_shardings=(rows, rows, one))
 
 
+def graded_samples(
+    sampled: Sampled, graded: Graded
+) -> Iterator[tuple[Record, tuple[int, int], dict[str, Any], dict[str, Any]]]:
+    """Each completion: its record, its place [p, g], its grading's details, and the row of values
+    that rollouts/ and samples.jsonl share."""
+    verdict, group = graded.verdict, graded.rollout.finished.shape[1]
+    for record, p in zip(sampled.records, sampled.slots.tolist(), strict=True):
+        for at in ((p, g) for g in range(group)):
+            detail = graded.details[p * group + at[1]]
+            row = {
+                "id": record.id,
+                "sample": at[1],
+                "gold": record.answer,
+                "tokens": int(graded.rollout.completion_mask[at].sum()),
+                **{name: detail[name] for name in ("first_answer", "final_answer")},
+                **{
+                    name: bool(getattr(verdict, name)[at])
+                    for name in ("first_correct", "final_correct", "format_ok")
+                },
+            }
+            yield record, at, detail, row
+
+
 def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
     """The rows of rollouts/ of one round."""
     terms, adv_PG = processes.to_local(one.scores[:2])
     verdict, rollout = one.graded.verdict, one.graded.rollout
-    group = adv_PG.shape[1]
-    rows = []
-    for record, p in zip(one.sampled.records, one.sampled.slots.tolist(), strict=True):
-        for g in range(group):
-            detail = one.graded.details[p * group + g]
-            reward = {n: float(getattr(terms, n)[p, g]) for n in terms.__dataclass_fields__}
-            rows.append(
-                {
-                    "step": step,
-                    "round": number,
-                    "id": record.id,
-                    "sample": g,
-                    "gold": record.answer,
-                    "completion": detail["text"],
-                    "tokens": int(rollout.completion_mask[p, g].sum()),
-                    "finished": bool(rollout.finished[p, g]),
-                    "block_tokens": dict(
-                        zip(BLOCKS, verdict.block_tokens[p, g].tolist(), strict=True)
-                    ),
-                    "first_answer": detail["first_answer"],
-                    "final_answer": detail["final_answer"],
-                    "first_correct": bool(verdict.first_correct[p, g]),
-                    "final_correct": bool(verdict.final_correct[p, g]),
-                    "format_ok": bool(verdict.format_ok[p, g]),
-                    "reflection_ok": bool(verdict.reflection_ok[p, g]),
-                    **reward,
-                    "advantage": float(adv_PG[p, g]),
-                    "weight": float(one.weight[p]),
-                }
-            )
-    return rows
+    return [
+        {"step": step, "round": number}
+        | row
+        | {
+            "completion": detail["text"],
+            "finished": bool(rollout.finished[at]),
+            "block_tokens": dict(zip(BLOCKS, verdict.block_tokens[at].tolist(), strict=True)),
+            "reflection_ok": bool(verdict.reflection_ok[at]),
+            **{name: float(values[at]) for name, values in vars(terms).items()},
+            "advantage": float(adv_PG[at]),
+            "weight": float(one.weight[at[0]]),
+        }
+        for _, at, detail, row in graded_samples(one.sampled, one.graded)
+    ]
 
 
 def vision_work(batch: Batch) -> tuple[float, float, float]:

@@ -98,7 +98,7 @@ class Session:
         if not self._settings.checkpoint.allow_changes:  # before shapes: it says more
             saved = checkpoint.read_meta(self._checkpoints.folder / str(step))["config"]
             check_config(saved, self._settings.plain)
-        got = self._checkpoints.restore(like, step=step)
+        got = self._checkpoints.restore(like)
         self.state, self.step, self.host, self.arrays = got.state, got.step, got.host, got.arrays
         self.origin, self._best = got.meta["origin"], got.meta["best"]
 

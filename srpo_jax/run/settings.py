@@ -26,7 +26,6 @@ from srpo_jax.structs import RunError
 
 T = TypeVar("T")
 R = TypeVar("R", bound="RunSettings")
-STOPS = ("first", "confident", "final")  # what eval.stop_after can be
 
 
 # --- sections --------------------------------------------------------------------------------
@@ -312,23 +311,20 @@ def _build(kind: type[T], config: Any, prefix: str = "") -> T:
         if name in config:
             value = config[name]
             if hints[name] is Profile:
-                value = _named_profile(f"{prefix}{name}", value)
+                value = _checked_call(f"{prefix}{name}: ", profile_named, value)
             elif dataclasses.is_dataclass(hints[name]):
                 value = _build(hints[name], value, f"{prefix}{name}.")
             values[name] = tuple(value) if isinstance(value, list) else value
         elif field.default is field.default_factory is dataclasses.MISSING:
             raise RunError(f"{prefix}{name}: is missing; is this the program's own config file?")
+    return _checked_call(prefix, kind, **values)
+
+
+def _checked_call(prefix: str, make: Callable[..., T], *args: Any, **values: Any) -> T:
     try:
-        return kind(**values)
+        return make(*args, **values)
     except ValueError as error:
         raise RunError(f"{prefix}{error}") from error
-
-
-def _named_profile(key: str, name: str) -> Profile:
-    try:
-        return profile_named(name)
-    except ValueError as error:
-        raise RunError(f"{key}: {error}") from error
 
 
 # --- checks ----------------------------------------------------------------------------------
@@ -361,7 +357,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.prompt": tuple(MESSAGES),
     "data.target": TARGETS,
     "data.mask_wrong_first": ("auto", "true", "false", True, False),
-    "eval.stop_after": STOPS,
+    "eval.stop_after": ("first", "confident", "final"),
     "optim.schedule": ("cosine", "constant"),
     "grpo.kl_kind": ("k1", "k2", "k3"),
     "grpo.aggregation": ("sequence", "token", "constant"),

@@ -24,14 +24,9 @@ def sample_keys(base: jax.Array, prompt_keys_P: jax.Array, group_size: int) -> j
         prompt_keys_P: [P] uint32, one stable number per prompt.
         group_size: G, samples per prompt; sample g is the same whatever G is.
     """
-    root = jax.random.wrap_key_data(base, impl=PRNG)
-
-    def one(prompt_key: jax.Array, sample: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(root, prompt_key), sample)
-        return jax.random.key_data(key)
-
-    per_prompt = jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(per_prompt, in_axes=(0, None))(prompt_keys_P, jnp.arange(group_size))
+    per_prompt = jax.vmap(_fold_in, in_axes=(None, 0))(base, prompt_keys_P)
+    each_sample = jax.vmap(_fold_in, in_axes=(None, 0))
+    return jax.vmap(each_sample, in_axes=(0, None))(per_prompt, jnp.arange(group_size))
 
 
 def base_key(seed: int, step: int) -> np.ndarray:
@@ -161,13 +156,13 @@ def _invert(weight_BC: jax.Array, uniform_B: jax.Array) -> jax.Array:
 
 def token_keys(keys: jax.Array, token: jax.Array) -> jax.Array:
     """Key data of token number ``token`` [...] of the samples with key data [..., 2]."""
-
-    def one(key_data: jax.Array, index: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=PRNG), index)
-        return jax.random.key_data(key)
-
-    flat = jax.vmap(one)(keys.reshape(-1, keys.shape[-1]), token.reshape(-1))
+    flat = jax.vmap(_fold_in)(keys.reshape(-1, keys.shape[-1]), token.reshape(-1))
     return flat.reshape(keys.shape)
+
+
+def _fold_in(key_data: jax.Array, number: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=PRNG), number)
+    return jax.random.key_data(key)
 
 
 def sample(

@@ -12,6 +12,7 @@ positions are applied before caching, hence the physical order does not matter t
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from srpo_jax.model.config import ModelConfig
+from srpo_jax.model.config import TOKEN_IDS, ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.model.sharding import batch_sharding, num_data_shards, replicated, to_global
 from srpo_jax.sampling import logits as sampling_logits
 from srpo_jax.sampling import slots as blocks
 from srpo_jax.sampling.slots import Prompts, Slots
 from srpo_jax.structs import Array, Batch, Params, Rollout
+
+Carry = tuple[jax.Array, Slots[jax.Array]]  # tokens decoded in a segment, and the slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +74,7 @@ class SamplingConfig:
 
 def vision_token_ids(cfg: ModelConfig) -> tuple[int, ...]:
     """The ids that a completion must never hold: image, video and vision marker tokens."""
-    return (
-        cfg.vision_start_token_id,
-        cfg.vision_end_token_id,
-        cfg.vision_token_id,
-        cfg.image_token_id,
-        cfg.video_token_id,
-    )
+    return tuple(getattr(cfg, key) for key in TOKEN_IDS)
 
 
 class Sampler:
@@ -101,9 +98,16 @@ class Sampler:
             self._specs,
             is_leaf=lambda x: isinstance(x, PartitionSpec),
         )
+        self._new_state = functools.partial(
+            blocks.empty,
+            cfg,
+            G=sampling.group_size,
+            R=sampling.max_new_tokens,
+            pad_id=sampling.pad_id,
+        )
         self._empty = jax.jit(
-            self._empty_state,
-            static_argnames=("slot_prompts", "all_prompts", "prompt_tokens"),
+            self._new_state,
+            static_argnames=("slot_prompts", "all_prompts", "S"),
             out_shardings=(state, rollout),
         )
         self.prefill = jax.jit(self._prefill, donate_argnames=("state",), out_shardings=state)
@@ -112,7 +116,11 @@ class Sampler:
             donate_argnames=("slots",),
             out_shardings=(state[1], replicated(mesh)),
         )
-        self.collect = jax.jit(self._collect, donate_argnames=("rollout",), out_shardings=rollout)
+        self.collect = jax.jit(
+            functools.partial(blocks.collect, mesh, sampling.pad_id),
+            donate_argnames=("rollout",),
+            out_shardings=rollout,
+        )
 
     def generate(
         self,
@@ -146,9 +154,7 @@ class Sampler:
         if features_MND is not None:
             rows = features_MND.shape[0]
         rows = self.shards if rows is None else rows
-        self._check_rows(prompts, rows)
-        per_shard = rows // self.shards
-        concurrent = min(self.sampling.concurrent_rows or per_shard, per_shard)
+        per_shard, concurrent = self._rows_per_shard(prompts, rows)
         if not isinstance(keys, jax.Array):
             keys = to_global(np.asarray(keys, np.uint32), self.mesh)
         base = sampling_logits.base_key(seed, step)
@@ -172,10 +178,9 @@ class Sampler:
             params: with shardings (layout "sample").
             prompts, prompt_tokens, rows, merged_tokens: P, S, M and N/4 (None: text only).
         """
-        self._check_rows(prompts, rows)
+        _, concurrent = self._rows_per_shard(prompts, rows)
         A, S = prompts, prompt_tokens
-        per_shard = rows // self.shards
-        concurrent = min(self.sampling.concurrent_rows or per_shard, per_shard)
+        slot_prompts = A // rows * concurrent * self.shards
         along_rows = batch_sharding(self.mesh)
 
         def array(shape: tuple[int, ...], dtype: Any, sharding: Any = along_rows) -> Any:
@@ -183,7 +188,7 @@ class Sampler:
 
         state, rollout = jax.tree.map(
             lambda x, spec: array(x.shape, x.dtype, NamedSharding(self.mesh, spec)),
-            jax.eval_shape(lambda: self._empty_state(A // rows * concurrent * self.shards, A, S)),
+            jax.eval_shape(lambda: self._new_state(slot_prompts=slot_prompts, all_prompts=A, S=S)),
             self._specs,
         )
         ints = {"tokens": (A, S), "segment_ids": (A, S), "mrope": (A, 3, S), "vision_src": (A, S)}
@@ -205,11 +210,14 @@ class Sampler:
             "collect": (rollout, state, rows_DC),
         }
 
-    def _check_rows(self, prompts: int, rows: int) -> None:
+    def _rows_per_shard(self, prompts: int, rows: int) -> tuple[int, int]:
+        """Rows of a data shard: all, and at a time; ValueError where they do not divide."""
         _require(
             rows % self.shards == 0 and prompts % rows == 0,
             f"{prompts} prompts in {rows} rows do not divide over {self.shards} data shards",
         )
+        per_shard = rows // self.shards
+        return per_shard, min(self.sampling.concurrent_rows or per_shard, per_shard)
 
     def _loop(
         self, inputs: tuple[Any, ...], row_prompts: int, per_shard: int, concurrent: int
@@ -218,7 +226,7 @@ class Sampler:
         state, rollout = self._empty(
             slot_prompts=self.shards * concurrent * row_prompts,
             all_prompts=self.shards * per_shard * row_prompts,
-            prompt_tokens=inputs[1].tokens.shape[1],
+            S=inputs[1].tokens.shape[1],
         )
         # running[d, c] is the row that data shard d has in its block c, or -1. Every process keeps
         # the same table, since the flags it follows from are replicated.
@@ -235,19 +243,6 @@ class Sampler:
                 running[done] = -1
             if (running < 0).all() and (upcoming >= per_shard).all():
                 return rollout
-
-    def _empty_state(
-        self, slot_prompts: int, all_prompts: int, prompt_tokens: int
-    ) -> tuple[blocks.Arrays, Rollout[jax.Array]]:
-        return blocks.empty(
-            self.cfg,
-            slot_prompts=slot_prompts,
-            all_prompts=all_prompts,
-            S=prompt_tokens,
-            G=self.sampling.group_size,
-            R=self.sampling.max_new_tokens,
-            pad_id=self.sampling.pad_id,
-        )
 
     def _prefill(
         self,
@@ -307,12 +302,10 @@ class Sampler:
     ) -> tuple[Slots[jax.Array], jax.Array]:
         """Up to ``segment`` tokens of every slot that is not done; (slots, done prompts [P])."""
 
-        def running(carry: tuple[jax.Array, Slots[jax.Array]]) -> jax.Array:
+        def running(carry: Carry) -> jax.Array:
             return (carry[0] < self.sampling.segment) & ~jnp.all(carry[1].done)
 
-        def advance(
-            carry: tuple[jax.Array, Slots[jax.Array]],
-        ) -> tuple[jax.Array, Slots[jax.Array]]:
+        def advance(carry: Carry) -> Carry:
             return carry[0] + 1, self._decode_token(params, prompts, carry[1])
 
         _, slots = jax.lax.while_loop(running, advance, (jnp.int32(0), slots))
@@ -363,11 +356,6 @@ class Sampler:
             finished=finished_PG,
             step=slots.step + 1,
         )
-
-    def _collect(
-        self, rollout: Rollout[jax.Array], state: blocks.Arrays, rows_DC: jax.Array
-    ) -> Rollout[jax.Array]:
-        return blocks.collect(self.mesh, rollout, state, rows_DC, self.sampling.pad_id)
 
     def _sample(
         self, logits_PGV: jax.Array, keys_PG2: jax.Array, index_PG: jax.Array

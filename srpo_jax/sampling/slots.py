@@ -198,7 +198,7 @@ def place(
 
 
 def collect(
-    mesh: Mesh, rollout: Rollout[jax.Array], state: Arrays, rows_DC: jax.Array, pad_id: int
+    mesh: Mesh, pad_id: int, rollout: Rollout[jax.Array], state: Arrays, rows_DC: jax.Array
 ) -> Rollout[jax.Array]:
     """Copy the blocks whose entry of ``rows_DC`` [D, C] is not -1 to that row of the result.
 

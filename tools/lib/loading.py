@@ -11,9 +11,10 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
+from srpo_jax.data.batching import Encoded, collate
 from srpo_jax.data.encoders import conversation_images
-from srpo_jax.data.processing import Encoded, Processor, collate
-from srpo_jax.data.records import RecordError, load_image
+from srpo_jax.data.images import RecordError, load_image
+from srpo_jax.data.processing import Processor
 from srpo_jax.model import hf
 from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params

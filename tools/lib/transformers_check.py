@@ -15,9 +15,9 @@ from typing import Any
 
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.files import write_jsonl
+from srpo_jax.data.images import load_image
 from srpo_jax.data.processing import Processor
-from srpo_jax.data.prompts import srpo_messages
-from srpo_jax.data.records import load_image, to_record
+from srpo_jax.data.records import to_record
 from tools.lib import cli, loading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,8 +71,7 @@ def transformers_completions(
         record = to_record(row, origin=f"record {number}", root=str(root), require_answer=False)
         images = [load_image(ref) for ref in record.images]
         pixels = processor.image_processor(images, return_tensors="np")
-        messages = srpo_messages(record.question, record.images, record.choices)
-        ids = PromptEncoder(processor, lambda _, m=messages: m)(record).token_ids
+        ids = PromptEncoder(processor)(record).token_ids
         input_ids = torch.tensor(ids[None], dtype=torch.long)
         with torch.no_grad():
             sequence = model.generate(
