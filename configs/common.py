@@ -134,9 +134,9 @@ def add_sampling(config: ConfigDict) -> ConfigDict:
 def add_grading(config: ConfigDict) -> None:
     """Worker processes that compare answers."""
     config.grading = grading = ConfigDict()
-    # math-verify takes 5 to 80 ms a check
-    grading.workers = 2 if config.size == "tiny" else 8
-    grading.timeout = 5.0  # seconds a check may take before its worker is replaced
+    grading.workers = 2 if config.size == "tiny" else 8  # most checks take less than 20 ms
+    grading.timeout = 5.0  # seconds of processor time a check may take, twice, before it is wrong
+    grading.tolerance = 0.0  # relative, of numbers; a record's own tolerance or decimals go first
 
 
 def data_workers(size: str) -> int:

@@ -47,8 +47,8 @@ Row = dict[str, Any]
 
 # Config keys that do not change what a sample is: a partial run may be continued under others.
 NOT_SETTINGS = (
-    "grading", "data.workers", "compilation_cache_dir", "compile_guard", "bootstrap",
-    "eval.scoring", "eval.stop_after",
+    "grading.workers", "grading.timeout", "data.workers", "compilation_cache_dir", "compile_guard",
+    "bootstrap", "eval.scoring", "eval.stop_after",
 )  # fmt: skip
 
 
@@ -88,7 +88,8 @@ def evaluate(
             if processes.maximum(int(stop.requested)):
                 processes.say("stopped; the same command goes on from here")
                 return None
-    told = {"skipped_records": len(evaluator) - len(done), "weights": origin}
+        told = evaluator.grading_counts()
+    told |= {"skipped_records": len(evaluator) - len(done), "weights": origin}
     summary = conclude(settings, evaluator.source, log.rows, told)
     log.finish()
     return summary
@@ -249,8 +250,14 @@ class Evaluator:
             loader.close()
 
     def __call__(self, params: Params, *, seed: int) -> dict[str, float]:
-        """The `rates`, without intervals."""
-        return rates([row for rows in self.run(params, seed=seed) for row in rows])
+        """The `rates`, without intervals, and `grading_counts`."""
+        found = rates([row for rows in self.run(params, seed=seed) for row in rows])
+        return found | self.grading_counts()
+
+    def grading_counts(self) -> dict[str, float]:
+        """Checks that failed and answers that could not be read since the last call."""
+        counts = self._parts.verifier.counts()
+        return dict(zip(counts, processes.add_up([*counts.values()]), strict=True))
 
     def _rows(self, sampled: Sampled, graded: Graded) -> list[Row]:
         rollout, rows = graded.rollout, []

@@ -272,11 +272,15 @@ class Stage:
         learned = merge_metrics(updates, "tokens") if updates else {}
         kept = sum(float(r.weight[r.sampled.slots].sum()) for r in rounds)
         valid = sum(len(r.sampled.slots) for r in rounds)
-        kept, valid, waiting = processes.add_up([kept, valid, len(self.pool.groups)])
+        grading = self.parts.verifier.counts()
+        kept, valid, waiting, *counts = processes.add_up(
+            [kept, valid, len(self.pool.groups), *grading.values()]
+        )
         return {
             **samples,
             **{k: v for k, v in learned.items() if k not in sampled_names},
             "updates": len(updates),
+            **dict(zip(grading, counts, strict=True)),
             "filter/kept_share": kept / max(valid, 1.0),
             "filter/rounds": len(rounds),
             "filter/pending_groups": waiting,

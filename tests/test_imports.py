@@ -54,7 +54,7 @@ THIRD_PARTY = {
     "model": CORE,
     "model.hf": CORE | {"safetensors"},
     "sampling": CORE,
-    "rewards": {"numpy", "math_verify", "sympy", "latex2sympy2_extended"},
+    "rewards": {"numpy", "sympy"},
     "rewards.terms": CORE,
     "rewards.profiles": CORE,
     "learn": CORE,

@@ -193,6 +193,16 @@ def test_parquet_rows_with_every_form_of_image(tmp_path):
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
 
 
+def test_single_precision_numbers_are_read_as_their_shortest_decimals(tmp_path):
+    single = pa.array([0.1, 1e-7], pa.float32())
+    choices = pa.array([[0.1, 2.5]] * 2, pa.list_(pa.float32()))
+    columns = {"problem": ["a", "b"], "answer": single, "choices": choices, "tolerance": single}
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    first, second = open_records(tmp_path / "d.parquet")[0], open_records(tmp_path / "d.parquet")[1]
+    assert (first.answer, first.choices, first.extra) == ("0.1", ("0.1", "2.5"), {"tolerance": 0.1})
+    assert second.answer == "1e-07"
+
+
 def test_parquet_reads_from_several_threads(tmp_path, monkeypatch):
     monkeypatch.setattr("srpo_jax.data.records._ROW_GROUP_CACHE_BYTES", 0)
     table = pa.table({"problem": [f"q{i}" for i in range(60)], "answer": list(range(60))})

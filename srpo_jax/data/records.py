@@ -83,6 +83,11 @@ def _text(value: Any, name: str, origin: str) -> str:
     raise RecordError(origin, f"{name} must be text, not {type(value).__name__}")
 
 
+def _double(value: Any) -> Any:
+    """A single-precision number as the one that its shortest text names: 0.1, not 0.1000000015."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -188,6 +193,12 @@ class _Jsonl:
         return _parse_json(line, origin), origin
 
 
+def _single_precision(schema: Any) -> set[str]:
+    """The columns of single-precision numbers or lists of them."""
+    kinds = ("float", "halffloat")
+    return {one.name for one in schema if str(getattr(one.type, "value_type", one.type)) in kinds}
+
+
 class Parquet:
     """Rows of a parquet file; the row groups read last are kept, up to 256 MiB."""
 
@@ -232,7 +243,12 @@ class Parquet:
         origin = f"{self.path}:{index + 1}"
         group, within = _locate(self.ends, index)
         try:
-            return self._row_group(group).slice(within, 1).to_pylist()[0], origin
+            table = self._row_group(group).slice(within, 1)
+            fields = table.to_pylist()[0]
+            for name in _single_precision(table.schema) & fields.keys():
+                value = fields[name]
+                fields[name] = [*map(_double, value)] if isinstance(value, list) else _double(value)
+            return fields, origin
         except Exception as error:  # a damaged page, or text that is not UTF-8
             raise RecordError(origin, f"cannot be read ({error})") from None
 
@@ -249,6 +265,7 @@ def _parse_example(data: bytes, origin: str) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, feature in example.features.feature.items():
         values = list(getattr(feature, feature.WhichOneof("kind") or "bytes_list").value)
+        values = [*map(_double, values)]  # of a float_list: its numbers are of single precision
         if feature.WhichOneof("kind") == "bytes_list" and name not in ("images", "image"):
             with contextlib.suppress(UnicodeDecodeError):  # a binary feature that nobody asked for
                 values = [value.decode("utf-8") for value in values]

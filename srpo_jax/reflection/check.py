@@ -186,8 +186,8 @@ class _GoldForms:
         chosen = sorted(choice_indices(text, choices) or ()) if choices else []
         texts = [plain_text(choices[i]) for i in chosen] or [plain_text(text)]
         names = {chr(ord("A") + i) for i in chosen if i < 26}
-        if all(_LETTER.fullmatch(t) for t in texts):  # pictures called A to E: the name decides
-            names = {t.strip("().:") for t in texts} | (names - {plain_text(c) for c in choices})
+        if all(_LETTER.fullmatch(t) for t in texts):  # pictures called A to E: a letter is a label
+            names = names or {t.strip("().:") for t in texts}
             texts = []
         self.letters = "".join(sorted(names))
         self.numbers = [q for q in map(parse_quantity, texts) if q is not None]

@@ -2,52 +2,64 @@
 
 A gold is one of three kinds. ``choice``: an option, given as its letter or its text. ``math``: a
 number or expression. ``text``: words, a time, a date. ``decide`` settles every case that plain
-comparison can settle and hands the rest, as a pair of expressions, to math-verify in a worker
-process (verifier.py). An answer is read as a whole: nothing is found by searching inside it, so
-"Paris" is not option A, and a list of options or numbers is not any one of them.
+comparison can settle and hands the rest, as a pair of expressions, to a worker process
+(equality.py, verifier.py). An answer is read as a whole: nothing is found by searching inside it,
+so "Paris" is not option A, and a list of options or numbers is not any one of them.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from srpo_jax.rewards.braces import braced_spans
-from srpo_jax.rewards.quantities import Quantity, canonical_unit, parse_quantity, same_quantity
+from srpo_jax.rewards.expressions import Tree, Unreadable, read, without_fonts
+from srpo_jax.rewards.quantities import (
+    EXACT,
+    Quantity,
+    Tolerance,
+    parse_quantity,
+    quantity_of,
+    same_quantity,
+)
+
+if TYPE_CHECKING:  # workers read no records, and start without numpy
+    from srpo_jax.data.records import Record
 
 MAX_ANSWER_CHARS = 2000  # a longer answer is wrong: no gold is that long, and checks cost more
 LETTERS = "ABCDEFGHIJ"  # the options where no choices are given
+Pair = tuple[str, str]
 
-_BRACE = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\[\s\S]|[{}]")
+_BRACE = re.compile(r"(\\(?:boxed|fbox|framebox)\s*\{)|\\[\s\S]|[{}]")
 # What joins boxes into one list, white space aside.
 _BOX_GLUE = re.compile(r"[$.,;]*(?:\\text\{|\\quad)*(?:and|or)?\}?(?:\\quad)*[$.,;]*")
 _MAX_LIST = 50
-_FONT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|texttt|textsf|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|"
-    r"mbox|hbox|emph|underline|boldsymbol|bm|operatorname)\s*\{([^{}]*)\}"
-)
 _SPACING = re.compile(r"\\(?:[,;: ]|quad\b|qquad\b)|~")
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore)\b[,\s]*)?(?:(?:the|my|our)\s+)?"
+    r"#+\s+(?=\S)|(?:(?:so|thus|hence|therefore)\b[,\s]*)?(?:(?:the|my|our)\s+)?"
     r"(?:(?:final|correct|right|best|revised)\s+)*(?:answer|option|choice|result|solution)\s*"
-    r"(?::|=|\b(?:is|would be|should be|must be)\b)[\s:]*",
+    r"(?::|=|\b(?:is|would be|should be|must be)\b|(?=[$*]|\\\[|\\\())[\s:]*"
+    r"|(?:so|thus|hence|therefore),?\s(?=[\d$\\(+-])"
+    r"|the\s(?:[a-z]+\s){1,4}(?:is|equals)\s(?=[\d$\\(+-])|i\s(?:choose|pick|select)\s"
+    r"|(?:approximately|approx\.?|about|around|roughly)\s(?=[\d$\\(.-])|\\approx(?![a-z])|[≈~=]"
+    r"|(?:正确)?(?:答案|选项|结果|故选|应选|选择|选)\s*[是为]?\s*:?",
     re.IGNORECASE,
 )
+_ANNOUNCED = re.compile(r"[.;:,!?]\s(?:so\s)?(?:the\s)?(?:final\s|correct\s)?answer\sis\b", re.I)
+_TAIL = re.compile(
+    r"\sis\s(?:(?:the\s)?(?:correct|right)(?:\s(?:answer|option|choice|one))?"
+    r"|(?:the|our|my)\s(?:final\s)?(?:answer|solution|result))$",
+    re.IGNORECASE,
+)
+_BOLD = re.compile(r"(?<![\w)}])(\*\*|__)(?=[^\s*_])([^*_]+)\1")
+_TAGGED = re.compile(r"<(\w+)>\s*([^<>]*\S)\s*</\1>")
 _PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("*", "*"))
-_PAIRS += (("`", "`"), ('"', '"'), ("“", "”"), ("'", "'"))
+_PAIRS += (("```", "```"), ("`", "`"), ('"', '"'), ("“", "”"), ("'", "'"))
 _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)} | {
     0x3000: " ", 0xA0: " ", 0x2212: "-", 0x2013: "-", 0x2014: "-", 0x3002: ".", 0x3001: ",",
 }  # fmt: skip
-_UNICODE_MATH = {
-    "π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "²": "^{2}", "³": "^{3}",
-    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "θ": r"\theta ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-}  # fmt: skip
-_TRAILING_UNIT = re.compile(
-    r"(.*(?:[\d)}\]]|\\pi))\s*\{?\s*([A-Za-z]{2,}[^\\{}]*?(?:\^\{?[23]\}?)?)\s*\}?", re.DOTALL
-)
-_MATH_DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[")
+_NOBODYS = {"nan", "n/a", "null", "inf", "-inf", "-"}  # written for "missing"
 
 _PREFIX = r"(?:(?i:option|choice|answer)\s*)?"
 _BARE_LETTER = re.compile(_PREFIX + r"[(\[]?\s*([A-Za-z])\s*[)\]]?\s*[.:]*")
@@ -56,15 +68,19 @@ _LABEL = re.compile(
     r"([A-Z])\s+-\s|\(?([a-z])\)(?=\s+\w))\s*(\S.*)",
     re.DOTALL,
 )
-_LETTER_TEXT = re.compile(r"([A-Z])\s+(\S.*)", re.DOTALL)
-# What follows a label and takes it back: more letters, or "or (B)".
+_LETTER_TEXT = re.compile(r"([A-Z])\s*[\s=,(]\s*(\S.*?)\)?", re.DOTALL)
+_SEVERAL_LETTERS = re.compile(r"\(?[A-J]\)?(?:(?:[\s,/&;]|\band\b)*\(?[A-J]\)?)+")
+# What follows a label and takes it back: more letters, "or (B)", "is wrong".
 _MORE_LETTERS = re.compile(r"(?:[\s,/&;]|\band\b|\bor\b|\(?\b[A-J]\b\)?[.:]?)+")
-_OTHER_LABEL = re.compile(r"\b(?:or|and)\s+(?:\([A-J]\)|[A-J](?:[).:]|$))")
+_OTHER_LABEL = re.compile(
+    r"\b(?:or|and)\s+(?:\([A-J]\)|[A-J](?:[).:]|$))|^n?or\b|^(?:is|was)\s+(?:not|wrong|incorrect|false)"
+)
 
 _TIME = re.compile(r"\d{1,2}:0\d|\d{1,2}(?::\d\d){0,2}\s*[ap]\.?\s*m\.?|\d{1,2}(?::\d\d){2}", re.I)
+_CLOCK = re.compile(r"\d{1,2}:[0-5]\d")
 _DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,4}/\d{1,2}/\d{1,4}|\d+(?:st|nd|rd|th)")
-_FUNCTIONS = set("sin cos tan cot sec csc log ln exp lim max min mod gcd lcm and or arcsin".split())
-_OPERATOR = re.compile(r"[\d+*/^=<>_|()\[\]{}\\-]")
+_HYPHENATED = re.compile(r"[A-Za-z]+(?:-[A-Za-z]{2,})+")
+_OPERATOR = re.compile(r"[\d+*/^=<>_|()\[\]{}\\π∞°×÷·≤≥≠±½¼¾θ∪∩∈√∅-]")
 
 
 # ---------------------------------------------------------------------------------- extraction
@@ -121,6 +137,8 @@ def _unwrap(text: str) -> str:
         text = text.rstrip(",;").rstrip()
         if text.endswith(".") and not text.endswith(".."):
             text = text[:-1].rstrip()
+        tagged = _TAGGED.fullmatch(text)
+        text = tagged[2] if tagged else text
         lead = _LEAD.match(text)
         if lead and text[lead.end() :].strip():
             text = text[lead.end() :].strip()
@@ -129,17 +147,21 @@ def _unwrap(text: str) -> str:
     return text
 
 
+def _said(text: str) -> str:
+    """``_unwrap`` without emphasis inside, an announcement before or praise behind."""
+    text = _unwrap(_BOLD.sub(r"\2", _unwrap(text)))
+    announced = [match.end() for match in _ANNOUNCED.finditer(text)]
+    text = text[announced[-1] :] if announced and text[announced[-1] :].strip() else text
+    return _unwrap(_TAIL.sub("", text))
+
+
 @lru_cache(maxsize=4096)
 def plain_text(text: str) -> str:
     r"""``text`` for comparison as words or numbers: fonts, spacing and escapes of LaTeX removed."""
-    text = _unwrap(text)
-    for _ in range(5):
-        text, count = _FONT.subn(r"\1", text)
-        if not count:
-            break
+    text = without_fonts(_said(text), r"\1")
     text = text.replace(r"\!", "").replace(r"\left", "").replace(r"\right", "")
     text = _SPACING.sub(" ", text).replace("{,}", ",")
-    return _unwrap(text.replace(r"\$", "$").replace(r"\%", "%"))
+    return _said(text.replace(r"\$", "$").replace(r"\%", "%"))
 
 
 # ------------------------------------------------------------------------------------- options
@@ -147,7 +169,7 @@ def plain_text(text: str) -> str:
 
 def _words(text: str) -> str:
     """Words for equality: case, articles, quotes, hyphens and closing punctuation do not count."""
-    text = plain_text(text).casefold().replace("_", " ")
+    text = " ".join(plain_text(text).casefold().replace("_", " ").split())
     text = re.sub(r"\s*\b([ap])\.\s?m\b\.?", r" \1m", text)
     text = re.sub(r"(?<=\d)\s+(?=[ap]m\b)", "", text)
     text = re.sub(r"(?<=\w)-(?=[a-z])", " ", text)
@@ -156,25 +178,29 @@ def _words(text: str) -> str:
 
 
 def _compact(text: str) -> str:
-    """Everything but white space, case kept: x and X are two variables."""
-    return "".join(plain_text(text).split())
+    """White space only between digits, case kept: x and X are two variables, 1 2 is not 12."""
+    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", " ".join(plain_text(text).split()))
 
 
 def choice_indices(answer: str, choices: Sequence[str] = ()) -> frozenset[int] | None:
     """The option that a whole answer names, None if it names none; several only if they are equal.
 
-    Read in this order: the exact text of an option; a letter ("B", "(b)", "B.", "Option B"); a
-    letter and a text ("B. 57", "(B) cat": the letter counts, "B. or C." is nothing); an option's
-    text by words; an option's number. Letters reach to J where ``choices`` is empty.
+    Read in this order: the exact text of an option, unless all are letters; a letter ("B", "(b)",
+    "B.", "Option B"); a letter and a text ("B. 57", "(B) cat": the letter counts, "B. or C." is
+    nothing); an option's text by words; an option's number. Letters reach to J where ``choices``
+    is empty.
     """
     text = plain_text(answer)
     if not text:
         return None
     choices = tuple(choices)
     exact = _matching(choices, lambda option: _compact(option) == _compact(text))
-    if exact:
+    labels_only = all(re.fullmatch("[A-Z]", option.strip()) for option in choices)
+    if exact and not labels_only:
         return exact
     letter = _option_letter(text, choices)
+    if letter is None and exact:
+        return exact
     if letter is not None:
         equal = _matching(choices, lambda option: _compact(option) == _compact(choices[letter]))
         return equal or frozenset({letter})
@@ -232,7 +258,7 @@ class Gold:
     kind: str  # "choice", "math" or "text"
     text: str  # without wrapping; an option's text for a choice, "" where it is not known
     indices: frozenset[int] = frozenset()  # of the right option
-    number: Quantity | None = None
+    tree: Tree | None = None  # of what can be read as mathematics
 
 
 @lru_cache(maxsize=4096)
@@ -244,27 +270,32 @@ def _read_gold(gold: str, choices: tuple[str, ...]) -> Gold | str:
         return f"the answer has {len(gold)} characters, more than {MAX_ANSWER_CHARS}"
     text = extract_answer(gold)
     plain = plain_text(text)
-    if not re.search(r"[^\W_]|[<>=+*/∞√%!^-]", plain):
+    if not re.search(r"[^\W_]|[<>=+*/∞√%!^∅{-]", plain):
         return f"the answer {gold!r} holds no word, number or symbol"
     shown = gold if len(gold) <= 60 else gold[:57] + "..."
     indices = choice_indices(text, choices)
     if choices:
         if indices is None:
             return f"the answer {shown!r} is none of the {len(choices)} choices"
-        option = choices[min(indices)]
-        return Gold("choice", _unwrap(option), indices, parse_quantity(plain_text(option)))
+        option = _unwrap(choices[min(indices)])
+        return Gold("choice", option, indices, _tree(option))
+    if plain.casefold() in _NOBODYS:
+        return f"the answer {shown!r} stands for a missing one"
     if indices is not None and not re.fullmatch(r"[a-z]", plain):  # x and e are variables
         labelled = _LABEL.fullmatch(plain)
         option = labelled.groups()[-1] if labelled else ""
-        return Gold("choice", option, indices, parse_quantity(option) if option else None)
-    number = parse_quantity(plain)
-    if number is not None:
-        return Gold("math", text, number=number)
-    if not _is_math(text):
-        return Gold("text", text)
-    if not _is_balanced(text):
+        return Gold("choice", option, indices, _tree(option))
+    if not _is_balanced(text) and parse_quantity(plain) is None:
         return f"the answer {shown!r} has braces or $ that do not match"
-    return Gold("math", text)
+    return Gold("math", text, tree=_tree(text)) if _is_math(text) else Gold("text", text)
+
+
+def _tree(text: str) -> Tree | None:
+    """The tree of a whole text, None where it cannot be read as mathematics."""
+    try:
+        return read(text)
+    except Unreadable:
+        return None
 
 
 def gold_kind(gold: str, choices: Sequence[str] = ()) -> str:
@@ -281,27 +312,40 @@ def answer_problem(gold: str, choices: Sequence[str] = ()) -> str | None:
     return read if isinstance(read, str) else None
 
 
-def gold_problem(record) -> str | None:
-    """Why a data record's ``answer`` (and ``choices``) cannot be graded, None for a good one.
+def gold_problem(record: "Record") -> str | None:
+    """Why a data record cannot be graded, None for a good one.
 
     The loader drops such a record with this reason; nothing is ever rewarded for it.
     """
+    try:
+        tolerance_of(record)
+    except ValueError as error:
+        return str(error)
     return answer_problem(record.answer, record.choices or ())
 
 
+def tolerance_of(record: "Record", relative: float = 0.0) -> Tolerance:
+    """What a record's fields ``tolerance`` or ``decimals`` allow, else the ``relative`` one.
+
+    ValueError where a field is no such number.
+    """
+    extra = getattr(record, "extra", {})
+    fields = (extra.get(name) for name in ("tolerance", "decimals"))
+    own = [None if value is None or value != value else value for value in fields]
+    if own == [None, None]:
+        return Tolerance(relative)
+    return Tolerance(0.0 if own[0] is None else own[0], own[1])
+
+
 def _is_math(text: str) -> bool:
-    """Whether a gold that is no option and no plain number is an expression rather than words."""
+    """Whether a gold that is no option is a number or an expression rather than words."""
     plain = plain_text(text)
-    if _TIME.fullmatch(plain) or _DATE.fullmatch(plain):
+    if _TIME.fullmatch(plain) or _DATE.fullmatch(plain) or _HYPHENATED.fullmatch(plain):
         return False
-    bare = re.sub(r"\\[A-Za-z]+", " ", plain)
-    words = re.findall(r"[A-Za-z]{2,}", bare)
-    if any(len(w) > 2 and w.lower() not in _FUNCTIONS or re.search("[A-Z]{2}|[A-Z][a-z]", w)
-           for w in words):  # fmt: skip
-        return "\\" in plain and not re.search(r"[A-Za-z]{3,}\s+[A-Za-z]{3,}", bare)
-    if re.fullmatch(r"[A-Za-zα-ωΑ-Ω]", plain):
-        return True
-    return bool(_OPERATOR.search(plain)) or any(c in plain for c in _UNICODE_MATH)
+    tree = _tree(text)
+    if tree is None or (len(plain) == 1 and plain.isalpha()):
+        return tree is not None
+    return bool(_OPERATOR.search(text)) or quantity_of(tree) is not None
 
 
 def _is_balanced(text: str) -> bool:
@@ -318,83 +362,65 @@ def _is_balanced(text: str) -> bool:
 # ----------------------------------------------------------------------------------- comparison
 
 
-def decide(gold: str, answer: str | None, choices: Sequence[str] = ()) -> bool | tuple[str, str]:
-    """Whether an answer block's text gives the gold answer, or what math-verify must compare.
+def decide(
+    gold: str, answer: str | None, choices: Sequence[str] = (), tolerance: Tolerance = EXACT
+) -> bool | Pair:
+    """Whether an answer block's text gives the gold answer, or what a worker must compare.
 
     Returns True or False, or (gold, prediction) as two expressions in ``$``. An answer that is
-    missing, blank or longer than MAX_ANSWER_CHARS is wrong, and so is every answer to a gold with
-    a problem.
+    missing, blank, longer than MAX_ANSWER_CHARS or not read to its end is wrong, and so is every
+    answer to a gold with a problem.
     """
+    return judge(gold, answer, choices, tolerance) or False
+
+
+def judge(
+    gold: str, answer: str | None, choices: Sequence[str] = (), tolerance: Tolerance = EXACT
+) -> bool | Pair | None:
+    """As ``decide``, but None for an answer that could not be read."""
     target = _read_gold(str(gold), tuple(choices))
     if isinstance(target, str) or answer is None:
         return False
-    predicted = extract_answer(answer)
-    if not predicted or len(predicted) > MAX_ANSWER_CHARS:
+    extracted = extract_answer(answer)
+    if not extracted or len(extracted) > MAX_ANSWER_CHARS:
         return False
+    predicted = _said(extracted)
     if target.kind == "choice":
-        return _decide_choice(target, predicted, tuple(choices))
-    if target.kind == "text":
-        return bool(_words(target.text)) and _words(predicted) == _words(target.text)
-    if _compact(predicted) == _compact(target.text):
+        indices = choice_indices(predicted, choices)
+        if indices is not None:
+            return not indices.isdisjoint(target.indices)
+        if not target.text or _BARE_LETTER.fullmatch(plain_text(predicted)):
+            return None
+        if _words(predicted) == _words(target.text):
+            return True
+    elif target.kind == "text":
+        same = bool(_words(target.text)) and _words(predicted) == _words(target.text)
+        return same or _same_letters(target.text, _boxed_list(answer) or predicted)
+    elif _compact(predicted) == _compact(target.text):
         return True
-    if target.number is not None:
-        number = parse_quantity(_right_side(plain_text(predicted)))
-        if number is not None:
-            return same_quantity(target.number, number)
-    if "," in target.text or re.search(r"\b(?:and|or)\b", target.text):
+    elif "," in target.text or re.search(r"\b(?:and|or)\b", target.text):
         predicted = _boxed_list(answer) or predicted
-    if not _MATH_DELIMITER.search(predicted) and not _is_math(predicted):
-        return False  # prose: as an expression it would only be a product of letters
-    return _worker_pair(target, predicted)
+    return _same_expression(target, predicted, tolerance)
 
 
-def _decide_choice(
-    target: Gold, predicted: str, choices: tuple[str, ...]
-) -> bool | tuple[str, str]:
-    """The letter or the option's text; an expression is compared with an option that is one."""
-    indices = choice_indices(predicted, choices)
-    if indices is not None:
-        return not indices.isdisjoint(target.indices)
-    if not target.text or _BARE_LETTER.fullmatch(plain_text(predicted)):
+def _same_letters(gold: str, predicted: str) -> bool:
+    """Whether both name the same options, in any order where something separates them."""
+    texts = [plain_text(gold), plain_text(predicted)]
+    if not all(map(_SEVERAL_LETTERS.fullmatch, texts)):
         return False
-    if _words(predicted) == _words(target.text):
-        return True
-    number = parse_quantity(_right_side(plain_text(predicted)))
-    if target.number is not None and number is not None:
-        return same_quantity(target.number, number)
-    if _is_math(predicted) and (target.number is not None or _is_math(target.text)):
-        return _worker_pair(target, predicted)
-    return False
+    named = [re.findall("[A-J]", text) for text in texts]
+    separated = any(len(text) > len(letters) for text, letters in zip(texts, named, strict=True))
+    return named[0] == named[1] or separated and sorted(named[0]) == sorted(named[1])
 
 
-def _worker_pair(target: Gold, predicted: str) -> bool | tuple[str, str]:
-    """What math-verify compares; False for a prediction whose braces do not close."""
-    if not _is_balanced(predicted):
-        return False
-    return _expression(target.text), _expression(predicted)
-
-
-def _right_side(text: str) -> str:
-    """What one assignment assigns ("x = 5" gives "5"); a list or a relation is left as it is."""
-    head, equals, tail = text.rpartition("=")
-    if not equals or re.search(r"[,;<>!]|\b(?:or|and)\b", head) or not tail.strip():
-        return text
-    return tail.strip()
-
-
-def _expression(text: str) -> str:
-    r"""An expression as math-verify reads it as a whole: LaTeX for symbols, between ``$``."""
-    text = re.sub(r"√\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"√\s*(\w+)", r"\\sqrt{\1}", text)
-    text = "".join(_UNICODE_MATH.get(c, c) for c in text)
-    if _MATH_DELIMITER.search(text):
-        return text
-    return f"${_drop_unit(text)}$"
-
-
-def _drop_unit(text: str) -> str:
-    r"""An expression without a unit at its end: "12\pi cm^2", "\frac{3}{4}\pi{inches}"."""
-    match = _TRAILING_UNIT.fullmatch(_SPACING.sub(" ", _FONT.sub(r"\1", text)))
-    if match is None or canonical_unit(match[2], glued=True) is None:
-        return text
-    return match[1]
+def _same_expression(target: Gold, predicted: str, tolerance: Tolerance) -> bool | Pair | None:
+    """Numbers at once; two expressions that can be read are for a worker."""
+    if _CLOCK.fullmatch(plain_text(predicted)) and _CLOCK.fullmatch(target.text):
+        return False  # a time is met as written, a ratio is not reduced to one
+    tree = _tree(predicted)
+    if tree is None or target.tree is None:
+        return None if tree is None else False
+    gold, number = quantity_of(target.tree), quantity_of(tree)
+    if gold is not None and number is not None:
+        return same_quantity(gold, number, tolerance)
+    return tree == target.tree or (f"${target.text}$", f"${predicted}$")

@@ -7,6 +7,7 @@ import numpy as np
 
 from srpo_jax.rewards.answers import extract_answer
 from srpo_jax.rewards.profiles import PAPER, Answers, Profile
+from srpo_jax.rewards.quantities import EXACT, Tolerance
 from srpo_jax.rewards.template import Completion, ParsedResponse, TokenText, parse_response
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS, Verdict
@@ -19,6 +20,7 @@ def grade(
     token_text: TokenText,
     golds: Sequence[str],
     choices: Sequence[Sequence[str]] | None = None,
+    tolerances: Sequence[Tolerance] | None = None,
     verifier: Verifier,
     profile: Profile = PAPER,
 ) -> tuple[Verdict, list[dict[str, Any]]]:
@@ -26,7 +28,8 @@ def grade(
 
     Args:
       completions_PGR: int token ids; ``completion_mask_PGR`` bool, True up to and including EOS.
-      golds, choices: one per prompt; no choices means an open question.
+      golds, choices, tolerances: one per prompt; no choices means an open question, no tolerances
+        that answers must be exact.
       profile: whose template rules hold, and which answers count.
     Returns:
       The Verdict as numpy arrays [P, G] (block_tokens [P, G, 5]), and for each sample, prompt after
@@ -52,6 +55,7 @@ def grade(
         token_text=token_text,
         golds=[str(golds[p]) for p in per_sample],
         choices=[tuple(choices[p]) if choices else () for p in per_sample],
+        tolerances=[tolerances[p] for p in per_sample] if tolerances else None,
         verifier=verifier,
         profile=profile,
     )
@@ -68,6 +72,7 @@ def grade_sequences(
     token_text: TokenText,
     golds: Sequence[str],
     choices: Sequence[Sequence[str]],
+    tolerances: Sequence[Tolerance] | None = None,
     verifier: Verifier,
     profile: Profile = PAPER,
 ) -> tuple[Verdict, list[dict[str, Any]]]:
@@ -76,9 +81,10 @@ def grade_sequences(
     parsed = [parse_response(completion, profile.template) for completion in completions]
     answers = [profile.answers(*pair) for pair in zip(completions, parsed, strict=True)]
     # One batch for the pool, which checks equal answers of a group once.
+    tolerances = tolerances or [EXACT] * len(answers)
     items = [
-        (gold, answer, options)
-        for gold, options, found in zip(golds, choices, answers, strict=True)
+        (gold, answer, options, tolerance)
+        for gold, options, tolerance, found in zip(golds, choices, tolerances, answers, strict=True)
         for answer in (found.first, found.final)
     ]
     correct_B2 = np.array(verifier.check(items), bool).reshape(len(parsed), 2)

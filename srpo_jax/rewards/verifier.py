@@ -1,14 +1,15 @@
-"""The answer check in killable worker processes: a hung or crashing check is one wrong answer.
+"""The answer check in killable worker processes: a check that hangs twice is one wrong answer.
 
-math-verify can run for hours (``9^{9^{9^9}}``), exhaust memory, or crash the interpreter, and its
-own time limit rests on SIGALRM, which needs the main thread and leaves C code running. Here each
-worker is a process of its own that runs one check at a time on its main thread, without alarms, and
-is killed and replaced when the time is over. Workers are started by command line rather than forked
+sympy can run for hours (``9^{9^{9^9}}``), exhaust memory, or crash the interpreter. Each worker is
+a process of its own that runs one check at a time. The kernel ends it when the check has used up
+its processor time, so that a loaded machine does not turn right answers into wrong ones; a fresh
+worker then tries once more. Workers are started by command line rather than forked
 or spawned by multiprocessing: they never import the caller's main module (and with it jax), and
 they inherit none of its threads.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -26,21 +27,27 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from srpo_jax.rewards.answers import decide
+from srpo_jax.rewards.answers import judge
+from srpo_jax.rewards.quantities import EXACT, Tolerance
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 120.0  # importing sympy on a loaded machine; not part of any check's time
+_SLEEP_LIMIT_S = 60.0  # of a worker that computes nothing, besides twenty times a check's own time
 _MAX_FAILED_STARTS = 3
 _READY, _YES, _NO = b"ready", b"1", b"0"
+_EQUAL_MODULE = "srpo_jax.rewards.equality"
+_EQUAL = f"{_EQUAL_MODULE}:equal"
 
-Item = tuple[str, str | None, Sequence[str]]  # gold, the answer block's text, choices
+# Gold, the answer block's text, choices, and a tolerance where it is not exact.
+Item = tuple[str, str | None, Sequence[str]] | tuple[str, str | None, Sequence[str], Tolerance]
 
 
 class Verifier:
     """Checks answers against golds, in order, with a pool of worker processes and a cache.
 
     Usable as a context manager; safe to call from several threads, one at a time inside.
-    ``timeouts`` and ``crashes`` count the checks that were scored wrong for either reason.
+    ``timeouts`` and ``crashes`` count the checks that were scored wrong for either reason, and
+    ``unread`` the answers that were because they could not be read to their end.
     """
 
     def __init__(
@@ -54,10 +61,11 @@ class Verifier:
     ):
         """Start ``workers`` processes (they come up in the background).
 
-        ``timeout`` is in seconds, for one check; ``memory_limit_mb`` holds for one worker's own
-        data, beyond which the check fails rather than the machine. ``modules`` are those whose
-        functions ``verify_math`` will name: workers import them, and call their ``warm_up()``,
-        before they take a check. ValueError for non-positive values.
+        ``timeout`` is in seconds of processor time, for one check, to the next whole second;
+        ``memory_limit_mb`` holds for one worker's own data, beyond which the check fails rather
+        than the machine. ``modules`` are those whose functions ``verify_math`` will name: workers
+        import them, and call their ``warm_up()``, before they take a check. ValueError for
+        non-positive values.
         """
         if workers < 1 or timeout <= 0 or memory_limit_mb < 1:
             raise ValueError(
@@ -66,6 +74,8 @@ class Verifier:
             )
         self.timeouts = 0
         self.crashes = 0
+        self.unread = 0
+        self._told: dict[str, int] = {}
         self._timeout = float(timeout)
         self._memory_limit_mb = int(memory_limit_mb)
         self._modules = tuple(modules)
@@ -81,24 +91,27 @@ class Verifier:
 
         Only what plain comparison cannot settle goes to the workers, each distinct pair once.
         """
-        keys = [(gold, answer, tuple(choices)) for gold, answer, choices in items]
-        decisions = {key: decide(*key) for key in dict.fromkeys(keys)}
-        pairs = list({d for d in decisions.values() if not isinstance(d, bool)})
-        verdicts = dict(zip(pairs, self.verify_math(pairs), strict=True))
-        return [d if isinstance(d, bool) else verdicts[d] for d in map(decisions.__getitem__, keys)]
+        keys = [(*item[:2], tuple(item[2]), *(item[3:] or (EXACT,))) for item in items]
+        decisions = {key: judge(*key) for key in dict.fromkeys(keys)}
+        found = {key: decision is True for key, decision in decisions.items()}
+        for tolerance in dict.fromkeys(key[3] for key in keys):
+            own = {k: d for k, d in decisions.items() if k[3] == tolerance and isinstance(d, tuple)}
+            verdicts = self.verify_math([*own.values()], **dataclasses.asdict(tolerance))
+            found |= zip(own, verdicts, strict=True)
+        self.unread += sum(decisions[key] is None for key in keys)
+        return [found[key] for key in keys]
 
     def verify_math(
-        self, pairs: Sequence[tuple[str, str]], *, function: str | None = None, **options: Any
+        self, pairs: Sequence[tuple[str, str]], *, function: str = _EQUAL, **options: Any
     ) -> list[bool]:
-        """math-verify's verdict on (gold, prediction) strings, in order; ``options`` as math_equal.
+        """Whether (gold, prediction) strings are equal, in order; ``options`` as equality.equal.
 
-        ``function`` ("package.module:name") is called instead of math_equal, as name(gold,
-        prediction, **options), for rules that must not run in this process either. False where
-        the check fails, runs out of time or memory, or kills its worker. RuntimeError when workers
-        cannot be started, or after close().
+        ``function`` ("package.module:name") is called instead, as name(gold, prediction,
+        **options), for rules that must not run in this process either. False where
+        the check fails, runs out of time or memory, or kills its worker, twice; that is not
+        remembered. RuntimeError when workers cannot be started, or after close().
         """
-        if function is not None:
-            options = {"function": function, **options}
+        options = {"function": function, **options}
         extra = json.dumps(options, sort_keys=True)
         with self._lock:
             if self._closed:
@@ -115,8 +128,15 @@ class Verifier:
                 self._cache.clear()
             fresh = {(*pair, extra): ok for pair, ok in zip(todo, found, strict=True)}
             known = {key: self._cache[key] for p in pairs if (key := (*p, extra)) in self._cache}
-            self._cache.update(fresh)
-        return [(known | fresh)[(*pair, extra)] for pair in pairs] if pairs else []
+            self._cache |= {key: ok for key, ok in fresh.items() if ok is not None}
+        return [bool((known | fresh)[(*pair, extra)]) for pair in pairs] if pairs else []
+
+    def counts(self) -> dict[str, int]:
+        """``grading/timeouts``, ``grading/crashes`` and ``grading/unread`` since the last call."""
+        names = ("timeouts", "crashes", "unread")
+        now = {f"grading/{name}": getattr(self, name) for name in names}
+        told, self._told = self._told, now
+        return {name: count - told.get(name, 0) for name, count in now.items()}
 
     def close(self) -> None:
         """Kill the workers; further checks raise."""
@@ -142,19 +162,22 @@ class Verifier:
     def _start(self) -> "_Worker":
         return _Worker(self._timeout, self._memory_limit_mb, self._modules)
 
-    def _run(self, requests: list[bytes]) -> list[bool]:
-        """Hand requests to idle workers until every one has its answer."""
-        results = [False] * len(requests)
+    def _run(self, requests: list[bytes]) -> list[bool | None]:
+        """Hand requests to idle workers until every one has its answer; None where it failed."""
+        results: list[bool | None] = [None] * len(requests)
         waiting = deque(range(len(requests)))
+        again: dict[int, int] = {}  # by the slot of a fresh worker: the check that failed there
         running = 0
-        while waiting or running:
+        while waiting or again or running:
             for slot, worker in enumerate(self._workers):
-                if waiting and worker.idle:
-                    if worker.send(waiting[0], requests[waiting[0]]):
+                if worker.idle and (slot in again or waiting):
+                    task = again[slot] if slot in again else waiting[0]
+                    if not worker.send(task, requests[task], slot in again):
+                        self._replace(slot)  # died between two checks: no check's fault
+                        continue
+                    running += 1
+                    if again.pop(slot, None) is None:
                         waiting.popleft()
-                        running += 1
-                    else:  # died between two checks: no check's fault
-                        self._replace(slot)
             # A worker that is not idle is starting or checking; both have a deadline.
             pending = [w for w in self._workers if not w.idle]
             pause = max(0.0, min(w.deadline for w in pending) - time.monotonic())
@@ -168,7 +191,14 @@ class Verifier:
                 task = worker.task
                 message = worker.receive() if worker.connection in readable else None
                 if message is None:
-                    self._count_loss(worker, late=worker.connection not in readable)
+                    late = worker.connection not in readable or worker.ran_out()
+                    if task is None:
+                        self._failed_start(worker, late=late)
+                    elif worker.retry:
+                        self.timeouts += late
+                        self.crashes += not late
+                    else:
+                        again[slot] = task
                     self._replace(slot)
                 elif task is None:  # it is ready
                     self._failed_starts = 0
@@ -177,12 +207,7 @@ class Verifier:
                 running -= task is not None
         return results
 
-    def _count_loss(self, worker: "_Worker", *, late: bool) -> None:
-        """Book a worker that ended or overran: as its check's fault, or as a failed start."""
-        if worker.task is not None:
-            self.timeouts += late
-            self.crashes += not late
-            return
+    def _failed_start(self, worker: "_Worker", *, late: bool) -> None:
         self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
             reason = "took too long" if late else worker.last_error()
@@ -198,7 +223,7 @@ class _Worker:
 
     def __init__(self, timeout: float, memory_limit_mb: int, modules: tuple[str, ...] = ()):
         self.task: int | None = None
-        self.idle = False
+        self.retry = self.idle = False
         self._timeout = timeout
         self.deadline = time.monotonic() + _START_LIMIT_S
         self.connection, theirs = Pipe()
@@ -218,14 +243,14 @@ class _Worker:
                 stderr=self._errors,
             )
 
-    def send(self, task: int, request: bytes) -> bool:
+    def send(self, task: int, request: bytes, retry: bool = False) -> bool:
         """Give an idle worker its next request; False if the process is gone."""
         try:
             self.connection.send_bytes(request)
         except OSError:
             return False
-        self.task, self.idle = task, False
-        self.deadline = time.monotonic() + self._timeout
+        self.task, self.retry, self.idle = task, retry, False
+        self.deadline = time.monotonic() + _SLEEP_LIMIT_S + 20 * self._timeout
         return True
 
     def receive(self) -> bytes | None:
@@ -236,6 +261,12 @@ class _Worker:
             return None
         self.task, self.idle = None, True
         return message
+
+    def ran_out(self) -> bool:
+        """Whether the process, whose pipe is closed, used up a check's processor time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
+        return self.process.returncode == -signal.SIGXCPU
 
     def last_error(self) -> str:
         """The last line that the process wrote to stderr."""
@@ -255,48 +286,6 @@ class _Worker:
 # ------------------------------------------------------------------------------ worker's side
 
 
-def math_equal(
-    gold: str,
-    predicted: str,
-    *,
-    match_types: Sequence[str] = ("latex", "expr"),
-    float_rounding: int = 6,
-    strict: bool = True,
-    allow_set_relation_comp: bool = False,
-) -> bool:
-    """math-verify on two texts, gold first, with its own alarms off; may run without end.
-
-    ``match_types`` of "latex", "expr" and "string" say what is extracted from the prediction and
-    the gold; the other options are those of ``math_verify.verify``.
-    """
-    import math_verify as mv  # heavy, and needed in the workers only
-
-    kinds = {
-        "latex": mv.LatexExtractionConfig,
-        "expr": mv.ExprExtractionConfig,
-        "string": mv.StringExtractionConfig,
-    }
-    targets = [kinds[name]() for name in match_types]
-
-    def parse(text: str) -> list[Any]:
-        # No number of seconds turns the alarm off, only what the library's annotation lacks.
-        return mv.parse(text, targets, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-
-    gold_parsed = parse(gold)
-    if not gold_parsed:
-        return False
-    return bool(
-        mv.verify(
-            gold_parsed,
-            parse(predicted),
-            float_rounding=float_rounding,
-            strict=strict,
-            allow_set_relation_comp=allow_set_relation_comp,
-            timeout_seconds=None,
-        )
-    )
-
-
 def serve(fd: int, timeout: float, memory_limit_mb: int, modules: Sequence[str] = ()) -> None:
     """A worker's life: answer requests from the pipe ``fd`` until it closes."""
     connection = Connection(fd)
@@ -304,10 +293,8 @@ def serve(fd: int, timeout: float, memory_limit_mb: int, modules: Sequence[str] 
     # checks then. Workers end when the pipe closes, or by SIGKILL.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    logging.disable(logging.CRITICAL)  # math-verify warns that its alarms are off
-    for pair in ((r"$\frac{1}{2}$", "$0.5$"), (r"$2\sqrt{3}$", r"$\sqrt{12}$")):
-        math_equal(*pair)  # imports, the parser's tables, sympy's caches: before the clock runs
-    for name in modules:
+    logging.disable(logging.CRITICAL)
+    for name in (_EQUAL_MODULE, *modules):  # imports and sympy's caches: before the clock runs
         getattr(importlib.import_module(name), "warm_up", lambda: None)()
     _limit_memory(memory_limit_mb)
     connection.send_bytes(_READY)
@@ -316,18 +303,16 @@ def serve(fd: int, timeout: float, memory_limit_mb: int, modules: Sequence[str] 
             gold, predicted, options = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
-        _limit_cpu(3 * timeout + 5)
+        _limit_cpu(timeout)
         try:
-            verdict = _named(options.pop("function", None))(gold, predicted, **options)
+            verdict = _named(options.pop("function"))(gold, predicted, **options)
         except Exception:  # whatever sympy raises, MemoryError and RecursionError included
             verdict = False
         connection.send_bytes(_YES if verdict else _NO)
 
 
-def _named(function: str | None) -> Callable[..., bool]:
-    """The function of a request; math_equal where it names none."""
-    if function is None:
-        return math_equal
+def _named(function: str) -> Callable[..., bool]:
+    """The function of a request."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -342,7 +327,7 @@ def _limit_memory(megabytes: int) -> None:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Let the kernel end a hung check even if the parent that should kill it is gone."""
+    """Let the kernel end a hung check, to the next whole second of processor time."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -350,3 +335,4 @@ def _limit_cpu(seconds: float) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         limit = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the signal would leave a core file

@@ -65,7 +65,8 @@ class GradingSettings:
     """The pool that checks answers."""
 
     workers: int
-    timeout: float  # seconds
+    timeout: float  # seconds of processor time
+    tolerance: float  # relative; 0: exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,8 +348,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("grading.timeout optim.eps", lambda value: value > 0, "must be above 0"),
     (
-        "filter.low filter.high data.max_bad_share optim.warmup_ratio optim.final_fraction "
-        "optim.b1 optim.b2",
+        "grading.tolerance filter.low filter.high data.max_bad_share optim.warmup_ratio "
+        "optim.final_fraction optim.b1 optim.b2",
         lambda value: 0 <= value <= 1,
         "must lie between 0 and 1",
     ),
