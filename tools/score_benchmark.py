@@ -7,7 +7,7 @@ drawn marks an official random draw, no_judgement says why a judge gave none. Ro
 or a judgement count as wrong.
 
 Modes: official_rule = the benchmark's own rule; strict = this project's grader (options by letter
-or text, numbers, math-verify), without anything at random; judge = extraction and judgement by the
+or text, numbers, expressions), without anything at random; judge = extraction and judgement by the
 language model --judge_model. A judge's run that was stopped goes on where it stood when the same
 command is run again. Exit code 3: some judgements did not arrive, run again.
 """

@@ -1,7 +1,7 @@
 """Scores of prediction rows on a benchmark, in one of three modes, and their summary.
 
 ``official_rule`` is the benchmark's own rule. ``strict`` is this project's grader, the same for
-every benchmark: the option's letter or text, else numbers and math-verify, nothing at random.
+every benchmark: the option's letter or text, else numbers and expressions, nothing at random.
 ``judge`` is a language model's extraction and judgement (``judge``), behind a server.
 """
 

@@ -13,7 +13,7 @@ from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS, Verdict
 
 
-def grade(
+def grade(  # what was sampled, what each prompt asks, and who decides
     completions_PGR: np.ndarray,
     completion_mask_PGR: np.ndarray,
     *,
