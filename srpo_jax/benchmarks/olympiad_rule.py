@@ -16,7 +16,7 @@ from sympy.parsing.latex import _parse_latex_antlr as antlr
 from srpo_jax.rewards.braces import braced_spans
 
 # The parser asks for antlr 4.11 by name; its tables are in the format that 4.10 to 4.13 share, and
-# math-verify brings a later one of these.
+# requirements.txt has the last one of these.
 antlr.version = lambda package: "4.11"
 
 _REPLACED = {
