@@ -1,10 +1,11 @@
 r"""Tokens of LaTeX answers, as the parser latex2sympy2 reads them.
 
 MathVision and EMMA compare expressions by what latex2sympy2 1.9 makes of them. That package is not
-maintained and needs an older antlr than sympy's parser, so its language is read here by our own code
-(after its published grammar): tokens in this module, trees in ``tree``, values in ``value``. Two properties decide verdicts and are kept: the longest token wins, so that words
-such as "triangles" start with the keyword "tr"; and tokens are read only as far as the parser
-looks, so that an impossible character behind a complete expression does no harm.
+maintained and needs an older antlr than sympy's parser, so its language is read here by our own
+code (after its published grammar): tokens in this module, trees in ``tree``, values in ``value``.
+Two properties decide verdicts and are kept: the longest token wins, so that words such as
+"triangles" start with the keyword "tr"; and tokens are read only as far as the parser looks, so
+that an impossible character behind a complete expression does no harm.
 """
 
 import re
