@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import types
 
 import jax
 import jax.numpy as jnp
@@ -221,3 +222,13 @@ def test_host_state_holds_bytes_and_arrays_and_nothing_pickled():
         checkpoint.pack_host({"x": object()}, {})
     with pytest.raises((pickle.UnpicklingError, ValueError)):
         checkpoint.unpack_host(pickle.dumps(values))
+
+
+def test_of_two_equal_bests_the_newer_one_is_kept():
+    best = checkpoint._KeepBest()
+    assert best.step() is None
+    for step, metric in ((1, 0.5), (2, None), (3, 0.7), (4, 0.7), (5, 0.6)):
+        best.note(step, metric)
+    assert best.step() == 4
+    steps = [types.SimpleNamespace(step=n) for n in (3, 4, 5)]
+    assert best.should_preserve(steps, context=None) == [False, True, False]

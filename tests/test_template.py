@@ -197,6 +197,30 @@ def test_first_and_last_of_three_answers():
     assert answers_of(text) == answers_of(text, OPENRLHF) == ("3", "2")
 
 
+def test_broken_responses_still_tell_which_block_is_which():
+    """Of several candidates: the last think, the first reflection behind the first answer."""
+    text = (
+        "<reflection>early</reflection><think>a</think><answer>1</answer>"
+        "<reflection>late</reflection><reflection>later</reflection>"
+        "<think>b</think><think>c</think><answer>2</answer>"
+    )
+    spans = parse(text).spans
+    assert text[slice(*spans["reflection"])] == "late"
+    assert text[slice(*spans["second_think"])] == "c"
+    assert text[slice(*spans["second_answer"])] == "2"
+    only_early = "<reflection>early</reflection><think>a</think><answer>1</answer>"
+    assert only_early[slice(*parse(only_early).spans["reflection"])] == "early"
+
+
+def test_a_block_that_overlaps_another_is_kept_and_one_inside_another_is_not():
+    text = "<think>a<answer>1</think>b</answer><reflection>r</reflection>"
+    spans = parse(text).spans
+    assert text[slice(*spans["first_answer"])] == "1</think>b"
+    assert text[slice(*spans["first_think"])] == "a<answer>1"
+    inside = "<think>a<answer>1</answer>b</think><answer>2</answer>"
+    assert inside[slice(*parse(inside).spans["first_answer"])] == "2"
+
+
 def test_a_lone_answer_is_first_and_final_but_no_second():
     assert answers_of(ONE_ROUND) == ("2", "2")
     parsed = parse(ONE_ROUND)
