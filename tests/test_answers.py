@@ -583,3 +583,21 @@ def test_agrees_with_the_published_verdicts_on_mathvision(shared_data, verifier)
     # Nothing that was right becomes wrong but where the official answer is rounded or torn.
     lost = [row["id"] for d, row in settled if row["correct"] and not d]
     assert len(lost) <= 6, lost
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("12", "Area = 12", True),
+        ("12", r"\text{total area} = 12", True),
+        ("12 cm", "length = 12 cm", True),
+        ("12", "area = 13", False),
+        ("12", "area = 12 or 13", False),
+        ("12", "area = 3 = 12", False),
+        ("12", r"area \neq 12", False),
+        ("12", "not = 12", False),
+        ("3", "sin = 3", False),
+    ],
+)
+def test_words_that_name_a_value_are_no_part_of_it(gold, answer, right, verifier):
+    assert verifier.check([(gold, answer, ())]) == [right]

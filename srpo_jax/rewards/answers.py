@@ -46,6 +46,13 @@ _LEAD = re.compile(
     r"|(?:正确)?(?:答案|选项|结果|故选|应选|选择|选)\s*[是为]?\s*:?",
     re.IGNORECASE,
 )
+# "Area = 12": words that name what follows, of which no part is another relation or a hedge.
+_NAMED = re.compile(
+    r"(?!.*\b(?:or|not|maybe|if|except|sin|cos|tan|cot|sec|csc|log|lim|max|min|gcd|lcm|exp|det)\b)"
+    r"(?:\\text\{)?\s*[A-Za-z]{3,}(?:\s[A-Za-z]{2,})*\s*\}?\s*="
+    r"(?=[^=<>≠≤≥≈]*$)(?!.*\\(?:neq?|l[et]q?|g[et]q?|approx)\b)",
+    re.I,
+)
 _ANNOUNCED = re.compile(r"[.;:,!?]\s(?:so\s)?(?:the\s)?(?:final\s|correct\s)?answer\sis\b", re.I)
 _TAIL = re.compile(
     r"\sis\s(?:(?:the\s)?(?:correct|right)(?:\s(?:answer|option|choice|one))?"
@@ -139,7 +146,7 @@ def _unwrap(text: str) -> str:
             text = text[:-1].rstrip()
         tagged = _TAGGED.fullmatch(text)
         text = tagged[2] if tagged else text
-        lead = _LEAD.match(text)
+        lead = _LEAD.match(text) or _NAMED.match(text)
         if lead and text[lead.end() :].strip():
             text = text[lead.end() :].strip()
         if text == before:
