@@ -38,22 +38,17 @@ _LITERALS = {
     "mod": [r"\mod"],
     "<=": _commands("leq le leqslant"),
     ">=": _commands("geq ge geqslant"),
-    "==": ["==", r"\equiv"],
-    "!=": ["!=", "!==", r"\ne", r"\neq", r"\not\equiv"],
-    "in": [r"\in"],
     "transpose": ["^T", "^{T}", r"^{\top}", "'"],
     "func": _commands(
         "log ln exp sin cos tan csc sec cot arcsin arccos arctan arccsc arcsec arccot sinh cosh "
         "tanh arsinh arcosh artanh arcsinh arccosh arctanh floor ceil det"
     ),
-    "many": _commands("gcd lcm max min"),
     "sqrt": [r"\sqrt"],
     "frac": [r"\frac"],
     "binom": _commands("binom tbinom dbinom"),
     "choose": [r"\choose"],
     "pi": [r"\pi"],
     "e": ["e", r"\exponentialE"],
-    "symbol": _commands("infty partial"),
     "name": _commands(
         "alpha beta Gamma gamma Delta delta epsilon varepsilon zeta eta Theta theta vartheta iota "
         "kappa Lambda lambda mu nu Xi xi omicron Pi varpi rho varrho Sigma sigma varsigma tau "
@@ -69,8 +64,11 @@ _LITERALS = {
         "mathellipsis mathfrak mathinner mathit mathnormal mathop mathopen mathord mathpunct "
         "mathrel mathring mathrlap mathrm mathscr mathsf mathsterling mathtt"
     ),
-    # Constructs whose value is never a plain number; they begin a factor all the same.
-    "unsupported": _commands("lim int sum prod operatorname |")
+    # What has no value, whatever it stands for: an expression that goes on with it has none either.
+    "valueless": ["==", "!=", "!=="]
+    + _commands(
+        r"equiv ne neq not\equiv in infty partial gcd lcm max min lim int sum prod operatorname |"
+    )
     + [rf"\begin{{{kind}}}" for kind in ("matrix", "pmatrix", "bmatrix", "vmatrix")],
     # Tokens that no expression can go on with: one behind an expression ends it.
     "stop": _commands(
@@ -96,8 +94,8 @@ _LITERAL = re.compile("|".join(re.escape(text) for text in sorted(_KINDS, key=le
 _SKIPPED = re.compile(r"(?:[ \t\r\n]+|\\\$)+")
 _PATTERNS = {
     "literal": _LITERAL,
-    "differential": re.compile(r"d[ \t\r\n]*(?:[a-zA-Z]|\\[a-zA-Z]+)"),
-    "letter": re.compile(r"[a-df-zA-DF-Z]"),
+    "valueless": re.compile(r"d[ \t\r\n]*(?:[a-zA-Z]|\\[a-zA-Z]+)"),  # a differential
+    "name": re.compile(r"[a-df-zA-DF-Z]"),
     "number": re.compile(r"\d*(?:,\d{3})*\.\d+|\d+(?:,\d{3})*", re.ASCII),
 }
 

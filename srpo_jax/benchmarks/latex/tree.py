@@ -5,9 +5,10 @@ whole expression and ignores what follows: "4.Therefore" is 4. Factors side by s
 ``*`` and ``/`` ("1/2\pi" is 1/(2 pi)), powers bind to the left (2^3^2 is 64), and ``\frac`` and
 ``\sqrt`` need their braces.
 
-A tree is a tuple: ("number", Fraction), ("name", text), ("list",), ("pi",), or an operation's name
-and its operands: "add", "sub", "mul", "div", "mod", "neg", "pow", "factorial", "abs", "floor",
-"ceil", "binom", "apply", a function's name, or a relation ("<", "==", "=", ...).
+A tree is a tuple: ("number", Fraction), ("name",), ("pi",), or an operation's name and its
+operands: "add", "sub", "mul", "div", "mod", "neg", "pow", "factorial", "abs", "floor", "ceil",
+"binom", a function's name, or a relation ("<", "=", ...). Names have no value, so that it does not
+matter which one it is, and subscripts are passed over.
 """
 
 from fractions import Fraction
@@ -19,7 +20,7 @@ Tree = tuple
 
 _MAX_DIGITS = 4000  # of one number
 _MAX_TOKENS = 5000  # of one expression; the parser it stands for gives up at a thousand factors
-_RELATIONS = {"=", "==", "<", "<=", ">", ">=", "!=", "in"}
+_RELATIONS = {"=", "<", "<=", ">", ">="}
 _CLOSERS = {
     "(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lgroup": r"\rgroup", r"\lbrace": r"\rbrace",
     r"\lbrack": r"\rbrack", "|": "|", r"\lvert": r"\rvert", r"\vert": r"\vert",
@@ -30,9 +31,9 @@ _AROUND = {
     "|": "abs", r"\lvert": "abs", r"\vert": "abs", r"\lfloor": "floor", r"\llcorner": "floor",
     r"\lceil": "ceil", r"\ulcorner": "ceil",
 }  # fmt: skip
-_ATOMS = {"number", "percent", "pi", "symbol", "letter", "name", "accent", "differential"}
-_SIMPLE = _ATOMS | {"frac", "binom", "unsupported", r"\left", r"\mleft"} | set(_CLOSERS)
-_FUNCTIONS = {"func", "many", "sqrt", "e"}
+_ATOMS = {"number", "percent", "pi", "name", "accent"}
+_SIMPLE = _ATOMS | {"frac", "binom", "valueless", r"\left", r"\mleft"} | set(_CLOSERS)
+_FUNCTIONS = {"func", "sqrt", "e"}
 
 
 def parse(text: str) -> Tree:
@@ -133,24 +134,24 @@ class _Parser:
         tree = self._primary()
         while self._takes("^"):
             tree = ("pow", tree, self._argument())
-            if self.kind == "_":
-                self._subscript()
+            self._subscript()
         return tree
 
     def _argument(self) -> Tree:
         """What ``^`` and ``_`` take: a braced expression or one atom."""
         return self._braced() if self.kind == "{" else self._atom()
 
-    def _subscript(self) -> str:
-        """``_`` and what follows it, as text that tells names apart."""
-        self._take("_")
+    def _subscript(self) -> None:
+        """Passes over ``_`` and what belongs to it, where it is next."""
+        if not self._takes("_"):
+            return
         if not self._takes("{"):
-            return f"_{_text(self._atom())}"
-        parts = [self.expression()]
+            self._atom()
+            return
+        self.expression()
         while self._takes(","):
-            parts.append(self.expression())
+            self.expression()
         self._take("}")
-        return f"_{','.join(map(_text, parts))}"
 
     # ------------------------------------------------------------------------------- operands
 
@@ -190,30 +191,13 @@ class _Parser:
             return _number(token.text)
         if token.kind == "pi":
             return ("pi",)
-        if token.kind in ("symbol", "differential"):
-            raise LatexError(f"{token.text} is no number")
-        name = token.text
         if token.kind == "accent":
-            name += f"{{{_text(self._braced())}}}"
-        if self.kind == "_":
-            name += self._subscript()
-        if self.kind in ("(", "[") and (argument := self._call()) is not None:
-            return ("apply", name, argument)
-        return ("name", name)
-
-    def _call(self) -> Tree | None:
-        """The argument where a name is applied to one atom: f(3); None where it is a factor."""
-        if self._peek(1).kind in ("number", "letter", "pi") and self._peek(2).kind in (")", "]"):
-            self._take()
-            tree = self._atom()
-            self._take(")", "]")
-            return tree
-        return None
+            self._braced()
+        self._subscript()
+        return ("name",)
 
     def _function(self) -> Tree:
         token = self._take()
-        if token.kind == "many":
-            raise LatexError(f"{token.text} is not supported")
         if token.kind == "e":
             power = self._argument() if self._takes("^") else ("number", Fraction(1))
             return ("exp", power)
@@ -259,7 +243,3 @@ def _number(text: str) -> Tree:
         raise LatexError(f"a number of {len(digits)} digits")
     value = Fraction("0" + digits)
     return ("number", value / 100 if text.endswith("%") else value)
-
-
-def _text(tree: Tree) -> str:
-    return "".join(str(part) if not isinstance(part, tuple) else _text(part) for part in tree)

@@ -72,9 +72,7 @@ class _Evaluator:
             return exact.numerator if exact.denominator == 1 else float(exact)
         if name == "pi":
             return math.pi
-        if name == "name":
-            raise LatexError(f"{operands[0]} has no value")
-        if name == "=" and operands[0][0] == "name" and not self._printed:  # x = 5 is 5
+        if name == "=" and operands[0] == ("name",) and not self._printed:  # x = 5 is 5
             return self.value(operands[1])
         if name == "exp":
             return self._exponential(operands[0])
