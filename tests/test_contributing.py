@@ -18,6 +18,7 @@ from srpo_jax.data.records import OPENERS, open_records
 from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import SIZES, size_config
+from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.grade import grade_sequences
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.terms import ALPHA
@@ -52,9 +53,8 @@ def test_a_reward_profile_grades_responses():
     with Verifier(workers=1) as verifier:
         verdict, _ = grade_sequences(
             [list(text.encode()) for text in written],
+            [Question("4")] * 2,
             token_text=TokenText([bytes([i]) for i in range(256)]),
-            golds=["4", "4"],
-            choices=[(), ()],
             verifier=verifier,
             profile=profile,
         )

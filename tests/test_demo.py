@@ -15,7 +15,7 @@ from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.data.records import open_records
 from srpo_jax.model.config import load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
-from srpo_jax.rewards.answers import gold_problem
+from srpo_jax.rewards.answers import Question, gold_problem
 from srpo_jax.rewards.grade import grade
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
@@ -215,8 +215,8 @@ def test_the_written_responses_earn_the_full_reward(demo, processor):
         verdict, details = grade(
             ids,
             mask,
+            [Question(record.answer) for record in records],
             token_text=TokenText(token_bytes(processor.tokenizer), processor.eos_ids),
-            golds=[record.answer for record in records],
             verifier=verifier,
         )
     assert verdict.format_ok.all() and verdict.reflection_ok.all() and verdict.final_correct.all()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.verifier import Verifier
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "grading.md"
@@ -26,4 +27,4 @@ def test_every_line_of_the_table_is_read():
 @pytest.mark.parametrize(("gold", "answer", "options", "right"), ROWS)
 def test_the_table_tells_what_is_right(verifier, gold, answer, options, right):
     choices = tuple(filter(None, options.split(", ")))
-    assert verifier.check([(gold, answer, choices)]) == [right == "yes"]
+    assert verifier.check([(Question(gold, choices), answer)]) == [right == "yes"]

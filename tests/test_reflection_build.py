@@ -25,6 +25,7 @@ from srpo_jax.reflection import settings as settings_lib
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
 from srpo_jax.reflection.write import account, tally
+from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.verifier import Verifier
 from tools import build_reflection_data as tool
 from tools.demo import tiles
@@ -111,9 +112,12 @@ def test_everything_accepted_is_right_in_both_targets(built):
             rows = [records[i] for i in range(len(records))]
             assert rows
             with Verifier(1) as verifier:
-                answers = [(r.answer, r.extra["second_answer"], r.choices) for r in rows]
-                firsts = [(r.answer, r.extra["first_answer"], r.choices) for r in rows]
-                assert all(verifier.check(answers))
+                asked = [Question(r.answer, r.choices) for r in rows]
+                seconds, firsts = (
+                    [(question, r.extra[name]) for question, r in zip(asked, rows, strict=True)]
+                    for name in ("second_answer", "first_answer")
+                )
+                assert all(verifier.check(seconds))
                 labels = [r.extra["first_correct"] for r in rows]
                 assert verifier.check(firsts) == labels
             for row in rows:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.grade import grade, grade_sequences
 from srpo_jax.rewards.profiles import (
     GRPO,
@@ -199,7 +200,7 @@ def respond(answer1="2", answer2="2", reflection="r", before="", after="", think
 
 def score(verifier, text: str, gold: str, profile: Profile):
     found, _ = grade_sequences(
-        [list(text.encode())], token_text=BYTES, golds=[gold], choices=[()],
+        [list(text.encode())], [Question(gold)], token_text=BYTES,
         verifier=verifier, profile=profile,
     )  # fmt: skip
     return jax.tree.map(lambda x: float(x[0]), profile.terms(found, ALPHA))
@@ -284,8 +285,8 @@ def test_verl_reads_the_first_and_last_box(verifier, name):
 
 def test_a_lone_box_stands_for_both_answers_of_verl(verifier):
     found, details = grade_sequences(
-        [list(rb"\boxed{2}"), list(b"2")], token_text=BYTES, golds=["2", "2"],
-        choices=[(), ()], verifier=verifier, profile=VERL_FIXED,
+        [list(rb"\boxed{2}"), list(b"2")], [Question("2")] * 2, token_text=BYTES,
+        verifier=verifier, profile=VERL_FIXED,
     )  # fmt: skip
     assert found.has_first.tolist() == found.has_second.tolist() == [True, False]
     assert found.first_tokens.tolist() == [0, 0]  # no blocks: no f_len
@@ -307,8 +308,8 @@ def test_grade_keeps_prompts_and_samples_in_their_places(verifier):
         data = list(texts[p][g].encode()) + [0]  # byte 0 as EOS
         ids[p, g, : len(data)], mask[p, g, : len(data)] = data, True
     found, details = grade(
-        ids, mask, token_text=TokenText(ONE_BYTE, eos_ids=(0,)), golds=["2", "right"],
-        choices=[(), ("right", "left")], verifier=verifier,
+        ids, mask, [Question("2"), Question("right", ("right", "left"))],
+        token_text=TokenText(ONE_BYTE, eos_ids=(0,)), verifier=verifier,
     )  # fmt: skip
     assert found.first_correct.tolist() == [[True, False], [False, False]]
     assert found.final_correct.tolist() == [[True, True], [False, True]]
@@ -335,15 +336,15 @@ def test_a_profile_of_ones_own_is_one_of_the_four_with_parts_replaced(verifier):
     assert mine != PAPER and mine == dataclasses.replace(mine) and len({mine, PAPER}) == 2
     alone = "<answer>2</answer>"
     found, _ = grade_sequences(
-        [list(alone.encode()), list(respond("2", "3").encode())], token_text=BYTES,
-        golds=["2", "2"], choices=[(), ()], verifier=verifier, profile=mine,
+        [list(alone.encode()), list(respond("2", "3").encode())], [Question("2")] * 2,
+        token_text=BYTES, verifier=verifier, profile=mine,
     )  # fmt: skip
     assert found.format_ok.tolist() == [True, False]
     assert mine.terms(found, 0.1).total.tolist() == [2.0, 0.0]
     assert score(verifier, alone, "2", PAPER).r_format == 0.0
 
 
-def test_grade_refuses_golds_that_do_not_match_the_prompts(verifier):
+def test_grade_refuses_questions_that_do_not_match_the_prompts(verifier):
     ids = np.zeros((2, 1, 4), np.int32)
-    with pytest.raises(ValueError, match="2 prompts, but 1 golds"):
-        grade(ids, ids == 0, token_text=BYTES, golds=["2"], verifier=verifier)
+    with pytest.raises(ValueError, match="2 prompts, but 1 questions"):
+        grade(ids, ids == 0, [Question("2")], token_text=BYTES, verifier=verifier)

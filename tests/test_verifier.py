@@ -11,6 +11,7 @@ import time
 import pytest
 
 from srpo_jax.rewards import verifier as verifier_module
+from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.verifier import Verifier
 
 MATH_VERIFY = "tests.math_verify_helpers:math_equal"
@@ -26,10 +27,10 @@ def pool():
 
 def test_results_come_in_the_order_of_the_items(pool):
     golds = [str(n) for n in range(1, 9)]
-    items = [(g, rf"\sqrt{{{int(g) ** 2}}}", ()) for g in golds]
-    items[2] = ("3", r"\sqrt{10}", ())
-    items[5] = ("A", "(A)", ())  # settled without a worker
-    items[6] = ("7", None, ())
+    items = [(Question(g), rf"\sqrt{{{int(g) ** 2}}}") for g in golds]
+    items[2] = (Question("3"), r"\sqrt{10}")
+    items[5] = (Question("A"), "(A)")  # settled without a worker
+    items[6] = (Question("7"), None)
     assert pool.check(items) == [True, True, False, True, True, True, False, True]
     assert pool.check([]) == [] and pool.verify_math([]) == []
 
@@ -75,7 +76,7 @@ def test_a_hung_check_costs_one_sample_its_time_limit():
         assert time.monotonic() - start < 60  # the check itself would take hours
         assert (pool.timeouts, pool.crashes) == (1, 0)  # equal pairs are one check
         assert pool.verify_math([("$2$", "$4/2$")]) == [True]  # replaced
-        assert pool.check([("5", r"\boxed{9^{9^{9^9}}}", ())]) == [False]
+        assert pool.check([(Question("5"), r"\boxed{9^{9^{9^9}}}")]) == [False]
         assert pool.timeouts == 2
 
 
@@ -129,7 +130,7 @@ def test_a_failed_check_is_not_remembered_and_counts_are_told_once():
     with Verifier(workers=1, timeout=0.5) as pool:
         for _ in range(2):
             assert pool.verify_math([HANG]) == [False]
-            assert pool.check([("5", "five, I think", ())]) == [False]
+            assert pool.check([(Question("5"), "five, I think")]) == [False]
             told = {"grading/timeouts": 1, "grading/crashes": 0, "grading/unread": 1}
             assert pool.counts() == told
         assert set(pool.counts().values()) == {0}

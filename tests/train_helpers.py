@@ -163,7 +163,7 @@ def evaluation_config(paths: dict[str, str], **mesh):
     return config
 
 
-def fake_grade(completions_PGR, completion_mask_PGR, *, golds, **_):
+def fake_grade(completions_PGR, completion_mask_PGR, *_, **__):
     """Verdicts that depend on the sampled tokens: random weights earn no real reward."""
     ids = np.where(completion_mask_PGR, completions_PGR, 0).astype(np.int64)
     number = (ids * np.arange(1, ids.shape[-1] + 1)).sum(-1)

@@ -22,7 +22,7 @@ import numpy as np
 
 from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.processing import token_bytes
-from srpo_jax.rewards.answers import answer_problem
+from srpo_jax.rewards.answers import Question, answer_problem
 from srpo_jax.rewards.grade import grade_sequences
 from srpo_jax.rewards.profiles import PAPER, PROFILES, profile_named
 from srpo_jax.rewards.template import TokenText
@@ -136,16 +136,10 @@ def _score(
     args: argparse.Namespace,
 ) -> list[dict]:
     """The rows with what scoring adds."""
-    choices = [tuple(row.get("choices") or ()) for row in rows]
-    golds = [str(row["answer"]) for row in rows]
+    questions = [Question(str(row["answer"]), tuple(row.get("choices") or ())) for row in rows]
     profile = profile_named(args.profile)
     verdict, details = grade_sequences(
-        ids,
-        token_text=token_text,
-        golds=golds,
-        choices=choices,
-        verifier=verifier,
-        profile=profile,
+        ids, questions, token_text=token_text, verifier=verifier, profile=profile
     )
     terms = jax.tree.map(np.asarray, profile.terms(verdict, args.alpha))
     scored = []
@@ -161,8 +155,7 @@ def _score(
         out["block_tokens"] = dict(zip(BLOCKS, verdict.block_tokens[i].tolist(), strict=True))
         out["first_tokens"] = int(verdict.first_tokens[i])
         out["total_tokens"] = int(verdict.total_tokens[i])
-        problem = answer_problem(golds[i], choices[i])
-        if problem:
+        if problem := answer_problem(questions[i].gold, questions[i].choices):
             out["gold_problem"] = problem
         scored.append(out)
     return scored

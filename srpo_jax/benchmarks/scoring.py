@@ -14,7 +14,7 @@ from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.common import Benchmark, Row, Scored, choices, each, response
 from srpo_jax.benchmarks.judge.client import Judge
 from srpo_jax.benchmarks.judge.flows import judged
-from srpo_jax.rewards.answers import answer_problem, boxed, extract_answer
+from srpo_jax.rewards.answers import Question, answer_problem, boxed, extract_answer
 from srpo_jax.rewards.verifier import Verifier
 
 MODES = ("official_rule", "strict")  # without a server
@@ -119,7 +119,7 @@ def _strict(benchmark: Benchmark, rows: Sequence[Row], pool: Verifier | None) ->
     answers, golds = each(strict_answer, rows), each(benchmark.golds, rows)
     options = each(choices, rows)
     items = [
-        (target, answer, wanted)
+        (Question(target, tuple(wanted)), answer)
         for targets, answer, wanted in zip(golds, answers, options, strict=True)
         for target in targets
     ]

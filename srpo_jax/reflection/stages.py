@@ -17,7 +17,7 @@ from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
 from srpo_jax.remote.protocol import Endpoint, Reply, Request
 from srpo_jax.remote.replies import BadReply, reply_fields
-from srpo_jax.rewards.answers import extract_answer
+from srpo_jax.rewards.answers import Question, extract_answer
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.template import Completion, parse_response
 from srpo_jax.rewards.verifier import Verifier
@@ -240,7 +240,7 @@ def _grade(run: Run, part: list[Try], verifier: Verifier) -> Iterator[Result]:
     records = [run.items[item] for item, _ in part]
     rounds = [first_round(run.store.result("attempt", *one).data["text"]) for one in part]
     answers = [
-        (record.answer, found and found[1], record.choices)
+        (Question(record.answer, record.choices), found and found[1])
         for record, found in zip(records, rounds, strict=True)
     ]
     verdicts = verifier.check(answers)
@@ -380,7 +380,7 @@ def _verify(
     records = [run.items[item] for item, _ in part]
     # A paper target has no second answer of its own: the gold stands there.
     answers = [
-        (record.answer, reply.get("second_answer", record.answer), record.choices)
+        (Question(record.answer, record.choices), reply.get("second_answer", record.answer))
         for record, reply in zip(records, replies, strict=True)
     ]
     verdicts = verifier.check(answers)

@@ -206,7 +206,7 @@ def _first_correct(row: Row, found: dict[str, str | None]) -> bool | None:
     if target is None or found["first_answer"] is None:
         return None
     result = decide(target, found["first_answer"], choices(row))
-    return result if isinstance(result, bool) else None
+    return None if isinstance(result, tuple) else bool(result)
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:

@@ -259,6 +259,15 @@ def _option_letter(text: str, choices: tuple[str, ...]) -> int | None:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What answers to one question are graded against."""
+
+    gold: str
+    choices: tuple[str, ...] = ()  # none: an open question
+    tolerance: Tolerance = EXACT
+
+
+@dataclass(frozen=True)
 class Gold:
     """A gold answer, read once per prompt."""
 
@@ -269,7 +278,7 @@ class Gold:
 
 
 @lru_cache(maxsize=4096)
-def _read_gold(gold: str, choices: tuple[str, ...]) -> Gold | str:
+def read_gold(gold: str, choices: tuple[str, ...] = ()) -> Gold | str:
     """The gold answer, or the reason why no answer could be compared with it."""
     if not gold.strip():
         return "the answer is empty"
@@ -305,18 +314,10 @@ def _tree(text: str) -> Tree | None:
         return None
 
 
-def gold_kind(gold: str, choices: Sequence[str] = ()) -> str:
-    """ "choice", "math" or "text"; ValueError with the reason for a gold that has a problem."""
-    read = _read_gold(str(gold), tuple(choices))
-    if isinstance(read, str):
-        raise ValueError(read)
-    return read.kind
-
-
 def answer_problem(gold: str, choices: Sequence[str] = ()) -> str | None:
     """Why a gold answer cannot be compared with anything, None for a good one."""
-    read = _read_gold(str(gold), tuple(choices))
-    return read if isinstance(read, str) else None
+    found = read_gold(gold, tuple(choices))
+    return found if isinstance(found, str) else None
 
 
 def gold_problem(record: "Record") -> str | None:
@@ -371,21 +372,14 @@ def _is_balanced(text: str) -> bool:
 
 def decide(
     gold: str, answer: str | None, choices: Sequence[str] = (), tolerance: Tolerance = EXACT
-) -> bool | Pair:
+) -> bool | Pair | None:
     """Whether an answer block's text gives the gold answer, or what a worker must compare.
 
-    Returns True or False, or (gold, prediction) as two expressions in ``$``. An answer that is
-    missing, blank, longer than MAX_ANSWER_CHARS or not read to its end is wrong, and so is every
-    answer to a gold with a problem.
+    Returns True or False, or (gold, prediction) as two expressions in ``$``; None for an answer
+    that could not be read to its end, which is wrong. So is one that is missing, blank or longer
+    than MAX_ANSWER_CHARS, and every answer to a gold with a problem.
     """
-    return judge(gold, answer, choices, tolerance) or False
-
-
-def judge(
-    gold: str, answer: str | None, choices: Sequence[str] = (), tolerance: Tolerance = EXACT
-) -> bool | Pair | None:
-    """As ``decide``, but None for an answer that could not be read."""
-    target = _read_gold(str(gold), tuple(choices))
+    target = read_gold(gold, tuple(choices))
     if isinstance(target, str) or answer is None:
         return False
     extracted = extract_answer(answer)

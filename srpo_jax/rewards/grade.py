@@ -3,88 +3,69 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from srpo_jax.rewards.answers import extract_answer
+from srpo_jax.rewards.answers import Question, extract_answer
 from srpo_jax.rewards.profiles import PAPER, Answers, Profile
-from srpo_jax.rewards.quantities import EXACT, Tolerance
 from srpo_jax.rewards.template import Completion, ParsedResponse, TokenText, parse_response
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS, Verdict
 
 
-def grade(  # what was sampled, what each prompt asks, and who decides
+def grade(
     completions_PGR: np.ndarray,
     completion_mask_PGR: np.ndarray,
+    questions: Sequence[Question],
     *,
     token_text: TokenText,
-    golds: Sequence[str],
-    choices: Sequence[Sequence[str]] | None = None,
-    tolerances: Sequence[Tolerance] | None = None,
     verifier: Verifier,
     profile: Profile = PAPER,
 ) -> tuple[Verdict, list[dict[str, Any]]]:
-    """Grade the G completions of each of P prompts against the prompt's gold answer.
+    """Grade the G completions of each of P prompts against the prompt's question.
 
     Args:
       completions_PGR: int token ids; ``completion_mask_PGR`` bool, True up to and including EOS.
-      golds, choices, tolerances: one per prompt; no choices means an open question, no tolerances
-        that answers must be exact.
+      questions: one per prompt.
       profile: whose template rules hold, and which answers count.
     Returns:
       The Verdict as numpy arrays [P, G] (block_tokens [P, G, 5]), and for each sample, prompt after
       prompt, a dict of ``text``, ``spans`` (half-open token ranges by block name, None for a
       missing block), ``first_answer`` and ``final_answer`` (extracted, None without one).
     Raises:
-      ValueError where golds or choices do not match the prompts.
+      ValueError where questions do not match the prompts.
     """
-    prompts, group = completions_PGR.shape[:2]
-    if len(golds) != prompts or (choices is not None and len(choices) != prompts):
-        raise ValueError(
-            f"{prompts} prompts, but {len(golds)} golds and "
-            f"{'no' if choices is None else len(choices)} lists of choices"
-        )
-    sequences = [
-        completions_PGR[p, g][np.asarray(completion_mask_PGR[p, g], bool)]
-        for p in range(prompts)
-        for g in range(group)
-    ]
-    per_sample = [p for p in range(prompts) for _ in range(group)]
+    prompts, group, length = completions_PGR.shape
+    if len(questions) != prompts:
+        raise ValueError(f"{prompts} prompts, but {len(questions)} questions")
+    samples = completions_PGR.reshape(-1, length)
+    masks = np.asarray(completion_mask_PGR, bool).reshape(-1, length)
     verdict, details = grade_sequences(
-        sequences,
+        [tokens[mask] for tokens, mask in zip(samples, masks, strict=True)],
+        [question for question in questions for _ in range(group)],
         token_text=token_text,
-        golds=[str(golds[p]) for p in per_sample],
-        choices=[tuple(choices[p]) if choices else () for p in per_sample],
-        tolerances=[tolerances[p] for p in per_sample] if tolerances else None,
         verifier=verifier,
         profile=profile,
     )
-    shaped = {
-        name: getattr(verdict, name).reshape(prompts, group, *getattr(verdict, name).shape[1:])
-        for name in Verdict.__dataclass_fields__
-    }
-    return Verdict(**shaped), details
+    return jax.tree.map(lambda x: x.reshape(prompts, group, *x.shape[1:]), verdict), details
 
 
 def grade_sequences(
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int] | np.ndarray],
+    questions: Sequence[Question],
     *,
     token_text: TokenText,
-    golds: Sequence[str],
-    choices: Sequence[Sequence[str]],
-    tolerances: Sequence[Tolerance] | None = None,
     verifier: Verifier,
     profile: Profile = PAPER,
 ) -> tuple[Verdict, list[dict[str, Any]]]:
-    """As ``grade`` for B completions of any lengths with a gold and choices each: arrays [B]."""
+    """As ``grade`` for B completions of any lengths with a question each: arrays [B]."""
     completions = [token_text.completion(ids) for ids in sequences]
     parsed = [parse_response(completion, profile.template) for completion in completions]
     answers = [profile.answers(*pair) for pair in zip(completions, parsed, strict=True)]
     # One batch for the pool, which checks equal answers of a group once.
-    tolerances = tolerances or [EXACT] * len(answers)
     items = [
-        (gold, answer, options, tolerance)
-        for gold, options, tolerance, found in zip(golds, choices, tolerances, answers, strict=True)
+        (question, answer)
+        for question, found in zip(questions, answers, strict=True)
         for answer in (found.first, found.final)
     ]
     correct_B2 = np.array(verifier.check(items), bool).reshape(len(parsed), 2)

@@ -27,8 +27,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from srpo_jax.rewards.answers import judge
-from srpo_jax.rewards.quantities import EXACT, Tolerance
+from srpo_jax.rewards.answers import Question, decide
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 120.0  # importing sympy on a loaded machine; not part of any check's time
@@ -37,9 +36,6 @@ _MAX_FAILED_STARTS = 3
 _READY, _YES, _NO = b"ready", b"1", b"0"
 _EQUAL_MODULE = "srpo_jax.rewards.equality"
 _EQUAL = f"{_EQUAL_MODULE}:equal"
-
-# Gold, the answer block's text, choices, and a tolerance where it is not exact.
-Item = tuple[str, str | None, Sequence[str]] | tuple[str, str | None, Sequence[str], Tolerance]
 
 
 class Verifier:
@@ -86,20 +82,23 @@ class Verifier:
         self._closed = False
         self._workers = [self._start() for _ in range(workers)]
 
-    def check(self, items: Sequence[Item]) -> list[bool]:
-        """Whether each answer gives its gold, in the order of ``items`` (gold, answer, choices).
+    def check(self, items: Sequence[tuple[Question, str | None]]) -> list[bool]:
+        """Whether the text of each answer block answers its question, in the order of ``items``.
 
         Only what plain comparison cannot settle goes to the workers, each distinct pair once.
         """
-        keys = [(*item[:2], tuple(item[2]), *(item[3:] or (EXACT,))) for item in items]
-        decisions = {key: judge(*key) for key in dict.fromkeys(keys)}
-        found = {key: decision is True for key, decision in decisions.items()}
-        for tolerance in dict.fromkeys(key[3] for key in keys):
-            own = {k: d for k, d in decisions.items() if k[3] == tolerance and isinstance(d, tuple)}
+        decisions = {
+            (asked, answer): decide(asked.gold, answer, asked.choices, asked.tolerance)
+            for asked, answer in dict.fromkeys(items)
+        }
+        found = {item: decision is True for item, decision in decisions.items()}
+        open_pairs = {item: pair for item, pair in decisions.items() if isinstance(pair, tuple)}
+        for tolerance in dict.fromkeys(asked.tolerance for asked, _ in open_pairs):
+            own = {item: p for item, p in open_pairs.items() if item[0].tolerance == tolerance}
             verdicts = self.verify_math([*own.values()], **dataclasses.asdict(tolerance))
             found |= zip(own, verdicts, strict=True)
-        self.unread += sum(decisions[key] is None for key in keys)
-        return [found[key] for key in keys]
+        self.unread += sum(decisions[item] is None for item in items)
+        return [found[item] for item in items]
 
     def verify_math(
         self, pairs: Sequence[tuple[str, str]], *, function: str = _EQUAL, **options: Any

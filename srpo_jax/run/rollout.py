@@ -17,10 +17,9 @@ from srpo_jax.data.records import Record
 from srpo_jax.learn import grpo, losses
 from srpo_jax.learn.state import relayout
 from srpo_jax.model import sharding
-from srpo_jax.rewards.answers import tolerance_of
+from srpo_jax.rewards.answers import Question, tolerance_of
 from srpo_jax.rewards.grade import grade
 from srpo_jax.rewards.profiles import Profile
-from srpo_jax.rewards.quantities import EXACT
 from srpo_jax.run import processes
 from srpo_jax.run.feed import prompt_keys
 from srpo_jax.run.parts import Parts
@@ -95,17 +94,15 @@ class Generator:
         """Grade this process's completions on the host; fillers get a verdict of all wrong."""
         rollout = processes.to_local(sampled.rollout)
         prompts = rollout.completions.shape[0]
-        golds, choices, tolerances = ["0"] * prompts, [()] * prompts, [EXACT] * prompts
+        questions = [Question("0")] * prompts
         for record, slot in zip(sampled.records, sampled.slots, strict=True):
-            golds[slot], choices[slot] = record.answer, record.choices
-            tolerances[slot] = tolerance_of(record, self.parts.grading.tolerance)
+            tolerance = tolerance_of(record, self.parts.grading.tolerance)
+            questions[slot] = Question(record.answer, record.choices, tolerance)
         verdict, details = grade(
             rollout.completions,
             rollout.completion_mask,
+            questions,
             token_text=self.parts.token_text,
-            golds=golds,
-            choices=choices,
-            tolerances=tolerances,
             verifier=self.parts.verifier,
             profile=self._profile,
         )

@@ -26,7 +26,7 @@ from srpo_jax.benchmarks.common import (
 )
 from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
 from srpo_jax.remote.replies import BadReply
-from srpo_jax.rewards.answers import choice_indices, decide, gold_kind
+from srpo_jax.rewards.answers import Gold, choice_indices, decide, read_gold
 
 # The end of a response holds its answer: an endless one must not cost a fortune.
 MAX_RESPONSE = 20_000  # characters
@@ -150,12 +150,7 @@ def settled(golds: Sequence[str], text: str, options: Sequence[str], unit: str) 
         return True
     if not unit and any(decide(target, text, options) is True for target in golds):
         return True
-    read = choice_indices(text, options) is not None
-    return False if read and all(_is_choice(target, options) for target in golds) else None
-
-
-def _is_choice(target: str, options: Sequence[str]) -> bool:
-    try:
-        return gold_kind(target, options) == "choice"
-    except ValueError:  # a gold that the strict rule cannot read, the judge may
-        return False
+    targets = [read_gold(target, tuple(options)) for target in golds]
+    if all(isinstance(target, Gold) and target.kind == "choice" for target in targets):
+        return None if choice_indices(text, options) is None else False
+    return None
