@@ -8,7 +8,6 @@ option's text: in lower case, as a number written in words, or by value at two d
 import re
 
 from srpo_jax.benchmarks import common
-from srpo_jax.benchmarks.common import EMPTY, Row, choices, gold
 from srpo_jax.benchmarks.latex.tokens import LatexError
 from srpo_jax.benchmarks.latex.value import latex_value
 from srpo_jax.benchmarks.word_numbers import word_number
@@ -19,23 +18,23 @@ _BRACE = re.compile(r"(\\boxed\{)|[{}]")  # an escaped brace counts, as in the o
 _TEXT = re.compile(r"\\text{(.*?)}")
 
 
-def official(row: Row) -> common.Scored:
+def official(row: common.Row) -> common.Scored:
     """The official outcome."""
     extraction = common.extraction_or(lambda text: extract(text) if text else None, row)
     targets = _targets(row)
     if extraction is None:
-        return common.Scored(None, None, False, EMPTY)
+        return common.Scored(None, None, False, common.EMPTY)
     return common.Scored(
         extraction, extraction, any(same(extraction, target) for target in targets)
     )
 
 
-def _targets(row: Row) -> list[str]:
+def _targets(row: common.Row) -> list[str]:
     """The gold, and the text of the option where it is a letter."""
-    answer = gold(row)
+    answer = common.gold(row)
     content = row.get("gt_content")
     if content is None:
-        content = common.option_text(answer, choices(row))
+        content = common.option_text(answer, common.choices(row))
     return [answer] if content is None else list(dict.fromkeys([answer, str(content)]))
 
 

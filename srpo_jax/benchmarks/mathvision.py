@@ -6,20 +6,7 @@ does not matter. It is right if it equals the gold, or the gold option's text: a
 tuple rounded to two decimals, or by value at two decimals (``latex_value``).
 """
 
-from srpo_jax.benchmarks.common import (
-    Benchmark,
-    Form,
-    Place,
-    Row,
-    Scored,
-    by_row,
-    choices,
-    extraction_or,
-    gold,
-    grouping,
-    is_number,
-    option_text,
-)
+from srpo_jax.benchmarks import common
 from srpo_jax.benchmarks.latex.tokens import LatexError
 from srpo_jax.benchmarks.latex.value import latex_value
 
@@ -39,11 +26,12 @@ _STRIPPED = (
 )  # fmt: skip
 
 
-def official(row: Row) -> Scored:
+def official(row: common.Row) -> common.Scored:
     """The official outcome: ``extraction``, the same as prediction, and the verdict."""
-    extraction, answer = extraction_or(extract, row), gold(row)
-    correct = same(answer, extraction) or same(option_text(answer, choices(row)) or "", extraction)
-    return Scored(extraction, extraction, correct)
+    extraction, answer = common.extraction_or(extract, row), common.gold(row)
+    option = common.option_text(answer, common.choices(row)) or ""
+    correct = same(answer, extraction) or same(option, extraction)
+    return common.Scored(extraction, extraction, correct)
 
 
 # ---------------------------------------------------------------------------------- extraction
@@ -58,7 +46,7 @@ def extract(text: str) -> str:
         ):
             answer = letter
     tail = answer.split("is ")[-1].rstrip(".")
-    if is_number(tail):
+    if common.is_number(tail):
         answer = tail
     boxes = answer.count(_MARK)
     if boxes == 0:
@@ -189,16 +177,16 @@ def _rounded_tuple(text: str) -> str:
     return f"{text[0]}{','.join(values)}{text[-1]}"
 
 
-BENCHMARK = Benchmark(
+BENCHMARK = common.Benchmark(
     name="mathvision",
     counts={3040: "test", 304: "testmini"},
-    form=Form("id question image|decoded_image options|choices answer level subject"),
+    form=common.Form("id question image|decoded_image options|choices answer level subject"),
     places={
-        "test": Place("MathLLMs/MathVision", "test"),
-        "testmini": Place("MathLLMs/MathVision", "testmini"),
+        "test": common.Place("MathLLMs/MathVision", "test"),
+        "testmini": common.Place("MathLLMs/MathVision", "testmini"),
     },
-    groups=grouping(
+    groups=common.grouping(
         level="level{level}", subject="{subject}", subject_level="{subject}_level{level}"
     ),
-    official=by_row(official),
+    official=common.by_row(official),
 )

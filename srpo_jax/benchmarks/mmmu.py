@@ -12,20 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from srpo_jax.benchmarks.common import (
-    LETTERS,
-    Benchmark,
-    Form,
-    Place,
-    Row,
-    RowError,
-    Scored,
-    choices,
-    each,
-    extraction_or,
-    is_number,
-    needed_choices,
-)
+from srpo_jax.benchmarks import common
 from srpo_jax.benchmarks.judge.flows import options_first
 from srpo_jax.benchmarks.mmmu_pro import DOMAINS, groups, order, parse_choice, subject_of
 
@@ -41,10 +28,10 @@ _SIMPLE = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
 Part = str | float
 
 
-def official(rows: Sequence[Row], pool: Any = None) -> list[Scored]:
+def official(rows: Sequence[common.Row], pool: Any = None) -> list[common.Scored]:
     """The official outcome of each row: a letter, or the parts of an open answer."""
     for needed in (golds, _check):
-        each(needed, rows)
+        common.each(needed, rows)
     generator = random.Random(SEED)
     scored = {
         i: _official(rows[i], generator)
@@ -53,49 +40,49 @@ def official(rows: Sequence[Row], pool: Any = None) -> list[Scored]:
     return [scored[i] for i in range(len(rows))]
 
 
-def _check(row: Row) -> None:
+def _check(row: common.Row) -> None:
     if not is_open(row):
-        needed_choices(row)
+        common.needed_choices(row)
 
 
-def _place(row: Row) -> int:
+def _place(row: common.Row) -> int:
     subject = subject_of(row)
     return _SUBJECTS.index(subject) if subject in _SUBJECTS else len(_SUBJECTS)
 
 
-def _official(row: Row, generator: random.Random) -> Scored:
+def _official(row: common.Row, generator: random.Random) -> common.Scored:
     wanted = golds(row)
     if is_open(row):
-        parts = parse_open(extraction_or(str, row))
+        parts = parse_open(common.extraction_or(str, row))
         shown = sorted(parts, key=str)
         extraction = "; ".join(str(part).strip() for part in shown)
-        return Scored(extraction, shown, open_correct(wanted, parts))
+        return common.Scored(extraction, shown, open_correct(wanted, parts))
     letter = read_option(row)
     if letter is not None:
-        return Scored(letter, letter, letter in wanted)
-    letter = generator.choice(LETTERS[: len(choices(row))])
-    return Scored(None, letter, letter in wanted, drawn=True)
+        return common.Scored(letter, letter, letter in wanted)
+    letter = generator.choice(common.LETTERS[: len(common.choices(row))])
+    return common.Scored(None, letter, letter in wanted, drawn=True)
 
 
-def read_option(row: Row) -> str | None:
+def read_option(row: common.Row) -> str | None:
     """The option letter that the row brings or its response names; None for open questions."""
     if is_open(row):
         return None
-    options = choices(row)
-    return extraction_or(lambda text: parse_choice(text, options, spaced=True), row)
+    options = common.choices(row)
+    return common.extraction_or(lambda text: parse_choice(text, options, spaced=True), row)
 
 
-def is_open(row: Row) -> bool:
+def is_open(row: common.Row) -> bool:
     """Whether a question has no options, by its type or, without one, by the options."""
     kind = row.get("question_type")
-    return not choices(row) if kind is None else kind != "multiple-choice"
+    return not common.choices(row) if kind is None else kind != "multiple-choice"
 
 
-def golds(row: Row) -> list[str]:
+def golds(row: common.Row) -> list[str]:
     """The gold answers; the hub holds several as the text of a list."""
     value = row.get("answer")
     if value is None:
-        raise RowError("no 'answer' (the gold)")
+        raise common.RowError("no 'answer' (the gold)")
     if isinstance(value, str) and value.startswith("[") and is_open(row):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
@@ -141,7 +128,7 @@ def _key_phrases(text: str) -> list[str]:
 def comparable(text: str) -> list[Part]:
     """A number rounded to two decimals, or the text in lower case; one letter with a space."""
     text = text.strip()
-    if is_number(text.replace(",", "")):
+    if common.is_number(text.replace(",", "")):
         return [round(float(text.replace(",", "")), 2)]
     text = text.lower()
     return [f" {text}", f"{text} "] if len(text) == 1 else [text]
@@ -157,11 +144,11 @@ def open_correct(answers: list[str], parts: list[Part]) -> bool:
     )
 
 
-BENCHMARK = Benchmark(
+BENCHMARK = common.Benchmark(
     name="mmmu",
     counts={900: "validation"},
-    form=Form("id question options answer question_type", images=(), numbered=True),
-    places={"validation": Place("MMMU/MMMU", "validation", _SUBJECTS)},
+    form=common.Form("id question options answer question_type", images=(), numbered=True),
+    places={"validation": common.Place("MMMU/MMMU", "validation", _SUBJECTS)},
     groups=groups,
     official=official,
     golds=golds,

@@ -6,19 +6,7 @@ Such a row has no answer here, counts as wrong, and is reported apart.
 
 from collections.abc import Sequence
 
-from srpo_jax.benchmarks.common import (
-    LETTERS,
-    Benchmark,
-    Form,
-    Groups,
-    Place,
-    Row,
-    Scored,
-    by_row,
-    extraction_or,
-    gold,
-    needed_choices,
-)
+from srpo_jax.benchmarks import common
 from srpo_jax.benchmarks.judge.flows import options_first
 
 DRAWS = "nothing names an option; the official code draws one at random, without a seed"
@@ -41,7 +29,7 @@ _ORDER = [*DOMAINS, *(subject for subjects in DOMAINS.values() for subject in su
 _DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
 
 
-def groups(row: Row) -> Groups:
+def groups(row: common.Row) -> common.Groups:
     """The official tables: domains, subjects, and the settings where rows name theirs."""
     subject = subject_of(row)
     domain = _DOMAIN_OF.get(subject or "")
@@ -54,7 +42,7 @@ def order(group: str) -> tuple[int, str]:
     return (_ORDER.index(group) if group in _ORDER else len(_ORDER), group)
 
 
-def subject_of(row: Row) -> str | None:
+def subject_of(row: common.Row) -> str | None:
     """The row's subject, read from an id such as "test_Art_Theory_12" where no field names it."""
     if row.get("subject") is not None:
         return str(row["subject"]).replace(" ", "_")
@@ -62,28 +50,28 @@ def subject_of(row: Row) -> str | None:
     return middle if middle in _DOMAIN_OF else None
 
 
-def official(row: Row) -> Scored:
+def official(row: common.Row) -> common.Scored:
     """The official outcome: the option letter, twice, and the verdict."""
     letter = read_option(row)
     if letter is None:
-        return Scored(None, None, False, DRAWS)
-    return Scored(letter, letter, letter == gold(row))
+        return common.Scored(None, None, False, DRAWS)
+    return common.Scored(letter, letter, letter == common.gold(row))
 
 
-def read_option(row: Row) -> str | None:
+def read_option(row: common.Row) -> str | None:
     """The option letter that the row brings or its response names, None where it names none."""
-    options = needed_choices(row)
+    options = common.needed_choices(row)
 
     def read(text: str) -> str | None:
         return after_answer(text, options) or parse_choice(text, options, spaced=False)
 
-    return extraction_or(read, row)
+    return common.extraction_or(read, row)
 
 
 def after_answer(text: str, options: Sequence[str]) -> str | None:
     """The only option letter that occurs after the last "Answer:", None without just one."""
     head, mark, tail = text.rpartition("Answer:")
-    letters = [letter for letter in LETTERS[: len(options)] if letter in tail]
+    letters = [letter for letter in common.LETTERS[: len(options)] if letter in tail]
     return letters[0] if mark and len(letters) == 1 else None
 
 
@@ -97,7 +85,7 @@ def parse_choice(text: str, options: Sequence[str], *, spaced: bool) -> str | No
     for char in ",.!?;:'":
         text = text.strip(char)
     text = f" {text} "
-    letters = LETTERS[: len(options)]
+    letters = common.LETTERS[: len(options)]
     shapes = ("({})", " {} ") if spaced else ("({})", "{} ", "{}.")
     for shape in shapes:
         found = [letter for letter in letters if shape.format(letter) in text]
@@ -117,25 +105,25 @@ def parse_choice(text: str, options: Sequence[str], *, spaced: bool) -> str | No
     return max(named, key=places.__getitem__) if named else None
 
 
-BENCHMARK = Benchmark(
+BENCHMARK = common.Benchmark(
     name="mmmu_pro",
     counts={1730: "one setting"},
-    form=Form(
+    form=common.Form(
         "id options answer subject",
         images=("image",),
         numbered=True,
         default_question="Answer the multiple-choice question that the image shows.",
     ),
     places={
-        "standard_10": Place("MMMU/MMMU_Pro", "test", ("standard (10 options)",)),
-        "standard_4": Place("MMMU/MMMU_Pro", "test", ("standard (4 options)",)),
-        "vision": Place("MMMU/MMMU_Pro", "test", ("vision",)),
+        "standard_10": common.Place("MMMU/MMMU_Pro", "test", ("standard (10 options)",)),
+        "standard_4": common.Place("MMMU/MMMU_Pro", "test", ("standard (4 options)",)),
+        "vision": common.Place("MMMU/MMMU_Pro", "test", ("vision",)),
     },
     groups=groups,
-    official=by_row(official),
+    official=common.by_row(official),
     draws=DRAWS,
     order=order,
     judge=options_first(read_option),
-    check=needed_choices,
+    check=common.needed_choices,
     shows_question=lambda row: False,  # vision rows have it in their image
 )

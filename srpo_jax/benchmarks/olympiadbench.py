@@ -10,19 +10,7 @@ sympy and runs in the workers (``olympiad_rule``). Proofs cannot be scored.
 import re
 from collections.abc import Sequence
 
-from srpo_jax.benchmarks.common import (
-    EMPTY,
-    Benchmark,
-    Form,
-    Place,
-    Row,
-    RowError,
-    Scored,
-    each,
-    extraction_or,
-    first,
-    grouping,
-)
+from srpo_jax.benchmarks import common
 from srpo_jax.rewards.verifier import Verifier
 
 WORKER_MODULES = ("srpo_jax.benchmarks.olympiad_rule",)
@@ -33,12 +21,12 @@ _ENGLISH = re.compile(r"So the final answer is (.*)")
 _CHINESE = re.compile("所以最终答案是(.*)")
 
 
-def official(rows: Sequence[Row], pool: Verifier | None) -> list[Scored]:
+def official(rows: Sequence[common.Row], pool: Verifier | None) -> list[common.Scored]:
     """The official outcome of each row; answers are compared in the pool's workers."""
     assert pool is not None, "the rule needs workers"
-    extractions = each(lambda row: extraction_or(extract, row), rows)
-    golds = each(final_answer, rows)
-    allowed_errors = each(errors, rows)
+    extractions = common.each(lambda row: common.extraction_or(extract, row), rows)
+    golds = common.each(final_answer, rows)
+    allowed_errors = common.each(errors, rows)
     correct: dict[int, bool] = {}
     for allowed in dict.fromkeys(allowed_errors):
         indices = [i for i, e in enumerate(extractions) if e and allowed_errors[i] == allowed]
@@ -46,22 +34,22 @@ def official(rows: Sequence[Row], pool: Verifier | None) -> list[Scored]:
         found = pool.verify_math(pairs, function=RULE, errors=list(allowed))
         correct |= zip(indices, found, strict=True)
     return [
-        Scored(e or None, e or None, correct.get(i, False), None if e else EMPTY)
+        common.Scored(e or None, e or None, correct.get(i, False), None if e else common.EMPTY)
         for i, e in enumerate(extractions)
     ]
 
 
-def final_answer(row: Row) -> str:
+def final_answer(row: common.Row) -> str:
     """The gold answer: the first of ``final_answer``, or ``answer``; RowError without one."""
-    value = first(row, "final_answer", "answer")
+    value = common.first(row, "final_answer", "answer")
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     if value is None:
-        raise RowError("no 'final_answer' (or 'answer'); proofs cannot be scored")
+        raise common.RowError("no 'final_answer' (or 'answer'); proofs cannot be scored")
     return str(value)
 
 
-def errors(row: Row) -> tuple[float, ...]:
+def errors(row: common.Row) -> tuple[float, ...]:
     """The allowed absolute errors, one or one for each part of the answer."""
     value = row.get("error")
     if not value or "Tuple" in str(row.get("answer_type")):
@@ -69,7 +57,7 @@ def errors(row: Row) -> tuple[float, ...]:
     try:
         return tuple(float(part) if part else DEFAULT_ERROR for part in str(value).split(","))
     except ValueError:
-        raise RowError(f"'error' is no number or list of numbers: {value!r:.60}") from None
+        raise common.RowError(f"'error' is no number or list of numbers: {value!r:.60}") from None
 
 
 def extract(text: str) -> str:
@@ -81,20 +69,20 @@ def extract(text: str) -> str:
     return text
 
 
-BENCHMARK = Benchmark(
+BENCHMARK = common.Benchmark(
     name="olympiadbench",
     counts={150: "OE_MM_maths_en_COMP", 456: "OE_MM_physics_en_COMP"},
-    form=Form(
+    form=common.Form(
         "id question final_answer answer_type",
         images=("images",),
         numbered=True,
         answer=("final_answer",),
     ),
     places={
-        "maths": Place("Hothan/OlympiadBench", "train", ("OE_MM_maths_en_COMP",)),
-        "physics": Place("Hothan/OlympiadBench", "train", ("OE_MM_physics_en_COMP",)),
+        "maths": common.Place("Hothan/OlympiadBench", "train", ("OE_MM_maths_en_COMP",)),
+        "physics": common.Place("Hothan/OlympiadBench", "train", ("OE_MM_physics_en_COMP",)),
     },
-    groups=grouping(dataset="{dataset|source}", subfield="{subfield}"),
+    groups=common.grouping(dataset="{dataset|source}", subfield="{subfield}"),
     official=official,
     worker_modules=WORKER_MODULES,
     golds=lambda row: [final_answer(row)],

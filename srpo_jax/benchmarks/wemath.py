@@ -9,29 +9,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from srpo_jax.benchmarks.common import (
-    Benchmark,
-    Form,
-    Measures,
-    Place,
-    Row,
-    Scored,
-    by_row,
-    extraction_or,
-    gold,
-    grouping,
-)
+from srpo_jax.benchmarks import common
 
 NO_LETTER = "no option letter stands after the last 'Answer'"
 
 _PUNCTUATION = re.compile(r"[><:.]")
 
 
-def official(row: Row) -> Scored:
+def official(row: common.Row) -> common.Scored:
     """The official outcome."""
-    letter = extraction_or(extract, row)
+    letter = common.extraction_or(extract, row)
     reason = NO_LETTER if letter is None else None
-    return Scored(letter, letter, letter == gold(row), reason)
+    return common.Scored(letter, letter, letter == common.gold(row), reason)
 
 
 def extract(text: str) -> str | None:
@@ -40,7 +29,7 @@ def extract(text: str) -> str | None:
     return tail[0] if tail and tail[0] in "ABCDEFGH" else None
 
 
-def four_dimensions(rows: Sequence[Row], correct: Sequence[bool]) -> dict | None:
+def four_dimensions(rows: Sequence[common.Row], correct: Sequence[bool]) -> dict | None:
     """The four-dimensional metrics over problems of two and three steps, in percent and counts.
 
     Rows need ``ID`` (of the problem) and ``key`` ("2steps_1", "2steps_multi", ...); None where no
@@ -83,7 +72,7 @@ def _share(count: int, of: int) -> dict:
     return {"count": count, "percent": round(100 * count / of, 2) if of else 0.0}
 
 
-def _entries(scored: Sequence[Row]) -> dict[str, Any]:
+def _entries(scored: Sequence[common.Row]) -> dict[str, Any]:
     return {"four_dimensions": four_dimensions(scored, [row["correct"] for row in scored])}
 
 
@@ -109,10 +98,10 @@ def _line(summary: dict[str, Any]) -> str | None:
     return f"score over problems of several steps: strict {strict:.2f} %, loose {loose:.2f} %"
 
 
-BENCHMARK = Benchmark(
+BENCHMARK = common.Benchmark(
     name="wemath",
     counts={1740: "testmini"},
-    form=Form(
+    form=common.Form(
         "ID key question option|options answer image_path|image",
         images=("image_path", "image"),
         id=("ID",),
@@ -122,8 +111,8 @@ BENCHMARK = Benchmark(
             f"{question}\n{row['option']}" if row.get("option") else question
         ),
     ),
-    places={"testmini": Place("We-Math/We-Math", "testmini")},
-    groups=grouping("key"),
-    official=by_row(official),
-    measures=Measures(_entries, _page, _line),
+    places={"testmini": common.Place("We-Math/We-Math", "testmini")},
+    groups=common.grouping("key"),
+    official=common.by_row(official),
+    measures=common.Measures(_entries, _page, _line),
 )

@@ -11,19 +11,7 @@ here is only what is asked, and what its answers mean.
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from srpo_jax.benchmarks.common import (
-    EMPTY,
-    Ask,
-    Benchmark,
-    Flow,
-    Row,
-    RowError,
-    Scored,
-    choices,
-    each,
-    field,
-    response,
-)
+from srpo_jax.benchmarks import common
 from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
 from srpo_jax.remote.replies import BadReply
 from srpo_jax.rewards.answers import Gold, choice_indices, decide, read_gold
@@ -34,56 +22,58 @@ NOTHING = "NO ANSWER"  # what the prompts ask for where a response has no answer
 NO_ANSWER = "the judge finds no answer in the response"
 
 
-def judged(benchmark: Benchmark, rows: Sequence[Row], judge: Judge) -> list[Scored]:
+def judged(
+    benchmark: common.Benchmark, rows: Sequence[common.Row], judge: Judge
+) -> list[common.Scored]:
     """The outcome of each row; rows without a judgement say why and count as wrong.
 
     Raises RowError, before anything is asked, where a field is missing; Fatal where no request can
     succeed.
     """
-    each(lambda row: _check(benchmark, row), rows)
+    common.each(lambda row: _check(benchmark, row), rows)
     flow = benchmark.judge or extract_and_match
 
-    async def one(ask: Ask, row: Row) -> Scored:
+    async def one(ask: common.Ask, row: common.Row) -> common.Scored:
         try:
             return await flow(row, benchmark.golds(row), ask)
         except NoJudgement as error:
-            return Scored(None, None, False, no_judgement=str(error))
+            return common.Scored(None, None, False, no_judgement=str(error))
 
     return judge.map(one, rows)
 
 
-def _check(benchmark: Benchmark, row: Row) -> None:
+def _check(benchmark: common.Benchmark, row: common.Row) -> None:
     """Everything that a row must have, so that a fault in the last one costs no calls."""
-    for needed in (benchmark.golds, choices, benchmark.check):
+    for needed in (benchmark.golds, common.choices, benchmark.check):
         needed(row)
     if benchmark.shows_question(row) and question(row) is None:
-        raise RowError("no 'question' (or 'problem'); the judge needs it")
+        raise common.RowError("no 'question' (or 'problem'); the judge needs it")
 
 
-def question(row: Row) -> str | None:
+def question(row: common.Row) -> str | None:
     """The question as its benchmark shows it to the judge; We-Math's options are one text."""
-    value = field(row, "question_for_eval", "question", "problem", "query")
+    value = common.field(row, "question_for_eval", "question", "problem", "query")
     if value is None:
         return None
     text, option = str(value).replace("<image>", " ").strip(), row.get("option")
     return f"{text}\n{option}" if isinstance(option, str) and option not in text else text
 
 
-def shown(row: Row) -> str:
+def shown(row: common.Row) -> str:
     """As much of the response as the judge sees."""
-    return response(row)[-MAX_RESPONSE:]
+    return common.response(row)[-MAX_RESPONSE:]
 
 
 # ------------------------------------------------------------------------------------- asking
 
 
-async def extracted(ask: Ask, name: str, values: dict[str, Any]) -> str | None:
+async def extracted(ask: common.Ask, name: str, values: dict[str, Any]) -> str | None:
     """What the judge extracts; None where it finds no answer."""
     found = (await ask(name, values, ("extraction",)))["extraction"]
     return None if found.strip().strip(".").upper() == NOTHING else found
 
 
-async def is_same(ask: Ask, name: str, values: dict[str, Any]) -> bool:
+async def is_same(ask: common.Ask, name: str, values: dict[str, Any]) -> bool:
     """Whether the judge finds an answer to be the gold."""
     found = await ask(name, values, ("judgement",), float, check=_yes_or_no)
     return found["judgement"] == 1
@@ -98,23 +88,27 @@ def _yes_or_no(found: dict[str, float]) -> None:
 
 
 async def extract_and_compare(
-    row: Row, ask: Ask, name: str, values: dict[str, Any], same: Callable[[str], Awaitable[bool]]
-) -> Scored:
+    row: common.Row,
+    ask: common.Ask,
+    name: str,
+    values: dict[str, Any],
+    same: Callable[[str], Awaitable[bool]],
+) -> common.Scored:
     """The given extraction, else the judge's by the prompt ``name``; compared by ``same``."""
     extraction = row.get("extraction")
     if extraction is None:
-        if not response(row).strip():
-            return Scored(None, None, False, EMPTY)
+        if not common.response(row).strip():
+            return common.Scored(None, None, False, common.EMPTY)
         extraction = await extracted(ask, name, values | {"response": shown(row)})
     if extraction is None:
-        return Scored(None, None, False, NO_ANSWER)
+        return common.Scored(None, None, False, NO_ANSWER)
     text = str(extraction)
-    return Scored(text, text, await same(text))
+    return common.Scored(text, text, await same(text))
 
 
-async def extract_and_match(row: Row, golds: list[str], ask: Ask) -> Scored:
+async def extract_and_match(row: common.Row, golds: list[str], ask: common.Ask) -> common.Scored:
     """The generic flow: any of the golds is right."""
-    options, unit = choices(row), str(row.get("unit") or "")
+    options, unit = common.choices(row), str(row.get("unit") or "")
     asked = {"question": question(row) or "", "options": options}
 
     async def same(text: str) -> bool:
@@ -127,14 +121,14 @@ async def extract_and_match(row: Row, golds: list[str], ask: Ask) -> Scored:
     return await extract_and_compare(row, ask, "extract", asked, same)
 
 
-def options_first(read: Callable[[Row], str | None]) -> Flow:
+def options_first(read: Callable[[common.Row], str | None]) -> common.Flow:
     """The generic flow where ``read`` finds no option: official code would draw one at random."""
 
-    async def flow(row: Row, golds: list[str], ask: Ask) -> Scored:
+    async def flow(row: common.Row, golds: list[str], ask: common.Ask) -> common.Scored:
         letter = read(row)
         if letter is None:
             return await extract_and_match(row, golds, ask)
-        return Scored(letter, letter, letter in golds)
+        return common.Scored(letter, letter, letter in golds)
 
     return flow
 
