@@ -252,7 +252,7 @@ def test_what_is_not_plainly_one_number_is_no_quantity(text):
 
 def test_units_have_one_spelling():
     assert canonical_unit("metres") == canonical_unit("m") == "m"
-    assert canonical_unit("sq. ft") == canonical_unit("ft²") == canonical_unit("feet squared")
+    assert canonical_unit("sq. ft") == canonical_unit("ft^2") == canonical_unit("feet squared")
     assert canonical_unit("m", glued=True) is None and canonical_unit("cm", glued=True) == "cm"
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from srpo_jax.rewards.braces import braced_spans
-from srpo_jax.rewards.expressions import Tree, Unreadable, read, without_fonts
+from srpo_jax.rewards.expressions import Tree, tree_of, without_fonts
 from srpo_jax.rewards.quantities import (
     EXACT,
     Quantity,
@@ -294,24 +294,16 @@ def read_gold(gold: str, choices: tuple[str, ...] = ()) -> Gold | str:
         if indices is None:
             return f"the answer {shown!r} is none of the {len(choices)} choices"
         option = _unwrap(choices[min(indices)])
-        return Gold("choice", option, indices, _tree(option))
+        return Gold("choice", option, indices, tree_of(option))
     if plain.casefold() in _NOBODYS:
         return f"the answer {shown!r} stands for a missing one"
     if indices is not None and not re.fullmatch(r"[a-z]", plain):  # x and e are variables
         labelled = _LABEL.fullmatch(plain)
         option = labelled.groups()[-1] if labelled else ""
-        return Gold("choice", option, indices, _tree(option))
+        return Gold("choice", option, indices, tree_of(option))
     if not _is_balanced(text) and parse_quantity(plain) is None:
         return f"the answer {shown!r} has braces or $ that do not match"
-    return Gold("math", text, tree=_tree(text)) if _is_math(text) else Gold("text", text)
-
-
-def _tree(text: str) -> Tree | None:
-    """The tree of a whole text, None where it cannot be read as mathematics."""
-    try:
-        return read(text)
-    except Unreadable:
-        return None
+    return Gold("math", text, tree=tree_of(text)) if _is_math(text) else Gold("text", text)
 
 
 def answer_problem(gold: str, choices: Sequence[str] = ()) -> str | None:
@@ -350,7 +342,7 @@ def _is_math(text: str) -> bool:
     plain = plain_text(text)
     if _TIME.fullmatch(plain) or _DATE.fullmatch(plain) or _HYPHENATED.fullmatch(plain):
         return False
-    tree = _tree(text)
+    tree = tree_of(text)
     if tree is None or (len(plain) == 1 and plain.isalpha()):
         return tree is not None
     return bool(_OPERATOR.search(text)) or quantity_of(tree) is not None
@@ -418,7 +410,7 @@ def _same_expression(target: Gold, predicted: str, tolerance: Tolerance) -> bool
     """Numbers at once; two expressions that can be read are for a worker."""
     if _CLOCK.fullmatch(plain_text(predicted)) and _CLOCK.fullmatch(target.text):
         return False  # a time is met as written, a ratio is not reduced to one
-    tree = _tree(predicted)
+    tree = tree_of(predicted)
     if tree is None or target.tree is None:
         return None if tree is None else False
     gold, number = quantity_of(target.tree), quantity_of(tree)

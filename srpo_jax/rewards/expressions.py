@@ -127,6 +127,14 @@ def read(text: str) -> Tree:
         raise Unreadable("nested too deeply") from None
 
 
+def tree_of(text: str) -> Tree | None:
+    """As ``read``, but None for what cannot be read."""
+    try:
+        return read(text)
+    except Unreadable:
+        return None
+
+
 class _Reader:
     """Recursive descent over the tokens: numbers as trees, the rest as text, "" at the end."""
 

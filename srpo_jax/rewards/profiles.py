@@ -67,10 +67,11 @@ class Profile:
 
 def answer_blocks(completion: Completion, response: ParsedResponse) -> Answers:
     """The first and the last answer block; a lone one is both."""
-    first, final = response.first_answer, response.final_answer
+    first, second = (response.spans[name] for name in ("first_answer", "second_answer"))
     if first is None:
         return Answers(None, None, response.has_second)
-    return Answers(completion.decode(first), completion.decode(final), response.has_second)
+    final = completion.decode(second or first)
+    return Answers(completion.decode(first), final, response.has_second)
 
 
 def answer_boxes(completion: Completion, response: ParsedResponse) -> Answers:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from srpo_jax.rewards.expressions import Tree, Unreadable, read
+from srpo_jax.rewards.expressions import Tree, tree_of
 
 _MAX_CHARS = 120
 _DIGITS_SHOWN = 6  # significant digits with which a decimal may stand for another exact value
@@ -46,10 +46,8 @@ EXACT = Tolerance()
 @lru_cache(maxsize=4096)
 def parse_quantity(text: str) -> Quantity | None:
     """The quantity that a whole string is, or None ("5 cm", "-3/4", "1,000", "28 %", "three")."""
-    try:
-        return quantity_of(read(text)) if len(text) <= _MAX_CHARS else None
-    except Unreadable:
-        return None
+    tree = tree_of(text) if len(text) <= _MAX_CHARS else None
+    return tree and quantity_of(tree)
 
 
 def quantity_of(tree: Tree) -> Quantity | None:

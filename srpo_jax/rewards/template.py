@@ -169,8 +169,6 @@ class ParsedResponse:
     """What the template says about one completion; spans are stripped contents in bytes."""
 
     spans: dict[str, Span | None]  # by the names in BLOCKS
-    first_answer: Span | None  # the first answer block, None without any
-    final_answer: Span | None  # the last answer block; the first one where it is alone
     format_ok: bool
     reflection_ok: bool
     has_second: bool
@@ -197,8 +195,6 @@ def parse_response(completion: Completion, rules: TemplateRules) -> ParsedRespon
 
     return ParsedResponse(
         spans=spans,
-        first_answer=spans["first_answer"],
-        final_answer=spans["second_answer"] or spans["first_answer"],
         format_ok=rules.format_ok(text, tags),
         reflection_ok=_reflection_ok(text, answers, reflections),
         has_second=rounds.has_second,

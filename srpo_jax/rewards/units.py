@@ -16,20 +16,17 @@ _UNITS = {
         "ms millisecond|s sec second|min minute|h hr hour|day|week|month|yr year|"
         "ml milliliter millilitre|l liter litre|n newton|j joule|kj kilojoule|w watt|kw kilowatt|"
         "v volt|a amp ampere|ohm ω|hz hertz|khz|mhz|pa pascal|kpa|k kelvin|mol mole|mph|kph|"
-        "rad radian|degree deg °|celsius °c degc|fahrenheit °f degf|dollar usd $|euro eur €|£ gbp|"
+        "rad radian|degree deg|celsius degc|fahrenheit degf|dollar usd|euro eur €|£ gbp|"
         "¥ yen|cent|unit"
     ).split("|")
     for spelling in names.split()
 }
-_LETTERS = set("mgshlLNJWVAKΩω%°$€£¥")  # as units, where white space stands before them
-_PART = re.compile(r"\s*([/·*]?)\s*([a-zµμω°$€£¥%]++)(?:\s*\^\s*\{?(-?[123])\}?|([23]))?\s*")
+_LETTERS = set("mgshlLNJWVAKω%")  # as units, where white space stands before them
+_PART = re.compile(r"\s*([/·*]?)\s*([a-zµμω€£¥%]++)(?:\s*\^\s*\{?(-?[123])\}?|([23]))?\s*")
 _SPELLED = tuple(
     (re.compile(pattern), instead)
     for pattern, instead in (
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|º|˚", "°"),
         (r"degrees?\s+(?=celsius|fahrenheit)", ""),
-        (r"°\s*c\b", "celsius"),
-        (r"°\s*f\b", "fahrenheit"),
         (r"\bper ?cent\b", "%"),
         (r"\b(?:sq|square)\.?\s+([a-z]+)", r"\1^2"),
         (r"\bcubic\s+([a-z]+)", r"\1^3"),
@@ -55,7 +52,7 @@ def canonical_unit(text: str, *, glued: bool = False) -> str | None:
     text = text.strip().rstrip(".").strip()
     if not text or len(text) > MAX_UNIT or (len(text) == 1 and text not in _LETTERS):
         return None if text else ""
-    text = text.replace("²", "^2").replace("³", "^3").replace("\\Omega", "ohm").lower()
+    text = text.lower()
     for pattern, instead in _SPELLED:
         text = pattern.sub(instead, text)
     names, position = [], 0

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 120.0  # importing sympy on a loaded machine; not part of any check's time
 _SLEEP_LIMIT_S = 60.0  # of a worker that computes nothing, besides twenty times a check's own time
 _MAX_FAILED_STARTS = 3
+_CACHE_SIZE = 200_000  # verdicts
+_MEMORY_MB = 2048  # of one worker's own data, beyond which the check fails and not the machine
 _READY, _YES, _NO = b"ready", b"1", b"0"
 _EQUAL_MODULE = "srpo_jax.rewards.equality"
 _EQUAL = f"{_EQUAL_MODULE}:equal"
@@ -51,32 +54,23 @@ class Verifier:
         workers: int = 2,
         timeout: float = 5.0,
         *,
-        memory_limit_mb: int = 2048,
-        cache_size: int = 200_000,
         modules: Sequence[str] = (),
     ):
         """Start ``workers`` processes (they come up in the background).
 
-        ``timeout`` is in seconds of processor time, for one check, to the next whole second;
-        ``memory_limit_mb`` holds for one worker's own data, beyond which the check fails rather
-        than the machine. ``modules`` are those whose functions ``verify_math`` will name: workers
-        import them, and call their ``warm_up()``, before they take a check. ValueError for
-        non-positive values.
+        ``timeout`` is in seconds of processor time, for one check, to the next whole second.
+        ``modules`` are those whose functions ``verify_math`` will name: workers import them, and
+        call their ``warm_up()``, before they take a check. ValueError for non-positive values.
         """
-        if workers < 1 or timeout <= 0 or memory_limit_mb < 1:
-            raise ValueError(
-                f"workers={workers}, timeout={timeout} and memory_limit_mb="
-                f"{memory_limit_mb} must be positive"
-            )
+        if workers < 1 or timeout <= 0:
+            raise ValueError(f"workers={workers} and timeout={timeout} must be positive")
         self.timeouts = 0
         self.crashes = 0
         self.unread = 0
         self._told: dict[str, int] = {}
         self._timeout = float(timeout)
-        self._memory_limit_mb = int(memory_limit_mb)
         self._modules = tuple(modules)
         self._cache: dict[tuple, bool] = {}
-        self._cache_size = cache_size
         self._lock = threading.Lock()
         self._failed_starts = 0
         self._closed = False
@@ -123,7 +117,7 @@ class Verifier:
                     if worker.task is not None:
                         self._replace(slot)
                 raise
-            if len(self._cache) + len(todo) > self._cache_size:
+            if len(self._cache) + len(todo) > _CACHE_SIZE:
                 self._cache.clear()
             fresh = {(*pair, extra): ok for pair, ok in zip(todo, found, strict=True)}
             known = {key: self._cache[key] for p in pairs if (key := (*p, extra)) in self._cache}
@@ -159,7 +153,7 @@ class Verifier:
     # ------------------------------------------------------------------------------------- pool
 
     def _start(self) -> "_Worker":
-        return _Worker(self._timeout, self._memory_limit_mb, self._modules)
+        return _Worker(self._timeout, self._modules)
 
     def _run(self, requests: list[bytes]) -> list[bool | None]:
         """Hand requests to idle workers until every one has its answer; None where it failed."""
@@ -220,15 +214,15 @@ class Verifier:
 class _Worker:
     """One process: starting, then in turn idle and busy with the request ``task``."""
 
-    def __init__(self, timeout: float, memory_limit_mb: int, modules: tuple[str, ...] = ()):
+    def __init__(self, timeout: float, modules: tuple[str, ...]):
         self.task: int | None = None
         self.retry = self.idle = False
         self._timeout = timeout
         self.deadline = time.monotonic() + _START_LIMIT_S
         self.connection, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in kill)
-        arguments = f"{theirs.fileno()}, {timeout}, {memory_limit_mb}, {modules!r}"
-        program = f"from srpo_jax.rewards.verifier import serve; serve({arguments})"
+        arguments = theirs.fileno(), timeout, modules
+        program = f"from srpo_jax.rewards.verifier import serve; serve{arguments}"
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # One thread each: the pool is the parallelism.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -285,7 +279,7 @@ class _Worker:
 # ------------------------------------------------------------------------------ worker's side
 
 
-def serve(fd: int, timeout: float, memory_limit_mb: int, modules: Sequence[str] = ()) -> None:
+def serve(fd: int, timeout: float, modules: Sequence[str]) -> None:
     """A worker's life: answer requests from the pipe ``fd`` until it closes."""
     connection = Connection(fd)
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the run still wants its last
@@ -295,7 +289,7 @@ def serve(fd: int, timeout: float, memory_limit_mb: int, modules: Sequence[str] 
     logging.disable(logging.CRITICAL)
     for name in (_EQUAL_MODULE, *modules):  # imports and sympy's caches: before the clock runs
         getattr(importlib.import_module(name), "warm_up", lambda: None)()
-    _limit_memory(memory_limit_mb)
+    _limit_memory(_MEMORY_MB)
     connection.send_bytes(_READY)
     while True:
         try:
@@ -304,34 +298,26 @@ def serve(fd: int, timeout: float, memory_limit_mb: int, modules: Sequence[str] 
             return
         _limit_cpu(timeout)
         try:
-            verdict = _named(options.pop("function"))(gold, predicted, **options)
+            module, _, name = options.pop("function").partition(":")
+            verdict = getattr(importlib.import_module(module), name)(gold, predicted, **options)
         except Exception:  # whatever sympy raises, MemoryError and RecursionError included
             verdict = False
         connection.send_bytes(_YES if verdict else _NO)
 
 
-def _named(function: str) -> Callable[..., bool]:
-    """The function of a request."""
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def _limit_memory(megabytes: int) -> None:
     """Bound the worker's heap. Not its address space: thread stacks and libraries reserve that."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (megabytes * 2**20, hard))
+    _limit(resource.RLIMIT_DATA, megabytes * 2**20)
 
 
 def _limit_cpu(seconds: float) -> None:
     """Let the kernel end a hung check, to the next whole second of processor time."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
+    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds))
+    _limit(resource.RLIMIT_CORE, 0)  # the signal would leave a core file
 
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        limit = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the signal would leave a core file
+
+def _limit(kind: int, value: int) -> None:
+    """Lower a limit of this process; without one where the system refuses."""
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(kind)
+        resource.setrlimit(kind, (value, hard))
