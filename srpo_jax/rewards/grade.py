@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from srpo_jax.rewards.answers import Question, extract_answer
@@ -47,7 +46,8 @@ def grade(
         verifier=verifier,
         profile=profile,
     )
-    return jax.tree.map(lambda x: x.reshape(prompts, group, *x.shape[1:]), verdict), details
+    shaped = {name: x.reshape(prompts, group, *x.shape[1:]) for name, x in vars(verdict).items()}
+    return Verdict(**shaped), details
 
 
 def grade_sequences(
