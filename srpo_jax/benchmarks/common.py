@@ -8,7 +8,7 @@ import ast
 import contextlib
 import itertools
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -158,6 +158,17 @@ def option_text(letter: str, options: Sequence[str]) -> str | None:
     """The option of a letter, None where there is no such option."""
     index = LETTERS.find(letter.upper()) if len(letter) == 1 else -1
     return options[index] if 0 <= index < len(options) else None
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; all but the first column are set to the right."""
+
+    def line(cells: Iterable[Any]) -> str:
+        texts = (" ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
+        return f"| {' | '.join(texts)} |"
+
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return "\n".join([line(head), rule, *map(line, rows)])
 
 
 # -------------------------------------------------------------------------------------- a benchmark

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from srpo_jax.benchmarks.all import BENCHMARKS
-from srpo_jax.benchmarks.common import Benchmark, Row, Scored, choices, each, response
+from srpo_jax.benchmarks.common import Benchmark, Row, Scored, choices, each, response, table
 from srpo_jax.benchmarks.judge.client import Judge
 from srpo_jax.benchmarks.judge.flows import judged
 from srpo_jax.rewards.answers import Question, answer_problem, boxed, extract_answer
@@ -161,15 +161,15 @@ def accuracies(benchmark: str, mode: str, scored: Sequence[Row]) -> dict[str, An
 def _tables(benchmark: Benchmark, scored: Sequence[Row]) -> dict[str, dict[str, dict]]:
     members: dict[str, dict[str, list[Row]]] = {}
     for row in scored:
-        for table, groups in benchmark.groups(row).items():
+        for name, groups in benchmark.groups(row).items():
             for group in groups:
-                members.setdefault(table, {}).setdefault(group, []).append(row)
+                members.setdefault(name, {}).setdefault(group, []).append(row)
     tables = {}
-    for table, groups in members.items():
+    for name, groups in members.items():
         counts = {group: _counts(groups[group]) for group in sorted(groups, key=benchmark.order)}
         if benchmark.best_first:
             counts = dict(sorted(counts.items(), key=lambda item: -item[1]["accuracy"]))
-        tables[table] = counts
+        tables[name] = counts
     return tables
 
 
@@ -189,12 +189,9 @@ def markdown(summary: dict[str, Any]) -> str:
         "",
     ]
     lines += [f"- {note}" for note in notes(summary)]
-    for table, groups in summary["tables"].items():
-        lines += ["", f"## {table}", "", "| group | right | of | % |", "|---|---:|---:|---:|"]
-        lines += [
-            f"| {group.replace('|', '/')} | {c['correct']} | {c['total']} | {c['accuracy']:.2f} |"
-            for group, c in groups.items()
-        ]
+    for name, groups in summary["tables"].items():
+        rows = [(g, c["correct"], c["total"], f"{c['accuracy']:.2f}") for g, c in groups.items()]
+        lines += ["", f"## {name}", "", table(("group", "right", "of", "%"), rows)]
     if measures := BENCHMARKS[summary["benchmark"]].measures:
         lines += measures.page(summary)
     return "\n".join(lines) + "\n"

@@ -81,14 +81,13 @@ def _page(summary: dict[str, Any]) -> list[str]:
     if not metrics:
         return []
     both = [metrics | metrics[side] for side in ("strict", "loose")]
-    lines = ["", "## four dimensions", "", "| measure | strict | loose |", "|---|---:|---:|"]
-    lines.append("| score | " + " | ".join(f"{side['score']:.2f}" for side in both) + " |")
+    rows = [("score", *(f"{side['score']:.2f}" for side in both))]
     for name in (
         "InsufficientKnowledge", "InadequateGeneralization", "CompleteMastery", "RoteMemorization",
     ):  # fmt: skip
-        shares = [f"{side[name]['percent']:.2f} ({side[name]['count']})" for side in both]
-        lines.append(f"| {name} | {' | '.join(shares)} |")
-    return lines
+        shares = (f"{side[name]['percent']:.2f} ({side[name]['count']})" for side in both)
+        rows.append((name, *shares))
+    return ["", "## four dimensions", "", common.table(("measure", "strict", "loose"), rows)]
 
 
 def _line(summary: dict[str, Any]) -> str | None:

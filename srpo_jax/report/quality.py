@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from srpo_jax.benchmarks.common import Ask, Row, RowError, choices, each, first, option_text
+from srpo_jax.benchmarks.common import Ask, Row, RowError, choices, each, first, option_text, table
 from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
 from srpo_jax.remote.replies import BadReply
 from srpo_jax.report.rates import interval
@@ -263,11 +263,11 @@ def measure_means(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
     names = list(dict.fromkeys(name for one in values for name in one))
     keys = [row.get("origin", row.get("id", ("row", i))) for i, row in enumerate(rows)]
     places = {key: i for i, key in enumerate(dict.fromkeys(map(str, keys)))}
-    table = np.array([[one.get(name) for name in names] for one in values], float)  # NaN: None
+    found = np.array([[one.get(name) for name in names] for one in values], float)  # NaN: None
     sums, counts = np.zeros((2, len(places), len(names)))
     owners = [places[str(key)] for key in keys]
-    np.add.at(sums, owners, np.nan_to_num(table))
-    np.add.at(counts, owners, ~np.isnan(table))
+    np.add.at(sums, owners, np.nan_to_num(found))
+    np.add.at(counts, owners, ~np.isnan(found))
     low, high = interval(sums, counts, resamples=RESAMPLES, seed=seed, empty=np.nan)
     totals = counts.sum(0)
     return {
@@ -300,17 +300,13 @@ def _numbers(quality: dict[str, Any]) -> dict[str, float | None]:
 
 def markdown(summary: dict[str, Any]) -> str:
     """The summary as a table."""
-    lines = [
-        "# Reflection quality",
-        "",
-        f"{summary['reflections']} reflections in {summary['rows']} rows of {summary['problems']} "
-        "problems; means with bootstrap 95 % intervals over problems",
-        "",
-        "| measure | mean | 95 % | rows |",
-        "|---|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {name} | {m['mean']:.3g} | {m['low']:.3g} to {m['high']:.3g} | {m['rows']} |"
+    rows = [
+        (name, f"{m['mean']:.3g}", f"{m['low']:.3g} to {m['high']:.3g}", m["rows"])
         for name, m in summary["measures"].items()
     ]
-    return "\n".join(lines) + "\n"
+    return (
+        "# Reflection quality\n\n"
+        f"{summary['reflections']} reflections in {summary['rows']} rows of {summary['problems']} "
+        "problems; means with bootstrap 95 % intervals over problems\n\n"
+        f"{table(('measure', 'mean', '95 %', 'rows'), rows)}\n"
+    )

@@ -5,9 +5,11 @@ one, holds the rates under the benchmark's rule. Percent throughout, except toke
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from srpo_jax.benchmarks.common import table
 
 Summary = Mapping[str, Any]
 
@@ -59,16 +61,16 @@ def categories(summary: Summary) -> str:
     scored = summary.get("benchmark") or {}
     first, final = (scored.get(which, {}).get("tables", {}) for which in ("first", "final"))
     parts = []
-    for table, groups in final.items():
+    for name, groups in final.items():
         if len(groups) > MAX_GROUPS:
-            parts.append(f"{table}: {len(groups)} groups, left out here")
+            parts.append(f"{name}: {len(groups)} groups, left out here")
             continue
         rows = [
-            (group, str(counts["total"]),
-             f"{first[table][group]['accuracy']:.1f}", f"{counts['accuracy']:.1f}")
+            (group, counts["total"],
+             f"{first[name][group]['accuracy']:.1f}", f"{counts['accuracy']:.1f}")
             for group, counts in groups.items()
         ]  # fmt: skip
-        parts.append(f"{table}:\n\n" + _table(("group", "answers", "first", "final"), rows))
+        parts.append(f"{name}:\n\n" + table(("group", "answers", "first", "final"), rows))
     return "\n\n".join(parts)
 
 
@@ -130,7 +132,7 @@ def _ours(summaries: Mapping[str, Summary]) -> str:
             for key in ("acc@1", "acc@2", "fix", "harm", "net_gain")
         ]
         rows.append((name, _scored_by(summary), problems, *cells, f"{summary['tokens']:,.0f}"))
-    return _table(_HEAD, rows)
+    return table(_HEAD, rows)
 
 
 def _percent(rates: Summary, key: str) -> str:
@@ -152,7 +154,7 @@ def _beside(summaries: Mapping[str, Summary]) -> str:
             cells = [theirs.get(model, {}).get(part) for model in names]
             shown = [NONE if cell is None else f"{cell:.1f}" for cell in cells]
             rows.append((f"{name}, {part}" if part else name, *own, *shown))
-    return _table(("evaluation", "ours, first", "ours, final", *names), rows) if rows else ""
+    return table(("evaluation", "ours, first", "ours, final", *names), rows) if rows else ""
 
 
 def _own(summary: Summary, part: str) -> tuple[str, str] | None:
@@ -179,13 +181,3 @@ def _percent_of_paper(name: str, summary: Summary) -> dict[str, dict[str, float]
         if value is not None:
             out[model["name"]] = value if isinstance(value, dict) else {"": value}
     return out
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all but the first column are set to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
