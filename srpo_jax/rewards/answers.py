@@ -8,7 +8,7 @@ so "Paris" is not option A, and a list of options or numbers is not any one of t
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -17,7 +17,6 @@ from srpo_jax.rewards.braces import braced_spans
 from srpo_jax.rewards.expressions import Tree, tree_of, without_fonts
 from srpo_jax.rewards.quantities import (
     EXACT,
-    Quantity,
     Tolerance,
     parse_quantity,
     quantity_of,
@@ -203,52 +202,35 @@ def choice_indices(answer: str, choices: Sequence[str] = ()) -> frozenset[int] |
     choices = tuple(choices)
     exact = _matching(choices, lambda option: _compact(option) == _compact(text))
     labels_only = all(re.fullmatch("[A-Z]", option.strip()) for option in choices)
-    if exact and not labels_only:
-        return exact
     letter = _option_letter(text, choices)
-    if letter is None and exact:
+    if exact and (letter is None or not labels_only):
         return exact
     if letter is not None:
         equal = _matching(choices, lambda option: _compact(option) == _compact(choices[letter]))
         return equal or frozenset({letter})
-    words = _words(text)
-    same = _matching(choices, lambda option: _words(option) == words) if words else frozenset()
-    if same:
-        return same
-    number = parse_quantity(text)
-    if number is None:
-        return None
-    return _matching(choices, lambda option: _same_number(option, number)) or None
+    words, number = _words(text), parse_quantity(text)
+    same = _matching(choices, lambda option: _words(option) == words) if words else None
+    if same or number is None:
+        return same or None
+    values = [parse_quantity(plain_text(option)) for option in choices]
+    return frozenset(i for i, v in enumerate(values) if v and same_quantity(v, number)) or None
 
 
-def _matching(choices: tuple[str, ...], test) -> frozenset[int]:
+def _matching(choices: tuple[str, ...], test: Callable[[str], bool]) -> frozenset[int]:
     return frozenset(i for i, option in enumerate(choices) if test(option))
-
-
-def _same_number(option: str, number: Quantity) -> bool:
-    value = parse_quantity(plain_text(option))
-    return value is not None and same_quantity(value, number)
 
 
 def _option_letter(text: str, choices: tuple[str, ...]) -> int | None:
     """The option whose letter leads or is the text, None without one or where it is taken back."""
-    count = len(choices) or len(LETTERS)
-
-    def index(letter: str) -> int | None:
-        place = ord(letter.upper()) - ord("A")
-        return place if place < count else None
-
-    bare = _BARE_LETTER.fullmatch(text)
-    if bare:
-        return index(bare[1])
-    labelled = _LABEL.fullmatch(text) or _LETTER_TEXT.fullmatch(text)
+    alone = _BARE_LETTER.fullmatch(text)
+    labelled = alone or _LABEL.fullmatch(text) or _LETTER_TEXT.fullmatch(text)
     if labelled is None:
         return None
-    letter, rest = filter(None, labelled.groups())
-    place = index(letter)
-    if place is None:
+    letter, rest = (*filter(None, labelled.groups()), "")[:2]
+    place = ord(letter.upper()) - ord("A")
+    if place >= (len(choices) or len(LETTERS)):
         return None
-    if choices and _words(choices[place]) == _words(rest):
+    if alone or (choices and _words(choices[place]) == _words(rest)):
         return place
     if labelled.re is _LETTER_TEXT or _MORE_LETTERS.fullmatch(rest) or _OTHER_LABEL.search(rest):
         return None
