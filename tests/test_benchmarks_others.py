@@ -5,7 +5,7 @@ import time
 import pytest
 
 from srpo_jax.benchmarks import emma, mathverse, olympiadbench, wemath
-from srpo_jax.benchmarks.common import RowError
+from srpo_jax.benchmarks.common import EMPTY, RowError
 from srpo_jax.benchmarks.word_numbers import word_number
 from srpo_jax.rewards.verifier import Verifier
 
@@ -67,7 +67,7 @@ def test_emma_answers_that_are_wrong(response, answer):
 
 
 def test_emma_says_where_there_is_no_response():
-    assert emma.official({"response": "", "answer": "5"}).no_answer == emma.EMPTY
+    assert emma.official({"response": "", "answer": "5"}).no_answer == EMPTY
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whether a reply becomes training data; reasons are short phrases, so that they can be counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from srpo_jax.data.prompts import CONTROL_TOKENS, paper_sft_response, plain_response, srpo_response
@@ -11,10 +12,15 @@ from srpo_jax.reflection.settings import Settings
 
 def target_problem(think: str, answer: str) -> str | None:
     """Why a first round cannot stand in a training target; None where it can."""
-    if any(token in text for text in (think, answer) for token in CONTROL_TOKENS):
+    return _unfit([think, answer], partial(plain_response, think, answer))
+
+
+def _unfit(texts: Sequence[str], build: Callable[[], str]) -> str | None:
+    """Why texts cannot stand in the response that ``build`` makes; None where they can."""
+    if any(token in text for text in texts for token in CONTROL_TOKENS):
         return "control token in the text"
     try:
-        plain_response(think, answer)
+        build()
     except ValueError:
         return "not the template"
     return None
@@ -35,22 +41,17 @@ def reply_problem(
       reply: {"reflection", "second_think"?, "second_answer"?}.
       right: the second answer was graded right.
     """
-    reflection = reply["reflection"]
+    reflection, attempt = reply["reflection"], (first["think"], first["answer"])
     texts = [reply[name] for name in ("reflection", "second_think") if reply.get(name)]
     if not right:
         return "second answer wrong"
-    if any(token in text for text in texts for token in CONTROL_TOKENS):
-        return "control token in the text"
-    try:
-        if settings.target == "paper":
-            paper_sft_response(first["think"], first["answer"], reflection, record.answer)
-        else:
-            srpo_response(
-                *(first["think"], first["answer"], reflection),
-                *(reply["second_think"], reply["second_answer"]),
-            )
-    except ValueError:
-        return "not the template"
+    if settings.target == "paper":
+        build = partial(paper_sft_response, *attempt, reflection, record.answer)
+    else:
+        second = reply["second_think"], reply["second_answer"]
+        build = partial(srpo_response, *attempt, reflection, *second)
+    if problem := _unfit(texts, build):
+        return problem
     if len(reflection.split()) < settings.min_reflection_words and len(reflection) < 12:
         return "reflection too short"
     if count_tokens(reflection) > settings.max_reflection_tokens:

@@ -172,8 +172,6 @@ _WORD_END = re.compile(
     r"|at|on"
     r"|with)\b)"
 )
-
-
 _LETTER = re.compile(r"\(?[A-Z]\)?[.:]?")
 
 
@@ -257,9 +255,7 @@ class _GoldForms:
         return out if count else None
 
 
-@lru_cache(maxsize=1024)
-def _forms(gold: str, choices: tuple[str, ...]) -> _GoldForms:
-    return _GoldForms(gold, choices)
+_forms = lru_cache(maxsize=1024)(_GoldForms)
 
 
 def _skip(text: str) -> int:

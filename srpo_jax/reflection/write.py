@@ -143,7 +143,7 @@ def _array_record(out: Path, target: str, split: str) -> None:
 
 
 def tally(store: Store) -> dict[str, Any]:
-    """Counts of every stage: results, usable ones, reasons, errors, tokens and USD."""
+    """Of every stage: usable results, reasons of the others, tokens, USD and errors."""
     return {stage: _tally(store, stage) for stage in STAGES}
 
 

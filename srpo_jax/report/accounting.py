@@ -25,8 +25,6 @@ CURVE_QUANTILES = tuple(i / 10 for i in range(11))
 BOOTSTRAP = 10_000
 _SHOWN = 3  # problems named in an error
 
-__all__ = ["CONFIDENT", "accounts", "majority_at_k", "paired", "pass_at_k", "stop_curve"]
-
 
 def accounts(rows: Sequence[Row]) -> dict[str, Any]:
     """What rows tell beyond rates: "pass@k" and "maj@k" by k (as text), and "stop" (`stop_curve`).

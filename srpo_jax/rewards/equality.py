@@ -85,8 +85,11 @@ class _Comparison:
             return self._same_region(gold, predicted)
         if "tuple" in kinds:
             return self._same_tuple(gold, predicted)
-        if ":" in kinds or "matrix" in kinds and kinds[0] == kinds[1]:
-            return self._same_rows(_rows(gold), _rows(predicted))
+        if kinds == ("matrix", "matrix"):
+            same_rows = map(self._same_elements, gold[1:], predicted[1:])
+            return len(gold) == len(predicted) and all(same_rows)
+        if ":" in kinds:
+            return self._same_ratio(_terms(gold), _terms(predicted))
         golds, answers = _elements(gold), _elements(predicted)
         if len(golds) == len(answers) == 1:
             return self._same_value(golds[0], answers[0])
@@ -124,10 +127,8 @@ class _Comparison:
             return False
         return self._same_elements(golds, answers)
 
-    def _same_rows(self, golds: list[Any], answers: list[Any]) -> bool:
-        """Matrices entry by entry, ratios by cross products; a ratio of two is a fraction."""
-        if isinstance(golds[0][0], tuple):
-            return len(golds) == len(answers) and all(map(self._same_elements, golds, answers))
+    def _same_ratio(self, golds: list[Tree], answers: list[Tree]) -> bool:
+        """By cross products; a ratio of two is a fraction."""
         if len(answers) == 1 or len(golds) == 1:
             return max(len(golds), len(answers)) == 2 and self._same_value(
                 *(("/", *terms) if len(terms) == 2 else terms[0] for terms in (golds, answers))
@@ -245,11 +246,9 @@ def _signed(tree: Any, sign: str) -> Any:
     return parts[0] if kind == "+" and len(parts) == 1 else (kind, *parts)
 
 
-def _rows(tree: Tree) -> list[Any]:
-    """The rows of a matrix, or the terms of a ratio from left to right."""
-    if tree[0] == "matrix":
-        return list(tree[1:])
-    return [*_rows(tree[1]), tree[2]] if tree[0] == ":" else [tree]
+def _terms(tree: Tree) -> list[Tree]:
+    """The terms of a ratio from left to right."""
+    return [*_terms(tree[1]), tree[2]] if tree[0] == ":" else [tree]
 
 
 def _names(elements: Sequence[Tree]) -> set[Tree]:

@@ -250,7 +250,7 @@ class _Reader:
     def _factors(self, *, argument: bool = False) -> Tree:
         """Factors side by side; those of a function without brackets end before the next one."""
         tree = self._power()
-        while self._starts_factor() and not (argument and self._is_function()):
+        while self._starts_factor() and not (argument and self._next[1:] in _FUNCTIONS):
             if isinstance(self._next, tuple):  # only a mixed number puts two numbers side by side
                 right = ("/", self._take(), self._take("/") and self._take())
                 if not (_is_whole(tree) and _is_proper(right)):
@@ -264,9 +264,6 @@ class _Reader:
                 ("num", tree[1] * by, tree[2] * by) if tree[0] == "num" else ("*", tree, _whole(by))
             )
         return tree
-
-    def _is_function(self) -> bool:
-        return isinstance(self._next, str) and self._next[1:] in _FUNCTIONS
 
     def _starts_factor(self) -> bool:
         token = self._next

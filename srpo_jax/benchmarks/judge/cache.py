@@ -51,7 +51,7 @@ class JudgeCache:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
             if (version, bool(tables)) not in ((0, False), (VERSION, True)):
-                raise ValueError(f"{path}: not a cache of judgements of version {VERSION}")
+                raise sqlite3.DatabaseError(f"it is none of version {VERSION}")
             self._db.execute("PRAGMA journal_mode=WAL")
             # Without a sync at each commit a dead machine may lose the last seconds; a dead
             # process loses nothing.
@@ -62,9 +62,6 @@ class JudgeCache:
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(f"{path}: cannot be used as a cache of judgements ({error})") from None
-        except ValueError:
-            self._db.close()
-            raise
 
     def __enter__(self) -> "JudgeCache":
         return self
