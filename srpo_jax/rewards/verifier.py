@@ -160,31 +160,19 @@ class Verifier:
         results: list[bool | None] = [None] * len(requests)
         waiting = deque(range(len(requests)))
         again: dict[int, int] = {}  # by the slot of a fresh worker: the check that failed there
-        running = 0
-        while waiting or again or running:
+        while waiting or again or any(worker.task is not None for worker in self._workers):
             for slot, worker in enumerate(self._workers):
                 if worker.idle and (slot in again or waiting):
                     task = again[slot] if slot in again else waiting[0]
                     if not worker.send(task, requests[task], slot in again):
                         self._replace(slot)  # died between two checks: no check's fault
-                        continue
-                    running += 1
-                    if again.pop(slot, None) is None:
+                    elif again.pop(slot, None) is None:
                         waiting.popleft()
-            # A worker that is not idle is starting or checking; both have a deadline.
-            pending = [w for w in self._workers if not w.idle]
-            pause = max(0.0, min(w.deadline for w in pending) - time.monotonic())
-            readable = set(wait([w.connection for w in pending], timeout=pause))
-            for slot, worker in enumerate(self._workers):
-                if worker.idle:
-                    continue
-                late = time.monotonic() >= worker.deadline
-                if worker.connection not in readable and not late:
-                    continue
-                task = worker.task
-                message = worker.receive() if worker.connection in readable else None
+            for slot in self._due():
+                worker = self._workers[slot]
+                task, message = worker.task, worker.receive()
                 if message is None:
-                    late = worker.connection not in readable or worker.ran_out()
+                    late = worker.ran_out()
                     if task is None:
                         self._failed_start(worker, late=late)
                     elif worker.retry:
@@ -197,8 +185,15 @@ class Verifier:
                     self._failed_starts = 0
                 else:
                     results[task] = message == _YES
-                running -= task is not None
         return results
+
+    def _due(self) -> list[int]:
+        """Wait for workers that start or check: the slots of those with news or out of time."""
+        pending = {slot: worker for slot, worker in enumerate(self._workers) if not worker.idle}
+        pause = max(0.0, min(w.deadline for w in pending.values()) - time.monotonic())
+        readable = wait([w.connection for w in pending.values()], timeout=pause)
+        now = time.monotonic()
+        return [s for s, w in pending.items() if w.connection in readable or now >= w.deadline]
 
     def _failed_start(self, worker: "_Worker", *, late: bool) -> None:
         self._failed_starts += 1
@@ -247,8 +242,10 @@ class _Worker:
         return True
 
     def receive(self) -> bytes | None:
-        """The worker's message, after which it is idle; None if the process ended."""
+        """The worker's message, after which it is idle; None where it ended or says nothing yet."""
         try:
+            if not self.connection.poll():
+                return None
             message = self.connection.recv_bytes()
         except (EOFError, OSError):
             return None
@@ -256,7 +253,9 @@ class _Worker:
         return message
 
     def ran_out(self) -> bool:
-        """Whether the process, whose pipe is closed, used up a check's processor time."""
+        """Whether a process that gave no message used up its time, of the clock or processor."""
+        if time.monotonic() >= self.deadline:
+            return True
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=5)
         return self.process.returncode == -signal.SIGXCPU
