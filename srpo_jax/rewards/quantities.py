@@ -47,7 +47,7 @@ EXACT = Tolerance()
 def parse_quantity(text: str) -> Quantity | None:
     """The quantity that a whole string is, or None ("5 cm", "-3/4", "1,000", "28 %", "three")."""
     tree = tree_of(text) if len(text) <= _MAX_CHARS else None
-    return tree and quantity_of(tree)
+    return None if tree is None else quantity_of(tree)
 
 
 def quantity_of(tree: Tree) -> Quantity | None:
