@@ -32,11 +32,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data = data = ConfigDict()
     data.root = ""  # folder that images must lie in; empty: the file's
     data.prompt = "srpo"  # or "plain"
-    data.prompt_tokens = 1024  # budget, images included
+    data.prompt_tokens = 1664  # budget, images included, as in RL
     data.prompts_per_row = 4  # prompts whose images one data shard encodes at a time
     data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 3584))
     data.workers = common.data_workers(args.size)
-    data.max_bad_share = 0.01
+    data.max_bad_share = 0.01  # more bad records than this, beyond chance, are refused at the start
 
     if args.mode == "debug":
         common.shrink(config)

@@ -29,14 +29,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data.root = ""  # folder that images must lie in; empty: the file's
     data.prompt = "srpo"  # or "plain": one round of think and answer (GRPO control)
     data.global_batch_size = 128  # prompts of a step (P 4.1)
-    data.prompts_per_row = common.SIZES[args.size].prompts_per_row  # memory of a micro-batch
-    data.prompt_tokens = 1024  # budget, images included (R: prompt_max_len)
+    data.prompts_per_row = common.SIZES[args.size].prompts_per_row  # at most: memory of a row
+    # Budget: 426 for the template, up to 640 for an image, the rest for the question
+    # (R: prompt_max_len 1024, with a shorter template).
+    data.prompt_tokens = 1664
     # Patch slots of a row; a batch takes the smallest that fits. An image takes up to 2,560
-    # patches (max_pixels / 14**2) plus the padding of its windows.
+    # patches (max_pixels / 14**2) plus the padding of its windows. They shrink with prompts_per_row
+    # where many devices leave a row fewer prompts.
     data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 3584))
     data.shuffle = True
     data.workers = common.data_workers(args.size)
-    data.max_bad_share = 0.01  # more unreadable records than this stop the run
+    data.max_bad_share = 0.01  # more bad records than this, beyond chance, stop the run
 
     sampling = common.add_sampling(config)
     sampling.group_size = 8  # G (P 4.1)

@@ -34,10 +34,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # imitates all (P, R).
     data.mask_wrong_first = "auto"
     data.global_batch_size = 16  # R: 8 GPUs x 1 x accumulation 2
-    data.prompts_per_row = common.SIZES[args.size].sequences_per_row
+    data.prompts_per_row = common.SIZES[args.size].sequences_per_row  # at most
     data.tokens = 4096  # budget of a conversation (R: cutoff_len)
     data.pack = False  # several conversations in one sequence; needs steps
-    data.prompt_tokens = 1024  # budget of a prompt in the evaluation
+    data.prompt_tokens = 1280  # budget of a prompt in the evaluation: images are smaller than in RL
     data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048))
     data.shuffle = True
     data.workers = common.data_workers(args.size)

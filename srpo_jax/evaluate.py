@@ -25,11 +25,14 @@ from srpo_jax.benchmarks.both_answers import score_rows
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.files import JsonlLog, write_jsonl
+from srpo_jax.data.images import RecordError
+from srpo_jax.data.records import Record
 from srpo_jax.report import accounting
 from srpo_jax.report.rates import rates
 from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import feed, processes
+from srpo_jax.run.budgets import Reader, prompt_budgets
 from srpo_jax.run.command import main
 from srpo_jax.run.guard import StopRequest
 from srpo_jax.run.parts import Parts, load_weights, start
@@ -41,7 +44,7 @@ from srpo_jax.run.settings import (
     evaluate_settings,
     evaluation_sampling,
 )
-from srpo_jax.structs import Params, RunError
+from srpo_jax.structs import BLOCKS, Params, RunError
 
 Row = dict[str, Any]
 
@@ -89,7 +92,7 @@ def evaluate(
                 processes.say("stopped; the same command goes on from here")
                 return None
         told = evaluator.grading_counts()
-    told |= {"skipped_records": len(evaluator) - len(done), "weights": origin}
+    told |= {"weights": origin}
     summary = conclude(settings, evaluator.source, log.rows, told)
     log.finish()
     return summary
@@ -199,6 +202,8 @@ class Evaluator:
         self.source = feed.Subset(source, range(count))
         # Every problem of a benchmark counts; what cannot be graded here, its own rule decides.
         self._check = None if settings.eval.benchmark else gold_problem
+        reader = Reader(encode, prompt_budgets(settings), self._check)
+        feed.check_problems(settings, parts, self.source, reader)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -218,6 +223,7 @@ class Evaluator:
             source = feed.Subset(source, feed.without_origins(source, skip))
             if not len(source):
                 return
+        unasked: list[Row] = []
         data, each = self._settings.data, self._parts.shards * self._settings.data.prompts_per_row
         per_shard = -(-self._settings.eval.batch_size // each)
         loader = feed.open_loader(
@@ -225,13 +231,14 @@ class Evaluator:
             source,
             self._encode,
             check=self._check,
+            on_bad=lambda record, error: unasked.extend(self._unasked(record, error)),
             shuffle=False,
             epochs=1,
             drop_remainder=False,
             token_budget=data.prompt_tokens,
             patch_budgets=data.patch_budgets,
             workers=data.workers,
-            max_bad_share=data.max_bad_share,
+            max_bad_share=1.0,  # it was checked at the start, and all of them count
             global_batch_size=per_shard * each,
             rows_per_shard=per_shard,
         )
@@ -245,9 +252,40 @@ class Evaluator:
                 seconds = round((time.monotonic() - start) / max(len(rows), 1), 3)
                 for row in rows:  # a batch is one piece of work: each sample's even share of it
                     row["seconds"] = seconds
-                yield [row for part in processes.gather(rows) for row in part]
+                yield self._gathered(rows, unasked)
+            if processes.any_true([bool(unasked)])[0]:
+                yield self._gathered([], unasked)
         finally:
             loader.close()
+
+    def _gathered(self, rows: list[Row], unasked: list[Row]) -> list[Row]:
+        """The rows of all processes; those of ``unasked`` go with them."""
+        rows, unasked[:] = [*rows, *unasked], []
+        return [row for part in processes.gather(rows) for row in part]
+
+    def _unasked(self, record: Record | None, error: RecordError) -> Iterator[Row]:
+        """The rows of a record that cannot be used: wrong, without an answer, with a reason."""
+        for sample in range(self._settings.eval.samples):
+            yield {
+                "id": record.id if record else error.origin,
+                "sample": sample,
+                "gold": record.answer if record else None,
+                "tokens": 0,
+                **dict.fromkeys(("first_answer", "final_answer")),
+                **dict.fromkeys(
+                    ("first_correct", "final_correct", "format_ok", "truncated"), False
+                ),
+                "origin": error.origin,
+                "prompt": record.question if record else "",
+                "choices": list(record.choices) if record else [],
+                "response": "",
+                "blocks": dict.fromkeys(BLOCKS),
+                "block_tokens": [0] * len(BLOCKS),
+                "tokens_to_first": None,
+                "first_confidence": None,
+                "seconds": 0.0,
+                "reason": f"{error.reason}; {error.remedy}",
+            }
 
     def __call__(self, params: Params, *, seed: int) -> dict[str, float]:
         """The `rates`, without intervals, and `grading_counts`."""

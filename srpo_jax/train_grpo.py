@@ -50,7 +50,13 @@ from srpo_jax.run.rollout import (
     vision_work,
 )
 from srpo_jax.run.session import Done, Session
-from srpo_jax.run.settings import GrpoSettings, grpo_config, grpo_settings
+from srpo_jax.run.settings import (
+    GrpoSettings,
+    batch_layout,
+    fit_rows,
+    grpo_config,
+    grpo_settings,
+)
 from srpo_jax.structs import Experience, Params, TrainState
 
 SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")
@@ -74,24 +80,23 @@ def train(
     """
     settings = grpo_settings(config, workdir, profile)
     with start(settings) as parts:
+        settings = fit_rows(settings, parts.shards, parts.processor.geometry.window_slots)
         cfg = grpo_config(settings, parts.shards, parts.forbidden_ids)
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
-        loader, _ = open_training(
-            settings, parts, encode, tokens=settings.data.prompt_tokens, check=gold_problem
-        )
+        loader, _ = open_training(settings, parts, encode, check=gold_problem)
         pool = Pool(encode, parts.processor, settings.data)
+        evaluator = None
+        if settings.eval.file:
+            evaluator = Evaluator(settings, parts, settings.reward.profile, encode)
         optimizer = make_optimizer(
             settings.optim, settings.steps * cfg.updates_per_rollout, settings.seed
         )
         run = Session(settings, parts, optimizer, settings.steps, SHOWN)
         if run.host:
-            loader.set_state(run.host["data"])
+            loader.set_state(run.host["data"], mended=settings.checkpoint.allow_changes)
             pool.load(run.host["pending"], run.arrays)
         reference = load_reference(settings, parts, run) if cfg.needs_reference else None
         stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference)
-        evaluator = None
-        if settings.eval.file:
-            evaluator = Evaluator(settings, parts, settings.reward.profile, encode)
         return run.run(stage.step, stage.host_state, evaluator)
 
 
@@ -129,6 +134,9 @@ class Stage:
         self.settings, self.parts, self.cfg = settings, parts, cfg
         self.loader, self.pool, self.reference = loader, pool, reference
         self.trains_vision = trains_vision(parts.shapes, settings.freeze)
+        # [P] of this process: the update that each place belongs to; -1: filler.
+        layout = batch_layout(settings, parts.shards)
+        self.update_P = layout.places(*processes.data_place(parts.mesh))
         mesh, watch = parts.mesh, parts.guard.watch
         self.logp_step = watch(make_logp_step(parts.model, cfg, mesh=mesh))
         self.score_step = watch(make_score_step(cfg, mesh))
@@ -220,30 +228,34 @@ class Stage:
 
         (Its gradient would be zero, but Adam's momentum would still move the parameters.)
         """
-        count, mesh = self.cfg.updates_per_rollout, self.parts.mesh
-        weight = np.asarray(lesson.local.weight)
-        by_shard = weight.reshape(len(sharding.process_shards(mesh)), count, -1)
-        useful = processes.any_true(np.atleast_1d(by_shard.any(axis=(0, 2))))
+        count = self.cfg.updates_per_rollout
+        weight_P = np.asarray(lesson.local.weight)
+        own_KP = self.update_P == np.arange(count)[:, None]
+        useful = processes.any_true((own_KP & (weight_P > 0)).any(axis=1))
         done = []
         with self.parts.guard.step(f"update, {bucket_of(lesson.local.batch)}"):
             for k in range(count):
                 if useful[k]:
                     indices = micro_indices(self.cfg, k) if count > 1 else None
-                    state, metrics = self.grpo_step(state, lesson.experience, indices)
+                    experience = lesson.experience
+                    if self.cfg.sharing > 1:  # others' groups stand in these rows too
+                        own = np.where(own_KP[k], weight_P, 0.0).astype(np.float32)
+                        own_P = sharding.to_global(own, self.parts.mesh)
+                        experience = dataclasses.replace(experience, weight=own_P)
+                    state, metrics = self.grpo_step(state, experience, indices)
                     done.append(metrics)
         return state, done
 
     def resample(self, state: TrainState, step: int) -> Lesson:
         """Rounds until this step's batch is full of informative groups, then that batch."""
         parts, rounds = self.parts, []
-        rows = self.cfg.micro_batches * len(sharding.process_shards(parts.mesh))
-        wanted = rows * self.settings.data.prompts_per_row
+        usable_P = self.update_P >= 0
         while len(rounds) < self.settings.filter.max_rounds:
-            if rounds and not processes.any_true([len(self.pool.groups) < wanted])[0]:
+            if rounds and not processes.any_true([len(self.pool.groups) < usable_P.sum()])[0]:
                 break
             rounds.append(self.sample_round(state, step, with_logps=False))
             self.pool.add(rounds[-1], step)
-        local, carried = self.pool.take(step, rows)
+        local, carried = self.pool.take(step, usable_P)
         with parts.guard.step(f"composing, {bucket_of(local.batch)}"):
             rollout, verdict, weight_P, carried_P = sharding.to_global(
                 (local.rollout, local.verdict, local.weight, carried), parts.mesh

@@ -27,7 +27,7 @@ from srpo_jax.run.feed import Encode, bucket_of, open_training
 from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.rollout import vision_work
 from srpo_jax.run.session import Done, Session
-from srpo_jax.run.settings import sft_config, sft_settings
+from srpo_jax.run.settings import fit_rows, sft_config, sft_settings
 from srpo_jax.structs import TrainState
 
 SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "time/step")
@@ -49,16 +49,22 @@ def train(
         encode_prompt: record -> Encoded for the evaluation, instead of the configured prompt.
     """
     settings = sft_settings(config, workdir)
-    data = settings.data
     with start(settings) as parts:
+        settings = fit_rows(settings, parts.shards, parts.processor.geometry.window_slots)
+        data = settings.data
         encode = encode or SftEncoder(parts.processor, data.target, data.masks_wrong_first)
-        loader, records = open_training(settings, parts, encode, tokens=data.tokens)
+        loader, records = open_training(settings, parts, encode)
+        evaluator = None
+        if settings.eval.file:
+            prompt = "plain" if data.target == "plain" else "srpo"
+            encode_prompt = encode_prompt or PromptEncoder(parts.processor, prompt)
+            evaluator = Evaluator(settings, parts, PAPER, encode_prompt)
         batch_size = data.global_batch_size
         total = settings.steps or max(1, int(records * settings.epochs) // batch_size)
         optimizer = make_optimizer(settings.optim, total, settings.seed)
         run = Session(settings, parts, optimizer, total, SHOWN)
         if run.host:
-            loader.set_state(run.host["data"])
+            loader.set_state(run.host["data"], mended=settings.checkpoint.allow_changes)
         cfg, freeze = sft_config(settings, parts.shards), settings.freeze
         sft_step = parts.guard.watch(
             make_sft_step(parts.model, cfg, optimizer, freeze=freeze, mesh=parts.mesh)
@@ -74,11 +80,6 @@ def train(
                 state, metrics = sft_step(state, batch, None)
             return Done(state, metrics, *work(parts, loaded, trains_vision(parts.shapes, freeze)))
 
-        evaluator = None
-        if settings.eval.file:
-            prompt = "plain" if data.target == "plain" else "srpo"
-            encode_prompt = encode_prompt or PromptEncoder(parts.processor, prompt)
-            evaluator = Evaluator(settings, parts, PAPER, encode_prompt)
         return run.run(step, lambda: ({"data": loader.get_state()}, {}), evaluator)
 
 

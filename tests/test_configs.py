@@ -53,7 +53,7 @@ def test_the_default_is_the_full_7b_recipe():
     config = grpo.get_config()
     assert config == grpo.get_config("size=7b,mode=full")
     assert (config.data.global_batch_size, config.sampling.group_size) == (128, 8)
-    assert (config.data.prompt_tokens, config.sampling.max_new_tokens) == (1024, 2048)
+    assert (config.data.prompt_tokens, config.sampling.max_new_tokens) == (1664, 2048)
     assert (config.sampling.temperature, config.sampling.top_p) == (1.0, 1.0)
     assert (config.min_pixels, config.max_pixels) == (3136, 501_760)
     assert grpo_settings(config).optim == OptimConfig(

@@ -20,6 +20,7 @@ from srpo_jax.run.pool import Pool, informative
 from srpo_jax.structs import Rollout, Verdict
 
 G, R = 4, 6
+PLACES = np.ones(4, bool)  # two rows of two prompts
 FINAL = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0]], bool)
 
 
@@ -86,7 +87,7 @@ def test_pool_gives_the_oldest_groups_with_their_own_prompts_and_keeps_the_rest(
     pool = new_pool(world)
     fill(pool, world, 0, step=5)  # keeps records 2, 3, 4
     fill(pool, world, 10, step=6)  # keeps records 12, 13, 14
-    update, carried = pool.take(6, rows=2)
+    update, carried = pool.take(6, PLACES)
     assert update.batch.valid.all() and update.weight.tolist() == [1] * 4
     assert update.rollout.completions[:, 0, 0].tolist() == [2, 3, 4, 12]
     assert carried.tolist() == [True, True, True, False]
@@ -98,18 +99,18 @@ def test_pool_gives_the_oldest_groups_with_their_own_prompts_and_keeps_the_rest(
         np.testing.assert_array_equal(got, wanted.token_ids)
     assert [group.record.id for group in pool.groups] == ["train-13", "train-14"]
 
-    rest, _ = pool.take(7, rows=2)
+    rest, _ = pool.take(7, PLACES)
     assert rest.batch.valid.tolist() == [True, True, False, False]
     assert rest.weight.tolist() == [1, 1, 0, 0]
     assert rest.rollout.completion_mask[2:].sum() == 0 and not pool.groups
-    empty, _ = pool.take(8, rows=2)
+    empty, _ = pool.take(8, PLACES)
     assert not empty.weight.any() and empty.rollout.completions.shape == (4, G, R)
 
 
 def test_group_that_does_not_fit_a_rows_patches_waits(world):
     pool = new_pool(world, budgets=(64,))  # one picture a row
     fill(pool, world, 0, step=0)
-    update, _ = pool.take(0, rows=2)
+    update, _ = pool.take(0, PLACES)
     assert update.batch.valid.tolist() == [True, False, True, False]
     assert [group.record.id for group in pool.groups] == ["train-4"]
 
@@ -120,7 +121,7 @@ def test_pool_survives_the_checkpoint(world):
     values, arrays = checkpoint.unpack_host(checkpoint.pack_host(*_wrapped(pool)))
     again.load(values["pending"], arrays)
     assert [g.step for g in again.groups] == [3, 3, 3]
-    one, other = (p.take(4, rows=1) for p in (pool, again))
+    one, other = (p.take(4, np.ones(3, bool)) for p in (pool, again))
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(x, y)
     empty = new_pool(world)

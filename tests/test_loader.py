@@ -1,20 +1,24 @@
 """Batches, budgets, sharding, exact resume, and bad records set aside."""
 
+import itertools
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from data_helpers import make_hf_dir, noise_image, png, write_dots, write_jsonl
 
-from srpo_jax.data.batching import Media, encode_arrays
+from srpo_jax.data.batching import Layout, Media, choose_layout, encode_arrays
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.images import RecordError, load_image
-from srpo_jax.data.loader import Loader
+from srpo_jax.data.loader import Loader, too_many
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import Record, open_records, write_array_record
 from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.data.vision_arrays import VisionIds
+from srpo_jax.learn.grpo import GrpoConfig
+from srpo_jax.learn.steps import micro_indices
 from srpo_jax.structs import RunError
 
 PAD = 9
@@ -64,7 +68,7 @@ def _budget(loaded):
 def _loader(source, encoder=encode, **settings):
     base = {"global_batch_size": 4, "token_budget": 4, "seed": 3, "pad_id": PAD}
     base |= settings
-    names = ("check_record", "agree", "quarantine_path")
+    names = ("check_record", "gather", "quarantine_path", "say", "on_bad")
     others = {name: base.pop(name) for name in names if name in base}
     return Loader(source, encoder, LoaderConfig(**base), **others)
 
@@ -127,23 +131,23 @@ def test_training_drops_an_incomplete_last_batch():
 
 
 def _lockstep(loaders):
-    """Run the loaders of several processes together, as their ``agree`` demands."""
+    """Run the loaders of several processes together, as their ``gather`` demands."""
     import threading
 
-    barrier, votes, out = threading.Barrier(len(loaders)), {}, {}
+    barrier, told, out = threading.Barrier(len(loaders)), {}, {}
 
-    def agree_for(index):
-        def agree(status):
-            votes[index] = status
+    def gather_for(index):
+        def gather(own):
+            told[index] = own
             barrier.wait(20)
-            result = max(votes.values())
+            everyone = [told[i] for i in range(len(loaders))]
             barrier.wait(20)
-            return result
+            return everyone
 
-        return agree
+        return gather
 
     def run(index, loader):
-        loader._agree = agree_for(index)
+        loader._everyone = gather_for(index)
         try:
             out[index] = list(loader)
         except RunError as error:
@@ -204,12 +208,94 @@ def test_processes_use_the_same_patch_budget():
 
 def test_a_failing_process_stops_the_others():
     settings = {"shuffle": False, "epochs": 1, "num_shards": 2, "global_batch_size": 2}
-    source = Numbers(40, bad=tuple(range(1, 40, 2)))
+
+    def broken(record):
+        if record.id == "r7":
+            raise RunError("the disk is gone")
+        return encode(record)
+
     first, second = _lockstep(
-        [_loader(source, process_index=p, process_count=2, **settings) for p in range(2)]
+        [_loader(Numbers(40), broken, process_index=p, process_count=2, **settings) for p in (0, 1)]
     )
     assert isinstance(first, RunError) and "another process" in str(first)
-    assert isinstance(second, RunError) and "max_bad_share" in str(second)
+    assert isinstance(second, RunError) and "the disk is gone" in str(second)
+
+
+# --- fillers ---
+
+
+def test_rows_are_chosen_from_the_number_of_shards_and_updates_keep_their_sequences():
+    for sequences, updates, most, shards, count in itertools.product(
+        (6, 16, 64, 128), (1, 2, 8), (1, 2, 4), (1, 3, 8, 16, 24, 32, 128), (1, 2, 3, 8)
+    ):
+        if sequences % updates or shards % count:
+            continue
+        layout = choose_layout(sequences, shards, most, updates)
+        parts = [layout.places(i, count) for i in range(count)]
+        places_SMB = np.concatenate(parts).reshape(shards, layout.rows, layout.per_row)
+        assert layout.per_row <= most and places_SMB.size == layout.size
+        cfg = GrpoConfig(
+            updates_per_rollout=updates, micro_batches=layout.rows, sharing=layout.sharing
+        )
+        for update in range(updates):  # all of its sequences stand in its micro-batches
+            rows = places_SMB[:, micro_indices(cfg, update)]
+            assert (rows == update).sum() == (places_SMB == update).sum() == sequences // updates
+        taken = [int((part >= 0).sum()) for part in parts]
+        assert sum(taken) == sequences and max(taken) - min(taken) <= 1
+        each, rest = divmod(sequences, shards * most)
+        if not rest and each % updates == 0:  # nothing is left over: no fillers
+            assert (layout.rows, layout.per_row, layout.sharing) == (each, most, 1)
+            assert layout.size == sequences
+
+
+def test_few_sequences_on_many_shards_share_rows_among_updates():
+    assert choose_layout(128, 32, 1, 8) == Layout(128, 32, rows=4, updates=8, sharing=2)
+    assert choose_layout(128, 128, 2, 8) == Layout(128, 128, rows=1, updates=8, sharing=8)
+    assert choose_layout(16, 24, 1).size == 24
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fillers_change_neither_the_batches_nor_their_order(count):
+    settings = {"global_batch_size": 4, "epochs": 3}  # on six shards
+    alone = [_ids(b) for b in _loader(Numbers(24), **settings)]
+    parts = [
+        list(_loader(Numbers(24), **settings, num_shards=6, process_index=p, process_count=count))
+        for p in range(count)
+    ]
+    assert {len(part) for part in parts} == {18}
+    for step, names in enumerate(alone):
+        batches = [part[step] for part in parts]
+        assert sorted(sum(map(_ids, batches), [])) == sorted(names)
+        assert [len(b.arrays.tokens) for b in batches] == [6 // count] * count
+        for batch in batches:
+            assert batch.slots.tolist() == np.flatnonzero(batch.arrays.valid).tolist()
+            tokens = batch.arrays.tokens[batch.slots, 1].tolist()
+            assert tokens == [int(record.answer) for record in batch.records]
+            assert batch.passes.tolist() == [step * 4 // 24] * len(batch.records)
+    if count == 1:
+        assert [_ids(b) for b in parts[0]] == alone
+
+
+def test_a_place_among_fillers_is_found_again():
+    settings = {"num_shards": 6, "process_index": 1, "process_count": 3, "epochs": 2}
+    loader = _loader(Numbers(24), **settings)
+    _take(loader, 4)
+    again = _loader(Numbers(24), **settings)
+    again.set_state(loader.get_state())
+    for a, b in zip(loader, again, strict=True):
+        _same(a, b)
+
+
+def test_a_process_without_a_sequence_keeps_step_and_packing_leaves_fillers_out():
+    settings = {"num_shards": 4, "global_batch_size": 2, "epochs": 1}
+    parts = _lockstep(
+        [_loader(Numbers(8), process_index=p, process_count=4, **settings) for p in range(4)]
+    )
+    assert [len(part) for part in parts] == [4] * 4
+    assert [sum(map(_ids, part), []) == [] for part in parts] == [False, False, True, True]
+    packed = next(_loader(Numbers(40), num_shards=3, pack=True, token_budget=10, shuffle=False,
+                          global_batch_size=2))  # fmt: skip
+    assert packed.arrays.valid.tolist() == [True, True, False] and len(packed.records) == 6
 
 
 # --- budgets ---
@@ -269,10 +355,12 @@ def test_a_budget_that_can_never_hold_a_row_stops_the_run():
 
 def test_settings_that_do_not_divide_are_refused():
     for settings, text in (
-        ({"num_shards": 3}, "global_batch_size=4 is not a multiple"),
         ({"num_shards": 1, "process_count": 2}, "num_shards=1 is not a multiple of the 2 proc"),
         ({"patch_budgets": (100,)}, "positive multiples of 64"),
-        ({"token_budget": 0}, "all > 0"),
+        ({"token_budget": 0}, "must be above 0"),
+        ({"global_batch_size": 0}, "all above 0"),
+        ({"updates": 3}, "sequences a multiple of updates"),
+        ({"updates": 2}, "rows do not divide"),
     ):
         with pytest.raises(ValueError, match=text):
             _loader(Numbers(4), **settings)
@@ -366,7 +454,7 @@ def test_workers_refuse_too_little_shared_memory(monkeypatch):
 def test_a_place_in_other_data_is_refused(tmp_path):
     state = _loader(Numbers(8)).get_state()
     for loader, name in (
-        (_loader(Numbers(9)), "data was '8' and is '9'"),
+        (_loader(Numbers(9)), "records was 8 and is 9"),
         (_loader(Numbers(8), seed=4), "seed was 3 and is 4"),
         (_loader(Numbers(8), shuffle=False), "shuffle"),
         (_loader(Numbers(8), num_shards=2, process_count=2), "process_count"),
@@ -424,23 +512,106 @@ def test_each_process_lists_its_own(tmp_path):
 
 def test_too_many_bad_records_stop_the_run(tmp_path):
     source = Numbers(1000, bad=tuple(range(0, 1000, 10)))
-    assert len(list(_loader(source, epochs=1, max_bad_share=0.15))) == 225
-    loader = _loader(source, epochs=1, max_bad_share=0.05, quarantine_path=tmp_path / "q.jsonl")
+    assert len(list(_loader(source, epochs=1, max_bad_share=0.08))) == 225
+    loader = _loader(source, epochs=1, max_bad_share=0.03, quarantine_path=tmp_path / "q.jsonl")
     with pytest.raises(
-        RunError, match=r"of \d+ records are bad \(listed in .*q.jsonl\), more than"
+        RunError, match=r"of \d+ records are bad \(listed in .*q.jsonl\): more than data.max_bad_sh"
     ):
         list(loader)
-    assert loader.seen >= 100  # one bad record at the start is no reason to stop
-    early = _loader(Numbers(1000, bad=tuple(range(20))), shuffle=False, max_bad_share=0.05)
-    with pytest.raises(RunError, match="20 of 100 records are bad"):
-        _take(early, 100)
+    assert loader.seen >= 100  # a few bad records at the start are no reason to stop
     with pytest.raises(StopIteration):
         next(loader)
+    with pytest.raises(RunError, match="1 of 100 records are bad: more than data.max_bad_share=0 "):
+        list(_loader(Numbers(100, bad=(7,)), epochs=1, max_bad_share=0.0, drop_remainder=False))
+
+
+def stopped_at(rng, share: float, processes: int, batch: int = 128, batches: int = 500) -> int:
+    """The batch after which a run over records with this share of bad ones stops, or 0."""
+    bad = rng.binomial(batch * processes, share, batches).cumsum()
+    for i, count in enumerate(bad, start=1):
+        if too_many(int(count), i * batch * processes, 0.01):
+            return i
+    return 0
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_the_share_of_bad_records_is_judged_with_confidence_however_often_it_is_looked_at(
+    processes,
+):
+    rng = np.random.default_rng(processes)
+    for healthy in (0.005, 0.009, 0.01):
+        assert not any(stopped_at(rng, healthy, processes) for _ in range(40)), healthy
+    stops = [stopped_at(rng, 0.02, processes) for _ in range(40)]
+    assert all(stops) and np.mean(stops) * processes < 40  # some thousand records
+    assert not too_many(3, 100, 0.01) and too_many(12, 100, 0.01)
+    assert not too_many(0, 100, 0.0) and too_many(1, 100, 0.0) and not too_many(50, 50, 1.0)
+
+
+def test_processes_add_up_their_bad_records_and_stop_together():
+    settings = {"shuffle": False, "epochs": 1, "num_shards": 2, "max_bad_share": 0.05}
+    bad = tuple(range(1, 240, 20))  # all on process 1: 10 % of its records, 5 % of all
+
+    def run(source, **more):
+        return _lockstep(
+            [_loader(source, process_index=p, process_count=2, **settings | more) for p in range(2)]
+        )
+
+    assert [len(part) for part in run(Numbers(240, bad=bad))] == [54, 54]
+    first, second = run(Numbers(240, bad=bad), max_bad_share=0.001)
+    assert str(first) == str(second) and re.search(r"\d of 1\d\d records are bad", str(first))
+
+
+def test_new_bad_records_are_told_once_a_batch(tmp_path):
+    told, path = [], tmp_path / "q.jsonl"
+    source = Numbers(12, bad=(1, 2, 9))
+    settings = {"shuffle": False, "epochs": 2, "max_bad_share": 0.5, "quarantine_path": path}
+    list(_loader(source, say=told.append, **settings))
+    assert told == [
+        f"2 more bad records, 2 of 6 so far (listed in {path}); the last: n:2: bad 2; fix or "
+        "remove the record",
+        f"1 more bad records, 3 of 11 so far (listed in {path}); the last: n:9: bad 9; fix or "
+        "remove the record",
+    ]
+    again = []
+    list(_loader(source, say=again.append, **settings))
+    assert again == []
+
+
+def test_a_run_stopped_by_bad_records_goes_on_with_a_larger_share_or_mended_records(tmp_path):
+    rows = [{"problem": "q", "answer": str(i) if i % 5 else ""} for i in range(400)]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    settings = {"shuffle": False, "epochs": 1, "max_bad_share": 0.02}
+
+    def begun(**more):
+        return _loader(open_records(path), **settings | more)
+
+    loader = begun()
+    states = [loader.get_state()]
+    with pytest.raises(RunError, match="goes on from the last checkpoint"):
+        for _ in loader:
+            states.append(loader.get_state())
+    place, restarted = states[-1], begun()
+    restarted.set_state(place)
+    with pytest.raises(RunError, match="records are bad"):  # nothing has changed
+        list(restarted)
+    larger = begun(max_bad_share=0.5)
+    larger.set_state(place)
+    assert len(list(larger)) > 50
+
+    write_jsonl(path, [{"problem": "q", "answer": str(i)} for i in range(400)])
+    mended = begun()
+    with pytest.raises(ValueError, match="data was"):
+        mended.set_state(place)
+    mended.set_state(place, mended=True)
+    assert mended.bad == mended.seen == 0 and len(list(mended)) > 50
+    write_jsonl(path, [{"problem": "q", "answer": "1"}] * 401)
+    with pytest.raises(ValueError, match="records was 400 and is 401"):
+        begun().set_state(place, mended=True)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_data_without_one_good_record_stop_the_run(share):
-    with pytest.raises(RunError, match="6 of 6 records are bad"):
+    with pytest.raises(RunError, match="all of 6 records are bad"):
         next(_loader(Numbers(6, bad=tuple(range(6))), max_bad_share=share))
 
 
@@ -461,8 +632,8 @@ def test_every_kind_of_bad_record_is_set_aside(tmp_path):
         "empty": ({"answer": ""}, "empty answer"),
         "marks": ({"problem": "<image> <image>"}, "2 <image> marks in the question, but 1 images"),
         "token": ({"problem": "a <|im_end|>"}, "control token"),
-        "long": ({"problem": "word " * 3000}, "tokens exceed the budget"),
-        "large": ({"images": ["large.png"]}, "image patches exceed the budget of 512"),
+        "long": ({"problem": "word " * 3000}, "tokens exceed data.prompt_tokens=3000"),
+        "large": ({"images": ["large.png"]}, "image patches exceed data.patch_budgets=512"),
         "gold": ({"answer": "\\frac{"}, "gold cannot be parsed"),
     }
     rows += [{**rows[0], "id": name, **fields} for name, (fields, _) in bad.items()]

@@ -84,5 +84,6 @@ def test_settings_are_read_as_in_training_and_what_cannot_run_is_refused():
     )
     assert config.data.prompts_per_row == 4 and config.filter.resample is True
     assert tuple(config.data.patch_budgets) == (64, 128)
-    with pytest.raises(RunError, match="prompts_per_row=2 .*or --config.grpo.updates"):
+    config.grpo.updates_per_rollout = 3
+    with pytest.raises(RunError, match="=3 must divide data.global_batch_size=128: .*rollout=2$"):
         plan.read_recipe(config, mesh)

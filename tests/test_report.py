@@ -104,14 +104,14 @@ def test_the_papers_data_are_whole():
 
 def test_notes_say_what_a_reader_needs():
     counts = {"complete": None, "no_answer_rows": 3, "drawn_rows": 2, "tables": {}}
-    one = summary("mathvision", records=304, samples=1216, skipped_records=1, truncated=0.05)
+    one = summary("mathvision", records=304, samples=1216, unasked=1, truncated=0.05)
     one["benchmark"]["final"] = counts
     notes = "\n".join(table.notes({"mine": one, "file": summary()}))
     assert "FIRST answer block" in notes
     assert "scored by official_rule: the benchmark's own rule" in notes
     assert "mine: not the full benchmark (304 problems)." in notes
     assert "mine: mean over 4 samples a problem" in notes
-    assert "mine: 1 records could not be used" in notes
+    assert "mine: 1 problems could not be asked and count as wrong" in notes
     assert "mine: 3 completions have no final answer by rule" in notes
     assert "mine: 2 final answers were drawn at random" in notes
     assert "mine: 5.0 % of the completions were cut off" in notes

@@ -15,7 +15,6 @@ import pytest
 import train_helpers as helpers
 from checkpoint_helpers import stored_params
 
-from configs import grpo as recipe
 from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
@@ -27,8 +26,6 @@ from srpo_jax.run.settings import (
     EvaluateSettings,
     GrpoSettings,
     SftSettings,
-    grpo_config,
-    grpo_settings,
 )
 from srpo_jax.structs import RunError
 
@@ -298,7 +295,7 @@ def test_evaluation_goes_on_where_it_was_stopped(paths, tmp_path, monkeypatch):
 
     whole = evaluate.evaluate(config(), tmp_path / "whole")
     assert reads.unread(config()) == {"eval.scoring", "eval.any_count"}
-    assert whole["records"] == 6 and whole["samples"] == 12 and whole["skipped_records"] == 0
+    assert whole["records"] == 6 and whole["samples"] == 12 and whole["unasked"] == 0
     low, high = whole["interval"]["acc@2"]
     assert 0 <= low <= whole["acc@2"] <= high <= 1
     assert json.loads((tmp_path / "whole" / "summary.json").read_text()) == whole
@@ -366,22 +363,6 @@ def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp
     assert train_sft.train(unguarded, tmp_path / "unguarded")["finished"]
 
 
-def updates_of(shards: int, per_row: int) -> int:
-    """Updates of the 7B recipe's rollouts, 128 prompts in 8 updates."""
-    config = recipe.get_config()
-    config.data.prompts_per_row = per_row
-    settings = grpo_settings(config)
-    return grpo_config(settings, shards, forbidden_ids=()).updates_per_rollout
-
-
-def test_a_rollout_that_cannot_be_split_into_updates_says_what_to_set():
-    assert updates_of(shards=8, per_row=2) == 8
-    with pytest.raises(RunError, match="set --config.data.prompts_per_row=1 .*per_rollout=4$"):
-        updates_of(shards=16, per_row=2)
-    with pytest.raises(RunError, match="set --config.grpo.updates_per_rollout=2$"):
-        updates_of(shards=64, per_row=1)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -389,12 +370,19 @@ def test_a_rollout_that_cannot_be_split_into_updates_says_what_to_set():
         ({"size": "7b"}, "hidden_size is 16, that of size=7b is 3584"),
         ({"data.train": ""}, "data.train is empty: pass --config.data.train"),
         (
-            {"data.global_batch_size": 6},
-            r"data.global_batch_size=6 must be a multiple of data shards x prompts_per_row = 4 x 1",
+            {"data.prompt_tokens": 5},
+            "data.prompt_tokens=5 does not hold one image of max_pix",
         ),
-        ({"data.prompt_tokens": 20}, r"tokens and 64 patches, the budgets are 20 tokens"),
-        ({"data.patch_budgets": ()}, "the budgets are 64 tokens and 0 patches"),
-        ({"grpo.updates_per_rollout": 3}, "updates_per_rollout=3 must divide the 2 rows"),
+        (
+            {"data.prompt_tokens": 20},
+            "none of the first .* exceed data.prompt_tokens=20; r",
+        ),
+        ({"data.patch_budgets": ()}, "64 image patches exceed data.patch_budgets=0; raise it"),
+        (
+            {"max_pixels": 10**6},
+            "data.patch_budgets: 64 do not hold one image of max_pixels=1000",
+        ),
+        ({"grpo.updates_per_rollout": 3}, "=3 must divide data.global_batch_size=8: .*rollout=2$"),
         ({"sampling.group_size": 1}, "at least 2 samples"),
         ({"sampling.temperature": 0.0}, "temperature 0"),
         ({"mesh.tensor": 3}, "does not fit 8 devices"),

@@ -36,6 +36,8 @@ from srpo_jax.model.sizes import size_config
 from srpo_jax.run.command import OVERRIDE, check_arguments, read_config
 from srpo_jax.run.settings import (
     GrpoSettings,
+    batch_layout,
+    fit_rows,
     grpo_config,
     grpo_settings,
     sft_config,
@@ -54,7 +56,7 @@ USABLE = 0.92
 class Shapes:
     """Budgets of one update: what the loader would hand to the steps."""
 
-    sequences: int  # P prompts, or SFT conversations, over all devices
+    sequences: int  # P prompts, or SFT conversations, over all devices, fillers included
     tokens: int  # S, or T for SFT
     rows: int  # M
     patches: int  # N of each row
@@ -226,8 +228,9 @@ def grpo_programs(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) ->
     update = steps.make_grpo_step(model, step, transform, freeze=recipe.freeze, mesh=mesh)
     chosen = None
     if step.updates_per_rollout > 1:
-        size = step.micro_batches // step.updates_per_rollout
-        chosen = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding.replicated(mesh))
+        chosen = jax.ShapeDtypeStruct(
+            (step.update_size,), jnp.int32, sharding=sharding.replicated(mesh)
+        )
     yield "grpo_step", lambda: update.lower(state, experience, chosen), reference
 
 
@@ -294,13 +297,15 @@ def report(compiled: Iterator[Program], topology: Topology) -> bool:
 def read_recipe(config: Any, mesh: Mesh) -> Recipe:
     """The run that `train_sft` or `train_grpo` would start with this configuration.
 
-    Shapes are those of the largest patch budget. Raises ValueError where sizes do not divide, or
-    for a size that is not a released one.
+    Shapes are those of the largest patch budget. Raises RunError where the updates of a rollout
+    cannot be equal, ValueError for a size that is not a released one.
     """
     reinforce = "grpo" in config
     settings = grpo_settings(config) if reinforce else sft_settings(config)
     model = size_config(settings.size, **dataclasses.asdict(settings.model))
-    data, shards = settings.data, sharding.num_data_shards(mesh)
+    shards = sharding.num_data_shards(mesh)
+    settings = fit_rows(settings, shards, model.vision.window_slots)
+    data, layout = settings.data, batch_layout(settings, shards)
     forbidden, sampling = vision_token_ids(model), None
     if isinstance(settings, GrpoSettings):
         step, tokens = grpo_config(settings, shards, forbidden), data.prompt_tokens
@@ -308,9 +313,9 @@ def read_recipe(config: Any, mesh: Mesh) -> Recipe:
     else:
         step, tokens = sft_config(settings, shards), settings.data.tokens
     shapes = Shapes(
-        sequences=data.global_batch_size,
+        sequences=layout.size,
         tokens=tokens,
-        rows=step.micro_batches * shards,
+        rows=layout.rows * shards,
         patches=max(data.patch_budgets),
     )
     return Recipe(model, mesh, shapes, settings.optim, step, sampling, settings.freeze)

@@ -69,6 +69,8 @@ def score_rows(
         ValueError naming the problem that is not in ``source``, or whose row lacks a field.
     """
     records = _by_origin(source)
+    # A problem that cannot even be read has no fields to score by; `complete` tells.
+    rows = [row for row in rows if "reason" not in row or row["origin"] in records]
     lost = next((row["origin"] for row in rows if row["origin"] not in records), None)
     if lost is not None:
         raise ValueError(f"{lost}: this row's problem is not among the benchmark's; another file?")
@@ -76,7 +78,8 @@ def score_rows(
     with naming_rows([row["origin"] for row in rows]):
         for which in ROUNDS:
             answers = [answer_row(records[row["origin"]], row, which) for row in rows]
-            scored[which] = scoring.score(name, answers, mode, pool, judge)
+            found = scoring.score(name, answers, mode, pool, judge)
+            scored[which] = [_if_asked(row, one) for row, one in zip(rows, found, strict=True)]
     benchmark = BENCHMARKS[name]
     out = []
     for row, first, final in zip(rows, scored["first"], scored["final"], strict=True):
@@ -89,6 +92,14 @@ def score_rows(
     for summary in summaries.values():  # several samples of a problem are one problem
         summary["complete"] = benchmark.counts.get(problems)
     return out, summaries
+
+
+def _if_asked(row: Mapping[str, Any], scored: Row) -> Row:
+    """The score; that of a problem that was never asked is wrong, whatever a rule reads in ""."""
+    if "reason" not in row:
+        return scored
+    empty = dict.fromkeys(("extraction", "prediction"))
+    return scored | empty | {"correct": False, "no_answer": row["reason"]}
 
 
 def _by_origin(source: RecordSource) -> dict[str, Record]:

@@ -43,6 +43,26 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Budgets:
+    """What one sequence may take, and the key that raises it."""
+
+    tokens: int
+    patches: int  # slots of a row
+    token_key: str = "data.prompt_tokens"
+
+    def fault(self, encoded: Encoded) -> RecordError | None:
+        """Why the sequence does not fit, or None."""
+        for taken, unit, key, budget in (
+            (encoded.num_tokens, "tokens", self.token_key, self.tokens),
+            (encoded.num_slots, "image patches", "data.patch_budgets", self.patches),
+        ):
+            if taken > budget:
+                remedy = "raise it, or lower max_pixels" if encoded.num_slots else "raise it"
+                return RecordError(encoded.origin, f"{taken} {unit} exceed {key}={budget}", remedy)
+        return None
+
+
+@dataclass(frozen=True)
 class Media:
     """The images and videos of one sequence; names and shapes are those of HF's processor."""
 
@@ -187,13 +207,85 @@ def collate(
     )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a training batch stand on the data shards.
+
+    Each shard has ``rows`` rows (micro-batches) of ``per_row`` places. The rows are divided into
+    ``updates / sharing`` equal chunks; one chunk holds the sequences of ``sharing`` updates, so
+    many in every update. A place without a sequence is a filler.
+    """
+
+    sequences: int  # of a batch, over all shards
+    shards: int = 1
+    rows: int = 1  # of a shard
+    updates: int = 1  # that a batch is used for, one part of it in each
+    sharing: int = 1  # updates whose sequences stand in the same rows
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 1 or self.sequences % self.updates:
+            raise ValueError(f"{self}: all above 0, sequences a multiple of updates")
+        if self.updates % self.sharing or self.rows % (self.updates // self.sharing):
+            raise ValueError(f"{self}: rows do not divide into updates / sharing chunks")
+
+    @property
+    def per_row(self) -> int:
+        """Places of a row."""
+        return -(-self.sequences // (self.shards * self.rows))
+
+    @property
+    def size(self) -> int:
+        """P, the places of all shards."""
+        return self.shards * self.rows * self.per_row
+
+    def places(self, index: int = 0, count: int = 1) -> np.ndarray:
+        """The update that uses each place of process ``index`` of ``count``, int32; -1: filler.
+
+        Sequence t of a batch belongs to process t % count. In a chunk they take the first place of
+        every row before the second of any, and a row of every shard before another.
+        """
+        chunks, shards = self.updates // self.sharing, self.shards // count
+        shape = (chunks, self.per_row, self.rows // chunks, shards)
+        used = np.full((chunks, shards * self.rows // chunks * self.per_row), -1, np.int32)
+        updates_T = np.arange(self.sequences) // (self.sequences // self.updates)
+        for chunk, sequences in enumerate(np.split(np.arange(self.sequences), chunks)):
+            own = updates_T[sequences[sequences % count == index]]
+            used[chunk, : len(own)] = own
+        return used.reshape(shape).transpose(3, 0, 2, 1).reshape(-1)
+
+
+def choose_layout(sequences: int, shards: int, most: int, updates: int = 1) -> Layout:
+    """The layout with the fewest rows, at most ``most`` places each, and then the fewest fillers.
+
+    Updates of fewer sequences than there are shards share rows, where their number divides: each
+    takes the shards that hold its own. ValueError where updates cannot be equal.
+    """
+    each = sequences // updates
+    divisors = [n for n in range(1, updates + 1) if updates % n == 0]
+    sharing = max([n for n in divisors if n * each <= shards], default=1)
+    rows = -(-each * sharing // (shards * most)) * (updates // sharing)
+    return Layout(sequences, shards, rows, updates, sharing)
+
+
 class FirstFit:
     """Places samples into B = rows * per_row sequences: first fit on the tokens of a sequence AND
-    the patches of its row. Without ``pack`` a sequence takes one sample."""
+    the patches of its row. Without ``pack`` a sequence takes one sample; those that are False in
+    ``usable_B`` (default: none) take nothing."""
 
-    def __init__(self, *, rows: int, per_row: int, tokens: int, patches: int, pack: bool = True):
+    def __init__(
+        self,
+        *,
+        rows: int,
+        per_row: int,
+        tokens: int,
+        patches: int,
+        pack: bool = True,
+        usable_B: np.ndarray | None = None,
+    ):
         self.per_row, self.pack = per_row, pack
         self.room_B = np.full(rows * per_row, tokens)
+        if usable_B is not None:
+            self.room_B[~usable_B] = 0
         self.room_M = np.full(rows, patches)
         self.count_B = np.zeros(rows * per_row, np.int64)
 

@@ -5,6 +5,8 @@ Grain shuffles, repeats, shards and runs the encoding in threads or worker proce
 into patch budgets, and knows its exact place in the data at any batch.
 """
 
+import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from srpo_jax.data.stream import BadItem, Item, LoaderConfig, Stream
 from srpo_jax.structs import Batch, RunError
 
 _MIN_SEEN = 100  # records before the share of bad ones means anything
+_FALSE_ALARM = 1e-3  # chance that a run is stopped although the share is not too large
 _LOOK_AHEAD = 8  # records without room before a packed batch counts as full
 
 
@@ -28,8 +31,7 @@ _LOOK_AHEAD = 8  # records without room before a packed batch counts as full
 class LoadedBatch:
     """One batch of this process.
 
-    Without packing, record i is sequence i and fillers (valid False) come last. ``slots[i]`` is the
-    sequence of record i in any case.
+    ``slots[i]`` is the sequence of record i; what has none is a filler (valid False).
     """
 
     arrays: Batch[np.ndarray]
@@ -38,8 +40,27 @@ class LoadedBatch:
     passes: np.ndarray  # [len(records)] int32: over the data, before the one that drew the record
 
 
+def too_many(bad: int, seen: int, share: float) -> bool:
+    """Whether ``bad`` of ``seen`` records show that more than ``share`` of all are bad.
+
+    Asked after every batch of a long run, it is wrong with a chance of 0.001 in all, where records
+    come at random: the likelihood of the records seen must be 1,000 times as high under the mixture
+    of all shares (Beta(1/2, 1/2), less than 2 sqrt(seen) below the best one) as under ``share``.
+    (Ville's inequality; no such bound holds for a confidence interval that is looked at again and
+    again.)
+    """
+    if bad <= share * seen or not seen:
+        return False
+    if not share:
+        return True
+    good = seen - bad
+    gain = bad * math.log(bad / seen / share)
+    gain += good * math.log(good / seen / (1 - share)) if good else 0.0
+    return gain > math.log(2 * math.sqrt(seen) / _FALSE_ALARM)
+
+
 class Loader:
-    """Iterator of ``LoadedBatch`` over a source. Counts: ``seen``, ``bad``.
+    """Iterator of ``LoadedBatch`` over a source. Counts of this process: ``seen``, ``bad``.
 
     Args:
         encode: record -> Encoded, picklable when ``workers`` > 0; may raise RecordError. It runs
@@ -48,11 +69,14 @@ class Loader:
             exactly once, and fillers at the end.
         check_record: a reason to leave a record out (a gold that cannot be parsed), or None; runs
             in this process, once for each record.
-        agree: maximum of an integer over all processes; called once a batch by every process.
+        gather: what every process passed (JSON values); called once a batch by every process.
         quarantine_path: where bad records are listed; ".<process>" is put before the suffix when
             there are several processes.
+        say: told, at most once a batch, of records set aside that the list did not hold before.
+        on_bad: called with each record that is set aside (None: it cannot be read) and why.
     """
 
+    # One parameter for each thing that goes in or out, all but three of them optional.
     def __init__(
         self,
         source: RecordSource,
@@ -60,50 +84,49 @@ class Loader:
         config: LoaderConfig,
         *,
         check_record: Callable[[Record], str | None] | None = None,
-        agree: Callable[[int], int] | None = None,
+        gather: Callable[[Any], list[Any]] | None = None,
         quarantine_path: str | os.PathLike | None = None,
+        say: Callable[[str], None] | None = None,
+        on_bad: Callable[[Record | None, RecordError], None] | None = None,
     ):
         if len(source) == 0:
             raise RunError("the data hold no records")
         self.config, self._source = config, source
         self._stream, self._check_record = Stream(source, encode, config), check_record
         self._budgets = config.patch_budgets or (0,)
-        # What the processes agree on before each batch, by maximum: 0, nobody has data left; the
-        # patch budget (1, 2, ...); the data have ended for one of them; one of them failed.
-        self._agree = agree or (lambda status: status)
+        # The status of a batch, of which the largest counts: 0, nobody has data left; the patch
+        # budget (1, 2, ...); the data have ended for one of them; one of them failed.
         self._ended, self._failed = len(self._budgets) + 1, len(self._budgets) + 2
-        if quarantine_path is not None and config.process_count > 1:
+        self._everyone = gather or (lambda own: [own])
+        self._say, self._on_bad = say or (lambda text: None), on_bad or (lambda record, error: None)
+        self._listed = ""  # in which files
+        if quarantine_path is not None:
             stem, suffix = os.path.splitext(os.fspath(quarantine_path))
-            quarantine_path = f"{stem}.{config.process_index}{suffix}"
+            several = config.process_count > 1
+            own, every = (f".{config.process_index}", ".*") if several else ("", "")
+            quarantine_path = f"{stem}{own}{suffix}"
+            self._listed = f" (listed in {stem}{every}{suffix})"
         self.quarantine = Quarantine(quarantine_path)
         self._checked: dict[int, str | None] = {}
         self._iterator: Iterator[Item | BadItem] | None = None
         self._waiting: deque[Item] = deque()
         self._position, self._done = 0, False
         self.seen, self.bad, self._bad_run = 0, 0, 0
-        self._last_error: RecordError | None = None
+        self._new, self._last_error = 0, ""  # set aside since the last batch, not listed before
 
     # --- the stream of usable records ---
 
     def _fault(self, item: Item) -> RecordError | None:
         """Why the item cannot be used, or None."""
-        record, encoded, config = item.record, item.encoded, self.config
-        if encoded.num_tokens > config.token_budget:
-            return RecordError(
-                record.origin,
-                f"{encoded.num_tokens} tokens exceed the budget of {config.token_budget}",
-            )
-        if encoded.num_slots > self._budgets[-1]:
-            return RecordError(
-                record.origin,
-                f"{encoded.num_slots} image patches exceed the budget of {self._budgets[-1]}",
-            )
+        fault = self.config.budgets.fault(item.encoded)
+        if fault is not None:
+            return fault
         if self._check_record is None:
             return None
         if item.index not in self._checked:  # once a record, not once an epoch
-            self._checked[item.index] = self._check_record(record)
+            self._checked[item.index] = self._check_record(item.record)
         reason = self._checked[item.index]
-        return None if reason is None else RecordError(record.origin, reason)
+        return None if reason is None else RecordError(item.record.origin, reason)
 
     def _next_good(self) -> Item | None:
         """The next usable record; bad ones on the way are counted and set aside."""
@@ -113,31 +136,54 @@ class Loader:
             position, self._position = self._position, self._position + 1
             self.seen += 1
             error = item.error if isinstance(item, BadItem) else self._fault(item)
-            if error is None:
+            if error is not None:
+                self._set_aside(item.record, error)
+            elif isinstance(item, Item):
                 self._bad_run = 0
-            else:
-                self.bad += 1
-                self._bad_run += 1
-                self._last_error = error
-                self.quarantine.add(error, item.record.id if item.record else None)
-            self._check_share()
-            if error is None and isinstance(item, Item):
                 return replace(item, position=position)
         return None
 
-    def _check_share(self) -> None:
-        """RunError when too many records are bad, or all of them."""
-        shard = -(-len(self._source) // self.config.process_count)
-        enough = self.seen >= min(_MIN_SEEN, shard)
-        too_many = enough and self.bad > self.config.max_bad_share * self.seen
-        if not too_many and self._bad_run < shard:
-            return
-        listed = f" (listed in {self.quarantine.path})" if self.quarantine.path else ""
-        last = f"; the last one: {self._last_error}" if self._last_error else ""
-        raise RunError(
-            f"{self.bad} of {self.seen} records are bad{listed}, more than the share of "
-            f"{self.config.max_bad_share:g} that max_bad_share allows{last}"
-        )
+    def _set_aside(self, record: Record | None, error: RecordError) -> None:
+        """Count and list a bad record; RunError where there is no other to wait for."""
+        self.bad += 1
+        self._bad_run += 1
+        if self.quarantine.add(error, record.id if record else None):
+            self._new += 1
+            self._last_error = str(error)[:300]
+        self._on_bad(record, error)
+        own = -(-len(self._source) // self.config.process_count)
+        if self.config.epochs is None and self._bad_run >= own:
+            raise RunError(f"all of {self.bad} records are bad{self._listed}; the last: {error}")
+
+    def _settle(self, status: int) -> int:
+        """The status of the batch over all processes, which also add up their bad records.
+
+        RunError, of every process, where these are more than ``max_bad_share`` allows. The same
+        command stops there again, for its records are the same; it goes on from the last checkpoint
+        with a larger share, or (`set_state`) with mended records.
+        """
+        config = self.config
+        own = {"place": config.process_index, "status": status, "new": self._new}
+        own |= {"seen": self.seen, "bad": self.bad, "last": self._last_error if self._new else ""}
+        everyone = self._everyone(own)
+        self._new = 0
+        status = max(told["status"] for told in everyone)
+        if status == self._failed:
+            return status
+        parts = {told["place"]: told for told in everyone}.values()  # partners read the same
+        new, seen, bad = (sum(told[name] for told in parts) for name in ("new", "seen", "bad"))
+        last = "".join([f"; the last: {told['last']}" for told in parts if told["last"]][-1:])
+        if new:
+            self._say(f"{new} more bad records, {bad} of {seen} so far{self._listed}{last}")
+        enough = seen >= min(_MIN_SEEN, len(self._source))
+        if enough and too_many(bad, seen, config.max_bad_share):
+            self._done = True
+            raise RunError(
+                f"{bad} of {seen} records are bad{self._listed}: more than data.max_bad_share="
+                f"{config.max_bad_share:g} and chance allow; mend them or raise it, and the same "
+                f"command goes on from the last checkpoint{last}"
+            )
+        return status
 
     # --- batches ---
 
@@ -150,13 +196,15 @@ class Loader:
             tokens=config.token_budget,
             patches=self._budgets[-1],
             pack=config.pack,
+            usable_B=config.usable_B,
         )
-        size = config.rows * config.per_row
-        groups: list[list[Item]] = [[] for _ in range(size)]
-        count, skipped, item = 0, [], None
-        while count < size or config.pack:
+        size, ended = int(config.usable_B.sum()), False
+        groups: list[list[Item]] = [[] for _ in config.usable_B]
+        count, skipped = 0, []
+        while count < size or (config.pack and size):
             item = self._waiting.popleft() if self._waiting else self._next_good()
             if item is None:
+                ended = True
                 break
             b = fit.place(item.encoded)
             if b >= 0:
@@ -168,12 +216,12 @@ class Loader:
                 break
             if len(skipped) > 2 * size + _LOOK_AHEAD:
                 raise RunError(
-                    f"patch_budgets: {config.per_row} prompts a row need more than "
-                    f"{self._budgets[-1]} patches; add a larger budget, or raise rows_per_shard or "
-                    "lower max_pixels"
+                    f"data.patch_budgets: {config.per_row} prompts a row need more than "
+                    f"{self._budgets[-1]} patches; add a larger budget, or lower "
+                    "data.prompts_per_row or max_pixels"
                 )
         self._waiting.extendleft(reversed(skipped))
-        if item is None and config.drop_remainder:
+        if ended and config.drop_remainder:
             return groups, self._ended
         if not config.pack:
             groups = self._arrange([g[0] for g in groups if g])
@@ -188,31 +236,33 @@ class Loader:
         return sum(budget < needed for budget in self.config.patch_budgets)
 
     def _arrange(self, items: list[Item]) -> list[list[Item]]:
-        """One item a sequence; full batches balanced over the rows, others with fillers last."""
+        """One item a sequence; full batches balanced over the rows, others filled in order."""
         rows, per_row = self.config.rows, self.config.per_row
+        room_M = self.config.usable_B.reshape(rows, per_row).sum(axis=1)
         table: list[list[Item]] = [[] for _ in range(rows)]
-        if len(items) == rows * per_row:
+        if len(items) == room_M.sum():
             load = np.zeros(rows, np.int64)
             for item in sorted(items, key=lambda i: -i.encoded.num_slots):
-                free = [m for m in range(rows) if len(table[m]) < per_row]
+                free = [m for m in range(rows) if len(table[m]) < room_M[m]]
                 m = min(free, key=lambda m: load[m])
                 table[m].append(item)
                 load[m] += item.encoded.num_slots
-            in_order = [items[m * per_row : (m + 1) * per_row] for m in range(rows)]
+            rest = iter(items)
+            in_order = [list(itertools.islice(rest, int(room))) for room in room_M]
             needed = max(sum(i.encoded.num_slots for i in row) for row in in_order)
             if self._budget(needed) <= self._budget(int(load.max())):
                 table = in_order
         else:
             row = 0
             for place, item in enumerate(items):
-                row += len(table[row]) == per_row
+                while len(table[row]) == room_M[row]:
+                    row += 1
                 if sum(i.encoded.num_slots for i in [*table[row], item]) > self._budgets[-1]:
                     self._waiting.extendleft(reversed(items[place:]))
                     break
                 table[row].append(item)
-        return [[item] for row in table for item in row] + [
-            [] for _ in range(rows * per_row - sum(map(len, table)))
-        ]
+        places = (itertools.zip_longest(range(per_row), row) for row in table)
+        return [[] if item is None else [item] for row in places for _, item in row]
 
     def __iter__(self) -> "Loader":
         return self
@@ -225,9 +275,9 @@ class Loader:
             groups, status = self._gather()
         except Exception:
             self._done = True
-            self._agree(self._failed)  # the other processes must not wait for this one
+            self._settle(self._failed)  # the other processes must not wait for this one
             raise
-        status = self._agree(status)
+        status = self._settle(status)
         self._done = status in (0, self._ended, self._failed)
         if status == self._failed:
             raise RunError("another process could not go on with its data; see its message")
@@ -243,22 +293,25 @@ class Loader:
         )
         slots = np.repeat(np.arange(len(groups), dtype=np.int32), [len(g) for g in groups])
         items = [item for group in groups for item in group]
-        # Positions are this process's: all of them together go through the data in turn.
-        places = np.array([item.position for item in items], np.int64) * self.config.process_count
-        passes = ((places + self.config.process_index) // len(self._source)).astype(np.int32)
+        places = np.array([self._stream.share(item.position) for item in items], np.int64)
+        passes = (places // len(self._source)).astype(np.int32)
         return LoadedBatch(arrays, [item.record for item in items], slots, passes)
 
     # --- resuming ---
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a saved place to mean anything."""
-        data = getattr(self._source, "fingerprint", str(len(self._source)))
         settings = ("seed", "shuffle", "process_index", "process_count")
-        return {"data": data} | {name: getattr(self.config, name) for name in settings}
+        held = {name: getattr(self.config, name) for name in settings}
+        return {"records": len(self._source)} | held
+
+    def _fingerprint(self) -> str:
+        return getattr(self._source, "fingerprint", str(len(self._source)))
 
     def get_state(self) -> dict[str, Any]:
         """The place right after the last batch, JSON values only; one for each process."""
         return {
+            "data": self._fingerprint(),
             **self._identity(),
             "position": self._position,
             "waiting": [item.position for item in self._waiting],
@@ -267,17 +320,23 @@ class Loader:
             "bad_run": self._bad_run,
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, mended: bool = False) -> None:
         """Go on exactly where ``get_state`` stood, with any number of workers.
+
+        ``mended`` allows other contents of as many records, and counts bad ones anew.
 
         ValueError, naming it, when the data, the seed or the number of processes changed.
         """
-        for name, value in self._identity().items():
-            if state[name] != value:
+        found = self._identity() | ({} if mended else {"data": self._fingerprint()})
+        for name, value in found.items():
+            if state.get(name, value) != value:
                 raise ValueError(
                     f"the saved place in the data does not fit: {name} was {state[name]!r} and is "
-                    f"{value!r}; restore with the same data and settings"
+                    f"{value!r}; restore with the same data and settings (of data, mended records "
+                    "go with checkpoint.allow_changes)"
                 )
+        if state["data"] != self._fingerprint():
+            state = state | {"seen": 0, "bad": 0, "bad_run": 0}
         self.close()
         self._done = False
         self._position = int(state["position"])

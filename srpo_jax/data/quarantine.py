@@ -34,10 +34,12 @@ class Quarantine:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
 
-    def add(self, error: RecordError, record_id: str | None) -> None:
-        """Note a bad record, unless it is known."""
+    def add(self, error: RecordError, record_id: str | None) -> bool:
+        """Note a bad record; False where it is known."""
         key = (error.origin, error.reason)
-        if key not in self._known:
-            self._known.add(key)
-            entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
-            self._append(json.dumps(entry, ensure_ascii=False) + "\n")
+        if key in self._known:
+            return False
+        self._known.add(key)
+        entry = {"origin": error.origin, "id": record_id, "reason": error.reason}
+        self._append(json.dumps(entry, ensure_ascii=False) + "\n")
+        return True

@@ -5,11 +5,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import grain
 import numpy as np
 
-from srpo_jax.data.batching import Encoded
+from srpo_jax.data.batching import Budgets, Encoded, Layout
 from srpo_jax.data.images import RecordError
 from srpo_jax.data.records import Record, RecordSource
 from srpo_jax.data.vision_arrays import VisionGeometry
@@ -20,14 +21,16 @@ _SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """What shapes the batches. A batch has ``num_shards * rows_per_shard`` rows of
-    ``global_batch_size / rows`` sequences over all processes."""
+    """What shapes the batches. A batch has ``num_shards * rows_per_shard`` rows over all processes,
+    as long as ``global_batch_size`` sequences need; see `Layout`."""
 
-    global_batch_size: int  # sequences
+    global_batch_size: int  # sequences, without fillers
     token_budget: int  # T of a sequence
     patch_budgets: tuple[int, ...] = ()  # N of a row: the smallest that fits is used; (): no images
     rows_per_shard: int = 1  # micro-batches
     num_shards: int = 1  # data shards of the whole mesh
+    updates: int = 1  # of GRPO that share a batch
+    sharing: int = 1  # of them in the same rows
     seed: int = 0
     epochs: int | None = None  # None: for ever
     shuffle: bool = True
@@ -37,27 +40,39 @@ class LoaderConfig:
     process_count: int = 1
     workers: int = 0  # processes that read and encode; 0: threads
     max_bad_share: float = 0.05
+    token_key: str = "data.prompt_tokens"  # what the configuration calls token_budget
     pad_id: int = 0
     geometry: VisionGeometry = field(default_factory=VisionGeometry)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_budgets", tuple(sorted(set(self.patch_budgets))))
-        rows = self.rows_per_shard * self.num_shards
-        if min(self.global_batch_size, self.token_budget, rows) < 1:
-            raise ValueError("global_batch_size, token_budget, rows_per_shard, num_shards: all > 0")
-        if self.global_batch_size % rows:
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of num_shards * "
-                f"rows_per_shard = {self.num_shards} * {self.rows_per_shard}"
-            )
+        if self.token_budget < 1:
+            raise ValueError(f"token_budget={self.token_budget}: must be above 0")
         if self.num_shards % self.process_count:
             raise ValueError(
                 f"num_shards={self.num_shards} is not a multiple of the {self.process_count} "
                 "processes"
             )
+        _ = self.layout  # which checks its numbers
         slots = self.geometry.window_slots
         if any(n < slots or n % slots for n in self.patch_budgets):
             raise ValueError(f"patch_budgets={self.patch_budgets}: positive multiples of {slots}")
+
+    @property
+    def budgets(self) -> Budgets:
+        """Of one sequence; without images where there are no patch budgets."""
+        return Budgets(self.token_budget, max(self.patch_budgets, default=0), self.token_key)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Of a batch over all processes."""
+        shape = (self.global_batch_size, self.num_shards, self.rows_per_shard)
+        return Layout(*shape, self.updates, self.sharing)
+
+    @functools.cached_property
+    def usable_B(self) -> np.ndarray:
+        """Which places of a batch in this process hold a sequence."""
+        return self.layout.places(self.process_index, self.process_count) >= 0
 
     @property
     def rows(self) -> int:
@@ -66,8 +81,8 @@ class LoaderConfig:
 
     @property
     def per_row(self) -> int:
-        """Sequences of a row."""
-        return self.global_batch_size // (self.rows_per_shard * self.num_shards)
+        """Places of a row."""
+        return self.layout.per_row
 
 
 @dataclass(frozen=True)
@@ -123,10 +138,34 @@ def _from_wire(wire: tuple[Item | BadItem, np.ndarray | None]) -> Item | BadItem
     return replace(item, encoded=replace(item.encoded, vision=vision))
 
 
+@dataclass(frozen=True)
+class Share:
+    """Of every ``batch`` positions of the whole stream, one process's: index, index + count, ..."""
+
+    index: int
+    count: int
+    batch: int
+
+    def __call__(self, position: int) -> int:
+        """The place in the whole stream of this process's ``position``."""
+        batches, rest = divmod(position, len(range(self.index, self.batch, self.count)))
+        return batches * self.batch + self.index + rest * self.count
+
+    def part_of(self, total: int) -> int:
+        """How many of ``total`` positions are this process's."""
+        batches, rest = divmod(total, self.batch)
+        each = len(range(self.index, self.batch, self.count))
+        return batches * each + len(range(self.index, rest, self.count))
+
+
+def _at(indices: Any, share: Share, position: int) -> int:
+    return int(indices[share(position)])
+
+
 class Stream:
     """This process's share of the records, shuffled anew each epoch; random access by position.
 
-    Repeated first and sharded afterwards: the stream over all processes, and with it each global
+    Repeated first and shared out afterwards: the stream over all processes, and with it each global
     batch, does not depend on how many processes there are.
     """
 
@@ -136,7 +175,15 @@ class Stream:
         self._load, self._config = functools.partial(_load, source, encode), config
         indices = grain.MapDataset.range(len(source)).seed(config.seed)
         indices = indices.shuffle() if config.shuffle else indices
-        self._indices = indices.repeat(config.epochs)[config.process_index :: config.process_count]
+        indices = indices.repeat(config.epochs)
+        # Packed batches hold as many records as fit: there is nothing to keep in step with.
+        batch = config.process_count if config.pack else config.global_batch_size
+        self.share = Share(config.process_index, config.process_count, batch)
+        if batch % config.process_count:
+            own = grain.MapDataset.range(self.share.part_of(len(indices)))
+            self._indices = own.map(functools.partial(_at, indices, self.share))
+        else:
+            self._indices = indices[config.process_index :: config.process_count]
 
     def item(self, position: int) -> Item | BadItem:
         """The record at one position."""

@@ -46,6 +46,7 @@ class GrpoConfig(Objective):
     """What the update does. ``temperature`` and ``forbidden_ids`` must be the sampler's."""
 
     micro_batches: int = 1  # per update of all rows; gradients are summed over them
+    sharing: int = 1  # updates that take the same micro-batches, others' groups at weight 0
     profile: Profile = PAPER
     alpha: float = ALPHA  # weight of f_len
     temperature: float = 1.0
@@ -57,13 +58,18 @@ class GrpoConfig(Objective):
             raise ValueError(f"temperature {self.temperature} has no log-probs; use one above 0")
         if self.micro_batches < 1 or self.updates_per_rollout < 1:
             raise ValueError("micro_batches and updates_per_rollout must be at least 1")
-        if self.micro_batches % self.updates_per_rollout:
+        if self.micro_batches * self.sharing % self.updates_per_rollout:
             raise ValueError(
                 f"micro_batches={self.micro_batches} is not divisible by "
-                f"updates_per_rollout={self.updates_per_rollout}"
+                f"updates_per_rollout={self.updates_per_rollout} / sharing={self.sharing}"
             )
         if self.aggregation == "constant" and not self.length_cap:
             raise ValueError("aggregation='constant' needs length_cap, the completion token limit")
+
+    @property
+    def update_size(self) -> int:
+        """Micro-batches that one update takes."""
+        return self.micro_batches * self.sharing // self.updates_per_rollout
 
 
 @flax.struct.dataclass

@@ -200,11 +200,11 @@ def make_grpo_step(
 
 
 def micro_indices(cfg: GrpoConfig, update: int) -> np.ndarray:
-    """The micro-batches of update ``update`` of a rollout, int32 [A / updates_per_rollout]."""
+    """The micro-batches of update ``update`` of a rollout, int32 [update_size]."""
     if not 0 <= update < cfg.updates_per_rollout:
         raise ValueError(f"update {update} of a rollout with {cfg.updates_per_rollout} updates")
-    size = cfg.micro_batches // cfg.updates_per_rollout
-    return np.arange(update * size, (update + 1) * size, dtype=np.int32)
+    start = update // cfg.sharing * cfg.update_size
+    return np.arange(start, start + cfg.update_size, dtype=np.int32)
 
 
 def _completion_logps(
@@ -273,7 +273,7 @@ def _check_experience(cfg: GrpoConfig, experience: Experience, indices_A) -> Non
         raise ValueError(f"kl_coef={cfg.kl_coef} needs ref_logp; compute it with logp_step")
     if cfg.updates_per_rollout == 1:
         return
-    size = cfg.micro_batches // cfg.updates_per_rollout
+    size = cfg.update_size
     if experience.old_logp is None or indices_A is None or indices_A.shape != (size,):
         raise ValueError(
             f"updates_per_rollout={cfg.updates_per_rollout} needs old_logp (from logp_step before "

@@ -28,6 +28,7 @@ def rates(rows: Sequence[Row], *, bootstrap: int = 0, seed: int = 0) -> dict[str
 
     fix is the share of wrong first answers whose final answer is right, harm that of right first
     answers whose final answer is wrong, net_gain is acc@2 - acc@1. A rate of nothing is 0.
+    "unasked" of the records did not fit or could not be read; they are among the wrong ones.
 
     Args:
         rows: of an evaluation, one for each completion.
@@ -57,6 +58,7 @@ def rates(rows: Sequence[Row], *, bootstrap: int = 0, seed: int = 0) -> dict[str
     counted, of = (np.stack([sums[pair[i]] for pair in RATES.values()], 1) for i in (0, 1))
     means = counted.sum(0) / np.maximum(of.sum(0), 1)
     found: dict[str, Any] = {"records": len(origins), "samples": len(rows)}
+    found["unasked"] = len({row["origin"] for row in rows if "reason" in row})
     found |= dict(zip(RATES, means.tolist(), strict=True))
     if bootstrap and origins:
         ends = interval(counted, of, resamples=bootstrap, seed=seed).T.round(6)

@@ -106,8 +106,8 @@ def _qualms(summary: Summary) -> list[str]:
     if scored and summary["samples"] > summary["records"]:
         share = summary["samples"] / summary["records"]
         out.append(f"mean over {share:g} samples a problem, where benchmarks take one")
-    if summary.get("skipped_records"):
-        out.append(f"{summary['skipped_records']} records could not be used and are not counted")
+    if summary.get("unasked"):
+        out.append(f"{summary['unasked']} problems could not be asked and count as wrong")
     for which in ("first", "final"):
         counts = scored.get(which, {})
         out += [text.format(counts[key], which) for key, text in QUALMS.items() if counts.get(key)]

@@ -8,17 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from srpo_jax.data.batching import Encoded
+from srpo_jax.data.images import RecordError
 from srpo_jax.data.loader import LoadedBatch, Loader
 from srpo_jax.data.records import Record, open_records
 from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.run import processes
+from srpo_jax.run.budgets import (
+    ALL_SECONDS,
+    FIRST,
+    FIRST_SECONDS,
+    Check,
+    Encode,
+    Reader,
+    check_images,
+    look_at,
+    training_budgets,
+)
 from srpo_jax.run.parts import Parts
-from srpo_jax.run.settings import TrainSettings, rows_per_shard
+from srpo_jax.run.settings import GrpoSettings, RunSettings, TrainSettings, batch_layout
 from srpo_jax.structs import Batch, RunError
-
-Encode = Callable[[Record], Encoded]
-Check = Callable[[Record], str | None]  # why a record is left out, or None
 
 
 def open_source(key: str, path: str, root: str = "") -> Any:
@@ -29,34 +37,42 @@ def open_source(key: str, path: str, root: str = "") -> Any:
 
 
 def open_training(
-    settings: TrainSettings,
-    parts: Parts,
-    encode: Encode,
-    *,
-    tokens: int,
-    check: Check | None = None,
+    settings: TrainSettings, parts: Parts, encode: Encode, *, check: Check | None = None
 ) -> tuple[Loader, int]:
-    """The endless loader of ``data.train``, and the number of records.
+    """The endless loader of ``data.train``, and the number of records; says what they take.
 
-    Args:
-        tokens: budget of a sequence.
-        check: records for which it gives a reason are set aside.
-
-    Raises:
-        RunError: none of the first records can be used.
+    Records for which ``check`` gives a reason are set aside. RunError where the budgets do not hold
+    one image, or none of the first records can be used.
     """
-    data = settings.data
+    data, budgets = settings.data, training_budgets(settings)
     source = open_source("data.train", data.train, data.root)
-    _check_first_records(source, encode, parts, check, (tokens, max(data.patch_budgets, default=0)))
+    rule = {"seconds": FIRST_SECONDS, "share": data.max_bad_share}
+    told = [
+        check_images(parts.processor, encode, budgets),
+        look_at("data.train", source, Reader(encode, budgets, check), most=FIRST, **rule),
+    ]
+    layout = batch_layout(settings, parts.shards)
+    each = layout.sequences // layout.updates
+    if layout.size > layout.sequences or layout.sharing > 1:
+        told.append(
+            f"an update's {each} sequences do not fill {layout.shards} data shards: "
+            f"{layout.size * layout.sharing // layout.updates} places, the others learn nothing"
+        )
+    for line in filter(None, told):
+        processes.say(line)
     loader = open_loader(
         parts,
         source,
         encode,
         check=check,
+        say=processes.say,
         quarantine_path=settings.workdir / "quarantine.jsonl",
-        global_batch_size=data.global_batch_size,
-        rows_per_shard=rows_per_shard(data, parts.shards),
-        token_budget=tokens,
+        global_batch_size=layout.sequences,
+        rows_per_shard=layout.rows,
+        updates=layout.updates,
+        sharing=layout.sharing,
+        token_budget=budgets.tokens,
+        token_key=budgets.token_key,
         patch_budgets=data.patch_budgets,
         pack=getattr(data, "pack", False),
         shuffle=data.shuffle,
@@ -67,6 +83,21 @@ def open_training(
     return loader, len(source)
 
 
+def check_problems(settings: RunSettings, parts: Parts, source: Any, reader: Reader) -> None:
+    """Say what the problems of ``eval.file`` take, and which of them will count as wrong unasked.
+
+    RunError as in `open_training`, before hours of work.
+    """
+    told = check_images(parts.processor, reader.encode, reader.budgets)
+    if told and not isinstance(settings, GrpoSettings):  # there training says the same
+        processes.say(told)
+    share = settings.data.max_bad_share
+    processes.say(
+        look_at("eval.file", source, reader, most=len(source), seconds=ALL_SECONDS, share=share)
+    )
+
+
+# Each further parameter is one of `Loader`'s.
 def open_loader(
     parts: Parts,
     source: Any,
@@ -74,6 +105,8 @@ def open_loader(
     *,
     check: Check | None = None,
     quarantine_path: Path | None = None,
+    say: Callable[[str], None] | None = None,
+    on_bad: Callable[[Record | None, RecordError], None] | None = None,
     **settings: Any,
 ) -> Loader:
     """A loader for this mesh; ``settings`` are the fields of LoaderConfig that it does not tell."""
@@ -92,46 +125,11 @@ def open_loader(
         encode,
         config,
         check_record=check,
-        agree=processes.maximum,
+        gather=processes.gather,
         quarantine_path=quarantine_path,
+        say=say,
+        on_bad=on_bad,
     )
-
-
-def _check_first_records(
-    source: Any, encode: Encode, parts: Parts, check: Check | None, budgets: tuple[int, int]
-) -> None:
-    """Encode the first records until one is usable (and passes ``check``); RunError if none is.
-
-    Single bad records are the loader's business; here it is about budgets (tokens of a sequence,
-    patches of a row) that no record meets.
-    """
-    image_token = parts.processor.image_token_id
-    tokens, patches = budgets
-    problem = "no records"
-    for index in range(min(8, len(source))):
-        try:
-            record = source[index]
-            encoded = encode(record)
-            problem = check(record) if check else None
-        except ValueError as error:
-            problem = str(error)
-            continue
-        places = int((encoded.token_ids == image_token).sum())
-        if places != encoded.vision.num_merged:
-            raise RunError(
-                f"{encoded.origin}: {places} image tokens, but {encoded.vision.num_merged} merged "
-                "image patches: tokenizer and image processor do not belong together"
-            )
-        if problem is not None:
-            problem = f"{encoded.origin}: {problem}"
-            continue
-        if encoded.num_tokens <= tokens and encoded.num_slots <= patches:
-            return
-        problem = (
-            f"{encoded.origin} has {encoded.num_tokens} tokens and {encoded.num_slots} patches, "
-            f"the budgets are {tokens} tokens and {patches} patches a row"
-        )
-    raise RunError(f"data.train: none of the first records can be used; the last one: {problem}")
 
 
 class Subset:
@@ -148,13 +146,13 @@ class Subset:
 
 
 def without_origins(source: Any, origins: frozenset[str]) -> list[int]:
-    """Indices of the records that are not among ``origins``; unreadable ones are kept."""
+    """Indices of the records that are not among ``origins``."""
 
     def known(index: int) -> bool:
         try:
             return source[index].origin in origins
-        except ValueError:
-            return False
+        except RecordError as error:
+            return error.origin in origins
 
     return [index for index in range(len(source)) if not known(index)]
 

@@ -64,24 +64,24 @@ class Pool:
                 own = jax.tree.map(lambda x, p=p: x[p], samples)
                 self.groups.append(Group(record, step, own))
 
-    def take(self, step: int, rows: int) -> tuple[Experience, np.ndarray]:
+    def take(self, step: int, usable_B: np.ndarray) -> tuple[Experience, np.ndarray]:
         """The oldest groups, as many as fit, collated anew; the rest of the batch is filler.
 
         Args:
             step: the present one.
-            rows: of this process's part of the update. Processes agree on the larger of their
-                patch budgets (collective).
+            usable_B: which places of this process's part of the update hold a prompt. Processes
+                agree on the larger of their patch budgets (collective).
 
         Returns:
             this process's part of the update, on the host, its prompts with their pixels; and [P]
             bool: sampled by an older policy.
         """
         data = self._data
-        places, needed = self._fill(rows)
+        places, needed = self._fill(usable_B)
         index = processes.maximum(sum(budget < needed for budget in data.patch_budgets))
         batch = collate_packed(
             [[place[1]] if place else [] for place in places],
-            rows=rows,
+            rows=len(places) // data.prompts_per_row,
             tokens=data.prompt_tokens,
             patches=data.patch_budgets[index] if data.patch_budgets else 0,
             pad_id=self._processor.pad_id,
@@ -95,24 +95,25 @@ class Pool:
         carried = np.array([bool(place and place[0].step < step) for place in places])
         return Experience(batch, rollout, verdict, weight=weight), carried
 
-    def _fill(self, rows: int) -> tuple[list[tuple[Group, Encoded] | None], int]:
+    def _fill(self, usable_B: np.ndarray) -> tuple[list[tuple[Group, Encoded] | None], int]:
         """Groups leave the pool for the first row that has room for them, oldest first.
 
         Returns what stands at each place, and the most patch slots that a row takes.
         """
         data, most = self._data, max(self._data.patch_budgets, default=0)
         fit = FirstFit(
-            rows=rows,
+            rows=len(usable_B) // data.prompts_per_row,
             per_row=data.prompts_per_row,
             tokens=data.prompt_tokens,
             patches=most,
             pack=False,
+            usable_B=usable_B,
         )
-        places: list[tuple[Group, Encoded] | None] = [None] * (rows * data.prompts_per_row)
+        places: list[tuple[Group, Encoded] | None] = [None] * len(usable_B)
         left = []
         for group in self.groups:
             place = -1
-            if not all(places):
+            if (fit.count_B == 0)[usable_B].any():
                 encoded = self._encode(group.record)  # images are decoded again
                 place = fit.place(encoded)
             if place < 0:

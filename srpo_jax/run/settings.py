@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from srpo_jax.data.batching import Layout, choose_layout
 from srpo_jax.data.encoders import TARGETS
 from srpo_jax.data.prompts import MESSAGES
 from srpo_jax.learn.grpo import GrpoConfig, Objective
@@ -26,6 +27,7 @@ from srpo_jax.structs import RunError
 
 T = TypeVar("T")
 R = TypeVar("R", bound="RunSettings")
+S = TypeVar("S", bound="TrainSettings")
 
 
 # --- sections --------------------------------------------------------------------------------
@@ -398,56 +400,57 @@ def _value(settings: Any, key: str) -> Any:
 # --- what follows from the settings and the machine ------------------------------------------
 
 
-def rows_per_shard(data: TrainData, shards: int) -> int:
-    """Micro-batches of a training batch: the rows that each data shard holds."""
-    each = shards * data.prompts_per_row
-    if data.global_batch_size % each:
+def batch_layout(settings: TrainSettings, shards: int) -> Layout:
+    """Where the sequences of a training batch stand on ``shards`` data shards.
+
+    RunError where the updates of a rollout cannot be equal.
+    """
+    sequences = settings.data.global_batch_size
+    grpo = isinstance(settings, GrpoSettings)
+    updates = settings.grpo.updates_per_rollout if grpo else 1
+    if sequences % updates:
+        nearest = max(n for n in range(1, updates) if sequences % n == 0)
         raise RunError(
-            f"data.global_batch_size={data.global_batch_size} must be a multiple of data shards x "
-            f"prompts_per_row = {shards} x {data.prompts_per_row} = {each}: change it, "
-            "data.prompts_per_row, or the mesh"
+            f"grpo.updates_per_rollout={updates} must divide data.global_batch_size={sequences}: "
+            f"set --config.grpo.updates_per_rollout={nearest}"
         )
-    return data.global_batch_size // each
+    return choose_layout(sequences, shards, settings.data.prompts_per_row, updates)
+
+
+def fit_rows(settings: S, shards: int, window: int) -> S:
+    """``settings`` with as many prompts per row as ``shards`` data shards need, at most as before.
+
+    Patch budgets, multiples of ``window`` slots, shrink with them; the largest stays, so that the
+    mesh does not decide what fits.
+    """
+    data, per_row = settings.data, batch_layout(settings, shards).per_row
+    if per_row == data.prompts_per_row or not data.patch_budgets:
+        budgets = data.patch_budgets
+    else:
+        step = window * data.prompts_per_row
+        smaller = {-(-n * per_row // step) * window for n in data.patch_budgets}
+        budgets = tuple(sorted({*smaller, max(data.patch_budgets)}))
+    data = dataclasses.replace(data, prompts_per_row=per_row, patch_budgets=budgets)
+    return dataclasses.replace(settings, data=data)
 
 
 def sft_config(settings: SftSettings, shards: int) -> SftConfig:
     """What an SFT update does; one micro-batch is one row of every data shard."""
-    return SftConfig(rows_per_shard(settings.data, shards), settings.logit_chunk)
+    return SftConfig(batch_layout(settings, shards).rows, settings.logit_chunk)
 
 
 def grpo_config(settings: GrpoSettings, shards: int, forbidden_ids: tuple[int, ...]) -> GrpoConfig:
     """What a GRPO update does; one micro-batch is one row of every data shard."""
-    rows = rows_per_shard(settings.data, shards)
-    _check_updates(settings, rows, shards)
+    layout = batch_layout(settings, shards)
     return GrpoConfig(
         **vars(settings.grpo),
-        micro_batches=rows,
+        micro_batches=layout.rows,
+        sharing=layout.sharing,
         profile=settings.reward.profile,
         alpha=settings.reward.alpha,
         temperature=settings.sampling.temperature,
         forbidden_ids=forbidden_ids,
         length_cap=settings.sampling.max_new_tokens,
-    )
-
-
-def _check_updates(settings: GrpoSettings, rows: int, shards: int) -> None:
-    """RunError, with what to set, where a rollout of ``rows`` micro-batches has no such parts."""
-    updates, data = settings.grpo.updates_per_rollout, settings.data
-    sequences, per_row = data.global_batch_size, data.prompts_per_row
-    if rows % updates == 0:
-        return
-    whole = [n for n in range(1, per_row) if sequences % (shards * n * updates) == 0]
-    fewer = max(n for n in range(1, updates + 1) if rows % n == 0)
-    remedy = f"--config.grpo.updates_per_rollout={fewer}"
-    if whole:
-        remedy = (
-            f"--config.data.prompts_per_row={whole[-1]} (and data.patch_budgets by the same "
-            f"factor), or {remedy}"
-        )
-    raise RunError(
-        f"grpo.updates_per_rollout={updates} must divide the {rows} rows of a data shard "
-        f"(data.global_batch_size={sequences} / {shards} data shards / "
-        f"data.prompts_per_row={per_row}): set {remedy}"
     )
 
 

@@ -68,6 +68,7 @@ def common(folder: Path, hf_dir: Path, seed: int) -> dict[str, Any]:
     return {
         "hf_dir": hf_dir,
         "seed": seed,
+        "max_pixels": tiles.SIDE**2,
         "grading.workers": 1,
         "data.workers": 0,
         "compilation_cache_dir": folder / "compiled",
