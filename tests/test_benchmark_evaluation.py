@@ -72,6 +72,23 @@ def test_both_answers_are_scored_by_the_official_rule_with_its_groups():
     assert scored[0]["categories"]["level"] == ["level2"]
 
 
+def test_a_problem_that_was_not_asked_is_wrong_whatever_a_rule_reads_in_an_empty_response():
+    fields = {"question_type": "multi_choice", "answer_type": "text", "precision": None}
+    fields |= dict.fromkeys(("query", "metadata"))
+    problem = record("7", **fields)  # of the options the one nearest to nothing at all
+    scored, summaries = score_rows(
+        "mathvista", [problem], [sampled(None, None, "", reason="too long")], "official_rule"
+    )
+    assert scored[0]["first_correct"] is scored[0]["final_correct"] is False
+    assert scored[0]["no_answer"] == "too long" and summaries["final"]["total"] == 1
+    assert score_rows("mathvista", [problem], [sampled(None, None, "")], "official_rule")[0][0][
+        "final_correct"
+    ]
+    unread = sampled(None, None, "", reason="not JSON") | {"origin": "f:2"}
+    rows = [sampled(None, r"\boxed{7}"), unread]
+    assert len(score_rows("mathvista", [problem], rows, "official_rule")[0]) == 1
+
+
 # --------------------------------------------------------------------------------- real sampling
 
 

@@ -609,6 +609,38 @@ def test_every_mesh_computes_what_one_device_computes(kind, shape):
     assert_close(end.params, end_1.params, 1e-5)
 
 
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "grpo"])
+def test_shards_that_hold_nothing_but_fillers_change_no_loss_and_no_gradient(kind):
+    """Four rows of sequences on eight shards, between rows of fillers with other contents."""
+    mesh = sharding.make_mesh(2, 4, 1)
+    if kind == "sft":
+        args = (conversations(), np.asarray(features()))
+        one, many = sft_step(), sft_step(mesh=mesh)
+    else:
+        samples = Experience(prompts(), *rollout(), np.asarray(features()), old_logp=old_logp())
+        args = (samples, None)
+        one, many = grpo_step(), grpo_step(mesh=mesh)
+    want, alone = one(new_state(), *args)
+
+    def spread(x, filler):
+        shape = (M, x.shape[0] // M, *x.shape[1:])
+        rows = np.stack([np.asarray(x).reshape(shape), np.asarray(filler).reshape(shape)], axis=1)
+        return rows.reshape(2 * x.shape[0], *x.shape[1:])
+
+    def fill(batch):
+        return dataclasses.replace(batch, valid=np.zeros_like(batch.valid))
+
+    first, *rest = args
+    empty = fill(first) if kind == "sft" else first.replace(batch=fill(first.batch))
+    fillers = jax.tree.map(lambda x: np.asarray(x)[::-1], (empty, *rest))
+    got, metrics = many(
+        new_state(mesh=mesh), *sharding.to_global(jax.tree.map(spread, args, fillers), mesh)
+    )
+    assert_close(got.opt_state, want.opt_state, 1e-6)
+    for name in alone:
+        np.testing.assert_allclose(metrics[name], alone[name], atol=2e-6, err_msg=name)
+
+
 def test_rows_are_shard_major():
     x = jnp.arange(8)  # two shards of two micro-batches of two rows
     parts = [steps.micro_batch({"x": x}, i, shards=2, count=2)["x"] for i in (0, 1)]

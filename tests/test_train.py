@@ -283,19 +283,31 @@ def test_a_profile_of_ones_own_rewards_the_training(paths, tmp_path, monkeypatch
 # --- evaluation ----------------------------------------------------------------------------------
 
 
-def test_evaluation_goes_on_where_it_was_stopped(paths, tmp_path, monkeypatch):
+def test_evaluation_counts_every_record_and_goes_on_where_it_was_stopped(
+    paths, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
     reads = helpers.Reads(monkeypatch, EvaluateSettings)
+    held_out = Path(paths["held_out"]).with_name("mixed.jsonl")  # two more, which cannot be asked
+    problem, first, *others = Path(paths["held_out"]).read_text().splitlines()
+    long = json.loads(problem) | {"id": "long", "problem": "How many dots? " * 40}
+    lost = json.loads(problem) | {"id": "lost", "images": ["nowhere.png"]}
+    lines = [problem, json.dumps(long), first, *others, json.dumps(lost)]
+    held_out.write_text("\n".join(lines) + "\n")
 
     def config():
-        one = helpers.evaluation_config(paths, **MESH)
+        one = helpers.evaluation_config(paths | {"held_out": str(held_out)}, **MESH)
         one.compilation_cache_dir = paths["cache"]
         one.eval.samples, one.eval.temperature = 2, 1.0
         return one
 
     whole = evaluate.evaluate(config(), tmp_path / "whole")
     assert reads.unread(config()) == {"eval.scoring", "eval.any_count"}
-    assert whole["records"] == 6 and whole["samples"] == 12 and whole["unasked"] == 0
+    told = capsys.readouterr().out
+    assert "eval.file: 8 records; the first 8 have" in told
+    assert "2 of the first 8 records cannot be used" in told
+    assert "mixed.jsonl:2: " in told and "tokens exceed data.prompt_tokens=64; raise it" in told
+    assert whole["records"] == 8 and whole["samples"] == 16 and whole["unasked"] == 2
     low, high = whole["interval"]["acc@2"]
     assert 0 <= low <= whole["acc@2"] <= high <= 1
     assert json.loads((tmp_path / "whole" / "summary.json").read_text()) == whole
@@ -327,6 +339,15 @@ def test_evaluation_goes_on_where_it_was_stopped(paths, tmp_path, monkeypatch):
     )
     assert all(row.pop("seconds") >= 0 for row in one + other)
     assert one == other and not partial.exists()
+    unasked = [row for row in one if "reason" in row]
+    assert [row["id"] for row in unasked] == ["long", "long", "lost", "lost"]
+    assert "exceed data.prompt_tokens=64" in unasked[0]["reason"]
+    assert "cannot be read" in unasked[2]["reason"]
+    for row in unasked:
+        assert not (row["first_correct"] or row["final_correct"] or row["format_ok"])
+        assert row["response"] == "" and row["final_answer"] is None and row["gold"]
+    asked = [row["final_correct"] for row in one if "reason" not in row]
+    assert len(asked) == 12 and whole["acc@2"] == pytest.approx(sum(asked) / 16)
     assert {"prompt", "response", "blocks", "first_answer", "final_answer", "tokens"} <= set(one[0])
     with pytest.raises(RunError, match="is there already"):
         evaluate.evaluate(config(), tmp_path / "broken")

@@ -1,18 +1,24 @@
 """What the update of stage 2 really gets, against values worked out beside the loop."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 import train_helpers as helpers
 
 from srpo_jax import train_grpo
+from srpo_jax.data.batching import choose_layout
+from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.steps import make_logp_step
 from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.run import rollout
+from srpo_jax.run.guard import CompileGuard
 from srpo_jax.run.pool import Pool
 from srpo_jax.sampling.sampler import Sampler, vision_token_ids
+from srpo_jax.structs import Experience
 
 STEPS, UPDATES = 3, 2
 
@@ -91,6 +97,32 @@ def test_updates_take_turns_with_the_micro_batches(seen):
     first, second = list(range(size)), list(range(size, 2 * size))
     assert len(taken) > STEPS and all(indices in (first, second) for indices in taken)
     assert first in taken and second in taken
+
+
+def test_updates_that_share_rows_take_each_its_own_groups():
+    """Four prompts in two updates on eight data shards: all stand in one row of every shard."""
+    mesh = sharding.make_mesh(2, 4, 1)
+    layout = choose_layout(4, shards=8, most=2, updates=UPDATES)
+    cfg = GrpoConfig(updates_per_rollout=UPDATES, micro_batches=layout.rows, sharing=layout.sharing)
+    weight_P = np.array([1, 0, 1, 1, 1, 1, 1, 1], np.float32)  # a filler's may be anything
+    local = Experience(*[None] * 3, weight=weight_P).replace(batch=SimpleNamespace(vision=None))
+    local.batch.tokens = np.zeros((8, 4))
+    taken = []
+
+    def grpo_step(state, experience, indices):
+        taken.append((np.asarray(experience.weight).tolist(), indices.tolist()))
+        return state, {}
+
+    parts = SimpleNamespace(mesh=mesh, guard=CompileGuard())
+    stage = SimpleNamespace(cfg=cfg, parts=parts, grpo_step=grpo_step, update_P=layout.places())
+    lesson = train_grpo.Lesson(local, local, [])
+    train_grpo.Stage.update(stage, None, lesson)
+    assert taken == [([1, 0, 0, 0, 0, 0, 0, 0], [0]), ([0, 0, 1, 1, 0, 0, 0, 0], [0])]
+    weight_P[2:4] = 0
+    taken.clear()
+    train_grpo.Stage.update(stage, None, lesson)  # the second has nothing to learn from
+    assert taken == [([1, 0, 0, 0, 0, 0, 0, 0], [0])]
+    parts.guard.close()
 
 
 def test_old_log_probs_are_those_of_the_policy_that_sampled(seen):
