@@ -1,23 +1,35 @@
 """Configs: every size and mode instantiates, arguments are checked, the recipe's values stand."""
 
 import dataclasses
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from train_helpers import Reads
 
 from configs import common, grpo, sft
 from configs import eval as evaluation
+from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.images import ImageRef
+from srpo_jax.data.processing import Processor
+from srpo_jax.data.records import Record
+from srpo_jax.data.vision_arrays import VisionGeometry
 from srpo_jax.learn.optim import OptimConfig, make_optimizer
-from srpo_jax.model.sizes import size_config
+from srpo_jax.model.sizes import SIZES, size_config
+from srpo_jax.run.budgets import check_images, largest_image, prompt_budgets
 from srpo_jax.run.command import check_arguments
 from srpo_jax.run.settings import (
     GrpoSettings,
+    batch_layout,
     evaluate_settings,
+    fit_rows,
     grpo_config,
     grpo_settings,
+    sft_config,
     sft_settings,
 )
 from srpo_jax.structs import RunError
@@ -42,11 +54,50 @@ def test_every_size_and_mode_gives_valid_settings(name, size, mode):
     if name == "grpo":
         grpo_config(settings, 1, forbidden_ids=())
     # One image of the largest size, with every window padded, fits into some patch budget.
-    side = int(config.max_pixels**0.5) // 112 + 1
-    assert max(config.data.patch_budgets) >= side * side * 64
+    _, slots = largest_image(config.max_pixels, VisionGeometry())
+    assert max(config.data.patch_budgets) >= slots
     assert all(budget % 64 == 0 for budget in config.data.patch_budgets)
     if mode == "debug" and name != "eval":
         assert config.steps == 2 and config.data.global_batch_size <= 8
+
+
+@pytest.mark.parametrize("size", [size for size in common.SIZES if size != "tiny"])
+def test_a_recipe_fits_its_rows_to_any_number_of_data_shards(size):
+    for shards in (1, 2, 3, 8, 12, 16, 24, 32, 64, 128, 512):
+        rl = fit_rows(grpo_settings(grpo.get_config(f"size={size}")), shards, 64)
+        cfg, layout = grpo_config(rl, shards, forbidden_ids=()), batch_layout(rl, shards)
+        assert cfg.updates_per_rollout == 8 and (layout.places() >= 0).sum() == 128
+        assert layout.per_row == rl.data.prompts_per_row <= SIZES[size].prompts_per_row
+        assert layout.size < 2 * 128 or shards > 128  # fillers are fewer than prompts
+        # A row of one prompt takes its small images without room for two, and the largest anyway.
+        assert rl.data.patch_budgets[:3] == tuple(layout.per_row * n for n in (1024, 2048, 3584))
+        assert max(rl.data.patch_budgets) == 3584 * SIZES[size].prompts_per_row
+        sft_config(fit_rows(sft_settings(sft.get_config(f"size={size}")), shards, 64), shards)
+    config = grpo.get_config(f"size={size}")
+    config.grpo.updates_per_rollout = 48
+    with pytest.raises(RunError, match="^grpo.updates_per_rollout=48 must divide .*rollout=32$"):
+        grpo_config(grpo_settings(config), 8, forbidden_ids=())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_of_the_recipes_holds_an_image_at_the_pixel_cap_and_a_question(name, shared_data):
+    settings = SETTINGS[name](CONFIGS[name].get_config("size=7b"))
+    limits = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
+    processor = Processor(shared_data / "tokenizer_qwen2_5_vl", **limits)
+    encode, budgets = PromptEncoder(processor), prompt_budgets(settings)
+    told = check_images(processor, encode, budgets)
+    assert int(re.search(r"(\d+) left for the question$", told)[1]) >= 512
+    room, slots = largest_image(settings.max_pixels, processor.geometry)
+    for size in ((1000, 700), (800, 800), (1024, 768), (1280, 720), (768, 1536)):
+        file = io.BytesIO()
+        Image.new("RGB", size).save(file, "PNG")
+        image = ImageRef("r:1", data=file.getvalue())
+        encoded = encode(Record("r", "word " * 500, "1", images=(image,), origin="r:1"))
+        assert budgets.fault(encoded) is None
+        assert encoded.vision.num_merged <= room and encoded.num_slots <= slots
+    for key, small in (("data.prompt_tokens", {"tokens": 700}), ("data.patch", {"patches": 64})):
+        with pytest.raises(RunError, match=f"^{key}.* not hold one image of max_pixels="):
+            check_images(processor, encode, dataclasses.replace(budgets, **small))
 
 
 def test_the_default_is_the_full_7b_recipe():
