@@ -12,6 +12,7 @@ from srpo_jax.model.sizes import size_config
 from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import RunError
 from tools import plan
+from tools.lib import recipes
 
 
 def parameters(dtype: str, part: str = "") -> int:
@@ -74,7 +75,7 @@ def test_settings_are_read_as_in_training_and_what_cannot_run_is_refused():
     assert names == ["encode", "prefill", "decode_segment", "logp_step", "grpo_step"]
     config.update_from_flattened_dict(
         {
-            key: plan._parsed(config, key, text)
+            key: recipes.parsed(config, key, text)
             for key, text in (
                 ("data.prompts_per_row", "4"),
                 ("data.patch_budgets", "(64, 128)"),

@@ -304,7 +304,7 @@ def test_evaluation_counts_every_record_and_goes_on_where_it_was_stopped(
     whole = evaluate.evaluate(config(), tmp_path / "whole")
     assert reads.unread(config()) == {"eval.scoring", "eval.any_count"}
     told = capsys.readouterr().out
-    assert "eval.file: 8 records; the first 8 have" in told
+    assert "eval.file: the first 8 of 8 records have" in told
     assert "2 of the first 8 records cannot be used" in told
     assert "mixed.jsonl:2: " in told and "tokens exceed data.prompt_tokens=64; raise it" in told
     assert whole["records"] == 8 and whole["samples"] == 16 and whole["unasked"] == 2

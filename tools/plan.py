@@ -10,12 +10,10 @@ compiles and fits.
 """
 
 import argparse
-import ast
 import dataclasses
 import functools
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +31,6 @@ from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import size_config
-from srpo_jax.run.command import OVERRIDE, check_arguments, read_config
 from srpo_jax.run.settings import (
     GrpoSettings,
     batch_layout,
@@ -45,7 +42,7 @@ from srpo_jax.run.settings import (
 )
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
 from srpo_jax.structs import Batch, Experience, Rollout, Verdict, VisionInputs
-from tools.lib import cli
+from tools.lib import recipes
 from tools.lib.topologies import Topology, describe, memory_gib
 
 # Share of a device's memory that a program may plan with; the rest is the run-time's own.
@@ -331,13 +328,7 @@ def programs(recipe: Recipe) -> Iterator[Lowering]:
 
 def main(args: argparse.Namespace) -> None:
     """Compile every program of the recipe for the topology and print the table."""
-    check_arguments([f"--config={args.config}", *(f"{OVERRIDE}{o}" for o in args.overrides)])
-    config = read_config(args.config)
-    for change in args.overrides:
-        key, equals, text = change.partition("=")
-        if not equals:
-            raise ValueError(f"{OVERRIDE}{change}: write it as {OVERRIDE}{change}=VALUE")
-        config.update_from_flattened_dict({key: _parsed(config, key, text)})
+    config = recipes.read(args)
     topology = describe(args.topology)
     if args.mesh:
         sizes = [int(n) for n in args.mesh.split(",")]
@@ -356,30 +347,15 @@ def main(args: argparse.Namespace) -> None:
         )
 
 
-def _parsed(config: Any, key: str, text: str) -> Any:
-    """``text`` as the type that the configuration holds under ``key``."""
-    now = functools.reduce(lambda section, name: section[name], key.split("."), config)
-    if isinstance(now, bool | tuple | list):
-        return type(now)(ast.literal_eval(text.capitalize() if isinstance(now, bool) else text))
-    return text if now is None else type(now)(text)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line, without the overrides."""
     example = "python -m tools.plan --config=configs/grpo.py:size=7b --topology=cuda:h100:1x8"
-    example += f"\n\n{OVERRIDE}KEY=VALUE changes the configuration, as in training"
-    parser = cli.base_parser(__doc__, example)
-    parser.add_argument("--config", required=True, help="a file of configs/, with its arguments")
+    parser = recipes.make_parser(__doc__, example)
     parser.add_argument("--topology", required=True, help="tpu:KIND:AxBxC or cuda:KIND:HOSTSxGPUS")
     parser.add_argument("--mesh", default="", help="data,fsdp,tensor instead of the config's")
     parser.add_argument("--only", default="", help="names of programs, separated by commas")
-    parser.add_argument("--workdir", help="ignored: a training command may stand here as it is")
     return parser
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    parser = make_parser()
-    overrides = [word.removeprefix(OVERRIDE) for word in words if word.startswith(OVERRIDE)]
-    parser.set_defaults(overrides=overrides)
-    cli.run(main, parser, [word for word in words if not word.startswith(OVERRIDE)])
+    recipes.run(main, make_parser())

@@ -166,7 +166,7 @@ def look_at(
             f"{key}: {seen}, more than data.max_bad_share={share:g} and chance allow; {bad[0].bad}"
         )
     tokens, patches = [one.tokens for one in good], max(one.patches for one in good)
-    told = f"{key}: {len(source)} records; the first {len(found)} have {min(tokens)} to "
+    told = f"{key}: the first {len(found)} of {len(source)} records have {min(tokens)} to "
     told += f"{max(tokens)} tokens, up to {patches} image patches"
     return told + (f"; {seen}: {bad[0].bad}" if bad else "")
 
