@@ -93,7 +93,7 @@ def test_a_prompt_of_the_recipes_holds_an_image_at_the_pixel_cap_and_a_question(
         Image.new("RGB", size).save(file, "PNG")
         image = ImageRef("r:1", data=file.getvalue())
         encoded = encode(Record("r", "word " * 500, "1", images=(image,), origin="r:1"))
-        assert budgets.fault(encoded) is None
+        assert budgets.fault(encoded, "r:1") is None
         assert encoded.vision.num_merged <= room and encoded.num_slots <= slots
     for key, small in (("data.prompt_tokens", {"tokens": 700}), ("data.patch", {"patches": 64})):
         with pytest.raises(RunError, match=f"^{key}.* not hold one image of max_pixels="):

@@ -50,15 +50,15 @@ class Budgets:
     patches: int  # slots of a row
     token_key: str = "data.prompt_tokens"
 
-    def fault(self, encoded: Encoded) -> RecordError | None:
-        """Why the sequence does not fit, or None."""
+    def fault(self, encoded: Encoded, origin: str) -> RecordError | None:
+        """Why the sequence of the record at ``origin`` does not fit, or None."""
         for taken, unit, key, budget in (
             (encoded.num_tokens, "tokens", self.token_key, self.tokens),
             (encoded.num_slots, "image patches", "data.patch_budgets", self.patches),
         ):
             if taken > budget:
                 remedy = "raise it, or lower max_pixels" if encoded.num_slots else "raise it"
-                return RecordError(encoded.origin, f"{taken} {unit} exceed {key}={budget}", remedy)
+                return RecordError(origin, f"{taken} {unit} exceed {key}={budget}", remedy)
         return None
 
 

@@ -118,11 +118,9 @@ class Loader:
 
     def _fault(self, item: Item) -> RecordError | None:
         """Why the item cannot be used, or None."""
-        fault = self.config.budgets.fault(item.encoded)
-        if fault is not None:
+        fault = self.config.budgets.fault(item.encoded, item.record.origin)
+        if fault is not None or self._check_record is None:
             return fault
-        if self._check_record is None:
-            return None
         if item.index not in self._checked:  # once a record, not once an epoch
             self._checked[item.index] = self._check_record(item.record)
         reason = self._checked[item.index]

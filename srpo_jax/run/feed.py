@@ -54,9 +54,10 @@ def open_training(
     layout = batch_layout(settings, parts.shards)
     each = layout.sequences // layout.updates
     if layout.size > layout.sequences or layout.sharing > 1:
+        places = layout.size * layout.sharing // layout.updates
         told.append(
-            f"an update's {each} sequences do not fill {layout.shards} data shards: "
-            f"{layout.size * layout.sharing // layout.updates} places, the others learn nothing"
+            f"{each} sequences of an update on {layout.shards} data shards: {each} of {places} "
+            "places are used"
         )
     for line in filter(None, told):
         processes.say(line)
