@@ -168,7 +168,8 @@ class Loader:
         status = max(told["status"] for told in everyone)
         if status == self._failed:
             return status
-        parts = {told["place"]: told for told in everyone}.values()  # partners read the same
+        # Of processes that read the same, the first.
+        parts = {told["place"]: told for told in reversed(everyone)}.values()
         new, seen, bad = (sum(told[name] for told in parts) for name in ("new", "seen", "bad"))
         last = "".join([f"; the last: {told['last']}" for told in parts if told["last"]][-1:])
         if new:
