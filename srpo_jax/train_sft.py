@@ -22,6 +22,7 @@ from srpo_jax.learn.optim import make_optimizer, trains_vision
 from srpo_jax.learn.steps import make_sft_step
 from srpo_jax.model import sharding
 from srpo_jax.rewards.profiles import PAPER
+from srpo_jax.run import processes
 from srpo_jax.run.command import main
 from srpo_jax.run.feed import Encode, bucket_of, open_training
 from srpo_jax.run.parts import Parts, start
@@ -50,7 +51,7 @@ def train(
     """
     settings = sft_settings(config, workdir)
     data = settings.data
-    with start(settings) as parts:
+    with start(settings) as parts, processes.hold(settings.workdir):
         encode = encode or SftEncoder(parts.processor, data.target, data.masks_wrong_first)
         loader, records = open_training(settings, parts, encode, tokens=data.tokens)
         batch_size = data.global_batch_size

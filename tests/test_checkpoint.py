@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoint_helpers import save_params, stored_params
+from checkpoint_helpers import stored_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax.run import checkpoint
+from srpo_jax.run import checkpoint, host_state
 from srpo_jax.run.checkpoint import CheckpointError, Checkpoints
 from srpo_jax.structs import TrainState
 
@@ -170,7 +170,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
 def test_parameters_alone_come_back_sharded_and_cast(tmp_path):
     state = make_state(5)
     params = {**state.params, **state.frozen}
-    save_params(tmp_path / "p", params, {"model": {"width": 8}})
+    checkpoint.save_params(tmp_path / "p", params, {"config": {"model": {"width": 8}}})
     assert checkpoint.read_meta(tmp_path / "p")["config"] == {"model": {"width": 8}}
     shardings = {name: x.sharding for name, x in params.items()}
     loaded = checkpoint.load_params(tmp_path / "p", shardings, params)
@@ -196,7 +196,7 @@ def test_parameters_load_from_a_run_its_newest_step_or_one_step(tmp_path):
 
 def test_parameter_names_must_be_the_models(tmp_path):
     state = make_state()
-    save_params(tmp_path / "p", state.params, {})
+    checkpoint.save_params(tmp_path / "p", state.params, {})
     wanted = {"text/w/kernel": state.params["text/w/kernel"], "text/other": state.step}
     shardings = {name: x.sharding for name, x in wanted.items()}
     with pytest.raises(CheckpointError) as error:
@@ -207,7 +207,7 @@ def test_parameter_names_must_be_the_models(tmp_path):
 
 def test_parameter_shapes_must_be_the_models(tmp_path):
     state = make_state()
-    save_params(tmp_path / "p", state.params, {})
+    checkpoint.save_params(tmp_path / "p", state.params, {})
     shardings = {name: x.sharding for name, x in state.params.items()}
     with pytest.raises(CheckpointError, match=r"kernel is \(8, 4\), wanted \(16, 4\)"):
         checkpoint.load_params(tmp_path / "p", shardings, make_state(width=16).params)
@@ -215,13 +215,13 @@ def test_parameter_shapes_must_be_the_models(tmp_path):
 
 def test_host_state_holds_bytes_and_arrays_and_nothing_pickled():
     values, arrays = {"state": b"\x80\x04", "at": [1, {"k": None}]}, {"x": np.ones((2, 2), bool)}
-    packed = checkpoint.pack_host(values, arrays)
-    got, got_arrays = checkpoint.unpack_host(packed)
+    packed = host_state.pack_host(values, arrays)
+    got, got_arrays = host_state.unpack_host(packed)
     assert got == values and got_arrays["x"].dtype == bool
     with pytest.raises(TypeError, match="object"):
-        checkpoint.pack_host({"x": object()}, {})
+        host_state.pack_host({"x": object()}, {})
     with pytest.raises((pickle.UnpicklingError, ValueError)):
-        checkpoint.unpack_host(pickle.dumps(values))
+        host_state.unpack_host(pickle.dumps(values))
 
 
 def test_of_two_equal_bests_the_newer_one_is_kept():

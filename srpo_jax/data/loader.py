@@ -5,6 +5,7 @@ Grain shuffles, repeats, shards and runs the encoding in threads or worker proce
 into patch budgets, and knows its exact place in the data at any batch.
 """
 
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
+from srpo_jax.data.files import same_content
 from srpo_jax.data.images import RecordError
 from srpo_jax.data.quarantine import Quarantine
 from srpo_jax.data.records import Record, RecordSource
@@ -273,7 +275,8 @@ class Loader:
         ValueError, naming it, when the data, the seed or the number of processes changed.
         """
         for name, value in self._identity().items():
-            if state[name] != value:
+            same = same_content if name == "data" else operator.eq
+            if not same(state[name], value):
                 raise ValueError(
                     f"the saved place in the data does not fit: {name} was {state[name]!r} and is "
                     f"{value!r}; restore with the same data and settings"

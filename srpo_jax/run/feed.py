@@ -139,6 +139,7 @@ class Subset:
 
     def __init__(self, source: Any, indices: Sequence[int]):
         self._source, self._indices = source, indices
+        self.fingerprint = str(getattr(source, "fingerprint", len(source)))
 
     def __len__(self) -> int:
         return len(self._indices)
