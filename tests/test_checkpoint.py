@@ -161,7 +161,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
     saver.save(1, make_state(), config={})
     saver.wait()
     meta = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "processes": 4}))
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "processes": 4, "seal": None}))
     with pytest.raises(CheckpointError, match="written by 4 processes, this run has 1"):
         saver.restore(make_state())
     saver.close()

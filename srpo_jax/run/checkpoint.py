@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -141,7 +140,7 @@ class Checkpoints:
         Returns:
             False where the step had been written before.
         """
-        if step in _steps(self.folder):
+        if step in self._manager.all_steps():
             return False
         params = {**state.params, **state.frozen}
         arrays_of = {"params": params, "optimizer": _optimizer_item(state)}
@@ -429,9 +428,11 @@ def _describe(damage: dict[int, str]) -> str:
 
 
 def _in_short(error: BaseException) -> str:
-    """The first sentences of an error; TensorStore adds pages."""
+    """What an error began with, in its first words: Orbax and TensorStore add pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = " ".join((str(error) or type(error).__name__).split())
-    text = re.split(r" \[(?:source locations|tensorstore_spec)=", text)[0]
+    text = text.partition(" [source locations=")[0].partition(" [tensorstore_spec=")[0]
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 

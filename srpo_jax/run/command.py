@@ -44,6 +44,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
     def call(_: list[str]) -> None:
         # Orbax reports every file it touches; what fails is raised as well, and said in one line.
         logging.set_verbosity(logging.WARNING if debug.value else logging.FATAL)
+        sys.unraisablehook = sys.unraisablehook if debug.value else _no_hook
         try:
             run(config.value, workdir.value)
         except (Exception, KeyboardInterrupt) as error:
@@ -59,7 +60,6 @@ def _asks_for_help(argv: list[str]) -> bool:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    sys.excepthook = _no_hook
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         text += "; free space and run the same command again: it goes on from what is saved"
@@ -73,7 +73,7 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def _no_hook(*_: Any) -> None:
-    """In place of sys.excepthook, through which TensorStore reports writes it has given up."""
+    """Through Python's own, TensorStore reports each read and write that it gave up by a page."""
 
 
 def read_config(text: str) -> Any:
