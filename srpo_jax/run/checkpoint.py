@@ -428,12 +428,12 @@ def _describe(damage: dict[int, str]) -> str:
 
 
 def _in_short(error: BaseException) -> str:
-    """What an error began with, in its first words: Orbax and TensorStore add pages."""
+    """What an error began with, in short: Orbax and TensorStore add pages. Its end says most."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join((str(error) or type(error).__name__).split())
     text = text.partition(" [source locations=")[0].partition(" [tensorstore_spec=")[0]
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    return text if len(text) <= 320 else f"{text[:60]}... {text[-250:]}"
 
 
 # --- shapes ----------------------------------------------------------------------------------
