@@ -343,8 +343,8 @@ class Records:
         self._readers, self._roots, self._require_answer = readers, roots, require_answer
         self._ends = list(itertools.accumulate(len(reader) for reader in readers))
         # A TFDS data set is none: its version stands for its content.
-        files = [reader.path for reader in readers if getattr(reader, "path", None)]
-        sample = content_hash(files)
+        files = [getattr(reader, "path", None) for reader in readers]
+        sample = content_hash(filter(None, files))
         self.fingerprint = f"{len(self)}:{sum(reader.num_bytes for reader in readers)}:{sample}"
 
     def __len__(self) -> int:

@@ -156,11 +156,13 @@ class Checkpoints:
         }
         record["checksums"]["host"] = host_state.item_checksum(host_item)
         self._best.note(step, record["metric"])
-        items = {name: ocp.args.StandardSave(item) for name, item in arrays_of.items()}
-        items["host"] = ocp.args.StandardSave(host_item)
-        items["meta"] = ocp.args.JsonSave(_sealed(record))
+        items = ocp.args.Composite(
+            **{name: ocp.args.StandardSave(item) for name, item in arrays_of.items()},
+            host=ocp.args.StandardSave(host_item),
+            meta=ocp.args.JsonSave(_sealed(record)),
+        )
         with self._writing():
-            return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            return self._manager.save(step, args=items, force=True)
 
     def restore(
         self,
@@ -323,7 +325,7 @@ def _read_meta(folder: epath.Path) -> Meta:
         )
     if seal not in (None, _sealed(meta)["seal"]):
         raise DamageError(f"{file}: its text is not the one that was written")
-    if folder.name.isdigit() and meta.get("step", folder.name) != int(folder.name):
+    if folder.name.isdigit() and meta.get("step", int(folder.name)) != int(folder.name):
         raise DamageError(f"{file}: is of step {meta['step']}")
     return meta
 

@@ -3,12 +3,12 @@
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from srpo_jax.data.batching import Encoded
+from srpo_jax.data.files import AnyPath
 from srpo_jax.data.loader import LoadedBatch, Loader
 from srpo_jax.data.records import Record, open_records
 from srpo_jax.data.stream import LoaderConfig
@@ -73,7 +73,7 @@ def open_loader(
     encode: Encode,
     *,
     check: Check | None = None,
-    quarantine_path: Path | None = None,
+    quarantine_path: AnyPath | None = None,
     **settings: Any,
 ) -> Loader:
     """A loader for this mesh; ``settings`` are the fields of LoaderConfig that it does not tell."""
