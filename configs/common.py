@@ -94,7 +94,10 @@ def add_training(config: ConfigDict) -> None:
     checkpoint.every = 50  # steps; also at the end, and on SIGTERM
     checkpoint.keep = 2  # newest; the best evaluated one is kept besides
     checkpoint.keep_every = 500  # and every multiple of this (R: every 500 steps); 0: none
-    checkpoint.allow_changes = False  # resume although the config differs
+    checkpoint.fallback = False  # where the newest is damaged, go on from the newest whole one
+    # Keys or sections that a resumed run may change: "optim.lr,data"; "True": any. More steps or
+    # epochs are always allowed.
+    checkpoint.allow_changes = ""
 
     config.log = log = ConfigDict()
     log.every = 1  # steps between rows of metrics.jsonl

@@ -13,18 +13,18 @@ for the periodic evaluation of both training stages.
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.both_answers import score_rows
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.files import JsonlLog, write_jsonl
+from srpo_jax.data.files import AnyPath, JsonlLog, write_jsonl
 from srpo_jax.data.images import RecordError
 from srpo_jax.data.records import Record
 from srpo_jax.report import accounting
@@ -48,10 +48,14 @@ from srpo_jax.structs import BLOCKS, Params, RunError
 
 Row = dict[str, Any]
 
-# Config keys that do not change what a sample is: a partial run may be continued under others.
+# Config keys that do not change what a sample is: a partial run may be continued under others. A
+# sample's random numbers are those of its record and the seed, wherever and beside whatever it is
+# drawn; budgets only say which records have room.
 NOT_SETTINGS = (
-    "grading.workers", "grading.timeout", "data.workers", "compilation_cache_dir", "compile_guard",
-    "bootstrap", "eval.scoring", "eval.stop_after",
+    "grading.workers", "grading.timeout", "data.workers", "data.max_bad_share",
+    "data.patch_budgets", "data.prompt_tokens", "data.prompts_per_row", "eval.batch_size",
+    "sampling.segment", "sampling.concurrent_rows", "mesh", "distributed", "model.remat", "size",
+    "compilation_cache_dir", "compile_guard", "bootstrap", "eval.scoring", "eval.stop_after",
 )  # fmt: skip
 
 
@@ -70,27 +74,32 @@ def evaluate(
     """
     settings = evaluate_settings(config, workdir)
     check_benchmark(settings)
-    with start(settings) as parts, StopRequest() as stop:
+    with start(settings) as parts, processes.hold(settings.workdir), StopRequest() as stop:
+        encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
+        evaluator = Evaluator(settings, parts, settings.reward.profile, encode)
         params, origin = load_weights(settings, parts, settings.model.dtype)
         flat = flat_config(settings.plain)
         kept = {key: value for key, value in flat.items() if not below(key, NOT_SETTINGS)}
-        log = RowLog(settings.workdir, kept | {"weights": origin})
-        encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
-        evaluator = Evaluator(settings, parts, settings.reward.profile, encode)
+        kept |= {"weights": origin, "records": evaluator.source.fingerprint}
+        log = RowLog(settings.workdir, kept)
         done = {row["origin"] for row in log.rows}
         processes.say(
             f"{len(evaluator)} records, {len(done)} of them done before; weights of {origin}"
         )
         begun, before = time.monotonic(), len(done)
+        unasked: list[Row] = []  # kept at the end: a run that goes on may have room for them
         for rows in evaluator.run(params, seed=settings.seed, skip=frozenset(done)):
-            log.append(rows)
+            unasked += [row for row in rows if "reason" in row]
+            log.append([row for row in rows if "reason" not in row])
             done |= {row["origin"] for row in rows}
             pace = (time.monotonic() - begun) / max(len(done) - before, 1)
             left = pace * (len(evaluator) - len(done))
             processes.say(f"{len(done)}/{len(evaluator)} records, about {left:.0f} s left")
             if processes.maximum(int(stop.requested)):
+                log.close()
                 processes.say("stopped; the same command goes on from here")
                 return None
+        log.append(unasked)
         told = evaluator.grading_counts()
     told |= {"weights": origin}
     summary = conclude(settings, evaluator.source, log.rows, told)
@@ -145,14 +154,14 @@ def score_benchmark(settings: EvaluateSettings, source: Any, rows: list[Row]) ->
 
 
 def write_scores(
-    folder: Path, scored: list[Row], tables: dict[str, Any], *, bootstrap: int, seed: int
+    folder: AnyPath, scored: list[Row], tables: dict[str, Any], *, bootstrap: int, seed: int
 ) -> dict[str, Any]:
     """Write scored.jsonl, of ``score_rows``.
 
     Returns the rates (`rates`) under the benchmark's verdicts, with the summaries of the first
     and of the final answer, grouped as in its tables, under "first" and "final".
     """
-    write_jsonl(folder / "scored.jsonl", scored)
+    write_jsonl(epath.Path(folder) / "scored.jsonl", scored)
     found = rates(scored, bootstrap=bootstrap, seed=seed)
     return found | {"name": scored[0]["benchmark"], "mode": scored[0]["mode"], **tables}
 
@@ -160,7 +169,7 @@ def write_scores(
 class RowLog:
     """samples.jsonl, kept batch by batch by the first process; every process has the rows."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: epath.Path, settings: dict[str, Any]):
         """Open or continue; RunError where what is there was made under other settings."""
         self._log: JsonlLog | None = None
         own: list[Row] = []
@@ -180,6 +189,11 @@ class RowLog:
         self.rows += rows
         if self._log and rows:
             self._log.append(rows[0]["origin"], rows)
+
+    def close(self) -> None:
+        """Keep the partial file for another run."""
+        if self._log:
+            self._log.close()
 
     def finish(self) -> None:
         """Write samples.jsonl in place of the partial file."""

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.files import write_jsonl
+from srpo_jax.data.files import absolute, write_jsonl
 from srpo_jax.data.loader import Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
@@ -35,12 +35,13 @@ from srpo_jax.model import sharding
 from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
-from srpo_jax.run.checkpoint import own_buffers
+from srpo_jax.run.checkpoint import FOLDER, own_buffers, save_params
 from srpo_jax.run.command import main
 from srpo_jax.run.feed import Encode, bucket_of, open_training
 from srpo_jax.run.metrics import merge_metrics
 from srpo_jax.run.parts import Parts, load_weights, start
 from srpo_jax.run.pool import Pool, informative
+from srpo_jax.run.resume import allows
 from srpo_jax.run.rollout import (
     Generator,
     Round,
@@ -79,7 +80,7 @@ def train(
         encode: record -> Encoded prompt, instead of the configured one.
     """
     settings = grpo_settings(config, workdir, profile)
-    with start(settings) as parts:
+    with start(settings) as parts, processes.hold(settings.workdir):
         settings = fit_rows(settings, parts.shards, parts.processor.geometry.window_slots)
         cfg = grpo_config(settings, parts.shards, parts.forbidden_ids)
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
@@ -93,7 +94,8 @@ def train(
         )
         run = Session(settings, parts, optimizer, settings.steps, SHOWN)
         if run.host:
-            loader.set_state(run.host["data"], mended=settings.checkpoint.allow_changes)
+            mended = allows(settings.checkpoint.allow_changes, "data.train")
+            loader.set_state(run.host["data"], mended=mended)
             pool.load(run.host["pending"], run.arrays)
         reference = load_reference(settings, parts, run) if cfg.needs_reference else None
         stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference)
@@ -101,12 +103,20 @@ def train(
 
 
 def load_reference(settings: GrpoSettings, parts: Parts, run: Session) -> Params:
-    """The trained part of the initial weights, in the dtype that log-probs are computed in."""
-    dtype = settings.model.dtype
+    """The trained part of the initial weights, in the dtype that log-probs are computed in.
+
+    Of a run's step the folder keeps a copy: the step may be deleted while that run goes on.
+    """
+    dtype, kept = settings.model.dtype, settings.workdir / "reference"
     if run.step:
-        params, _ = load_weights(settings, parts, dtype, run.origin)
+        source = str(kept) if kept.exists() else run.origin
+        params, _ = load_weights(settings, parts, dtype, source)
         return {path: params[path] for path in run.state.params}
-    return own_buffers({path: x.astype(dtype) for path, x in run.state.params.items()})
+    reference = own_buffers({path: x.astype(dtype) for path, x in run.state.params.items()})
+    if absolute(run.origin).parent.name == FOLDER:
+        frozen = {path: x.astype(dtype) for path, x in run.state.frozen.items()}
+        save_params(kept, reference | frozen, {"config": settings.plain, "origin": run.origin})
+    return reference
 
 
 @dataclasses.dataclass(frozen=True)

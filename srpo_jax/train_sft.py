@@ -22,9 +22,11 @@ from srpo_jax.learn.optim import make_optimizer, trains_vision
 from srpo_jax.learn.steps import make_sft_step
 from srpo_jax.model import sharding
 from srpo_jax.rewards.profiles import PAPER
+from srpo_jax.run import processes
 from srpo_jax.run.command import main
 from srpo_jax.run.feed import Encode, bucket_of, open_training
 from srpo_jax.run.parts import Parts, start
+from srpo_jax.run.resume import allows
 from srpo_jax.run.rollout import vision_work
 from srpo_jax.run.session import Done, Session
 from srpo_jax.run.settings import fit_rows, sft_config, sft_settings
@@ -49,7 +51,7 @@ def train(
         encode_prompt: record -> Encoded for the evaluation, instead of the configured prompt.
     """
     settings = sft_settings(config, workdir)
-    with start(settings) as parts:
+    with start(settings) as parts, processes.hold(settings.workdir):
         settings = fit_rows(settings, parts.shards, parts.processor.geometry.window_slots)
         data = settings.data
         encode = encode or SftEncoder(parts.processor, data.target, data.masks_wrong_first)
@@ -64,7 +66,8 @@ def train(
         optimizer = make_optimizer(settings.optim, total, settings.seed)
         run = Session(settings, parts, optimizer, total, SHOWN)
         if run.host:
-            loader.set_state(run.host["data"], mended=settings.checkpoint.allow_changes)
+            mended = allows(settings.checkpoint.allow_changes, "data.train")
+            loader.set_state(run.host["data"], mended=mended)
         cfg, freeze = sft_config(settings, parts.shards), settings.freeze
         sft_step = parts.guard.watch(
             make_sft_step(parts.model, cfg, optimizer, freeze=freeze, mesh=parts.mesh)

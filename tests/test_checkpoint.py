@@ -3,21 +3,26 @@
 import json
 import os
 import pickle
+import re
+import shutil
 import types
 
+import bucket_helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoint_helpers import save_params, stored_params
+from checkpoint_helpers import stored_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from srpo_jax.run import checkpoint
+from srpo_jax.run import checkpoint, checksums, host_state
 from srpo_jax.run.checkpoint import CheckpointError, Checkpoints
 from srpo_jax.structs import TrainState
 
+# TensorStore reports reads that it gave up through Python's hook for what nobody can catch.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 
 
@@ -124,6 +129,189 @@ def test_half_written_step_is_not_taken(tmp_path):
     again.close()
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A run's folder with the steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("run")
+    saver = Checkpoints(folder)
+    for step in (3, 6):
+        saver.save(step, make_state(step), config={"n": step}, host={"at": step}, metric=step / 10)
+    saver.close()
+    return folder
+
+
+def overwrite(file, text: bytes) -> None:
+    with open(file, "r+b") as out:
+        out.seek(out.seek(0, os.SEEK_END) // 2)
+        out.write(text)
+
+
+def largest(folder):
+    return max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def other_step(item: str):
+    def replace(step) -> None:
+        shutil.rmtree(step / item)
+        shutil.copytree(step.parent / "3" / item, step / item)
+
+    return replace
+
+
+DAMAGE = {
+    "an empty folder": (
+        lambda step: [shutil.rmtree(path) for path in step.iterdir() if path.is_dir()],
+        "params, optimizer, host, meta missing",
+    ),
+    "an item missing": (lambda step: shutil.rmtree(step / "optimizer"), "6: optimizer missing"),
+    "a truncated file": (
+        lambda step: os.truncate(largest(step / "params"), 20),
+        "6/params: .*not valid for value of size 20",
+    ),
+    "a bad manifest": (
+        lambda step: (step / "optimizer" / "manifest.ocdbt").write_text("x"),
+        "6/optimizer: .*manifest",
+    ),
+    "cut metadata": (lambda step: os.truncate(step / "params" / "_METADATA", 9), "6/params: "),
+    "flipped bits": (
+        lambda step: overwrite(largest(step / "params"), b"\xff" * 400),
+        "6/params: |6: params.* not what was saved",
+    ),
+    "parameters of another step": (other_step("params"), "6: params.*more are not what was saved"),
+    "host state of another step": (other_step("host"), "6: host is not what was saved"),
+    "JSON of another step": (other_step("meta"), "6/meta/metadata: is of step 3"),
+    "changed JSON": (
+        lambda step: overwrite(step / "meta" / "metadata", b"8"),
+        "6/meta/metadata: (its text is not|Expecting|Extra|Invalid)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_before_training_and_the_whole_step_before_it_is_named(
+    two_steps, tmp_path, kind
+):
+    shutil.copytree(two_steps, tmp_path / "run")
+    break_it, words = DAMAGE[kind]
+    break_it(tmp_path / "run" / "checkpoints" / "6")
+    with pytest.raises(CheckpointError) as error:
+        Checkpoints(tmp_path / "run").restore(make_state())
+    message = str(error.value)
+    assert re.search(f"^step 6 is damaged \\(.*({words})", message), message
+    assert "; step 3 is whole: pass --config.checkpoint.fallback=True" in message
+    assert "\n" not in message and len(message) < 600
+
+
+def test_with_fallback_a_run_goes_on_from_the_whole_step_and_may_write_the_damaged_one_anew(
+    two_steps, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(two_steps, folder)
+    (folder / "checkpoints" / "9").mkdir()
+    os.truncate(largest(folder / "checkpoints" / "6" / "params"), 20)
+    saver = Checkpoints(folder)
+    got = saver.restore(make_state(), fallback=True)
+    assert got.step == 3 and got.host == {"at": 3} and saver.best_step() == 3
+    assert_same(got.state, make_state(3))
+    assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["6", "9"]
+    assert saver.save(6, make_state(6), config={}) is True
+    saver.close()
+    assert Checkpoints(folder).restore(make_state()).step == 6
+
+
+def test_damaged_old_steps_and_steps_without_checksums_do_not_matter(two_steps, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(two_steps, folder)
+    (folder / "checkpoints" / "3" / "meta" / "metadata").write_text("x")
+    file = folder / "checkpoints" / "6" / "meta" / "metadata"
+    old = json.loads(file.read_text())
+    del old["checksums"], old["seal"]
+    file.write_text(json.dumps(old))
+    saver = Checkpoints(folder)
+    assert saver.best_step() == 6 and saver.restore(make_state()).step == 6
+
+
+def test_a_run_without_any_whole_step_says_so(two_steps, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(two_steps, folder)
+    for step in ("3", "6"):
+        shutil.rmtree(folder / "checkpoints" / step / "params")
+    with pytest.raises(CheckpointError, match="step 6 .*; step 3 .*; no other step is whole"):
+        Checkpoints(folder).restore(make_state(), fallback=True)
+
+
+def test_damaged_parameters_are_no_start_of_another_run(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    other_step("params")(tmp_path / "run" / "checkpoints" / "6")
+    with pytest.raises(CheckpointError, match="not what was saved"):
+        stored_params(tmp_path / "run")
+
+
+def test_checksums_are_of_values_and_places_on_any_mesh():
+    base = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    devices = NamedSharding(mesh(), P("fsdp")), NamedSharding(mesh(), P(None, "data"))
+    arrays = {
+        "whole": base,
+        "bits": base.view(np.int32),
+        "half": jnp.asarray(base, "bfloat16"),
+        "bool": base > 0,
+        "one": np.int32(3),
+    }
+    sums = checksums.checksums(jax.tree.map(jnp.asarray, arrays))
+    assert sums["whole"] == sums["bits"] and len(set(sums.values())) == 4
+    for sharding in devices:
+        assert (
+            checksums.checksums({"whole": jax.device_put(base, sharding)})["whole"] == sums["whole"]
+        )
+    for at in ((0, 0), (7, 5), (3, 2)):
+        changed = base.copy()
+        changed.view(np.uint32)[at] ^= 1 << (at[0] * 4)
+        assert checksums.checksums({"whole": jnp.asarray(changed)}) != {"whole": sums["whole"]}
+    assert checksums.checksums({"whole": jnp.asarray(base[::-1])}) != {"whole": sums["whole"]}
+
+
+def test_nothing_is_made_before_the_first_step_is_saved(tmp_path):
+    saver = Checkpoints(tmp_path)
+    assert saver.latest_step() is None
+    saver.wait()
+    saver.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    saver = Checkpoints(tmp_path)
+    saver.save(1, make_state(), config={})
+    saver.wait()
+
+    def fail(_) -> None:
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: no space\nat all [source locations='a page" + "x" * 9999
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "wait_until_finished", fail)
+        with pytest.raises(CheckpointError, match="could not be written: RESOURCE.* at all$"):
+            saver.wait()
+        with pytest.raises(CheckpointError, match="could not be written"):
+            saver.close()
+    saver.close()
+
+
+def test_a_run_on_a_bucket_saves_and_goes_on(tmp_path, monkeypatch):
+    bucket = bucket_helpers.mount(monkeypatch, tmp_path)
+    saver = Checkpoints(f"{bucket}/run", keep=1)
+    for step in (1, 2):
+        saver.save(step, make_state(step), config={}, host={"at": step})
+    saver.close()
+    assert steps_on_disk(tmp_path / "bucket" / "run") == [2]
+    again = Checkpoints(f"{bucket}/run")
+    assert again.latest_step() == 2
+    got = again.restore(make_state())
+    assert got.host == {"at": 2}
+    assert_same(got.state, make_state(2))
+    assert str(checkpoint.find_params(f"{bucket}/run")) == "gs://bucket/run/checkpoints/2"
+
+
 def test_other_shapes_and_missing_parameters_are_listed_in_one_error(tmp_path):
     saver = Checkpoints(tmp_path)
     saver.save(1, make_state(), config={})
@@ -161,7 +349,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
     saver.save(1, make_state(), config={})
     saver.wait()
     meta = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "processes": 4}))
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "processes": 4, "seal": None}))
     with pytest.raises(CheckpointError, match="written by 4 processes, this run has 1"):
         saver.restore(make_state())
     saver.close()
@@ -170,7 +358,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
 def test_parameters_alone_come_back_sharded_and_cast(tmp_path):
     state = make_state(5)
     params = {**state.params, **state.frozen}
-    save_params(tmp_path / "p", params, {"model": {"width": 8}})
+    checkpoint.save_params(tmp_path / "p", params, {"config": {"model": {"width": 8}}})
     assert checkpoint.read_meta(tmp_path / "p")["config"] == {"model": {"width": 8}}
     shardings = {name: x.sharding for name, x in params.items()}
     loaded = checkpoint.load_params(tmp_path / "p", shardings, params)
@@ -196,7 +384,7 @@ def test_parameters_load_from_a_run_its_newest_step_or_one_step(tmp_path):
 
 def test_parameter_names_must_be_the_models(tmp_path):
     state = make_state()
-    save_params(tmp_path / "p", state.params, {})
+    checkpoint.save_params(tmp_path / "p", state.params, {})
     wanted = {"text/w/kernel": state.params["text/w/kernel"], "text/other": state.step}
     shardings = {name: x.sharding for name, x in wanted.items()}
     with pytest.raises(CheckpointError) as error:
@@ -207,7 +395,7 @@ def test_parameter_names_must_be_the_models(tmp_path):
 
 def test_parameter_shapes_must_be_the_models(tmp_path):
     state = make_state()
-    save_params(tmp_path / "p", state.params, {})
+    checkpoint.save_params(tmp_path / "p", state.params, {})
     shardings = {name: x.sharding for name, x in state.params.items()}
     with pytest.raises(CheckpointError, match=r"kernel is \(8, 4\), wanted \(16, 4\)"):
         checkpoint.load_params(tmp_path / "p", shardings, make_state(width=16).params)
@@ -215,13 +403,13 @@ def test_parameter_shapes_must_be_the_models(tmp_path):
 
 def test_host_state_holds_bytes_and_arrays_and_nothing_pickled():
     values, arrays = {"state": b"\x80\x04", "at": [1, {"k": None}]}, {"x": np.ones((2, 2), bool)}
-    packed = checkpoint.pack_host(values, arrays)
-    got, got_arrays = checkpoint.unpack_host(packed)
+    packed = host_state.pack_host(values, arrays)
+    got, got_arrays = host_state.unpack_host(packed)
     assert got == values and got_arrays["x"].dtype == bool
     with pytest.raises(TypeError, match="object"):
-        checkpoint.pack_host({"x": object()}, {})
+        host_state.pack_host({"x": object()}, {})
     with pytest.raises((pickle.UnpicklingError, ValueError)):
-        checkpoint.unpack_host(pickle.dumps(values))
+        host_state.unpack_host(pickle.dumps(values))
 
 
 def test_of_two_equal_bests_the_newer_one_is_kept():

@@ -226,3 +226,13 @@ def test_another_programs_config_is_refused_by_key():
     del config.data.prompt
     with pytest.raises(RunError, match="^data.prompt: is missing"):
         grpo_settings(config)
+
+
+def test_what_is_read_from_disks_is_not_sought_on_a_bucket():
+    config = sft.get_config("size=tiny")
+    assert str(sft_settings(config, "gs://bucket/run").workdir) == "gs://bucket/run"
+    with pytest.raises(RunError, match="of buckets only gs:// is supported"):
+        sft_settings(config, "s3://bucket/run")
+    config.hf_dir = "gs://bucket/hf"
+    with pytest.raises(RunError, match="hf_dir=gs://bucket/hf: must lie on a disk: copy it"):
+        sft_settings(config)

@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from checkpoint_helpers import save_params
 from test_hf import assert_same_tensors, read_all, write_tiny
 
 from srpo_jax.model import hf, hf_write, sharding
@@ -53,7 +52,7 @@ def test_parameters_of_a_sharded_run_export(tmp_path):
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
     specs = sharding.param_specs(abstract_params(cfg), mesh)
     params = hf.load_params(tmp_path / "hf", cfg, shardings=specs, dtype="float32")
-    save_params(tmp_path / "run" / "checkpoints" / "7", params, {})
+    checkpoint.save_params(tmp_path / "run" / "checkpoints" / "7", params, {})
     convert_hf.export_hf(tmp_path / "run", tmp_path / "back", tmp_path / "hf", dtype="bfloat16")
     assert_same_tensors(read_all(tmp_path / "hf"), read_all(tmp_path / "back"))
     convert_hf.export_hf(tmp_path / "run", tmp_path / "full", tmp_path / "hf")

@@ -2,6 +2,7 @@
 
 import json
 
+import bucket_helpers
 import pytest
 
 from srpo_jax.data import files
@@ -73,3 +74,82 @@ def test_a_log_goes_on_behind_a_torn_line_and_writes_rows_in_the_wanted_order(tm
 def test_a_log_without_rows_becomes_an_empty_file(tmp_path):
     files.JsonlLog(tmp_path / "rows.jsonl", {}).finish()
     assert (tmp_path / "rows.jsonl").read_text() == ""
+
+
+def test_a_growing_file_cuts_off_what_a_kill_tore_and_names_itself_when_the_disk_is_full(tmp_path):
+    path = tmp_path / "deep" / "rows"
+    file = files.Growing(path)
+    assert [file.append("one"), file.append("é")] == [0, 4]
+    file.close()
+    with open(path, "a") as torn:
+        torn.write("tor")
+    file = files.Growing(path)
+    assert file.append("two") == 7
+    file.close()
+    assert path.read_text("utf-8") == "one\né\ntwo\n"
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        files.Growing("/dev/full").append("x")
+    with pytest.raises(OSError, match="No space left on device: '.*/out'"):
+        with files.whole(tmp_path / "out"), open("/dev/full", "w") as file:
+            file.write("x" * 10**6)
+
+
+def test_on_a_bucket_files_are_whole_and_grow_by_being_sent_again(tmp_path, monkeypatch):
+    bucket = bucket_helpers.mount(monkeypatch, tmp_path)
+    place = tmp_path / "bucket"
+    with pytest.raises(KeyError), files.whole(f"{bucket}/a/x") as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert not (place / "a" / "x").exists()
+    files.write_jsonl(f"{bucket}/a/x", [{"x": "é"}])
+    assert (place / "a" / "x").read_text() == '{"x": "é"}\n'
+    with files.whole(f"{bucket}/folder") as temporary:
+        (temporary / "deep").mkdir(parents=True)
+        (temporary / "deep" / "file").write_text("all")
+    assert (place / "folder" / "deep" / "file").read_text() == "all"
+    with pytest.raises(FileExistsError, match="not an empty directory"):
+        with files.whole(f"{bucket}/folder") as temporary:
+            temporary.mkdir()
+
+    log = files.JsonlLog(f"{bucket}/rows.jsonl", {"seed": 0})
+    log.append("a", [{"n": 1}])
+    assert not (place / "rows.jsonl.partial").exists()
+    log.close()  # as a run does that is stopped
+    log = files.JsonlLog(f"{bucket}/rows.jsonl", {"seed": 0})
+    assert log.done == {"a"}
+    monkeypatch.setattr(files, "SEND_SECONDS", 0)
+    log._file._pause = 0
+    log.append("b", [{"n": 2}])
+    assert len((place / "rows.jsonl.partial").read_text().splitlines()) == 3
+    log.finish(["b", "a"])
+    assert (place / "rows.jsonl").read_text() == '{"n": 2}\n{"n": 1}\n'
+    assert not (place / "rows.jsonl.partial").exists()
+
+
+def test_paths_are_made_absolute_unless_they_name_a_bucket(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert str(files.absolute("runs/x")) == str(tmp_path / "runs" / "x")
+    assert str(files.absolute("gs://b/x")) == "gs://b/x"
+
+
+def test_the_content_hash_sees_the_order_of_lines_in_small_and_large_files(tmp_path):
+    lines = [f"{i:07d}\n" for i in range(100_000)]
+
+    def hashed(*parts):
+        for number, part in enumerate(parts):
+            (tmp_path / str(number)).write_text("".join(part))
+        return files.content_hash(tmp_path / str(i) for i in range(len(parts)))
+
+    small, large = lines[:100], lines
+    swapped = [lines[1], lines[0], *lines[2:]]
+    assert hashed(small) == hashed(small) != hashed(swapped[:100])
+    assert hashed(large) == hashed(large) != hashed(swapped)
+    assert hashed(large) != hashed(sorted(large, reverse=True))
+    assert hashed(small, large) != hashed(large, small)
+    assert hashed([]) != hashed([], [])
+
+
+def test_a_fingerprint_without_a_hash_is_compared_by_its_numbers():
+    assert files.same_content("3:90:ab", "3:90:ab") and files.same_content("3:90", "3:90:ab")
+    assert not files.same_content("3:90:ab", "3:90:cd")
+    assert not files.same_content("3:9", "3:90:ab")

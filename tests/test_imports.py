@@ -50,7 +50,7 @@ CORE = {"jax", "flax", "optax", "numpy"}
 RECORDS = {"grain", "tensorflow_datasets", "pyarrow", "array_record", "absl"}
 THIRD_PARTY = {
     "structs": CORE,
-    "data": {"numpy", "PIL", "transformers", "tokenizers"} | RECORDS,
+    "data": {"numpy", "etils", "PIL", "transformers", "tokenizers"} | RECORDS,
     "model": CORE,
     "model.hf": CORE | {"safetensors"},
     "sampling": CORE,

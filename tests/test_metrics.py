@@ -1,8 +1,11 @@
 """Metric rows that survive restarts, timers, and FLOP counts worked by hand."""
 
 import json
+import sys
 import time
+import types
 
+import bucket_helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,10 +96,36 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
 
 def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     writer(tmp_path).close()
     with pytest.raises(ImportError, match="pip install wandb"):
         writer(tmp_path, wandb_project="p")
+
+
+def test_a_resumed_run_goes_on_with_its_wandb_run(tmp_path, monkeypatch):
+    begun = []
+    fake = types.SimpleNamespace(
+        init=lambda **kw: begun.append(kw) or types.SimpleNamespace(finish=lambda: None)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    for folder in ("a", "a", "b"):
+        writer(tmp_path / folder, wandb_project="p").close()
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    writer(tmp_path / "c", wandb_project="p").close()
+    names = [one["id"] for one in begun]
+    assert names[0] == names[1] != names[2] and names[3] == "chosen"
+    assert {one["resume"] for one in begun} == {"allow"}
+
+
+def test_rows_go_to_a_bucket(tmp_path, monkeypatch):
+    bucket = bucket_helpers.mount(monkeypatch, tmp_path)
+    for step in (1, 2):
+        out = writer(f"{bucket}/run")
+        out.write(step, {"loss": 0.5}, split="train")
+        out.close()
+    rows = read_rows(f"{bucket}/run/metrics.jsonl")
+    assert [(row["run"], row["step"]) for row in rows] == [(1, 1), (2, 2)]
 
 
 def test_timers_add_up_a_phase_and_start_anew():

@@ -231,7 +231,7 @@ def test_settings_that_shaped_results_cannot_change_under_them(world, heard, tmp
 
 
 def test_two_builders_in_one_directory_are_refused(tmp_path):
-    with Store(tmp_path, write=True), pytest.raises(RuntimeError, match="another process"):
+    with Store(tmp_path, write=True), pytest.raises(RuntimeError, match="in use by process"):
         Store(tmp_path, write=True)
 
 

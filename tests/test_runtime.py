@@ -1,5 +1,6 @@
 """What holds a run together: the recompile guard, agreement of processes, stopping on a signal."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from srpo_jax.run import resume
+from srpo_jax.run import command, resume
 from srpo_jax.run.guard import CompileGuard, StopRequest
 from srpo_jax.run.processes import check_agreement, join
 from srpo_jax.run.resume import check_config
@@ -127,3 +128,27 @@ def test_changed_config_is_refused_by_key_unless_the_key_is_free(monkeypatch):
         check_config(saved, {"optim": saved["optim"], "log": {}})
     monkeypatch.setattr(resume, "FREE", ("log", "optim.lr"))
     check_config(saved, now)
+
+
+def test_more_steps_need_no_permission_and_a_permission_names_its_keys():
+    saved = {"optim": {"lr": 1e-6, "b1": 0.9}, "steps": 5, "epochs": 1.0, "seed": 0}
+    check_config(saved, saved | {"steps": 8, "epochs": 2.0})
+    with pytest.raises(RunError, match="steps was 5, is 4"):
+        check_config(saved, saved | {"steps": 4})
+    now = {"optim": {"lr": 1e-5, "b1": 0.8}, "steps": 5, "epochs": 1.0, "seed": 1}
+    with pytest.raises(RunError, match=r"allow_changes=optim\.b1,optim\.lr,seed$"):
+        check_config(saved, now)
+    with pytest.raises(RunError, match="another config: seed was 0, is 1"):
+        check_config(saved, now, "optim")
+    check_config(saved, now, "optim.lr, optim.b1,seed")
+    check_config(saved, now, "True")
+    with pytest.raises(RunError, match="allow_changes=optim.rl: there is no key optim.rl"):
+        check_config(saved, now, "optim.rl")
+
+
+def test_a_full_disk_is_one_line_that_says_what_to_do(capsys):
+    with pytest.raises(SystemExit):
+        command._fail(OSError(errno.ENOSPC, "No space left on device", "runs/x/rows.jsonl"))
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno 28] No space left on device: 'runs/x/rows.jsonl'; free ")
+    assert said.count("\n") == 1 and "goes on from what is saved" in said

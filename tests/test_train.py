@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_helpers as helpers
 from checkpoint_helpers import stored_params
+from etils import epath
 
 from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.model import hf
@@ -325,11 +328,17 @@ def test_evaluation_counts_every_record_and_goes_on_where_it_was_stopped(
     partial = tmp_path / "broken" / "samples.jsonl.partial"
     with open(partial, "a") as file:
         file.write('[{"id": "torn')
-    changed = config()
-    changed.seed = 7
-    with pytest.raises(RunError, match="begun with other settings"):
-        evaluate.evaluate(changed, tmp_path / "broken")
-    assert evaluate.evaluate(config(), tmp_path / "broken") == whole
+    for changes, message in (
+        ({"seed": 7}, r"begun with other settings \(seed\)"),
+        ({"eval.benchmark": "mathvist"}, "eval.benchmark=mathvist: choose one of"),
+    ):
+        changed = config()
+        changed.update_from_flattened_dict(changes)
+        with pytest.raises(RunError, match=message):
+            evaluate.evaluate(changed, tmp_path / "broken")
+    again = config()  # what changes no sample
+    again.data.max_bad_share, again.data.patch_budgets = 0.5, (64, 128)
+    assert evaluate.evaluate(again, tmp_path / "broken") == whole
     by_key = lambda row: (row["id"], row["sample"])  # noqa: E731
     one, other = (
         sorted(
@@ -351,6 +360,35 @@ def test_evaluation_counts_every_record_and_goes_on_where_it_was_stopped(
     assert {"prompt", "response", "blocks", "first_answer", "final_answer", "tokens"} <= set(one[0])
     with pytest.raises(RunError, match="is there already"):
         evaluate.evaluate(config(), tmp_path / "broken")
+
+
+# --- what a run keeps for itself ---
+
+
+def test_the_reference_outlives_the_step_that_it_was_read_from(tmp_path, monkeypatch):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = {name: jnp.full(3, n, jnp.float32) for n, name in enumerate(("a", "frozen"), 1)}
+    state = types.SimpleNamespace(params={"a": params["a"]}, frozen={"frozen": params["frozen"]})
+    model = types.SimpleNamespace(dtype="bfloat16")
+    settings = types.SimpleNamespace(model=model, workdir=epath.Path(tmp_path / "rl"), plain={})
+
+    def load(settings, parts, dtype, source):
+        shardings = dict.fromkeys(params, place)
+        return checkpoint.load_params(source, shardings, params, dtype), source
+
+    monkeypatch.setattr(train_grpo, "load_weights", load)
+    origin = tmp_path / "sft" / "checkpoints" / "7"  # retention has deleted it
+    run = types.SimpleNamespace(step=0, origin=str(origin), state=state)
+    first = train_grpo.load_reference(settings, None, run)
+    run.step = 5
+    again = train_grpo.load_reference(settings, None, run)
+    assert first.keys() == again.keys() == {"a"}
+    assert again["a"].dtype == "bfloat16" and jnp.array_equal(first["a"], again["a"])
+    assert checkpoint.read_meta(tmp_path / "rl" / "reference")["origin"] == str(origin)
+    run.step, run.origin = 0, str(tmp_path / "hf")  # what is no run's stays where it is
+    settings.workdir = epath.Path(tmp_path / "other")
+    train_grpo.load_reference(settings, None, run)
+    assert not (tmp_path / "other").exists()
 
 
 # --- stops with a clear message ------------------------------------------------------------------
@@ -418,3 +456,4 @@ def test_settings_that_cannot_work_are_refused_before_the_first_step(
     config.update_from_flattened_dict(change)
     with pytest.raises((ValueError, RuntimeError), match=message):
         train_grpo.train(config, tmp_path)
+    assert not any(tmp_path.iterdir())  # the right command may start here

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from srpo_jax.benchmarks import scoring
+from srpo_jax.data import lock
 from srpo_jax.data.files import write_jsonl
 from tools.lib import cli, eval_folders, judge_options
 
@@ -45,13 +46,14 @@ def main(args: argparse.Namespace) -> int:
     args.judge_cache = args.judge_cache or beside
     asked, total = args.mode == scoring.JUDGE, len(found.rows) * len(ROUNDS)
     with (
+        lock.hold(found.folder),
         judge_options.open_judge(args, total, "answers") if asked else nullcontext() as judge,
         scoring.open_pool(args.benchmark, args.mode, args.workers, args.timeout) as pool,
     ):
         scored, tables = score_rows(args.benchmark, source, found.rows, args.mode, pool, judge)
-    rates = write_scores(found.folder, scored, tables, bootstrap=args.bootstrap, seed=args.seed)
-    code = judge_options.conclude(judge, rates)
-    write_jsonl(found.folder / "summary.json", [found.summary | {"benchmark": rates}])
+        rates = write_scores(found.folder, scored, tables, bootstrap=args.bootstrap, seed=args.seed)
+        code = judge_options.conclude(judge, rates)
+        write_jsonl(found.folder / "summary.json", [found.summary | {"benchmark": rates}])
     _show(args, rates, found.folder)
     return code
 

@@ -1,33 +1,80 @@
-"""Files that appear whole, and a JSON Lines log that goes on after an interruption."""
+"""Files on disk or on a bucket: whole or not at all, growing line by line, known by a sample.
+
+A path is local or ``gs://...``; what happens to buckets goes through ``etils.epath``. Two things
+differ there. An object cannot be renamed in place, but it appears only when its upload is complete,
+so that a file is whole as well; a folder is not: its files appear one by one. And an object cannot
+grow: `Growing` sends it again, whole.
+"""
 
 import contextlib
+import hashlib
 import json
+import mmap
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from etils import epath
 
 Row = Mapping[str, Any]
+AnyPath = str | os.PathLike[str]
+
+SEND_SECONDS = 30.0  # at least, between two uploads of a file that grows
+
+
+def on_bucket(path: AnyPath) -> bool:
+    """Whether a path is none of this machine's disks."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: AnyPath) -> epath.Path:
+    """The path from the root, ``~`` filled in; one on a bucket as it is."""
+    text = os.fspath(path)
+    return epath.Path(text if on_bucket(text) else os.path.abspath(os.path.expanduser(text)))
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` for a file, or a folder, that the block makes there.
+def _naming(path: AnyPath) -> Iterator[None]:
+    """Errors of the operating system name the file, where only a handle had been at hand too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+# --- whole -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole(path: AnyPath) -> Iterator[Path]:
+    """A temporary local path for a file, or a folder, that the block makes there.
 
     When the block succeeds it is synced to disk and takes the place of ``path`` (of a folder: only
     where there is none, or an empty one); when it fails, it is removed. Missing parents are made.
     """
+    if on_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / epath.Path(path).name
+            yield temporary
+            send(temporary, path)
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        for part in (temporary, *temporary.rglob("*")):
-            if part.is_file():
-                with open(part, "rb") as file:
-                    os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _naming(path):
+            yield temporary
+            for part in (temporary, *temporary.rglob("*")):
+                if part.is_file():
+                    with open(part, "rb") as file:
+                        os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -35,18 +82,36 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def send(source: Path, path: AnyPath) -> None:
+    """Copy a local file, or the files of a folder, to a bucket.
+
+    FileExistsError for a folder where there is something already.
+    """
+    target = epath.Path(path)
+    if source.is_dir():
+        if target.exists() and any(target.iterdir()):
+            raise FileExistsError(f"{path} exists and is not an empty directory")
+        for part in sorted(source.rglob("*")):
+            if part.is_file():
+                send(part, target / part.relative_to(source).as_posix())
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as file, target.open("wb") as out:
+        shutil.copyfileobj(file, out)
+
+
+def write_text(path: AnyPath, text: str) -> None:
     """Write ``text`` as UTF-8; what has no place there (half a surrogate pair) becomes "?"."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Write a value as indented JSON."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+def write_jsonl(path: AnyPath, rows: Iterable[Row]) -> None:
     """Write one line of JSON for each row."""
     with jsonl_writer(path) as write:
         for row in rows:
@@ -54,7 +119,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
 
 
 @contextlib.contextmanager
-def jsonl_writer(path: str | os.PathLike[str]) -> Iterator[Callable[[Row], None]]:
+def jsonl_writer(path: AnyPath) -> Iterator[Callable[[Row], None]]:
     """Yields ``write(row)``, for rows that arrive one by one."""
     with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
 
@@ -62,6 +127,60 @@ def jsonl_writer(path: str | os.PathLike[str]) -> Iterator[Callable[[Row], None]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
         yield write
+
+
+# --- growing ---------------------------------------------------------------------------------
+
+
+class Growing:
+    """A file that grows by whole lines; a last line that was torn by a kill is cut off first.
+
+    Every line is handed to the operating system at once. On a bucket the file is a local copy,
+    which is sent every `SEND_SECONDS` (more rarely where sending takes long) and by ``close``.
+    """
+
+    def __init__(self, path: AnyPath):
+        """Open or make it, and its parents."""
+        self.path, self._copies = path, contextlib.ExitStack()
+        self.local = Path(path)
+        self._sent, self._pause = time.monotonic(), SEND_SECONDS
+        if on_bucket(path):
+            folder = self._copies.enter_context(tempfile.TemporaryDirectory())
+            self.local = Path(folder) / self.local.name
+            if epath.Path(path).exists():
+                with epath.Path(path).open("rb") as file, open(self.local, "wb") as out:
+                    shutil.copyfileobj(file, out)
+        self.local.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.local, "a+b", buffering=0)
+        if self._file.tell():
+            with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                end = content.rfind(b"\n") + 1
+            self._file.truncate(end)
+
+    def append(self, line: str) -> int:
+        """Write a line; returns where it starts. OSError, naming the file, where it cannot."""
+        start = self._file.seek(0, os.SEEK_END)
+        rest = memoryview(line.encode() + b"\n")
+        with _naming(self.path):
+            while rest:  # a disk that fills up takes a part
+                rest = rest[self._file.write(rest) :]
+        if time.monotonic() - self._sent > self._pause:
+            self._send()
+        return start
+
+    def _send(self) -> None:
+        if on_bucket(self.path):
+            start = time.monotonic()
+            send(self.local, self.path)
+            self._sent = time.monotonic()
+            self._pause = max(SEND_SECONDS, 10 * (self._sent - start))
+
+    def close(self) -> None:
+        """Send what is left, and close."""
+        if not self._file.closed:
+            self._file.close()
+            self._send()
+            self._copies.close()
 
 
 class JsonlLog:
@@ -73,14 +192,14 @@ class JsonlLog:
     partial file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]):
+    def __init__(self, path: AnyPath, settings: dict[str, Any]):
         """Go on with ``<path>.partial`` if it is there; ValueError when it has other settings."""
-        self.path = Path(path)
+        self.path = epath.Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._offsets: dict[str, int] = {}
-        self._head = json.dumps({"settings": settings}).encode() + b"\n"
+        self._head = json.dumps({"settings": settings})
         # Made by the first row: a run that fails before it leaves nothing.
-        self._file: IO[bytes] | None = None
+        self._file: Growing | None = None
         if self.partial.exists():
             self._load()
 
@@ -90,14 +209,16 @@ class JsonlLog:
         return set(self._offsets)
 
     def _load(self) -> None:
-        """Index the rows of an earlier run and cut off a line that was torn by its end."""
-        with open(self.partial, "r+b") as file:
+        """Index the rows of an earlier run."""
+        self._file = Growing(self.partial)
+        with open(self._file.local, "rb") as file:
             line = file.readline()
-            if not line.endswith(b"\n"):  # torn at its very start: nothing to keep
-                file.truncate(0)
+            if not line:  # torn at its very start: nothing to keep
+                self._file.append(self._head)
                 return
             found, wanted = json.loads(line)["settings"], json.loads(self._head)["settings"]
             if found != wanted:
+                self._file.close()
                 changed = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
                 raise ValueError(
                     f"{self.partial} was begun with other settings ({', '.join(changed)}): "
@@ -105,36 +226,63 @@ class JsonlLog:
                 )
             end = len(line)
             for line in iter(file.readline, b""):
-                if not line.endswith(b"\n"):
-                    break
                 self._offsets[str(json.loads(line)["id"])] = end
                 end += len(line)
-            file.truncate(end)
 
     def append(self, row_id: Any, rows: list[dict[str, Any]]) -> None:
-        """Append all rows of one id and flush them."""
+        """Append all rows of one id."""
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.partial, "ab")
-            if self._file.tell() == 0:
-                self._file.write(self._head)
-        self._offsets[str(row_id)] = self._file.tell()
+            self._file = Growing(self.partial)
+            self._file.append(self._head)
         line = json.dumps({"id": row_id, "rows": rows}, ensure_ascii=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        self._offsets[str(row_id)] = self._file.append(line)
 
     def rows(self, ids: Iterable[Any] | None = None) -> Iterator[dict[str, Any]]:
         """The rows of ``ids``, in that order; of all as they came without it."""
-        if not self._offsets:
+        if self._file is None:
             return
-        with open(self.partial, "rb") as file:
+        with open(self._file.local, "rb") as file:
             for row_id in list(self._offsets) if ids is None else ids:
                 file.seek(self._offsets[str(row_id)])
                 yield from json.loads(file.readline())["rows"]
 
-    def finish(self, ids: Iterable[Any] | None = None) -> None:
-        """Write `rows` to ``path`` and remove the partial file."""
+    def close(self) -> None:
+        """Keep what is there for another run."""
         if self._file is not None:
             self._file.close()
+
+    def finish(self, ids: Iterable[Any] | None = None) -> None:
+        """Write `rows` to ``path`` and remove the partial file."""
         write_jsonl(self.path, self.rows(ids))
+        self.close()
         self.partial.unlink(missing_ok=True)
+
+
+# --- content ---------------------------------------------------------------------------------
+
+
+def content_hash(paths: Iterable[AnyPath]) -> str:
+    """16 hexadecimal digits of files' sizes and of 64 blocks of 4 KiB, evenly spaced, in each.
+
+    Of a file of up to 256 KiB that is all of it; of a larger one a sample, in bounded time.
+    """
+    digest, block, count = hashlib.blake2b(digest_size=8), 4096, 64
+    for path in paths:
+        with epath.Path(path).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            last = max(0, size - block)
+            starts = (last * i // (count - 1) for i in range(count))
+            whole_file = size <= block * count
+            for start in range(0, size, block) if whole_file else starts:
+                file.seek(start)
+                digest.update(file.read(block))
+    return digest.hexdigest()
+
+
+def same_content(saved: str, found: str) -> bool:
+    """Whether two fingerprints ("records:bytes:hash") are of the same data.
+
+    One that was saved before there were hashes only tells the two numbers.
+    """
+    return found == saved or (saved.count(":") == 1 and found.startswith(f"{saved}:"))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
+from srpo_jax.data.files import same_content
 from srpo_jax.data.images import RecordError
 from srpo_jax.data.quarantine import Quarantine
 from srpo_jax.data.records import Record, RecordSource
@@ -326,15 +327,16 @@ class Loader:
 
         ValueError, naming it, when the data, the seed or the number of processes changed.
         """
-        found = self._identity() | ({} if mended else {"data": self._fingerprint()})
+        same = same_content(state["data"], self._fingerprint())
+        found = self._identity() | ({} if same or mended else {"data": self._fingerprint()})
         for name, value in found.items():
             if state.get(name, value) != value:
                 raise ValueError(
                     f"the saved place in the data does not fit: {name} was {state[name]!r} and is "
-                    f"{value!r}; restore with the same data and settings (of data, mended records "
-                    "go with checkpoint.allow_changes)"
+                    f"{value!r}; restore with the same data and settings (mended records go with "
+                    "checkpoint.allow_changes=data)"
                 )
-        if state["data"] != self._fingerprint():
+        if not same:
             state = state | {"seen": 0, "bad": 0, "bad_run": 0}
         self.close()
         self._done = False

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from srpo_jax.data.files import whole
+from srpo_jax.data.files import content_hash, whole
 from srpo_jax.data.images import ImageRef, RecordError
 
 _TFDS = re.compile(
@@ -278,6 +278,7 @@ class _ArrayRecord:
 
     def __init__(self, name: str, raw: Any, num_bytes: int):
         self.name, self.raw, self.num_bytes = name, raw, num_bytes
+        self.path = None if name.startswith("tfds:") else name
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -335,13 +336,16 @@ OPENERS: dict[str, Callable[[str], Reader]] = {
 class Records:
     """Random access to the records of one or several files: ``len(records)``, ``records[i]``.
 
-    ``fingerprint`` changes when the data do (number of records and of bytes).
+    ``fingerprint`` changes when the data do: number of records and of bytes, hash of a sample.
     """
 
     def __init__(self, readers: Sequence[Reader], roots: list[str], require_answer: bool = True):
         self._readers, self._roots, self._require_answer = readers, roots, require_answer
         self._ends = list(itertools.accumulate(len(reader) for reader in readers))
-        self.fingerprint = f"{len(self)}:{sum(reader.num_bytes for reader in readers)}"
+        # A TFDS data set is none: its version stands for its content.
+        files = [getattr(reader, "path", None) for reader in readers]
+        sample = content_hash(filter(None, files))
+        self.fingerprint = f"{len(self)}:{sum(reader.num_bytes for reader in readers)}:{sample}"
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from srpo_jax.data.files import same_content
 from srpo_jax.data.images import RecordError, load_image
 from srpo_jax.data.records import Record, Records, open_records
 from srpo_jax.reflection.duplicates import Print, fingerprint
@@ -50,7 +51,9 @@ def register(store: Store, items: Items, say: Callable[[str], None]) -> None:
     ValueError where the files are not those that the store was begun with.
     """
     known = store.meta("data")
-    if known is not None and known != items.fingerprint:
+    if known is not None and not (
+        len(known) == len(items.fingerprint) and all(map(same_content, known, items.fingerprint))
+    ):
         raise ValueError(
             f"{store.workdir}: the record files have changed since it was begun; use another "
             "--workdir, or restore them"

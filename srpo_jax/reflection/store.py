@@ -5,7 +5,6 @@ loses only what was in flight, and readers (``status``, ``export``) work beside 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sqlite3
@@ -14,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from srpo_jax.data import lock
 
 STAGES = ("attempt", "grade", "judge", "select", "reflect", "check")
 VERSION = 1
@@ -67,16 +68,9 @@ class Store:
         """
         self.workdir = Path(workdir)
         path = self.workdir / "state.sqlite"
-        self._lock = None
+        self._lock = contextlib.ExitStack()
         if write:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.workdir / ".lock", "w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RuntimeError(
-                    f"{workdir}: another process is building here; wait for it, or stop it"
-                ) from None
+            self._lock.enter_context(lock.hold(self.workdir))
         elif not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; nothing was built in {workdir} yet")
         mode = "rwc" if write else "ro"
@@ -99,8 +93,7 @@ class Store:
     def close(self) -> None:
         """Close the database and let go of the lock."""
         self.db.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     def __enter__(self) -> "Store":
         return self

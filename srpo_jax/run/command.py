@@ -1,6 +1,7 @@
 """The command line of the three entry points: a configuration, its changes, one-line errors."""
 
 import difflib
+import errno
 import importlib.util
 import os
 import sys
@@ -41,7 +42,9 @@ def main(run: Callable[[Any, str], Any]) -> None:
             _fail(RunError(str(error)) if isinstance(error, flags.Error) else error)
 
     def call(_: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+        # Orbax reports every file it touches; what fails is raised as well, and said in one line.
+        logging.set_verbosity(logging.WARNING if debug.value else logging.FATAL)
+        sys.unraisablehook = sys.unraisablehook if debug.value else _no_hook
         try:
             run(config.value, workdir.value)
         except (Exception, KeyboardInterrupt) as error:
@@ -58,6 +61,8 @@ def _asks_for_help(argv: list[str]) -> bool:
 
 def _fail(error: BaseException) -> NoReturn:
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        text += "; free space and run the same command again: it goes on from what is saved"
     plain = isinstance(error, ValueError | OSError | RuntimeError) and text
     text = text if plain else f"{type(error).__name__}: {text}"
     interrupted = isinstance(error, KeyboardInterrupt)
@@ -65,6 +70,10 @@ def _fail(error: BaseException) -> NoReturn:
     code = 130 if interrupted else 1
     # Other processes may be waiting in a collective: leave without their consent.
     os._exit(code) if jax.process_count() > 1 else sys.exit(code)
+
+
+def _no_hook(*_: Any) -> None:
+    """Through Python's own, TensorStore reports each read and write that it gave up by a page."""
 
 
 def read_config(text: str) -> Any:

@@ -3,11 +3,11 @@
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from srpo_jax.data.files import AnyPath
 from srpo_jax.data.images import RecordError
 from srpo_jax.data.loader import LoadedBatch, Loader
 from srpo_jax.data.records import Record, open_records
@@ -105,7 +105,7 @@ def open_loader(
     encode: Encode,
     *,
     check: Check | None = None,
-    quarantine_path: Path | None = None,
+    quarantine_path: AnyPath | None = None,
     say: Callable[[str], None] | None = None,
     on_bad: Callable[[Record | None, RecordError], None] | None = None,
     **settings: Any,
@@ -138,6 +138,7 @@ class Subset:
 
     def __init__(self, source: Any, indices: Sequence[int]):
         self._source, self._indices = source, indices
+        self.fingerprint = str(getattr(source, "fingerprint", len(source)))
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -4,14 +4,18 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+
+from srpo_jax.data.files import AnyPath, Growing, on_bucket, write_text
 
 # Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
 # The first match counts, so longer names stand before those they contain.
@@ -42,7 +46,7 @@ class MetricWriter:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: AnyPath,
         *,
         total_steps: int,
         show: Iterable[str] = (),
@@ -54,32 +58,17 @@ class MetricWriter:
         self._pending: tuple[int, str, Any] | None = None
         if not self._on:
             return
-        folder = Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = epath.Path(workdir)
         path = folder / "metrics.jsonl"
-        earlier = path.read_text() if path.exists() else ""
-        self.run = 1 + _last_run(earlier)
-        self._file = open(path, "a", buffering=1)
-        if earlier and not earlier.endswith("\n"):
-            self._file.write("\n")  # a run that was killed in mid-write left half a row
+        self.run = 1 + _last_run(path.read_text() if path.exists() else "")
+        self._file = Growing(path)
         self._console = _Console(total_steps, tuple(show))
         self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # noqa: PLC0415  (a second to import)
 
             self._board = SummaryWriter(str(folder / "tensorboard"), flush_secs=30)
-        self._wandb = None
-        if wandb_project:
-            try:
-                # Optional, only where asked for, so the type checker does not find it.
-                import wandb  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
-            except ImportError as error:
-                raise ImportError(
-                    f"--config.log.wandb_project={wandb_project!r} needs wandb: pip install wandb"
-                ) from error
-            self._wandb = wandb.init(
-                project=wandb_project, dir=str(folder), config=dict(config or {}), resume="allow"
-            )
+        self._wandb = _open_wandb(wandb_project, folder, config or {}) if wandb_project else None
 
     def defer(self, step: int, values: Mapping[str, Any], split: str = "train") -> None:
         """Keep this step's values, on device or host, and write those kept before.
@@ -125,7 +114,7 @@ class MetricWriter:
         head = {"run": self.run, "split": split, "step": int(step), "time": round(time.time(), 3)}
         if nonfinite:  # JSON has no NaN: the value is null, and its name stands here
             head["nonfinite"] = nonfinite
-        self._file.write(json.dumps({**head, **row}) + "\n")
+        self._file.append(json.dumps({**head, **row}))
         self._console.row(step, split, row)
         numbers = {f"{split}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
         if self._board is not None:
@@ -133,6 +122,24 @@ class MetricWriter:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+
+
+def _open_wandb(project: str, folder: epath.Path, config: Mapping[str, Any]) -> Any:
+    """The W&B run of this folder: its id is kept there, so that a resumed run goes on with it."""
+    try:
+        # Optional, only where asked for, so the type checker does not find it.
+        import wandb  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            f"--config.log.wandb_project={project!r} needs wandb: pip install wandb"
+        ) from error
+    kept = folder / "wandb_id"
+    known = kept.read_text().strip() if kept.exists() else os.environ.get("WANDB_RUN_ID")
+    name = known or uuid.uuid4().hex[:12]
+    local = None if on_bucket(folder) else str(folder)
+    run = wandb.init(project=project, dir=local, config=dict(config), id=name, resume="allow")
+    write_text(kept, f"{name}\n")
+    return run
 
 
 def to_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -147,13 +154,13 @@ def to_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return row, nonfinite
 
 
-def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]]:
+def read_rows(path: AnyPath, split: str | None = None) -> list[dict[str, Any]]:
     """The rows that count, in step order: of rows with equal split and step, the last one.
 
     A row that was cut off in mid-write is skipped.
     """
     kept: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in Path(path).read_text().splitlines():
+    for line in epath.Path(path).read_text().splitlines():
         try:
             row = json.loads(line)
         except ValueError:

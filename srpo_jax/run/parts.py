@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from srpo_jax.data.files import absolute
 from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.learn.steps import make_encode_step
 from srpo_jax.model import hf, sharding
@@ -90,7 +91,7 @@ def start(settings: RunSettings) -> Parts:
     spread = settings.distributed
     processes.join(spread.enabled, spread.coordinator, spread.num_processes, spread.process_id)
     if settings.compilation_cache_dir:  # compiled programs are kept there for later runs
-        folder = Path(settings.compilation_cache_dir).expanduser().resolve()
+        folder = absolute(settings.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if not settings.hf_dir:
         raise RunError(
@@ -139,7 +140,7 @@ def load_weights(
     """
     shardings = sharding.param_specs(parts.shapes, parts.mesh, "train")
     source = source or settings.init_from
-    if source and not (Path(source) / "config.json").is_file():
+    if source and not (absolute(source) / "config.json").is_file():
         folder = checkpoint.find_params(source)
         return checkpoint.load_params(folder, shardings, parts.shapes, dtype), str(folder)
     source = source or settings.hf_dir

@@ -4,9 +4,10 @@ Every function here that talks is collective: all processes call it, in the same
 process each of them is the identity.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from srpo_jax.data import lock
+from srpo_jax.data.files import AnyPath
 from srpo_jax.model import sharding
 from srpo_jax.structs import RunError
 
@@ -57,6 +60,22 @@ def say(text: str) -> None:
     """One line on the first process's standard output."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+@contextlib.contextmanager
+def hold(folder: AnyPath) -> Iterator[None]:
+    """The folder to this run alone; RunError on every process where another program has it."""
+    problem = ""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(lock.hold(folder, say))
+            except (RuntimeError, OSError) as error:
+                problem = str(error)
+        problem = gather(problem)[0]
+        if problem:
+            raise RunError(problem)
+        yield
 
 
 # --- agreement -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ FREE = (
     "log",
     "rollouts",
 )
+_MAY_GROW = ("steps", "epochs")
 _PER_PROCESS = ("distributed", "compilation_cache_dir")  # may differ between processes
 
 
@@ -30,19 +31,38 @@ def config_hash(plain: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise RunError naming each key that would make the resumed run another run."""
+def check_config(saved: dict[str, Any], current: dict[str, Any], allowed: str = "") -> None:
+    """Raise RunError naming each key that would make the resumed run another run.
+
+    Args:
+        saved: the config of the checkpoint.
+        current: of this run. It may have more steps or epochs.
+        allowed: keys or sections that may differ, between commas; "True" stands for all.
+    """
     old, new = flat_config(saved), flat_config(current)
+    names = [name.strip() for name in allowed.split(",") if name.strip()]
+    for name in names:
+        if name != "True" and not any(below(key, [name]) for key in new):
+            raise RunError(f"checkpoint.allow_changes={allowed}: there is no key {name}")
     changed = [
-        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        key
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not below(key, FREE)
+        if old.get(key) != new.get(key)
+        and not below(key, (*FREE, *names))
+        and not (key in _MAY_GROW and 0 < (old.get(key) or 0) < (new.get(key) or 0))
     ]
-    if changed:
+    if changed and "True" not in names:
+        shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
         raise RunError(
-            f"the checkpoint to resume was written under another config: {'; '.join(changed)}. Set "
-            "these back, use a new --workdir, or pass --config.checkpoint.allow_changes=True"
+            f"the checkpoint to resume was written under another config: {shown}. Set these back, "
+            f"use a new --workdir, or pass --config.checkpoint.allow_changes={','.join(changed)}"
         )
+
+
+def allows(allowed: str, key: str) -> bool:
+    """Whether ``checkpoint.allow_changes`` covers a config key."""
+    names = [name.strip() for name in allowed.split(",")]
+    return "True" in names or below(key, names)
 
 
 def below(key: str, names: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from srpo_jax.run.metrics import MetricWriter, to_plain, utilisation
 from srpo_jax.run.parts import Parts, check_export, export, load_weights
 from srpo_jax.run.resume import check_config
 from srpo_jax.run.settings import TrainSettings
-from srpo_jax.structs import Params, TrainState
+from srpo_jax.structs import Params, RunError, TrainState
 
 BEST = "acc@2"  # of the held-out file: what the best checkpoint is best at
 
@@ -94,13 +94,32 @@ class Session:
             shapes,
             state_shardings(shapes, self._parts.mesh),
         )
-        step = self._checkpoints.latest_step()
-        if not self._settings.checkpoint.allow_changes:  # before shapes: it says more
-            saved = checkpoint.read_meta(self._checkpoints.folder / str(step))["config"]
-            check_config(saved, self._settings.plain)
-        got = self._checkpoints.restore(like)
+        keep = self._settings.checkpoint
+
+        def check(meta: dict[str, Any]) -> None:
+            check_config(meta["config"], self._settings.plain, keep.allow_changes)
+
+        newest = self._checkpoints.latest_step()
+        got = self._checkpoints.restore(like, check=check, fallback=keep.fallback)
         self.state, self.step, self.host, self.arrays = got.state, got.step, got.host, got.arrays
         self.origin, self._best = got.meta["origin"], got.meta["best"]
+        if self.step != newest:
+            processes.say(
+                f"step {newest} is damaged and was moved to {checkpoint.DAMAGED}/: going on from "
+                f"step {self.step}"
+            )
+        if got.host.get("data", {}).get("data", "::").count(":") == 1:
+            processes.say(
+                "this checkpoint is of an older version: whether the records are still the same is "
+                "checked by their number and size only"
+            )
+        before = got.meta.get("total_steps") or got.meta["config"]["steps"]
+        if before and before != self.total_steps:
+            rate = float(optimizer.schedule(jax.device_get(self.state.step)))
+            processes.say(
+                f"{before} steps have become {self.total_steps}: the learning rate follows the "
+                f"schedule of {self.total_steps} from here on, at {rate:.3g}"
+            )
 
     def run(
         self,
@@ -118,17 +137,28 @@ class Session:
         Returns:
             the last row of metrics, with ``step``, ``finished`` (False where a signal stopped the
             run) and the last evaluation under "eval".
+
+        Raises:
+            RunError: something could not be written; what is saved, and how to go on.
         """
-        with self:
-            if evaluator is not None and self._settings.eval.at_start and self.step == 0:
-                self._evaluate(evaluator)
-            while self.step < self.total_steps:
-                done = step(self.state, self.step)
-                self.state, self.step = done.state, self.step + 1
-                self.log(done)
-                if self._end_step(evaluator, host):
-                    break
-            return self._finish()
+        try:
+            with self:
+                if evaluator is not None and self._settings.eval.at_start and self.step == 0:
+                    self._evaluate(evaluator)
+                while self.step < self.total_steps:
+                    done = step(self.state, self.step)
+                    self.state, self.step = done.state, self.step + 1
+                    self.log(done)
+                    if self._end_step(evaluator, host):
+                        break
+                return self._finish()
+        except (OSError, checkpoint.CheckpointError) as error:
+            saved = self._checkpoints.latest_step()
+            known = "no step is saved yet" if saved is None else f"step {saved} is saved"
+            raise RunError(
+                f"{error}; {known}: put that right (free space, access) and run the same command "
+                "again"
+            ) from error
 
     def __enter__(self) -> "Session":
         self._stop.__enter__()
@@ -139,11 +169,13 @@ class Session:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self._stop.__exit__()
-        self.writer.close()
-        # After an error, let a checkpoint that is being written become complete; among several
-        # processes that could wait for one that is gone.
-        if kind is None or jax.process_count() == 1:
-            self._checkpoints.close()
+        try:
+            self.writer.close()
+        finally:
+            # After an error, let a checkpoint that is being written become complete; among several
+            # processes that could wait for one that is gone.
+            if kind is None or jax.process_count() == 1:
+                self._checkpoints.close()
 
     def log(self, done: Done) -> None:
         """Queue the row of the step just done."""
@@ -182,7 +214,11 @@ class Session:
                     host=values,
                     arrays=arrays,
                     metric=metric,
-                    meta={"origin": self.origin, "best": self._best},
+                    meta={
+                        "origin": self.origin,
+                        "best": self._best,
+                        "total_steps": self.total_steps,
+                    },
                 )
         return stop and not last
 

@@ -9,13 +9,16 @@ them with the same functions: what is planned is what runs.
 import dataclasses
 import functools
 import json
+import os
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
+
+from etils import epath
 
 from srpo_jax.data.batching import Layout, choose_layout
 from srpo_jax.data.encoders import TARGETS
+from srpo_jax.data.files import AnyPath, on_bucket
 from srpo_jax.data.prompts import MESSAGES
 from srpo_jax.learn.grpo import GrpoConfig, Objective
 from srpo_jax.learn.optim import OptimConfig
@@ -103,7 +106,8 @@ class CheckpointSettings:
     every: int
     keep: int
     keep_every: int
-    allow_changes: bool
+    fallback: bool
+    allow_changes: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +209,7 @@ class RunSettings:
     sampling: SamplingConfig  # without token ids: those come with the model
     eval: EvalSettings
     data: DataSettings
-    workdir: Path = Path()
+    workdir: epath.Path = epath.Path()
     # The whole config as JSON values: what checkpoints hold and processes compare.
     plain: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -252,7 +256,7 @@ class EvaluateSettings(RunSettings):
     bootstrap: int
 
 
-def sft_settings(config: Any, workdir: str | Path = "") -> SftSettings:
+def sft_settings(config: Any, workdir: AnyPath = "") -> SftSettings:
     """The settings of stage 1; RunError naming the key that is wrong."""
     settings = _read(SftSettings, config, workdir)
     if settings.data.pack and not settings.steps:
@@ -261,7 +265,7 @@ def sft_settings(config: Any, workdir: str | Path = "") -> SftSettings:
 
 
 def grpo_settings(
-    config: Any, workdir: str | Path = "", profile: Profile | None = None
+    config: Any, workdir: AnyPath = "", profile: Profile | None = None
 ) -> GrpoSettings:
     """The settings of stage 2; RunError naming the key that is wrong.
 
@@ -287,15 +291,22 @@ def grpo_settings(
     return settings
 
 
-def evaluate_settings(config: Any, workdir: str | Path = "") -> EvaluateSettings:
+def evaluate_settings(config: Any, workdir: AnyPath = "") -> EvaluateSettings:
     """The settings of an evaluation; RunError naming the key that is wrong."""
     return _read(EvaluateSettings, config, workdir)
 
 
-def _read(kind: type[R], config: Any, workdir: str | Path) -> R:
+def _read(kind: type[R], config: Any, workdir: AnyPath) -> R:
     settings = _checked(_build(kind, config))
     plain = json.loads(json.dumps(config.to_dict()))
-    return dataclasses.replace(settings, workdir=Path(workdir), plain=plain)
+    return dataclasses.replace(settings, workdir=_folder(workdir), plain=plain)
+
+
+def _folder(workdir: AnyPath) -> epath.Path:
+    scheme = os.fspath(workdir).partition("://")[0]
+    if on_bucket(workdir) and scheme != "gs":  # what Orbax writes to
+        raise RunError(f"--workdir={workdir}: of buckets only gs:// is supported; mount the others")
+    return epath.Path(workdir)
 
 
 def _build(kind: type[T], config: Any, prefix: str = "") -> T:
@@ -354,6 +365,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "optim.final_fraction optim.b1 optim.b2",
         lambda value: 0 <= value <= 1,
         "must lie between 0 and 1",
+    ),
+    (
+        "hf_dir export_hf_dir data.train data.root eval.file",
+        lambda value: not on_bucket(value) or value.startswith("tfds:"),
+        "must lie on a disk: copy it (gcloud storage cp -r), or mount the bucket",
     ),
 )
 _CHOICES: dict[str, tuple[Any, ...]] = {
