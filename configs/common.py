@@ -4,11 +4,13 @@ Sources named in the comments: P = paper (arXiv 2506.01713 v3), R = the authors'
 OpenRLHF scripts for RL, the LLaMA-Factory yaml for SFT); the rest is a choice of this project.
 """
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from srpo_jax.data.fields import Columns
 from srpo_jax.model.sizes import SIZES  # tiny: any small model, in float32
 
 MODES = ("full", "debug")  # debug: two steps of a few samples, to see that everything is in place
@@ -140,6 +142,14 @@ def add_grading(config: ConfigDict) -> None:
     grading.workers = 2 if config.size == "tiny" else 8  # most checks take less than 20 ms
     grading.timeout = 5.0  # seconds of processor time a check may take, twice, before it is wrong
     grading.tolerance = 0.0  # relative, of numbers; a record's own tolerance or decimals go first
+
+
+def add_columns(data: ConfigDict) -> None:
+    """Foreign names of a record's columns, as in ``--config.data.columns.image=img``; "": its own.
+
+    Images and choices may be spread over several: ``images=image_1,image_2``.
+    """
+    data.columns = ConfigDict({column.name: "" for column in dataclasses.fields(Columns)})
 
 
 def data_workers(size: str) -> int:

@@ -31,6 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.root = ""  # folder that images must lie in; empty: the file's
+    common.add_columns(data)
     data.prompt = "srpo"  # or "plain"
     data.prompt_tokens = 1664  # budget, images included, as in RL
     data.prompts_per_row = 4  # prompts whose images one data shard encodes at a time

@@ -26,7 +26,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.train = ""  # records: .jsonl, .parquet, .array_record, tfds
+    data.mix = ()  # weights of several, as in data.train=a.jsonl,b.jsonl; (): by their sizes
     data.root = ""  # folder that images must lie in; empty: the file's
+    common.add_columns(data)
     data.prompt = "srpo"  # or "plain": one round of think and answer (GRPO control)
     data.global_batch_size = 128  # prompts of a step (P 4.1)
     data.prompts_per_row = common.SIZES[args.size].prompts_per_row  # at most: memory of a row

@@ -26,7 +26,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.train = ""  # records with reflections: .jsonl, .parquet, .array_record, tfds
+    data.mix = ()  # weights of several, as in data.train=a.jsonl,b.jsonl; (): by their sizes
     data.root = ""  # folder that images must lie in; empty: the file's
+    common.add_columns(data)
     # "rl_aligned": five blocks, as RL wants them; "paper": the paper's one think and two answers;
     # "plain": one round; "gold": the gold answer in five blocks, where nobody wrote reasoning.
     data.target = "rl_aligned"

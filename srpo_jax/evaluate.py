@@ -24,9 +24,9 @@ from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.both_answers import score_rows
 from srpo_jax.benchmarks.load import load
 from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Record
 from srpo_jax.data.files import AnyPath, JsonlLog, write_jsonl
-from srpo_jax.data.images import RecordError
-from srpo_jax.data.records import Record
 from srpo_jax.report import accounting
 from srpo_jax.report.rates import rates
 from srpo_jax.rewards.answers import gold_problem
@@ -340,7 +340,7 @@ def open_problems(settings: RunSettings) -> Any:
     """
     one, root = settings.eval, settings.data.root
     if not one.benchmark:
-        return feed.open_source("eval.file", one.file, root)
+        return feed.open_source("eval.file", one.file, settings.data)
     check_benchmark(settings)
     if not one.file:
         raise RunError(

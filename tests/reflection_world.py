@@ -11,7 +11,7 @@ import os
 import random
 from pathlib import Path
 
-from srpo_jax.data.records import Record
+from srpo_jax.data.fields import Record
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.teach import image_parts
 

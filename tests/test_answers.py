@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from srpo_jax.data.records import Record
+from srpo_jax.data.fields import Record
 from srpo_jax.rewards.answers import (
     Question,
     answer_problem,

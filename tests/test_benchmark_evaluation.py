@@ -14,7 +14,7 @@ from openai_server import Server
 
 from srpo_jax import evaluate
 from srpo_jax.benchmarks.both_answers import answer_row, score_rows
-from srpo_jax.data.records import Record
+from srpo_jax.data.fields import Record
 from srpo_jax.structs import BLOCKS, RunError
 from tools import score_eval
 

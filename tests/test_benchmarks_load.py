@@ -11,7 +11,8 @@ from PIL import Image
 from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.load import load, scoring_row
-from srpo_jax.data.images import RecordError, load_image
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.images import load_image
 from srpo_jax.data.prompts import plain_messages
 from tests.benchmark_helpers import PARITY, write_rows
 
@@ -106,9 +107,12 @@ def test_images_stand_in_the_order_of_their_tags(tmp_path):
     assert [load_image(image).width for image in record.images] == [15, 14]
 
 
-def test_an_image_that_only_an_option_names_comes_after_the_question(tmp_path):
+def test_an_image_that_an_option_names_stands_at_the_option(tmp_path):
     record = load("mmmu", parquet(tmp_path, [PUBLISHED["mmmu"]]), counts=())[0]
-    assert record.question == "<image> Which?\nimage 2: <image>"
+    assert (record.question, record.choices) == ("<image> Which?", ("<image 2>", "none"))
+    shown = plain_messages(record.question, record.images, record.choices)[-1]["content"]
+    kinds = [part.get("text", "IMAGE") for part in shown]
+    assert kinds == ["IMAGE", " Which?\nChoices:\n(A) ", "IMAGE", "\n(B) none"]
     assert [load_image(image).width for image in record.images] == [16, 17]
 
 
@@ -201,3 +205,20 @@ def test_a_subset_of_mathvision_loads_with_its_images():
     assert len(benchmark) == 1000
     assert all(record.question.count("<image>") in (0, len(record.images)) for record in benchmark)
     assert load_image(benchmark[0].images[0]).size == (640, 157)
+
+
+def test_an_image_that_nothing_names_comes_after_the_question(tmp_path):
+    row = PUBLISHED["mmmu"] | {"options": "['<image 3>', 'none']"}
+    record = load("mmmu", parquet(tmp_path, [row]), counts=())[0]
+    assert record.question == "<image> Which?\nimage 2: <image>"
+    assert record.choices == ("image 3", "none")
+    assert [load_image(image).width for image in record.images] == [16, 17]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_separators_of_unicode_end_no_line_of_a_file(tmp_path, separator):
+    row = PUBLISHED["mathvista"] | {"query": f"How{separator}many?"}
+    row = {k: v for k, v in row.items() if k != "decoded_image"}
+    path = tmp_path / "test.jsonl"
+    path.write_bytes("\ufeff".encode() + json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    assert load("mathvista", path, counts=())[0].question == f"How{separator}many?"

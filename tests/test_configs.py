@@ -14,9 +14,9 @@ from train_helpers import Reads
 from configs import common, grpo, sft
 from configs import eval as evaluation
 from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.fields import Record
 from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
-from srpo_jax.data.records import Record
 from srpo_jax.data.vision_arrays import VisionGeometry
 from srpo_jax.learn.optim import OptimConfig, make_optimizer
 from srpo_jax.model.sizes import SIZES, size_config
@@ -209,6 +209,8 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
         ({"optim.schedule": "linear"}, "^optim.schedule=linear: choose one of cosine, constant"),
         ({"sampling.top_p": 0.0}, r"^sampling.top_p: must be in \(0, 1\]"),
         ({"min_pixels": 10**6}, "^min_pixels=1000000 lies above max_pixels=501760"),
+        ({"data.mix": (1.0, 0.0)}, r"^data.mix=\(1.0, 0.0\): weights must be above 0"),
+        ({"data.columns.image": "a", "data.columns.images": "b"}, "^data.columns.images and image"),
         ({"eval.samples": 4}, "^eval.samples=4 greedy samples are all the same"),
     ],
 )

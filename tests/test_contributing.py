@@ -14,7 +14,8 @@ from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.loader import Loader
 from srpo_jax.data.processing import Processor
-from srpo_jax.data.records import OPENERS, open_records
+from srpo_jax.data.readers import OPENERS
+from srpo_jax.data.records import open_records
 from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import SIZES, size_config

@@ -153,3 +153,39 @@ def test_a_fingerprint_without_a_hash_is_compared_by_its_numbers():
     assert files.same_content("3:90:ab", "3:90:ab") and files.same_content("3:90", "3:90:ab")
     assert not files.same_content("3:90:ab", "3:90:cd")
     assert not files.same_content("3:9", "3:90:ab")
+
+
+# Text that other readers break lines at, and half a surrogate pair, which UTF-8 cannot hold.
+STRANGE = "a\u2028b\u2029c\u0085d\x0be\x1cf\r\\n \ud83d \U0001f600"
+
+
+def test_every_text_is_written_and_read_back(tmp_path):
+    rows = [{"x": STRANGE}, {STRANGE: [STRANGE]}]
+    files.write_jsonl(tmp_path / "rows", rows)
+    assert files.read_jsonl(tmp_path / "rows") == rows
+    log = files.JsonlLog(tmp_path / "log", {"text": STRANGE})
+    log.append(STRANGE, rows)
+    again = files.JsonlLog(tmp_path / "log", {"text": STRANGE})
+    assert again.done == {STRANGE} and list(again.rows()) == rows
+    again.finish()
+    assert files.read_jsonl(tmp_path / "log") == rows
+
+
+def test_lines_end_at_a_line_feed_only_and_are_numbered(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"x": "' + "a\u2028b".encode() + b'"}\r\n \n\n{"x": 2}')
+    assert list(files.numbered_jsonl(path)) == [(1, {"x": "a\u2028b"}), (4, {"x": 2})]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [(b'{"x"', "not valid JSON"), (b"[1]", r"a JSON list, not an object: \[1\]"), (b"\xff", "JSON"),
+     (b'"' + b"x" * 9999 + b'"', "a JSON str, not an object: 'xxx"), (b"[" * 99_999, "JSON")],
+)  # fmt: skip
+def test_a_line_that_is_no_object_is_named_in_short_or_passed_over(tmp_path, line, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"x": 1}\n' + line + b'\n{"x": 2}\n')
+    with pytest.raises(ValueError, match=rf"rows.jsonl:2: .*{reason}.*; one JSON object") as error:
+        files.read_jsonl(path)
+    assert len(str(error.value)) < 300 + len(str(path))
+    assert files.read_jsonl(path, skip_broken=True) == [{"x": 1}, {"x": 2}]

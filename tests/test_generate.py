@@ -175,7 +175,7 @@ def test_errors_are_one_line_that_names_file_and_row(folder, capsys):
     bad.write_text('{"id": 1, "problem": "a"}\n\n{"id": 1, "problem": "b"}\n')
     assert "bad.jsonl:3: the id '1' is that of" in fail(capsys, *base)
     bad.write_text('{"id": 1}\nnot json\n')
-    assert "bad.jsonl:2: not JSON" in fail(capsys, *base)
+    assert "bad.jsonl:2: not valid JSON" in fail(capsys, *base)
     write(bad, [RECORDS[2], {"id": 2, "problem": "see", "images": ["missing.png"]}])
     line = fail(capsys, *base)
     assert "bad.jsonl:2" in line and "missing.png" in line

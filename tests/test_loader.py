@@ -11,10 +11,14 @@ from data_helpers import make_hf_dir, noise_image, png, write_dots, write_jsonl
 
 from srpo_jax.data.batching import Layout, Media, choose_layout, encode_arrays
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.images import RecordError, load_image
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Record
+from srpo_jax.data.files import read_jsonl
+from srpo_jax.data.images import load_image
 from srpo_jax.data.loader import Loader, too_many
 from srpo_jax.data.processing import Processor
-from srpo_jax.data.records import Record, open_records, write_array_record
+from srpo_jax.data.quarantine import Quarantine
+from srpo_jax.data.records import open_records, write_array_record
 from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.data.vision_arrays import VisionIds
 from srpo_jax.learn.grpo import GrpoConfig
@@ -30,6 +34,7 @@ class Numbers:
 
     count: int
     bad: tuple = ()
+    sizes: tuple = ()  # of the sources that a mix draws of
 
     def __len__(self):
         return self.count
@@ -386,6 +391,7 @@ RESUME = {
     "plain": ({}, encode),
     "images": ({"patch_budgets": (64, 320), "token_budget": 64}, encode_with_images),
     "pack": ({"pack": True, "token_budget": 10}, encode),
+    "mix": ({"mix": (0.5, 0.5)}, encode),
 }
 
 
@@ -393,7 +399,7 @@ RESUME = {
 def test_resume_is_exact_at_every_batch(kind):
     settings, encoder = RESUME[kind]
     settings = {**settings, "max_bad_share": 0.5}
-    source = Numbers(13, bad=(2, 7))
+    source = Numbers(13, bad=(2, 7), sizes=(10, 3))
     full = _loader(source, encoder, **settings)
     batches, states = [], [full.get_state()]
     for _ in range(9):
@@ -451,6 +457,45 @@ def test_workers_refuse_too_little_shared_memory(monkeypatch):
         next(_loader(Numbers(8), encode_with_images, **settings))
 
 
+def test_a_mix_draws_each_source_by_its_weight_and_goes_through_all_of_it():
+    loader = _loader(Numbers(1000, sizes=(960, 40)), mix=(0.75, 0.25), global_batch_size=64)
+    drawn = [[int(r.answer) for r in batch.records] for batch in _take(loader, 20)]
+    assert all(sum(i < 960 for i in batch) == 48 for batch in drawn)  # the share of each batch
+    large = [i for batch in drawn for i in batch if i < 960]
+    assert sorted(large) == list(range(960))  # once before any comes again
+    small = [i for batch in drawn for i in batch if i >= 960]
+    assert sorted(small) == sorted([*range(960, 1000)] * 8)
+    assert small[:40] != small[40:80] and small[:40] != sorted(small[:40])
+
+
+def test_an_epoch_of_a_mix_is_as_many_draws_as_there_are_records():
+    settings = {"mix": (0.5, 0.5), "epochs": 2, "global_batch_size": 10}
+    assert len(list(_loader(Numbers(100, sizes=(90, 10)), **settings))) == 20
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_batches_of_a_mix_do_not_depend_on_the_number_of_processes(count):
+    source = Numbers(50, sizes=(40, 10))
+    settings = {"num_shards": 4, "mix": (0.5, 0.5), "global_batch_size": 32}
+    alone = [_ids(batch) for batch in _take(_loader(source, **settings), 6)]
+    parts = [
+        _take(_loader(source, process_index=p, process_count=count, **settings), 6)
+        for p in range(count)
+    ]
+    for step in range(6):
+        together = [name for part in parts for name in _ids(part[step])]
+        assert sorted(together) == sorted(alone[step])
+    # Every process reads of both sources, though they take turns.
+    for part in parts:
+        numbers = [int(r.answer) for batch in part for r in batch.records]
+        assert 0.3 < sum(i < 40 for i in numbers) / len(numbers) < 0.7
+
+
+def test_a_mix_needs_a_weight_for_each_source():
+    with pytest.raises(RunError, match=r"data.mix=\(0.5, 0.5\): 2 weights for 3 sources of rec"):
+        _loader(Numbers(9, sizes=(3, 3, 3)), mix=(0.5, 0.5))
+
+
 def test_a_place_in_other_data_is_refused(tmp_path):
     state = _loader(Numbers(8)).get_state()
     for loader, name in (
@@ -458,6 +503,7 @@ def test_a_place_in_other_data_is_refused(tmp_path):
         (_loader(Numbers(8), seed=4), "seed was 3 and is 4"),
         (_loader(Numbers(8), shuffle=False), "shuffle"),
         (_loader(Numbers(8), num_shards=2, process_count=2), "process_count"),
+        (_loader(Numbers(8, sizes=(4, 4)), mix=(1, 3)), r"mix was \[\] and is \[\[1, 3\], \[4"),
     ):
         with pytest.raises(ValueError, match=name):
             loader.set_state(state)
@@ -491,6 +537,14 @@ def test_bad_records_are_replaced_counted_and_listed(tmp_path):
             origins.append(json.loads(line)["origin"])
     assert sorted(origins) == ["n:3", "n:8", "n:9"]
     assert state["bad"] == 6
+
+
+def test_a_bad_record_is_listed_whatever_its_text_and_once(tmp_path):
+    path = tmp_path / "q.jsonl"
+    odd = RecordError("half \ud83d.jsonl:1", "line\u2028separator \udcff")
+    for _ in range(2):  # the second run knows it
+        Quarantine(path).add(odd, "id \ud83d")
+    assert read_jsonl(path) == [{"origin": odd.origin, "id": "id \ud83d", "reason": odd.reason}]
 
 
 def test_each_process_lists_its_own(tmp_path):

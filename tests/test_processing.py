@@ -2,13 +2,14 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
 from data_helpers import hf_processor, make_hf_dir, noise_image
 
 from srpo_jax.data.batching import FirstFit, Media, collate, collate_packed, encode_arrays
-from srpo_jax.data.images import RecordError
+from srpo_jax.data.errors import RecordError
 from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.data.prompts import srpo_messages, srpo_response
 from srpo_jax.data.vision_arrays import VisionIds, mrope_positions
@@ -120,6 +121,40 @@ def test_control_tokens_in_a_record_are_refused(processor, token):
     for message in ({"role": "user", "content": f"a{token}"}, _user(f"a{token}")):
         with pytest.raises(RecordError, match="control token"):
             processor.encode_prompt([message])
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|endoftext|>", "<tool_call>"])
+def test_an_escaped_token_is_text_and_not_the_token(processor, token):
+    special = processor.tokenizer.convert_tokens_to_ids(token)
+    table = token_bytes(processor.tokenizer)
+
+    def ids(text):
+        return processor.encode_prompt([_user(text)]).token_ids
+
+    plain = ids("say stop now")
+    escaped = ids(f"say \\{token} now")
+    assert (escaped == special).sum() == (plain == special).sum()
+    assert f"say {token} now".encode() in b"".join(table[i] for i in escaped)
+    # Two backslashes are a line break of LaTeX, and the token behind them is one.
+    if token != "<tool_call>":
+        with pytest.raises(RecordError, match=rf"control token .* write .{re.escape(token)} where"):
+            ids(rf"x \\{token}")
+
+
+def test_escaped_tokens_leave_images_and_the_loss_where_they_are(processor):
+    said = r"<think>so \<|im_end|> ends</think><answer>1</answer>"
+    turns = [_user(r"\<|image_pad|> or ", None, "?"), {"role": "assistant", "content": said}]
+    encoded = processor.encode_conversation(turns, [noise_image(56, 56)], mask_first_attempt=True)
+    assert _learned(processor, encoded) == "<think></think><answer></answer><|im_end|>"
+    assert (encoded.token_ids == processor.image_token_id).sum() == encoded.vision.num_merged == 4
+    whole = processor.encode_conversation(turns, [noise_image(56, 56)])
+    assert _learned(processor, whole) == said.replace("\\", "") + "<|im_end|>"
+
+
+def test_half_a_surrogate_pair_in_a_message_is_a_record_error(processor):
+    for encode in (processor.encode_prompt, processor.encode_conversation):
+        with pytest.raises(RecordError, match="f:3: half a surrogate pair in"):
+            encode([_user("half \ud83d"), {"role": "assistant", "content": "x"}], origin="f:3")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from srpo_jax.data.encoders import SftEncoder, conversation_images, sft_response
-from srpo_jax.data.images import RecordError
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Record
 from srpo_jax.data.prompts import (
     PLAIN_SYSTEM_PROMPT,
     SYSTEM_PROMPT,
@@ -13,13 +14,13 @@ from srpo_jax.data.prompts import (
     TEMPLATE,
     add_box,
     paper_sft_response,
+    place_images,
     plain_messages,
     plain_response,
     srpo_messages,
     srpo_response,
     user_message,
 )
-from srpo_jax.data.records import Record
 from srpo_jax.structs import BLOCKS
 
 FIVE = re.compile(
@@ -67,6 +68,31 @@ def test_images_stand_at_their_marks_else_first():
     for question, count in (("<image>", 2), ("<image> <image>", 1), ("<image>", 0)):
         with pytest.raises(ValueError, match="marks in the question"):
             user_message(question, count)
+
+
+def test_marks_in_choices_are_places_too():
+    parts = user_message("Which? <image>", 3, ["<image 2>", "no", "<image3>"])["content"]
+    assert [part.get("text", "IMAGE") for part in parts] == [
+        "Which? ", "IMAGE", "\nChoices:\n(A) ", "IMAGE", "\n(B) no\n(C) ", "IMAGE",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"2 <image> marks .* but 1 images .*write \\<image>"):
+        user_message("<image>", 1, ["<image>"])
+
+
+def test_images_come_in_the_order_of_their_marks():
+    numbered = {1: "one", 2: "two", 4: "four"}
+    placed = place_images("<image 4>, <image>, <image 4>", ["<image_2>", "x"], numbered)
+    assert placed == ("<image>, <image>, image 4", ["<image 3>", "x"], ["four", "one", "two"])
+    assert place_images("q", ["a"], numbered) == ("q", ["a"], ["one", "two", "four"])
+    with pytest.raises(ValueError, match="a mark for image 3, but 3 images"):
+        place_images("<image 3>", [], numbered)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_escaped_mark_is_text(count):
+    content = user_message(r"\<image> \\\<image 2> \\" + "<image>" * count, count)["content"]
+    text = content if count == 0 else content[0]["text"]
+    assert text == r"<image> \\<image 2> \\" and (count == 0 or content[1] == {"type": "image"})
 
 
 def test_choices_are_lettered():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from srpo_jax.data.fields import Record
 from srpo_jax.data.images import ImageRef
-from srpo_jax.data.records import Record
 from srpo_jax.reflection import teach
 from srpo_jax.reflection.settings import Settings
 from tests.data_helpers import noise_image

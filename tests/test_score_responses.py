@@ -119,7 +119,7 @@ def test_the_end_token_is_no_part_of_the_response(byte_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "responses.jsonl:3: not JSON"),
+        ("{", "responses.jsonl:3: not valid JSON"),
         ({"id": 1, "answer": "2"}, "responses.jsonl:3: no 'response'"),
         ({"id": 1, "response": "x"}, "responses.jsonl:3: no 'answer'"),
         ({"id": 1, "response": ["x"], "answer": "2"}, "responses.jsonl:3: 'response' must be text"),

@@ -120,7 +120,7 @@ def export_now(args: argparse.Namespace) -> int:
     """Write what is accepted so far."""
     with Store(args.workdir, write=False) as store:
         settings = read_settings(store, args)
-        write(args, store, Items(settings.records, settings.data_root), settings)
+        write(args, store, Items(settings.records, settings.data_root, settings.columns), settings)
     return 0
 
 
@@ -163,7 +163,7 @@ def inspect(args: argparse.Namespace) -> int:
     path = Path(args.out or Path(args.workdir) / "inspect.html")
     with Store(args.workdir, write=False) as store:
         settings = read_settings(store, args)
-        items = Items(settings.records, settings.data_root)
+        items = Items(settings.records, settings.data_root, settings.columns)
         shown = reflection_page.items_to_show(store, items, args.n, random.Random(settings.seed))
         html = reflection_page.page(shown, f"Reflection data: {args.workdir}", account(store))
     write_text(path, html)

@@ -22,8 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from srpo_jax.data.encoders import PromptEncoder, SftEncoder
+from srpo_jax.data.errors import RecordError, shown
 from srpo_jax.data.files import write_jsonl
-from srpo_jax.data.images import RecordError, load_image
+from srpo_jax.data.images import load_image
 from srpo_jax.data.loader import too_many
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import RecordSource
@@ -124,9 +125,7 @@ def files_of(settings: RunSettings, records: str) -> Iterator[File]:
             encode, check = PromptEncoder(processor, prompt), gold_problem
         path = records or data.train
         reader = Reader(encode, training_budgets(settings), check)
-        yield File(
-            "data.train", path, processor, reader, open_source("data.train", path, data.root)
-        )
+        yield File("data.train", path, processor, reader, open_source("data.train", path, data))
     elif records:
         held_out = dataclasses.replace(settings.eval, file=records)
         settings = dataclasses.replace(settings, eval=held_out)
@@ -172,7 +171,7 @@ def tell(file: File, seen: Sequence[Seen]) -> list[str]:
         kinds = Counter(one.kind for one in good).most_common()
         lines.append(f"  answers: {', '.join(f'{kind} {count}' for kind, count in kinds)}")
     ids = Counter(one.id for one in seen if one.id)
-    twice = [f"{name!r:.60}: {count} times" for name, count in ids.items() if count > 1]
+    twice = [f"{shown(name)}: {count} times" for name, count in ids.items() if count > 1]
     copies = duplicates((one.origin, one.print) for one in good if one.print)
     again = [f"{later} is {first} again" for later, first in copies.items()]
     for label, found in (("ids that occur twice", twice), ("copies", again)):

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from srpo_jax.benchmarks.load import load
+from srpo_jax.data.fields import Columns
 from srpo_jax.data.files import write_json, write_text
 from srpo_jax.data.images import load_image
 from srpo_jax.data.records import open_records
@@ -38,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image_root", help="folder that image paths are relative to (default: the data file's)"
     )
+    cli.add_columns(parser)
     parser.add_argument("--no_images", action="store_true", help="leave the images out")
     return parser
 
@@ -63,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
         for name, one in named.items()
         for row in one.shown
     ]
-    images = None if args.no_images else record_images(args.image_root)
+    images = None if args.no_images else record_images(args.image_root, Columns.parse(args.columns))
     html = eval_page.page(items, images, limit=args.items, seed=args.seed)
     out = Path(args.out)
     write_text(out / "report.md", markdown(summaries, accounts))
@@ -126,14 +128,16 @@ def _stops(found: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def record_images(root: str | None) -> Callable[[dict[str, Any]], Iterable[Image.Image]]:
+def record_images(
+    root: str | None, columns: Columns
+) -> Callable[[dict[str, Any]], Iterable[Image.Image]]:
     """The images of a row, from the file that its origin names."""
 
     @lru_cache(maxsize=8)
     def source(benchmark: str | None, path: str) -> Any:
         if benchmark:
             return load(benchmark, path, image_root=root, counts=())
-        return open_records(path, root, require_answer=False)
+        return open_records(path, root, require_answer=False, columns=columns)
 
     def images(row: dict[str, Any]) -> list[Image.Image]:
         path, _, number = row["origin"].rpartition(":")

@@ -21,8 +21,8 @@ import numpy as np
 
 from srpo_jax.data.batching import Encoded
 from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.fields import Columns, to_record
 from srpo_jax.data.files import JsonlLog
-from srpo_jax.data.records import to_record
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.model.sharding import to_global
@@ -38,7 +38,8 @@ def encode(model: loading.Model, row: loading.Row, args: argparse.Namespace) -> 
         messages, images = loading.load_conversation(row, args)
         return model.processor.encode_prompt(messages, images, origin=origin)
     root = loading.data_root(args)
-    record = to_record(fields, origin=origin, root=root, require_answer=False)
+    columns = Columns.parse(args.columns)
+    record = to_record(fields, origin=origin, root=root, require_answer=False, columns=columns)
     return PromptEncoder(model.processor, args.prompt)(record)
 
 
@@ -145,6 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     loading.add_arguments(parser)
+    cli.add_columns(parser)
     add("--n", type=cli.positive, default=1, help="samples per prompt (%(default)s)")
     add("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
     add("--top_k", type=int, default=0, help="0 is off (%(default)s)")

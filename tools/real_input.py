@@ -8,7 +8,6 @@ installed also that transformers loads the export and that its greedy output equ
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srpo_jax.data.files import write_jsonl
+from srpo_jax.data.files import read_jsonl, write_jsonl
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import Shape
 from srpo_jax.run.metrics import read_rows
@@ -76,7 +75,7 @@ def write_records(data: Path, out: Path) -> tuple[int, int]:
     Image paths stay relative to ``data``, which the commands get as data.root. The reflection
     fields hold the gold answer and a sentence each: enough to learn the template from.
     """
-    rows = [row for row in cli.read_jsonl(data / "data.jsonl") if row["lang"] == "en"]
+    rows = [row for row in read_jsonl(data / "data.jsonl") if row["lang"] == "en"]
     records = [
         {
             "id": row["id"],
@@ -258,7 +257,7 @@ def run_rl(plan: Plan, data: Path, out: Path, commands: Commands, check: Checks)
 
     process = commands.start("rl", "srpo_jax.train_grpo", *arguments)
     commands.finish("rl", process, "the same command again")
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = read_jsonl(metrics)
     second = [row["step"] for row in lines if row["run"] == 2 and row["split"] == "train"]
     check(
         f"it went on from step {stopped} to {plan.rl_steps}",
@@ -267,7 +266,7 @@ def run_rl(plan: Plan, data: Path, out: Path, commands: Commands, check: Checks)
     )
     rows = read_rows(metrics, "train")
     files = sorted((out / "rl/rollouts").glob("*.jsonl"))
-    groups = [Counter(row["id"] for row in cli.read_jsonl(path)) for path in files]
+    groups = [Counter(row["id"] for row in read_jsonl(path)) for path in files]
     check(
         f"every one of {plan.rl_steps} steps drew {plan.prompts} groups of {plan.group_size}",
         [len(found) for found in groups] == [plan.prompts] * plan.rl_steps
@@ -304,7 +303,7 @@ def main(args: argparse.Namespace) -> None:
     run_sft(plan, data, out, commands, check)
     run_rl(plan, data, out, commands, check)
     if transformers_check.torch_is_there():
-        records = cli.read_jsonl(out / "held_out.jsonl")[: plan.compared]
+        records = read_jsonl(out / "held_out.jsonl")[: plan.compared]
         tokens = transformers_check.compare(out / "rl_hf", records, data, plan.max_new_tokens)
         check(
             "transformers loads the export; its greedy output equals ours", True, f"{tokens} tokens"

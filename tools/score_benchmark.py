@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.common import naming_rows
-from srpo_jax.data.files import write_jsonl
+from srpo_jax.data.files import numbered_jsonl, write_jsonl
 from tools.lib import cli, judge_options
 
 
@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Score a file; the exit code."""
-    numbered = cli.numbered_jsonl(args.predictions)
+    numbered = list(numbered_jsonl(args.predictions))
     if not numbered:
         raise ValueError(f"{args.predictions}: no rows")
     rows = [row for _, row in numbered]

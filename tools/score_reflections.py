@@ -20,7 +20,7 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from srpo_jax.benchmarks.common import naming_rows
-from srpo_jax.data.files import write_jsonl
+from srpo_jax.data.files import numbered_jsonl, write_jsonl
 from srpo_jax.report import quality
 from tools.lib import cli, judge_options
 
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Score a file; the exit code."""
-    numbered = cli.numbered_jsonl(args.input)
+    numbered = list(numbered_jsonl(args.input))
     if not numbered:
         raise ValueError(f"{args.input}: no rows")
     with naming_rows([f"{args.input}:{number}" for number, _ in numbered]):

@@ -20,7 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import numpy as np
 
-from srpo_jax.data.files import write_jsonl
+from srpo_jax.data.errors import half_character, shown
+from srpo_jax.data.files import numbered_jsonl, write_jsonl
 from srpo_jax.data.processing import token_bytes
 from srpo_jax.rewards.answers import Question, answer_problem
 from srpo_jax.rewards.grade import grade_sequences
@@ -64,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Score a file."""
-    numbered = cli.numbered_jsonl(args.input)
+    numbered = list(numbered_jsonl(args.input))
     rows = [_checked(row, f"{args.input}:{number}") for number, row in numbered]
     if not rows:
         raise ValueError(f"{args.input}: no rows")
@@ -117,14 +118,17 @@ def _checked(row: dict, origin: str) -> dict:
         if key not in row:
             raise ValueError(f"{origin}: no {key!r}; rows need id, response, answer")
     if not isinstance(row["response"], str):
-        raise ValueError(f"{origin}: 'response' must be text, found {row['response']!r:.60}")
+        raise ValueError(f"{origin}: 'response' must be text, found {shown(row['response'])}")
     if isinstance(row["answer"], bool) or not isinstance(row["answer"], (str, int, float)):
         raise ValueError(
-            f"{origin}: 'answer' must be text or a number, found {row['answer']!r:.60}"
+            f"{origin}: 'answer' must be text or a number, found {shown(row['answer'])}"
         )
+    half = half_character(row["response"])
+    if half is not None:
+        raise ValueError(f"{origin}: 'response' holds half a surrogate pair: {shown(half)}")
     choices = row.get("choices") or []
     if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-        raise ValueError(f"{origin}: 'choices' must be a list of texts, found {choices!r:.60}")
+        raise ValueError(f"{origin}: 'choices' must be a list of texts, found {shown(choices)}")
     return row
 
 

@@ -15,7 +15,8 @@ from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.common import LETTERS, Row, naming_rows
 from srpo_jax.benchmarks.judge.client import Judge
 from srpo_jax.benchmarks.load import scoring_row
-from srpo_jax.data.records import Record, RecordSource
+from srpo_jax.data.fields import Record
+from srpo_jax.data.records import RecordSource
 from srpo_jax.rewards.answers import choice_indices, extract_answer
 from srpo_jax.rewards.verifier import Verifier
 

@@ -4,7 +4,6 @@ A row is a JSON object with the benchmark's own fields and the model's ``respons
 already has an ``extraction`` (made by a language model, as MathVista does), rules start from it.
 """
 
-import ast
 import contextlib
 import itertools
 import re
@@ -12,6 +11,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from srpo_jax.data.errors import shown
+from srpo_jax.data.fields import text_of_list
 from srpo_jax.rewards.verifier import Verifier
 
 Row = dict[str, Any]
@@ -94,14 +95,13 @@ def choices(row: Row) -> list[str]:
     """
     value = first(row, "choices", "options")
     if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value) if value.strip() else []
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise RowError(f"'options' is not the text of a list: {value!r:.60}") from None
+        text, value = value, text_of_list(value) if value.strip() else []
+        if value is None:
+            raise RowError(f"'options' is not the text of a list: {shown(text)}")
     if value is None:
         return []
     if not isinstance(value, (list, tuple)):
-        raise RowError(f"'choices' must be a list, found {value!r:.60}")
+        raise RowError(f"'choices' must be a list, found {shown(value)}")
     return [str(option) for option in value]
 
 

@@ -15,10 +15,14 @@ from typing import Any
 
 from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.common import Benchmark, Form, Row, RowError, choices, first
-from srpo_jax.data.prompts import IMAGE_MARK
-from srpo_jax.data.records import Parquet, Record, RecordError, to_record
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Columns, Record, to_record
+from srpo_jax.data.files import read_jsonl
+from srpo_jax.data.readers import Parquet
 
 _TAG = re.compile(r"<image[ _]?(\d*)>")
+# What a row's other columns hold is known: none of them is an image or an option that went astray.
+_COLUMNS = Columns(problem="problem", images="images", choices="choices")
 _NUMBERED_IMAGES = tuple(f"image_{i}" for i in range(1, 10))
 
 
@@ -107,25 +111,22 @@ class _Json:
 
     def __init__(self, path: str):
         self.path = path
-        text = Path(path).read_text("utf-8")
-        try:
-            if path.endswith(".jsonl"):
-                self._rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            else:
-                data = json.loads(text)
-                if isinstance(data, dict):
-                    data = [
-                        {"pid": key, **row} if isinstance(row, dict) else row
-                        for key, row in data.items()
-                    ]
-                self._rows = data
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
+        self._rows = read_jsonl(path) if path.endswith(".jsonl") else self._read_json(path)
         if not isinstance(self._rows, list) or not all(isinstance(r, dict) for r in self._rows):
             raise ValueError(f"{path}: expected rows that are JSON objects")
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @staticmethod
+    def _read_json(path: str) -> Any:
+        try:
+            data = json.loads(Path(path).read_text("utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+        if not isinstance(data, dict):
+            return data
+        return [{"pid": key, **row} if isinstance(row, dict) else row for key, row in data.items()]
 
     def columns(self) -> set[str]:
         return set().union(*self._rows)
@@ -166,7 +167,6 @@ def _record(form: Form, row: Row, origin: str, root: str) -> Record:
     question = next((row[key] for key in form.question if row.get(key)), form.default_question)
     if question is None:
         raise RecordError(origin, f"no {' or '.join(form.question)}")
-    question, ordered = _placed(form.asked(row, str(question)), images)
     answer = first(row, *form.answer)
     if isinstance(answer, list):
         answer = answer[0] if answer else None
@@ -174,15 +174,17 @@ def _record(form: Form, row: Row, origin: str, root: str) -> Record:
         options = choices(row)
     except RowError as error:
         raise RecordError(origin, str(error)) from None
+    question, options = _named(form.asked(row, str(question)), options, images)
     identifier = first(row, *form.id)
     if form.part is not None:
         identifier = f"{identifier}_{row.get(form.part)}"
     dropped = {*form.images, *_NUMBERED_IMAGES, "image", "images", "decoded_image", "choices"}
     fields = {key: value for key, value in row.items() if key not in dropped}
-    fields |= {"problem": question, "images": ordered, "answer": answer, "choices": options}
+    listed = [images.get(number) for number in range(1, max(images, default=0) + 1)]
+    fields |= {"problem": question, "images": listed, "answer": answer, "choices": options}
     if identifier is not None:
         fields["id"] = identifier
-    return to_record(fields, origin=origin, root=root)
+    return to_record(fields, origin=origin, root=root, columns=_COLUMNS)
 
 
 def _images(form: Form, row: Row) -> dict[int, Any]:
@@ -195,24 +197,22 @@ def _images(form: Form, row: Row) -> dict[int, Any]:
     return dict(enumerate(listed, 1))
 
 
-def _placed(question: str, images: dict[int, Any]) -> tuple[str, list[Any]]:
-    """The question with a mark for each image, and the images in the order of the marks.
+def _named(question: str, options: list[str], images: dict[int, Any]) -> tuple[str, list[str]]:
+    """Question and options with a tag for each image, at the question's end where none had one.
 
-    Tags such as <image 1>, <image1> and <image_1> become marks where they first stand; later and
-    unknown ones become words. Images without a tag go first if none has one, else to the end.
+    Without any tag they stay without, and the images will go first. Tags of images that the row has
+    not become words.
     """
-    left, ordered = dict(images), []
+    left = dict(images)
 
-    def replace(match: re.Match) -> str:
+    def known(match: re.Match) -> str:
         number = int(match[1]) if match[1] else min(left, default=0)
-        if number in left:
-            ordered.append(left.pop(number))
-            return IMAGE_MARK
-        return f"image {number}" if number else ""
+        if number not in images:
+            return f"image {number}" if number else ""
+        left.pop(number, None)
+        return f"<image {number}>"
 
-    text = _TAG.sub(replace, question)
-    if not ordered:
-        return text, list(images.values())
-    for number in left:
-        text += f"\nimage {number}: {IMAGE_MARK}"
-    return text, [*ordered, *left.values()]
+    question, *options = [_TAG.sub(known, text) for text in (question, *options)]
+    if len(left) < len(images):
+        question += "".join(f"\nimage {number}: <image {number}>" for number in left)
+    return question, options

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from srpo_jax.benchmarks import common
+from srpo_jax.data.errors import shown
 from srpo_jax.rewards.verifier import Verifier
 
 WORKER_MODULES = ("srpo_jax.benchmarks.olympiad_rule",)
@@ -57,7 +58,7 @@ def errors(row: common.Row) -> tuple[float, ...]:
     try:
         return tuple(float(part) if part else DEFAULT_ERROR for part in str(value).split(","))
     except ValueError:
-        raise common.RowError(f"'error' is no number or list of numbers: {value!r:.60}") from None
+        raise common.RowError(f"'error' is no number or list of numbers: {shown(value)}") from None
 
 
 def extract(text: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from srpo_jax.data.images import RecordError
+from srpo_jax.data.errors import RecordError
 from srpo_jax.data.vision_arrays import (
     Grids,
     VisionArrays,

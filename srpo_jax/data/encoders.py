@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.images import ImageRef, RecordError, load_image
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Record, image_ref
+from srpo_jax.data.images import ImageRef, load_image
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.prompts import (
     MESSAGES,
@@ -12,7 +14,6 @@ from srpo_jax.data.prompts import (
     plain_response,
     srpo_response,
 )
-from srpo_jax.data.records import Record, image_ref
 from srpo_jax.structs import BLOCKS
 
 TARGETS = ("rl_aligned", "paper", "plain", "gold")

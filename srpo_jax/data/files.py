@@ -1,4 +1,4 @@
-"""Files on disk or on a bucket: whole or not at all, growing line by line, known by a sample.
+"""Files on disk or on a bucket: read line by line, written whole or growing, known by a sample.
 
 A path is local or ``gs://...``; what happens to buckets goes through ``etils.epath``. Two things
 differ there. An object cannot be renamed in place, but it appears only when its upload is complete,
@@ -20,6 +20,8 @@ from typing import Any
 
 from etils import epath
 
+from srpo_jax.data.errors import RecordError, shown
+
 Row = Mapping[str, Any]
 AnyPath = str | os.PathLike[str]
 
@@ -35,6 +37,48 @@ def absolute(path: AnyPath) -> epath.Path:
     """The path from the root, ``~`` filled in; one on a bucket as it is."""
     text = os.fspath(path)
     return epath.Path(text if on_bucket(text) else os.path.abspath(os.path.expanduser(text)))
+
+
+def parse_json(line: bytes, origin: str) -> dict[str, Any]:
+    """The JSON object of one line (a byte-order mark may lead it); RecordError for other things."""
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        at = isinstance(error, json.JSONDecodeError)
+        reason = f"{error.msg}, character {error.pos + 1}" if at else str(error)
+        raise RecordError(origin, f"not valid JSON ({reason})", "one JSON object a line") from None
+    if not isinstance(fields, dict):
+        raise RecordError(
+            origin,
+            f"a JSON {type(fields).__name__}, not an object: {shown(fields)}",
+            "one JSON object a line",
+        )
+    return fields
+
+
+def numbered_jsonl(
+    path: AnyPath, *, skip_broken: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that is not blank.
+
+    Lines end at a line feed and nowhere else: JSON text may hold U+2028 and its like. RecordError
+    with ``path:line`` for a line that is no JSON object; ``skip_broken`` passes over such lines, as
+    a log has them where its program was killed.
+    """
+    with epath.Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, parse_json(line, f"{os.fspath(path)}:{number}")
+            except RecordError:
+                if not skip_broken:
+                    raise
+
+
+def read_jsonl(path: AnyPath, *, skip_broken: bool = False) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; see ``numbered_jsonl``."""
+    return [row for _, row in numbered_jsonl(path, skip_broken=skip_broken)]
 
 
 @contextlib.contextmanager
@@ -121,7 +165,8 @@ def write_jsonl(path: AnyPath, rows: Iterable[Row]) -> None:
 @contextlib.contextmanager
 def jsonl_writer(path: AnyPath) -> Iterator[Callable[[Row], None]]:
     """Yields ``write(row)``, for rows that arrive one by one."""
-    with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    escaped = "backslashreplace"  # as in Growing
+    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", errors=escaped) as file:
 
         def write(row: Row) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -160,7 +205,8 @@ class Growing:
     def append(self, line: str) -> int:
         """Write a line; returns where it starts. OSError, naming the file, where it cannot."""
         start = self._file.seek(0, os.SEEK_END)
-        rest = memoryview(line.encode() + b"\n")
+        # Half a surrogate pair is written as its JSON escape, which reads back as it was.
+        rest = memoryview(line.encode(errors="backslashreplace") + b"\n")
         with _naming(self.path):
             while rest:  # a disk that fills up takes a part
                 rest = rest[self._file.write(rest) :]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from srpo_jax.data.errors import RecordError, shown
+
 # More pixels than this are refused before anything is decoded (a 2 kB file can claim billions);
 # the number is PIL's own warning level.
 MAX_IMAGE_PIXELS = 89_478_485
@@ -22,15 +24,9 @@ FORMATS = [
 ]
 
 
-class RecordError(ValueError):
-    """A record that cannot be used: where it stands, what is wrong with it and what to do."""
-
-    def __init__(self, origin: str, reason: str, remedy: str = "fix or remove the record"):
-        super().__init__(origin, reason, remedy)  # all three, so that the error can be pickled
-        self.origin, self.reason, self.remedy = origin, reason, remedy
-
-    def __str__(self) -> str:
-        return f"{self.origin}: {self.reason}; {self.remedy}"
+def is_image(head: bytes) -> bool:
+    """Whether 16 bytes or more are the start of a picture in one of ``FORMATS``."""
+    return any(accepts(head) for _, accepts in (Image.OPEN[name] for name in FORMATS) if accepts)
 
 
 @dataclass(frozen=True)
@@ -48,30 +44,31 @@ def resolve_path(ref: ImageRef) -> str:
 
     Symbolic links are followed first, so that neither ``..`` nor a link leads out.
     """
+    name = shown(ref.path, 120)
     if not ref.root:
-        raise RecordError(ref.origin, f"image path {ref.path!r}, but no data root", "set data_root")
+        raise RecordError(ref.origin, f"image path {name}, but no data root", "set data.root")
     if "\0" in ref.path:
-        raise RecordError(ref.origin, f"image path {ref.path!r} holds a zero byte")
+        raise RecordError(ref.origin, f"image path {name} holds a zero byte")
     if ref.path.startswith(("http://", "https://")):
-        raise RecordError(ref.origin, f"image {ref.path} is a URL", "download it first")
+        raise RecordError(ref.origin, f"image {name} is a URL", "download it first")
     root = os.path.realpath(ref.root)
     path = os.path.realpath(os.path.join(root, ref.path))
     if os.path.commonpath([root, path]) != root:
         raise RecordError(
             ref.origin,
-            f"image path {ref.path!r} leads out of the data root {ref.root}",
-            "move the image there, or set data_root to a folder that holds both",
+            f"image path {name} leads out of the data root {ref.root}",
+            "move the image there, or set data.root (of a tool: --data_root) to a folder of both",
         )
     try:
         status = os.stat(path)
     except OSError as error:
         raise RecordError(
-            ref.origin, f"image {ref.path!r} cannot be read ({error.strerror})", f"is it in {root}?"
+            ref.origin, f"image {name} cannot be read ({error.strerror})", f"is it in {root}?"
         ) from None
     if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
-        raise RecordError(ref.origin, f"image {ref.path!r} is not a regular file")
+        raise RecordError(ref.origin, f"image {name} is not a regular file")
     if status.st_size > MAX_IMAGE_BYTES:
-        raise RecordError(ref.origin, f"image {ref.path!r} has {status.st_size} bytes", "shrink it")
+        raise RecordError(ref.origin, f"image {name} has {status.st_size} bytes", "shrink it")
     return path
 
 
@@ -99,7 +96,7 @@ def load_image(ref: ImageRef, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     RecordError for a path outside the root, a missing, corrupt, truncated or empty file, an
     unknown format, and more than ``max_pixels`` pixels (checked before decoding).
     """
-    name = repr(ref.path) if ref.path else "bytes"
+    name = shown(ref.path, 120) if ref.path else "bytes"
     try:
         data = ref.data
         if data is None:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Record
 from srpo_jax.data.files import same_content
-from srpo_jax.data.images import RecordError
 from srpo_jax.data.quarantine import Quarantine
-from srpo_jax.data.records import Record, RecordSource
-from srpo_jax.data.stream import BadItem, Item, LoaderConfig, Stream
+from srpo_jax.data.records import RecordSource
+from srpo_jax.data.stream import BadItem, Item, LoaderConfig, Stream, sizes_of
 from srpo_jax.structs import Batch, RunError
 
 _MIN_SEEN = 100  # records before the share of bad ones means anything
@@ -303,7 +304,8 @@ class Loader:
         """What must be the same for a saved place to mean anything."""
         settings = ("seed", "shuffle", "process_index", "process_count")
         held = {name: getattr(self.config, name) for name in settings}
-        return {"records": len(self._source)} | held
+        mix = [list(self.config.mix), list(sizes_of(self._source))] if self.config.mix else []
+        return {"records": len(self._source), "mix": mix} | held
 
     def _fingerprint(self) -> str:
         return getattr(self._source, "fingerprint", str(len(self._source)))

@@ -17,7 +17,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from srpo_jax.data.batching import Encoded, Media, encode_arrays
-from srpo_jax.data.images import RecordError, to_rgb
+from srpo_jax.data.errors import RecordError, half_character, shown
+from srpo_jax.data.images import to_rgb
 from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS, Message
 from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds
 
@@ -25,6 +26,10 @@ from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds
 MIN_PIXELS = 4 * 28 * 28
 MAX_PIXELS = 640 * 28 * 28
 
+# Stands inside a special token that is meant as text, so that it is none; no text can hold it.
+_GUARD = "\ud800"
+_UNESCAPED = r"(?<!\\)((?:\\\\)*)"  # an even number of backslashes: line breaks of LaTeX
+_CONTROL = re.compile(f"{_UNESCAPED}({'|'.join(map(re.escape, CONTROL_TOKENS))})")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -81,6 +86,8 @@ class Processor:
         # Called from several threads: padding or truncation would be shared mutable state.
         self._backend.no_padding()
         self._backend.no_truncation()
+        added = (t[1:] for t in self.tokenizer.get_added_vocab() if t.startswith("<"))
+        self._escaped = re.compile(rf"{_UNESCAPED}\\<({'|'.join(map(re.escape, added))})")
         # from_pretrained(size=...) is ignored when the file has min_pixels/max_pixels.
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(
             hf_dir, min_pixels=min_pixels, max_pixels=max_pixels, local_files_only=True
@@ -159,6 +166,33 @@ class Processor:
             IMAGE_PAD * count + piece for count, piece in zip(counts, pieces[1:], strict=True)
         )
 
+    def _guard(self, text: str) -> str:
+        r"""``\<|im_end|>`` as the text behind the backslash, not as the special token."""
+        return self._escaped.sub(rf"\1<{_GUARD}\2", text)
+
+    def _guarded(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with their escaped tokens guarded."""
+
+        def guarded(content: Any) -> Any:
+            if isinstance(content, str):
+                return self._guard(content)
+            return [
+                {**part, "text": guarded(part["text"])} if part["type"] == "text" else part
+                for part in content
+            ]
+
+        return [{**message, "content": guarded(message["content"])} for message in messages]
+
+    def _encode(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Token ids, and [2, T] their first and last character in ``text``; a guard is no token."""
+        token_ids, spans, start = [], [], 0
+        for piece in text.split(_GUARD):
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            token_ids += encoding.ids
+            spans.append(np.array(encoding.offsets, np.int64).reshape(-1, 2) + start)
+            start += len(piece) + len(_GUARD)
+        return token_ids, np.concatenate(spans).T
+
     def encode_prompt(
         self,
         messages: Sequence[Message],
@@ -177,9 +211,10 @@ class Processor:
         that cannot be resized.
         """
         check_messages([*messages, {"role": "assistant", "content": prefix}], origin)
+        messages, prefix = self._guarded(messages), self._guard(prefix)
         pixel_values, grid = self.images_to_arrays(images, origin)
         text = self._expand(self._render(messages, generation_prompt), grid, origin) + prefix
-        token_ids = self._backend.encode(text, add_special_tokens=False).ids
+        token_ids, _ = self._encode(text)
         return encode_arrays(
             token_ids,
             self.ids,
@@ -205,13 +240,13 @@ class Processor:
         ``encode_prompt`` does, and when there is no assistant turn or no block to mask.
         """
         check_messages(messages, origin)
+        messages = self._guarded(messages)
         pixel_values, grid = self.images_to_arrays(images, origin)
         raw = self._render(messages, False)
         text = self._expand(raw, grid, origin)
         spans, masked = self._loss_spans(messages, raw, mask_first_attempt, origin)
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        starts_T, stops_T = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        loss_mask = np.zeros(len(encoding.ids), np.float32)
+        token_ids, (starts_T, stops_T) = self._encode(text)
+        loss_mask = np.zeros(len(token_ids), np.float32)
         # Spans were found before the placeholders grew; their ends move by what grew before them.
         shift = _growth(raw, grid.prod(-1) // self.geometry.merge_unit)
         for weight, places in ((1.0, spans), (0.0, masked)):
@@ -219,7 +254,7 @@ class Processor:
                 overlap = (stops_T > shift(start)) & (starts_T < shift(stop))
                 loss_mask[overlap] = weight
         return encode_arrays(
-            encoding.ids,
+            token_ids,
             self.ids,
             Media(pixel_values, grid),
             loss_mask=loss_mask,
@@ -270,7 +305,7 @@ def check_messages(messages: Sequence[Message], origin: str = "") -> None:
     """RecordError unless the messages have HF's form and no control token in their text.
 
     A message is {"role", "content"}; its content a string or a list of {"type": "text", "text"}
-    and {"type": "image", ...} parts.
+    and {"type": "image", ...} parts. A token behind a backslash is text.
     """
     remedy = "write {'role', 'content'}, the content text or a list of text and image parts"
     for message in messages:
@@ -286,9 +321,17 @@ def check_messages(messages: Sequence[Message], origin: str = "") -> None:
                 continue
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise RecordError(origin, "a part that is neither text nor image", remedy)
-            found = [t for t in CONTROL_TOKENS if t in part["text"]]
-            if found:
-                raise RecordError(origin, f"control token {found[0]} in the text", "remove it")
+            token, half = _CONTROL.search(part["text"]), half_character(part["text"])
+            if token:
+                raise RecordError(
+                    origin,
+                    f"control token {token[2]} in the text",
+                    f"remove it, or write \\{token[2]} where its text is meant",
+                )
+            if half is not None:
+                raise RecordError(
+                    origin, f"half a surrogate pair in {shown(half)}", "write it as UTF-8"
+                )
 
 
 def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:

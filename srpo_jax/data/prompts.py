@@ -6,13 +6,17 @@ Plain strings, joined and never formatted, so that the braces of LaTeX stay what
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 # The blocks of a response in their order (structs.BLOCKS names them) and the tags of each.
 TEMPLATE = ("think", "answer", "reflection", "think", "answer")
 TAGS = {name: (f"<{name}>", f"</{name}>") for name in ("think", "answer", "reflection")}
 IMAGE_MARK = "<image>"
+# Where an image goes, by its number or next in turn. Behind a single backslash the mark is text;
+# two are a line break of LaTeX.
+_MARK = re.compile(r"(?<!\\)(?P<before>(?:\\\\)*)(?P<escape>\\?)<image[ _]?(?P<number>\d*)>")
 Message = dict[str, Any]  # role and content, as Hugging Face's chat templates take them
+T = TypeVar("T")
 
 # Tokens of Qwen2.5-VL with a meaning of their own; text of a record must hold none of them.
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -67,29 +71,77 @@ def question_text(question: str, choices: Sequence[str] = ()) -> str:
     return "\n".join([question.strip(), "Choices:", *lines]) if lines else question.strip()
 
 
+def place_images(
+    question: str, choices: Sequence[str], images: dict[int, T]
+) -> tuple[str, list[str], list[T]]:
+    """Question and choices with their marks, and the images, by number, in the order of the marks.
+
+    Marks are ``<image>`` (the next one), ``<image 2>``, ``<image2>`` and ``<image_2>``. They become
+    ``<image>`` in the question and ``<image k>``, k counted in the new order, in the choices, which
+    stay different texts. An image that is named again becomes words, "image 2"; images without a
+    mark come last. ValueError for a number without an image, unless there is only one image: such a
+    one shows all that have numbers (MathVision), and further numbers are words.
+    """
+    order: list[int] = []
+
+    def place(match: re.Match, numbered: bool) -> str:
+        left = [number for number in images if number not in order]
+        number = int(match["number"]) if match["number"] else next(iter(left), None)
+        if match["escape"] or number is None:
+            return match[0]
+        if number not in images and len(images) != 1:
+            raise ValueError(
+                f"a mark for image {number}, but {len(images)} images (where the words are meant, "
+                f"write \\<image {number}>)"
+            )
+        if number not in left:
+            return f"{match['before']}image {number}"
+        order.append(number)
+        return match["before"] + (f"<image {len(order)}>" if numbered else IMAGE_MARK)
+
+    question = _MARK.sub(lambda match: place(match, False), question)
+    choices = [_MARK.sub(lambda match: place(match, True), choice) for choice in choices]
+    order += [number for number in images if number not in order]
+    return question, choices, [images[number] for number in order]
+
+
+def split_at_marks(text: str) -> list[str]:
+    """The pieces of a text between its image marks; escaped marks are text, without backslash."""
+    pieces, start = [""], 0
+    for match in _MARK.finditer(text):
+        pieces[-1] += text[start : match.end("before")]
+        if match["escape"]:
+            pieces[-1] += match[0][len(match["before"]) + 1 :]
+        else:
+            pieces.append("")
+        start = match.end()
+    pieces[-1] += text[start:]
+    return pieces
+
+
 def user_message(
     question: str, images: int | Sequence[Any] = 0, choices: Sequence[str] = ()
 ) -> Message:
-    """One user turn in Hugging Face's form, each image part at its ``<image>`` mark.
+    """One user turn in Hugging Face's form, each image part at its mark in question or choices.
 
     ``images`` is how many there are, or a sequence of them (only counted: pixels travel beside
-    the messages). Without marks the images come first. ValueError when marks and images differ
-    in number.
+    the messages), in the order of the marks. Without marks the images come first. ValueError when
+    marks and images differ in number.
     """
     count = images if isinstance(images, int) else len(images)
-    pieces = question.split(IMAGE_MARK)
+    # White space around marks is the author's.
+    pieces = split_at_marks(question.rstrip() + question_text("", choices))
     marks = len(pieces) - 1
     if marks not in (0, count):
-        raise ValueError(f"{marks} {IMAGE_MARK} marks in the question, but {count} images")
+        raise ValueError(
+            f"{marks} {IMAGE_MARK} marks in the question, but {count} images (where the word is "
+            f"meant, write \\{IMAGE_MARK})"
+        )
     if count == 0:
-        return {"role": "user", "content": question_text(question, choices)}
+        return {"role": "user", "content": pieces[0].lstrip()}
     if marks == 0:
-        pieces = [""] * count + [question]
-    # Choices belong to the last piece of text; white space around marks is the author's.
-    pieces = [pieces[0].lstrip(), *pieces[1:]]
-    pieces[-1] = pieces[-1].rstrip()
-    if choices:
-        pieces[-1] += question_text("", choices)
+        pieces = [""] * count + pieces
+    pieces[0] = pieces[0].lstrip()
     parts: list[dict[str, str]] = []
     for k, piece in enumerate(pieces):
         if k:

@@ -4,8 +4,8 @@ import json
 
 from etils import epath
 
-from srpo_jax.data.files import AnyPath, Growing
-from srpo_jax.data.images import RecordError
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.files import AnyPath, Growing, read_jsonl
 
 
 class Quarantine:
@@ -17,12 +17,8 @@ class Quarantine:
     def __init__(self, path: AnyPath | None):
         self.path, self._known = path, set()
         if path is not None and epath.Path(path).exists():
-            for line in epath.Path(path).read_bytes().splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._known.add((entry["origin"], entry["reason"]))
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn by a crash: the record will be met again
+            for entry in read_jsonl(path, skip_broken=True):  # torn: the record will be met again
+                self._known.add((entry.get("origin"), entry.get("reason")))
 
     def add(self, error: RecordError, record_id: str | None) -> bool:
         """Note a bad record; False where it is known."""

@@ -1,6 +1,7 @@
 """The stream under the loader: which records in which order, read and encoded in parallel."""
 
 import functools
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,12 +12,14 @@ import grain
 import numpy as np
 
 from srpo_jax.data.batching import Budgets, Encoded, Layout
-from srpo_jax.data.images import RecordError
-from srpo_jax.data.records import Record, RecordSource
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Record
+from srpo_jax.data.records import RecordSource
 from srpo_jax.data.vision_arrays import VisionGeometry
 from srpo_jax.structs import RunError
 
 _SHARED_MEMORY = "/dev/shm"
+_WINDOW = 64  # draws of a mix that are shuffled among themselves
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class LoaderConfig:
     seed: int = 0
     epochs: int | None = None  # None: for ever
     shuffle: bool = True
+    mix: tuple[float, ...] = ()  # weights of the source's ``sizes``; (): as many as there are
     drop_remainder: bool = True  # False: fill the last batch up (evaluation)
     pack: bool = False  # several samples in a sequence
     process_index: int = 0
@@ -162,20 +166,55 @@ def _at(indices: Any, share: Share, position: int) -> int:
     return int(indices[share(position)])
 
 
+def _repeated(start: int, count: int, config: LoaderConfig) -> grain.MapDataset:
+    """The indices from ``start`` on, pass after pass."""
+    indices = grain.MapDataset.range(start, start + count).seed(config.seed)
+    indices = indices.shuffle() if config.shuffle else indices
+    return indices.repeat(config.epochs)
+
+
+def _mixed(source: RecordSource, config: LoaderConfig) -> grain.MapDataset:
+    """The indices of all sources by weight; RunError where there is not a weight for each."""
+    sizes, mix = sizes_of(source), config.mix
+    if len(sizes) != len(mix):
+        raise RunError(
+            f"data.mix={mix}: {len(mix)} weights for {len(sizes)} sources of records; give one for "
+            "each of those that data.train names, with commas between them"
+        )
+    starts = itertools.accumulate(sizes, initial=0)
+    endless = replace(config, epochs=None)
+    parts = [_repeated(start, n, endless) for start, n in zip(starts, sizes, strict=False)]
+    draws: Any = grain.MapDataset.mix(parts, mix)
+    if config.shuffle:  # else each of two processes would read one of two sources
+        draws = grain.experimental.WindowShuffleMapDataset(
+            draws, window_size=_WINDOW, seed=config.seed % 2**31
+        )
+    return draws if config.epochs is None else draws[: len(source) * config.epochs]
+
+
+def sizes_of(source: RecordSource) -> tuple[int, ...]:
+    """The records of each source that a mix draws of; a source without ``sizes`` is one."""
+    return getattr(source, "sizes", None) or (len(source),)
+
+
 class Stream:
     """This process's share of the records, shuffled anew each epoch; random access by position.
 
     Repeated first and shared out afterwards: the stream over all processes, and with it each global
     batch, does not depend on how many processes there are.
+
+    With a mix, each source is shuffled and repeated by itself, and of every 64 draws each has its
+    share (Grain rounds weights to a hundredth of the smallest). A small source with a large weight
+    comes again sooner: a pass over the data, an epoch, is as many draws as there are records. What
+    is drawn at a position follows from seed, sizes and weights alone, so that a place is resumed
+    exactly by its number.
     """
 
     def __init__(
         self, source: RecordSource, encode: Callable[[Record], Encoded], config: LoaderConfig
     ):
         self._load, self._config = functools.partial(_load, source, encode), config
-        indices = grain.MapDataset.range(len(source)).seed(config.seed)
-        indices = indices.shuffle() if config.shuffle else indices
-        indices = indices.repeat(config.epochs)
+        indices = _mixed(source, config) if config.mix else _repeated(0, len(source), config)
         # Packed batches hold as many records as fit: there is nothing to keep in step with.
         batch = config.process_count if config.pack else config.global_batch_size
         self.share = Share(config.process_index, config.process_count, batch)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from srpo_jax.data.fields import Record
 from srpo_jax.data.prompts import CONTROL_TOKENS, paper_sft_response, plain_response, srpo_response
-from srpo_jax.data.records import Record
 from srpo_jax.reflection import check
 from srpo_jax.reflection.settings import Settings
 

@@ -9,7 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 
-from srpo_jax.data.images import RecordError
+from srpo_jax.data.errors import RecordError
 from srpo_jax.reflection.drive import Driver, Task
 from srpo_jax.remote.batch import BatchClient, request_line
 from srpo_jax.remote.protocol import Request, Unavailable

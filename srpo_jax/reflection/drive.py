@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from srpo_jax.data.images import RecordError
+from srpo_jax.data.errors import RecordError
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
 from srpo_jax.remote.client import Client

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Columns, Record
 from srpo_jax.data.files import same_content
-from srpo_jax.data.images import RecordError, load_image
-from srpo_jax.data.records import Record, Records, open_records
+from srpo_jax.data.images import load_image
+from srpo_jax.data.records import Records, open_records
 from srpo_jax.reflection.duplicates import Print, fingerprint
 from srpo_jax.reflection.store import Store
 from srpo_jax.rewards.answers import answer_problem
@@ -24,12 +26,18 @@ _THREADS = 4
 class Items:
     """The records of all files, one after the other: ``items[number]``."""
 
-    def __init__(self, files: Iterable[str], data_root: str = ""):
-        """Open all files; ValueError without any, FileNotFoundError for a missing one."""
+    def __init__(self, files: Iterable[str], data_root: str = "", columns: Iterable[str] = ()):
+        """Open all files; ValueError without any, FileNotFoundError for a missing one.
+
+        ``columns`` are foreign names, as ``Columns.parse`` reads them.
+        """
         self.files = list(files)
         if not self.files:
             raise ValueError("no records: give --records FILE [FILE ...]")
-        self._parts: list[Records] = [open_records(f, data_root or None) for f in self.files]
+        named = Columns.parse(columns)
+        self._parts: list[Records] = [
+            open_records(file, data_root or None, columns=named) for file in self.files
+        ]
         self._ends = list(itertools.accumulate(len(part) for part in self._parts))
         self.fingerprint = [part.fingerprint for part in self._parts]
 
@@ -115,13 +123,13 @@ def prints(store: Store) -> Iterator[tuple[int, Print]]:
 
 
 def evaluation_prints(
-    files: Iterable[str], say: Callable[[str], None]
+    files: Iterable[str], say: Callable[[str], None], columns: Iterable[str] = ()
 ) -> dict[str, list[tuple[str, Print]]]:
     """Fingerprints of evaluation files; RecordError for a row that cannot be read, since a copy of
     it could not be found."""
     found: dict[str, list[tuple[str, Print]]] = {}
     for file in files:
-        records = open_records(file, require_answer=False)
+        records = open_records(file, require_answer=False, columns=Columns.parse(columns))
         found[file] = [(record.id, print_of(record)) for record in records]
         say(f"{file}: {len(found[file])} evaluation items")
     return found

@@ -60,7 +60,7 @@ def _removed(store: Store, settings: Settings, say: Callable[[str], None]) -> di
     if not settings.keep_duplicates:
         out |= dict.fromkeys(duplicates(prints), "duplicate")
     if settings.evaluation:
-        known = item_lib.evaluation_prints(settings.evaluation, say)
+        known = item_lib.evaluation_prints(settings.evaluation, say, settings.columns)
         findings = contamination(prints, known)
         names = dict(store.query("SELECT item, id FROM items"))
         report = {

@@ -29,6 +29,7 @@ class Settings:
 
     records: tuple[str, ...] = _setting((), "files of records: .jsonl, .parquet, ...", "attempt")
     data_root: str = _setting("", "folder of the images (default: each file's own)", "attempt")
+    columns: tuple[str, ...] = _setting((), "foreign columns of records: images=img", "attempt")
     seed: int = _setting(0, "of sampling, selection and split", "attempt")
     min_pixels: int = _setting(3_136, "least pixels of an image as sent", "attempt")
     max_pixels: int = _setting(501_760, "most pixels of an image as sent", "attempt")

@@ -7,7 +7,8 @@ from functools import cached_property, partial
 from typing import Any, Protocol
 
 from srpo_jax.data import prompts as templates
-from srpo_jax.data.records import Record, RecordError
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Record
 from srpo_jax.reflection import accept, teach
 from srpo_jax.reflection.batches import BatchDriver
 from srpo_jax.reflection.drive import UNREADABLE, Driver, Incomplete, Progress, Task
@@ -72,7 +73,7 @@ class Run:
     load_policy: Callable[[], LocalPolicy]
 
     def __post_init__(self) -> None:
-        self.items = Items(self.settings.records, self.settings.data_root)
+        self.items = Items(self.settings.records, self.settings.data_root, self.settings.columns)
         register(self.store, self.items, self.say)
 
     @cached_property

@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from PIL import Image
 
+from srpo_jax.data.fields import Record
 from srpo_jax.data.images import load_image
-from srpo_jax.data.prompts import MESSAGES, question_text
-from srpo_jax.data.records import Record
+from srpo_jax.data.prompts import MESSAGES, question_text, split_at_marks
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.remote.protocol import Request
 from srpo_jax.remote.replies import object_schema
@@ -170,7 +170,8 @@ def reflect_request(
 
 
 def _variables(record: Record, attempt: dict) -> dict[str, Any]:
-    question = question_text(record.question.replace("<image>", " ").strip(), record.choices)
+    words = " ".join(split_at_marks(record.question)).strip()
+    question = question_text(words, record.choices)
     return {
         "question": question,
         "attempt": attempt["think"],

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +11,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from srpo_jax import __version__
-from srpo_jax.data.files import jsonl_writer, whole, write_json, write_text
+from srpo_jax.data.fields import Record
+from srpo_jax.data.files import jsonl_writer, numbered_jsonl, whole, write_json, write_text
 from srpo_jax.data.images import ImageRef, resolve_path
-from srpo_jax.data.records import Record, write_array_record
+from srpo_jax.data.records import write_array_record
 from srpo_jax.reflection import teach
 from srpo_jax.reflection.items import Items
 from srpo_jax.reflection.settings import Settings
@@ -128,13 +128,9 @@ def _array_record(out: Path, target: str, split: str) -> None:
     """The same rows with the image bytes inside."""
 
     def rows() -> Iterator[dict[str, Any]]:
-        with open(out / f"{target}_{split}.jsonl", encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                row["images"] = [
-                    {"bytes": (out / image).read_bytes(), "path": image} for image in row["images"]
-                ]
-                yield row
+        for _, row in numbered_jsonl(out / f"{target}_{split}.jsonl"):
+            images = [{"bytes": (out / i).read_bytes(), "path": i} for i in row["images"]]
+            yield row | {"images": images}
 
     write_array_record(out / f"{target}_{split}.array_record", rows())
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from srpo_jax.data.errors import shown
 from srpo_jax.report.rates import interval
 from srpo_jax.rewards.answers import MAX_ANSWER_CHARS, choice_indices, extract_answer, plain_text
 from srpo_jax.rewards.quantities import parse_quantity, same_quantity
@@ -282,13 +283,15 @@ def _check_same(base_rows: Sequence[Row], new_rows: Sequence[Row], name: str) ->
     texts = []
     for side, own, other in (("base", base, new), ("new", new, base)):
         if missing := [problem for problem in own if problem not in other]:
-            shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." * (len(missing) > _SHOWN))
-            texts.append(f"{len(missing)} only in the {side} rows ({shown})")
+            some = ", ".join(map(str, missing[:_SHOWN])) + (", ..." * (len(missing) > _SHOWN))
+            texts.append(f"{len(missing)} only in the {side} rows ({some})")
     if texts:
         raise ValueError(f"different problems, by {name}: " + "; ".join(texts))
     for problem, gold in base.items():
         if gold != new[problem]:
-            raise ValueError(f"different golds of {problem}: {gold!r:.60} and {new[problem]!r:.60}")
+            raise ValueError(
+                f"different golds of {problem}: {shown(gold)} and {shown(new[problem])}"
+            )
 
 
 def _means(rows: Sequence[Row], key: str, name: str) -> dict[Any, Fraction]:

@@ -16,6 +16,8 @@ import numpy as np
 
 from srpo_jax.benchmarks.common import Ask, Row, RowError, choices, each, first, option_text, table
 from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
+from srpo_jax.data.errors import shown
+from srpo_jax.data.prompts import split_at_marks
 from srpo_jax.remote.replies import BadReply
 from srpo_jax.report.rates import interval
 from srpo_jax.rewards.answers import boxed, decide
@@ -82,7 +84,7 @@ def blocks(row: Row) -> dict[str, str | None]:
 def _text(row: Row, name: str) -> str | None:
     value = row.get(name)
     if value is not None and not isinstance(value, str):
-        raise RowError(f"{name!r} must be text, found {value!r:.60}")
+        raise RowError(f"{name!r} must be text, found {shown(value)}")
     return (value or "").strip() or None
 
 
@@ -241,8 +243,8 @@ def _shown(row: Row) -> dict[str, str]:
     found = blocks(row)
     question = next((row[k] for k in ("question", "problem") if isinstance(row.get(k), str)), "")
     names = {"think": "first_think", "answer": "first_answer", "reflection": "reflection"}
-    shown = {key: (found[name] or "")[:MAX_SHOWN] for key, name in names.items()}
-    return {"question": question.replace("<image>", " ").strip()} | shown
+    texts = {key: (found[name] or "")[:MAX_SHOWN] for key, name in names.items()}
+    return {"question": " ".join(split_at_marks(question)).strip()} | texts
 
 
 def _in_range(found: dict[str, float]) -> None:

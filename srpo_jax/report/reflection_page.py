@@ -5,7 +5,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from srpo_jax.data.images import RecordError, load_image
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.images import load_image
 from srpo_jax.reflection.items import Items
 from srpo_jax.reflection.store import Store
 from srpo_jax.report.html import problem, render

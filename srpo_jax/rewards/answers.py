@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from srpo_jax.data.errors import shown
 from srpo_jax.rewards.braces import braced_spans
 from srpo_jax.rewards.expressions import Tree, tree_of, without_fonts
 from srpo_jax.rewards.quantities import (
@@ -24,7 +25,7 @@ from srpo_jax.rewards.quantities import (
 )
 
 if TYPE_CHECKING:  # workers read no records, and start without numpy
-    from srpo_jax.data.records import Record
+    from srpo_jax.data.fields import Record
 
 MAX_ANSWER_CHARS = 2000  # a longer answer is wrong: no gold is that long, and checks cost more
 LETTERS = "ABCDEFGHIJ"  # the options where no choices are given
@@ -269,22 +270,21 @@ def read_gold(gold: str, choices: tuple[str, ...] = ()) -> Gold | str:
     text = extract_answer(gold)
     plain = plain_text(text)
     if not re.search(r"[^\W_]|[<>=+*/∞√%!^∅{-]", plain):
-        return f"the answer {gold!r} holds no word, number or symbol"
-    shown = gold if len(gold) <= 60 else gold[:57] + "..."
+        return f"the answer {shown(gold)} holds no word, number or symbol"
     indices = choice_indices(text, choices)
     if choices:
         if indices is None:
-            return f"the answer {shown!r} is none of the {len(choices)} choices"
+            return f"the answer {shown(gold)} is none of the {len(choices)} choices"
         option = _unwrap(choices[min(indices)])
         return Gold("choice", option, indices, tree_of(option))
     if plain.casefold() in _NOBODYS:
-        return f"the answer {shown!r} stands for a missing one"
+        return f"the answer {shown(gold)} stands for a missing one"
     if indices is not None and not re.fullmatch(r"[a-z]", plain):  # x and e are variables
         labelled = _LABEL.fullmatch(plain)
         option = labelled.groups()[-1] if labelled else ""
         return Gold("choice", option, indices, tree_of(option))
     if not _is_balanced(text) and parse_quantity(plain) is None:
-        return f"the answer {shown!r} has braces or $ that do not match"
+        return f"the answer {shown(gold)} has braces or $ that do not match"
     return Gold("math", text, tree=tree_of(text)) if _is_math(text) else Gold("text", text)
 
 

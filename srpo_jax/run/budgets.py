@@ -13,10 +13,12 @@ from PIL import Image
 
 from srpo_jax.data.batching import Budgets, Encoded
 from srpo_jax.data.encoders import PromptEncoder, SftEncoder
-from srpo_jax.data.images import ImageRef, RecordError
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Record
+from srpo_jax.data.images import ImageRef
 from srpo_jax.data.loader import too_many
 from srpo_jax.data.processing import Processor
-from srpo_jax.data.records import Record, RecordSource
+from srpo_jax.data.records import RecordSource
 from srpo_jax.data.vision_arrays import VisionGeometry
 from srpo_jax.run import processes
 from srpo_jax.run.settings import RunSettings, SftSettings, TrainSettings

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import ColumnError, Record
 from srpo_jax.data.files import AnyPath
-from srpo_jax.data.images import RecordError
 from srpo_jax.data.loader import LoadedBatch, Loader
-from srpo_jax.data.records import Record, open_records
+from srpo_jax.data.records import Records, open_records
 from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.run import processes
 from srpo_jax.run.budgets import (
@@ -25,15 +26,29 @@ from srpo_jax.run.budgets import (
     training_budgets,
 )
 from srpo_jax.run.parts import Parts
-from srpo_jax.run.settings import GrpoSettings, RunSettings, TrainSettings, batch_layout
+from srpo_jax.run.settings import (
+    DataSettings,
+    GrpoSettings,
+    RunSettings,
+    TrainSettings,
+    batch_layout,
+)
 from srpo_jax.structs import Batch, RunError
 
 
-def open_source(key: str, path: str, root: str = "") -> Any:
-    """The records of a file; RunError naming the config key where none is given."""
+def open_source(key: str, path: str, data: DataSettings) -> Records:
+    """The records of one or several files; what the first ones hold is said on the first process.
+
+    RunError naming the config key where no file is given, or where images or choices would be lost.
+    """
     if not path:
         raise RunError(f"{key} is empty: pass --config.{key}=FILE (.jsonl, .parquet, ...)")
-    return open_records(path, root or None)
+    source = open_records(path, data.root or None, columns=data.columns)
+    try:
+        processes.say(f"{key}: {source.summary()}")
+    except ColumnError as error:
+        raise RunError(f"{key}: {error}") from None
+    return source
 
 
 def open_training(
@@ -45,7 +60,7 @@ def open_training(
     one image, or none of the first records can be used.
     """
     data, budgets = settings.data, training_budgets(settings)
-    source = open_source("data.train", data.train, data.root)
+    source = open_source("data.train", data.train, data)
     rule = {"seconds": FIRST_SECONDS, "share": data.max_bad_share}
     told = [
         check_images(parts.processor, encode, budgets),
@@ -77,6 +92,7 @@ def open_training(
         patch_budgets=data.patch_budgets,
         pack=getattr(data, "pack", False),
         shuffle=data.shuffle,
+        mix=data.mix,
         seed=settings.seed,
         workers=data.workers,
         max_bad_share=data.max_bad_share,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from srpo_jax.data.files import AnyPath, Growing, on_bucket, write_text
+from srpo_jax.data.files import AnyPath, Growing, on_bucket, read_jsonl, write_text
 
 # Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
 # The first match counts, so longer names stand before those they contain.
@@ -160,11 +160,7 @@ def read_rows(path: AnyPath, split: str | None = None) -> list[dict[str, Any]]:
     A row that was cut off in mid-write is skipped.
     """
     kept: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in epath.Path(path).read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in read_jsonl(path, skip_broken=True):
         kept[row["split"], row["step"]] = row
     rows = sorted(kept.values(), key=lambda row: row["step"])
     return [row for row in rows if split is None or row["split"] == split]

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
+from srpo_jax.data.fields import Record
 from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
-from srpo_jax.data.records import Record
 from srpo_jax.run import processes
 from srpo_jax.run.feed import Encode
 from srpo_jax.run.rollout import Round

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from srpo_jax.data.fields import Record
 from srpo_jax.data.loader import LoadedBatch
-from srpo_jax.data.records import Record
 from srpo_jax.learn import grpo, losses
 from srpo_jax.learn.state import relayout
 from srpo_jax.model import sharding

@@ -18,6 +18,7 @@ from etils import epath
 
 from srpo_jax.data.batching import Layout, choose_layout
 from srpo_jax.data.encoders import TARGETS
+from srpo_jax.data.fields import Columns
 from srpo_jax.data.files import AnyPath, on_bucket
 from srpo_jax.data.prompts import MESSAGES
 from srpo_jax.learn.grpo import GrpoConfig, Objective
@@ -141,6 +142,7 @@ class DataSettings:
     """Budgets and readers of prompts."""
 
     root: str
+    columns: Columns
     prompts_per_row: int
     prompt_tokens: int
     patch_budgets: tuple[int, ...]
@@ -160,6 +162,7 @@ class TrainData(DataSettings):
     """Records to train on."""
 
     train: str
+    mix: tuple[float, ...]  # weights of its sources; empty: by their sizes
     global_batch_size: int
     shuffle: bool
 
@@ -359,6 +362,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value >= 1,
         "must be at least 1",
     ),
+    ("data.mix", lambda value: all(weight > 0 for weight in value), "weights must be above 0"),
     ("grading.timeout optim.eps", lambda value: value > 0, "must be above 0"),
     (
         "grading.tolerance filter.low filter.high data.max_bad_share optim.warmup_ratio "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from srpo_jax.data.files import read_jsonl
 from srpo_jax.structs import BLOCKS
 
 MODELS = ("init", "SFT", "SRPO", "GRPO")
@@ -26,8 +27,7 @@ BOOTSTRAP = 2000
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
     """The graded samples that an evaluation wrote."""
-    with open(workdir / "samples.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return read_jsonl(workdir / "samples.jsonl")
 
 
 def measure(workdir: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from srpo_jax.data.files import write_json
+from srpo_jax.data.files import read_jsonl, write_json
 from tools.demo import data, report, tiles
 from tools.demo.stages import ROOT, Clock, Stage, run_stages
 from tools.lib import cli, transformers_check
@@ -219,7 +219,7 @@ def check_export(folder: Path, clock: Clock) -> None:
             f"-m tools.lib.transformers_check --hf_dir {hf_dir} --input {given}"
         )
         return
-    records = cli.read_jsonl(given)[:8]
+    records = read_jsonl(given)[:8]
     tokens = transformers_check.compare(hf_dir, records, given.parent, COMPLETION_TOKENS)
     clock.say(f"transformers loads the export; all {tokens} greedy tokens equal ours")
 

@@ -6,7 +6,6 @@ when the same command runs again.
 """
 
 import contextlib
-import json
 import os
 import shlex
 import subprocess
@@ -16,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from srpo_jax.data.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT_SECONDS = 10.0  # between two lines of progress
@@ -179,8 +180,6 @@ def _progress(stage: Stage) -> str:
 def _train_rows(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    for line in path.read_text().splitlines()[-200:]:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if row.get("split") == "train":
-                yield row
+    for row in read_jsonl(path, skip_broken=True)[-200:]:
+        if row.get("split") == "train":
+            yield row

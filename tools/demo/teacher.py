@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from srpo_jax.data.files import read_jsonl
 from tools.demo import tiles
 
 SLIPS = 0.1  # share of the replies whose second tile is misread
@@ -34,10 +35,9 @@ def pixel_key(png: bytes) -> str:
 def known_pictures(records: Path, problems: list[tiles.Problem]) -> dict[str, tiles.Problem]:
     """Pixels -> problem of a JSONL file drawn from ``problems``."""
     found = {}
-    with open(records, encoding="utf-8") as file:
-        for line, problem in zip(file, problems, strict=True):
-            png = (records.parent / json.loads(line)["images"][0]).read_bytes()
-            found[pixel_key(png)] = problem
+    for row, problem in zip(read_jsonl(records), problems, strict=True):
+        png = (records.parent / row["images"][0]).read_bytes()
+        found[pixel_key(png)] = problem
     return found
 
 

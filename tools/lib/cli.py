@@ -1,4 +1,4 @@
-"""What every command-line tool shares: one-line errors, JSON Lines in, progress.
+"""What every command-line tool shares: one-line errors, progress.
 
     def main(args: argparse.Namespace) -> None: ...
 
@@ -11,7 +11,6 @@ A tool's ``main`` raises ordinary exceptions whose text names the file, row or k
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -63,38 +62,23 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """``--columns``, for ``Columns.parse``."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="foreign columns of records: images=img choices=options",
+    )
+
+
 def positive(text: str) -> int:
     """``type=`` of an argument that must be a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
     return value
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The objects of a JSON Lines file; see ``numbered_jsonl``."""
-    return [row for _, row in numbered_jsonl(path)]
-
-
-def numbered_jsonl(path: str | os.PathLike) -> list[tuple[int, dict]]:
-    """(line number from 1, object) of every line of a JSON Lines file that is not blank.
-
-    Raises ValueError with ``path:line`` where a line is not a JSON object, FileNotFoundError when
-    the file is missing.
-    """
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: expected a JSON object, found {row!r:.60}")
-            rows.append((number, row))
-    return rows
 
 
 def write_report(path: str | os.PathLike, summary: dict, page: str) -> None:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.lib import cli
+from srpo_jax.data.files import read_jsonl
 
 Row = dict[str, Any]
 
@@ -41,11 +41,11 @@ def read(folder: str | Path, *, summary: bool = True) -> Evaluation:
     if not (folder / "samples.jsonl").exists():
         why = "is not finished: run it to its end" if partial.exists() else "has no samples.jsonl"
         raise FileNotFoundError(f"{folder} {why}")
-    rows = cli.read_jsonl(folder / "samples.jsonl")
+    rows = read_jsonl(folder / "samples.jsonl")
     if not rows:
         raise ValueError(f"{folder / 'samples.jsonl'}: no rows")
     path = folder / "scored.jsonl"
-    scored = _merged(rows, cli.read_jsonl(path), path) if path.exists() else []
+    scored = _merged(rows, read_jsonl(path), path) if path.exists() else []
     found = json.loads((folder / "summary.json").read_text("utf-8")) if summary else {}
     return Evaluation(folder, found, rows, scored)
 

@@ -13,7 +13,9 @@ from PIL import Image
 
 from srpo_jax.data.batching import Encoded, collate
 from srpo_jax.data.encoders import conversation_images
-from srpo_jax.data.images import RecordError, load_image
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.files import numbered_jsonl
+from srpo_jax.data.images import load_image
 from srpo_jax.data.processing import Processor
 from srpo_jax.model import hf
 from srpo_jax.model.config import ModelConfig, load_config
@@ -111,7 +113,7 @@ def read_rows(path: str) -> list[Row]:
     Raises ValueError for an empty file and, naming both lines, where two have the same id.
     """
     seen: dict[str, Row] = {}
-    for number, fields in cli.numbered_jsonl(path):
+    for number, fields in numbered_jsonl(path):
         row = Row(fields, str(fields.get("id", number)), f"{path}:{number}")
         if row.id in seen:
             raise ValueError(f"{row.origin}: the id {row.id!r} is that of {seen[row.id].origin}")

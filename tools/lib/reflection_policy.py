@@ -5,7 +5,8 @@ import argparse
 import numpy as np
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.images import RecordError, load_image
+from srpo_jax.data.errors import RecordError
+from srpo_jax.data.images import load_image
 from srpo_jax.data.prompts import MESSAGES
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.stages import Ask

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.files import write_jsonl
+from srpo_jax.data.fields import to_record
+from srpo_jax.data.files import read_jsonl, write_jsonl
 from srpo_jax.data.images import load_image
 from srpo_jax.data.processing import Processor
-from srpo_jax.data.records import to_record
 from tools.lib import cli, loading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def ours(
         )
         if done.returncode:
             raise RuntimeError(f"tools.generate failed: {done.stderr.strip()[-500:]}")
-        return [row["token_ids"] for row in cli.read_jsonl(out)]
+        return [row["token_ids"] for row in read_jsonl(out)]
 
 
 def transformers_completions(
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     if not torch_is_there():
         raise RuntimeError("this check needs torch: pip install -r requirements-test.txt")
     path = Path(args.input)
-    records = cli.read_jsonl(path)[: args.limit]
+    records = read_jsonl(path)[: args.limit]
     root = Path(args.data_root) if args.data_root else path.resolve().parent
     tokens = compare(Path(args.hf_dir), records, root, args.max_new_tokens)
     print(json.dumps({"records": len(records), "equal_tokens": tokens}))
