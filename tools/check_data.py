@@ -30,7 +30,7 @@ from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import RecordSource
 from srpo_jax.evaluate import open_problems
 from srpo_jax.reflection.duplicates import Print, contamination, duplicates, fingerprint
-from srpo_jax.rewards.answers import gold_kind, gold_problem
+from srpo_jax.rewards.answers import Gold, gold_problem, read_gold
 from srpo_jax.run.budgets import Reader, check_images, prompt_budgets, training_budgets
 from srpo_jax.run.feed import open_source
 from srpo_jax.run.settings import (
@@ -88,10 +88,8 @@ def see(file: File, index: int) -> Seen:
         pictures = [load_image(ref) for ref in record.images]
     except RecordError as error:
         return Seen(**named, bad=str(error))
-    try:
-        kind = gold_kind(record.answer, record.choices)
-    except ValueError:
-        kind = "none that can be graded"
+    gold = read_gold(record.answer, record.choices)
+    kind = gold.kind if isinstance(gold, Gold) else "none that can be graded"
     prints = fingerprint(record.question, record.choices, pictures)
     return Seen(
         **named, tokens=encoded.num_tokens, patches=encoded.num_slots, kind=kind, print=prints

@@ -72,7 +72,7 @@ def check_images(processor: Processor, encode: Encode, budgets: Budgets) -> str:
         return ""
     file = io.BytesIO()
     Image.new("RGB", (56, 56)).save(file, "PNG")
-    image, said = ImageRef("", data=file.getvalue()), dict.fromkeys(BLOCKS, "?")
+    image, said = ImageRef("", data=file.getvalue()), {block: "?" for block in BLOCKS}
     blank = encode(Record("", "?", "0", (image,), extra=said))
     template = blank.num_tokens - blank.vision.num_merged
     tokens, slots = largest_image(processor.max_pixels, processor.geometry)
