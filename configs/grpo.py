@@ -56,6 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     groups.high = 0.9  # [low, high] get weight 0 (P 4.1; R takes the composite accuracy)
     groups.resample = False  # True: sample on until the batch is full of groups inside (R)
     groups.max_rounds = 4  # of sampling in one step
+    groups.max_age = 1  # steps that a group sampled beyond the batch may wait; 0: none waits
 
     config.grpo = update = ConfigDict()
     update.updates_per_rollout = 8  # R: 1024 samples in updates of 128
@@ -83,6 +84,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     optim.weight_decay = 0.0  # R
     optim.grad_clip = 1.0  # R
     optim.moment_dtype = "float32"
+    optim.max_skipped = 5  # updates in a row that are not finite, which end the run
     config.freeze = ("vision/",)  # tower and merger (P 4.1; R: freeze_prefix visual)
 
     config.rollouts = rollouts = ConfigDict()

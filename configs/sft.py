@@ -60,6 +60,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     optim.weight_decay = 0.0
     optim.grad_clip = 1.0
     optim.moment_dtype = "float32"
+    optim.max_skipped = 5  # updates in a row that are not finite, which end the run
     config.freeze = ("vision/",)  # R: freeze_vision_tower, freeze_multi_modal_projector
 
     if args.mode == "debug":

@@ -275,7 +275,8 @@ class Evaluator:
     def _gathered(self, rows: list[Row], unasked: list[Row]) -> list[Row]:
         """The rows of all processes; those of ``unasked`` go with them."""
         rows, unasked[:] = [*rows, *unasked], []
-        return [row for part in processes.gather(rows) for row in part]
+        held = processes.once(processes.gather(rows), self._parts.mesh)
+        return [row for part in held for row in part]
 
     def _unasked(self, record: Record | None, error: RecordError) -> Iterator[Row]:
         """The rows of a record that cannot be used: wrong, without an answer, with a reason."""

@@ -126,4 +126,4 @@ class TrainState(Generic[Leaf]):
     params: dict[str, Leaf]
     frozen: dict[str, Leaf]
     opt_state: Any
-    skipped: Leaf  # [] int32 updates left out because the gradient was not finite
+    skipped: Leaf  # [] int32 updates left out because they were not finite

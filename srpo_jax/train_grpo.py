@@ -58,6 +58,7 @@ from srpo_jax.run.settings import (
     grpo_config,
     grpo_settings,
 )
+from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import Experience, Params, TrainState
 
 SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")
@@ -85,7 +86,7 @@ def train(
         cfg = grpo_config(settings, parts.shards, parts.forbidden_ids)
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
         loader, _ = open_training(settings, parts, encode, check=gold_problem)
-        pool = Pool(encode, parts.processor, settings.data)
+        pool = Pool(encode, parts.processor, settings.data, settings.filter.max_age)
         evaluator = None
         if settings.eval.file:
             evaluator = Evaluator(settings, parts, settings.reward.profile, encode)
@@ -93,13 +94,28 @@ def train(
             settings.optim, settings.steps * cfg.updates_per_rollout, settings.seed
         )
         run = Session(settings, parts, optimizer, settings.steps, SHOWN)
+        if note := truncation_note(settings):
+            processes.say(note)
         if run.host:
             mended = allows(settings.checkpoint.allow_changes, "data.train")
             loader.set_state(run.host["data"], mended=mended)
-            pool.load(run.host["pending"], run.arrays)
+            pool.load(run.host, run.arrays)
         reference = load_reference(settings, parts, run) if cfg.needs_reference else None
         stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference)
         return run.run(stage.step, stage.host_state, evaluator)
+
+
+def truncation_note(settings: GrpoSettings) -> str | None:
+    """What to say where samples are drawn from fewer tokens than the update reckons with."""
+    sampling, plain = settings.sampling, SamplingConfig(max_new_tokens=1)
+    names = [n for n in ("top_k", "top_p", "min_p") if getattr(sampling, n) != getattr(plain, n)]
+    if not names or settings.grpo.tis_cap:
+        return None
+    used = ", ".join(f"sampling.{name}={getattr(sampling, name)}" for name in names)
+    return (
+        f"note: {used} draws from a part of the distribution that the update takes for the whole: "
+        "its gradient is biased; set --config.grpo.tis_cap=2.0 to weigh samples, or switch it off"
+    )
 
 
 def load_reference(settings: GrpoSettings, parts: Parts, run: Session) -> Params:
@@ -126,6 +142,8 @@ class Lesson:
     experience: Experience
     local: Experience
     rounds: list[Round]  # of sampling that it was made from
+    age: np.ndarray  # [P] int32 of this process: how many steps ago each group was sampled
+    dropped: int = 0  # groups of this process that had become too old
 
 
 class Stage:
@@ -160,8 +178,8 @@ class Stage:
 
     def host_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What the checkpoint keeps of this process: place in the data, pending groups."""
-        pending, arrays = self.pool.state()
-        return {"data": self.loader.get_state(), "pending": pending}, arrays
+        values, arrays = self.pool.state()
+        return values | {"data": self.loader.get_state()}, arrays
 
     # --- a step ---
 
@@ -172,14 +190,14 @@ class Stage:
             lesson = self.resample(state, step)
         else:
             one = self.sample_round(state, step, with_logps=True)
-            lesson = Lesson(one.experience, one.local, [one])
+            lesson = Lesson(one.experience, one.local, [one], np.zeros(len(one.weight), np.int32))
         with timers("update"):
             state, updates = self.update(state, lesson)
         with timers("write"):  # while the device is busy with the update
             self.write_rollouts(lesson.rounds, step + 1)
         with timers("update"):
             updates = jax.device_get(updates)
-        return Done(state, self.metrics(lesson.rounds, updates), *self.work(lesson))
+        return Done(state, self.metrics(lesson, updates), *self.work(lesson), len(updates))
 
     def sample_round(self, state: TrainState, step: int, *, with_logps: bool) -> Round:
         """The next batch of prompts: completions, verdicts and, on the way, log-probs."""
@@ -257,18 +275,21 @@ class Stage:
         return state, done
 
     def resample(self, state: TrainState, step: int) -> Lesson:
-        """Rounds until this step's batch is full of informative groups, then that batch."""
-        parts, rounds = self.parts, []
+        """Rounds until there are informative groups for the whole batch, then that batch."""
+        parts, mesh, rounds = self.parts, self.parts.mesh, []
         usable_P = self.update_P >= 0
+        room = int(usable_P.sum())
+        dropped = self.pool.drop_old(step)
         while len(rounds) < self.settings.filter.max_rounds:
-            if rounds and not processes.any_true([len(self.pool.groups) < usable_P.sum()])[0]:
+            if rounds and not self.pool.short(mesh, room):
                 break
             rounds.append(self.sample_round(state, step, with_logps=False))
             self.pool.add(rounds[-1], step)
-        local, carried = self.pool.take(step, usable_P)
+        self.pool.even_out(mesh, room)
+        local, age = self.pool.take(step, usable_P)
         with parts.guard.step(f"composing, {bucket_of(local.batch)}"):
             rollout, verdict, weight_P, carried_P = sharding.to_global(
-                (local.rollout, local.verdict, local.weight, carried), parts.mesh
+                (local.rollout, local.verdict, local.weight, age > 0), mesh
             )
             batch, features = self.generator.encode(merge_params(state), local.batch)
             nobody = np.zeros(0, np.int32)
@@ -279,33 +300,39 @@ class Stage:
                 old_logp = self.choose_old(carried_P, rollout.policy_logp, old_logp)
                 jax.block_until_ready((old_logp, ref_logp))
         experience = self.experience(sampled, verdict, (old_logp, ref_logp), weight_P)
-        return Lesson(experience, local, rounds)
+        return Lesson(experience, local, rounds, age, dropped)
 
     # --- what is reported ---
 
-    def metrics(
-        self, rounds: list[Round], updates: list[dict[str, np.ndarray]]
-    ) -> dict[str, float]:
+    def metrics(self, lesson: Lesson, updates: list[dict[str, np.ndarray]]) -> dict[str, float]:
         """One row: what the samples were like (before the filter), and what the updates did."""
+        rounds = lesson.rounds
         samples = merge_metrics([dict(jax.device_get(r.scores[2])) for r in rounds], "samples")
         for name in ("fix", "harm"):
             samples[f"{name}_rate"] = samples[f"{name}/count"] / max(samples[f"{name}/of"], 1.0)
         sampled_names = set(samples)
-        learned = merge_metrics(updates, "tokens") if updates else {}
-        kept = sum(float(r.weight[r.sampled.slots].sum()) for r in rounds)
-        valid = sum(len(r.sampled.slots) for r in rounds)
-        grading = self.parts.verifier.counts()
-        kept, valid, waiting, *counts = processes.add_up(
-            [kept, valid, len(self.pool.groups), *grading.values()]
-        )
+        learned = merge_metrics(updates, "trained_tokens") if updates else {}
+        own = {
+            "kept": sum(float(r.weight[r.sampled.slots].sum()) for r in rounds),
+            "valid": sum(len(r.sampled.slots) for r in rounds),
+            "used": int(np.asarray(lesson.local.weight).sum()),
+            "age": int(lesson.age.sum()),
+            "oldest": int(lesson.age.max()),
+            "filter/pending_groups": len(self.pool.groups),
+            "filter/dropped_groups": lesson.dropped,
+            **self.parts.verifier.counts(),
+        }
+        held = processes.once(processes.gather(own), self.parts.mesh)
+        total = {name: sum(one[name] for one in held) for name in own}
         return {
             **samples,
             **{k: v for k, v in learned.items() if k not in sampled_names},
             "updates": len(updates),
-            **dict(zip(grading, counts, strict=True)),
-            "filter/kept_share": kept / max(valid, 1.0),
+            **{name: value for name, value in total.items() if "/" in name},
+            "filter/kept_share": total["kept"] / max(total["valid"], 1),
             "filter/rounds": len(rounds),
-            "filter/pending_groups": waiting,
+            "filter/age_mean": total["age"] / max(total["used"], 1),
+            "filter/age_max": max(one["oldest"] for one in held),
         }
 
     def work(self, lesson: Lesson) -> tuple[float, float]:
@@ -334,7 +361,7 @@ class Stage:
     def write_rollouts(self, rounds: list[Round], step: int) -> None:
         """rollouts/<step>.jsonl: every completion with its verdict, reward terms, advantage."""
         every = self.settings.rollouts.every
-        if not every or step % every:
+        if not every or step % every or not processes.speaks(self.parts.mesh):
             return
         part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         rows = [row for i, one in enumerate(rounds) for row in rollout_rows(one, step, i)]

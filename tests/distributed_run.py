@@ -1,11 +1,14 @@
 """One process of test_distributed.py: both loops, stopped on one process and resumed.
 
-    python tests/distributed_run.py INDEX COUNT PORT WORLD WORKDIR
+    python tests/distributed_run.py INDEX COUNT PORT WORLD WORKDIR [differ | shared | resample]
 
 COUNT processes hold 8 / COUNT simulated CPU devices each, as data x fsdp x tensor = 2 x 2 x 2.
-With COUNT 1 nothing is interrupted: that is the run to compare with.
+With COUNT 1 nothing is interrupted: that is the run to compare with. ``differ``: their configs do.
+``shared``: tensor spans them all, so that they hold the same rows; one step of GRPO, an evaluation.
+``resample``: GRPO with groups that wait and move, straight on and stopped.
 """
 
+import json
 import os
 import signal
 import sys
@@ -13,23 +16,30 @@ from pathlib import Path
 
 INDEX, COUNT = int(sys.argv[1]), int(sys.argv[2])
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // COUNT}"
+OWN = 1 if {"shared", "resample"} & {*sys.argv} else 8 // COUNT
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OWN}"
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import jax  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 
-from srpo_jax import train_grpo, train_sft  # noqa: E402
+from srpo_jax import evaluate, train_grpo, train_sft  # noqa: E402
+from srpo_jax.rewards.verifier import Verifier  # noqa: E402
 from srpo_jax.run import rollout, session  # noqa: E402
+from srpo_jax.run.pool import Pool  # noqa: E402
 
 
 def prepare(config, world: Path):
-    config.compilation_cache_dir = str(world / f"cache{COUNT}_{INDEX}")
     # Adam divides noise by noise where a gradient is nearly 0 (key biases): differences between
     # two orders of summation grow with the learning rate.
     config.optim.lr = 2e-3
     config.eval.file = str(world / "held_out.jsonl")
     config.eval.every = 3
+    return spread(config, world)
+
+
+def spread(config, world: Path):
+    config.compilation_cache_dir = str(world / f"cache{COUNT}_{INDEX}")
     if COUNT > 1:
         config.distributed.enabled = True
         config.distributed.coordinator = f"localhost:{sys.argv[3]}"
@@ -61,6 +71,58 @@ def run(train, config, workdir: Path) -> None:
     session.Session.log = log
 
 
+def share_rows(paths: dict[str, str], world: Path, workdir: Path) -> None:
+    """One step and an evaluation; what each process's own check finds differs from the others'."""
+    grade, verdicts = rollout.grade, []
+    Verifier.check = lambda _, items: [(i + INDEX) % 2 == 0 for i in range(len(items))]
+
+    def recorded(*args, **kwargs):
+        verdict, details = grade(*args, **kwargs)
+        verdicts.append(verdict.first_correct.tolist())
+        return verdict, details
+
+    rollout.grade = recorded
+    mesh = {"data": 1, "fsdp": 1, "tensor": COUNT}
+    config = spread(helpers.grpo_config(paths, steps=1, **mesh), world)
+    config.sampling.max_new_tokens = 4
+    row = train_grpo.train(config, workdir / "grpo")
+    config = spread(helpers.evaluation_config(paths, **mesh), world)
+    config.sampling.max_new_tokens = 4
+    found = evaluate.evaluate(config, workdir / "eval")
+    told = {"verdicts": verdicts, "row": row, "records": found["records"]}
+    (workdir / f"told{INDEX}.json").write_text(json.dumps(told))
+    print("done", flush=True)
+
+
+def carry_groups(paths: dict[str, str], world: Path, workdir: Path) -> None:
+    """Which groups share an update depends on the number of processes: straight on, and stopped."""
+
+    def uneven_grade(*args, **kwargs):
+        verdict, details = helpers.fake_grade(*args, **kwargs)
+        if INDEX:  # the first of its two prompts is too easy for all
+            verdict.final_correct[:1] = True
+        return verdict, details
+
+    rollout.grade = uneven_grade
+    config = prepare(helpers.grpo_config(paths, steps=4, data=COUNT, fsdp=1, tensor=1), world)
+    config.eval.file = ""
+    config.data.global_batch_size, config.data.prompts_per_row = 4, 1
+    config.sampling.group_size, config.sampling.max_new_tokens = 3, 4
+    config.grpo.updates_per_rollout = 2
+    config.filter.resample, config.filter.low, config.filter.high = True, 0.2, 0.8
+    even_out = Pool.even_out
+
+    def counted(self, mesh, room):
+        before = len(self.groups)
+        even_out(self, mesh, room)
+        print(f"process {INDEX} had {before} groups, has {len(self.groups)}", flush=True)
+
+    Pool.even_out = counted
+    train_grpo.train(config, workdir / "straight")
+    run(train_grpo.train, config, workdir / "stopped")
+    print("done", flush=True)
+
+
 def main() -> None:
     world, workdir = Path(sys.argv[4]), Path(sys.argv[5])
     paths = {
@@ -68,6 +130,10 @@ def main() -> None:
         "train": str(world / "train.jsonl"),
         "held_out": str(world / "held_out.jsonl"),
     }
+    if "shared" in sys.argv:
+        return share_rows(paths, world, workdir)
+    if "resample" in sys.argv:
+        return carry_groups(paths, world, workdir)
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     config = prepare(helpers.sft_config(paths, steps=3, **mesh), world)
@@ -82,14 +148,6 @@ def main() -> None:
     config.sampling.group_size = 3
     config.filter.low, config.filter.high = 0.2, 0.8
     run(train_grpo.train, config, workdir / "grpo")
-    if COUNT > 1:
-        # Which groups share an update, and which wait, depends on the number of processes: here it
-        # is only about going on with what each process had waiting.
-        config.steps = 2
-        config.eval.file = ""
-        config.grpo.updates_per_rollout = 2
-        config.filter.resample = True
-        run(train_grpo.train, config, workdir / "resample")
     assert jax.process_count() == COUNT and jax.device_count() == 8
     print("done", flush=True)
 

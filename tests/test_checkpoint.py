@@ -97,16 +97,22 @@ def test_newest_best_and_every_k_are_kept(tmp_path):
     saver = Checkpoints(tmp_path, keep=1, keep_every=4)
     state = make_state()
     for step, metric in ((1, 0.1), (2, 0.9), (3, 0.3), (4, None), (5, 0.5), (6, None)):
-        saver.save(step, state, config={}, metric=metric)
+        saver.save(step, state, config={})
+        if metric is not None:  # a step is evaluated when it is safe
+            saver.note(step, metric)
     saver.wait()
     assert steps_on_disk(tmp_path) == [2, 4, 6]
+    assert saver.metric(2) == 0.9 and saver.metric(6) is saver.metric(7) is None
     saver.close()
 
     again = Checkpoints(tmp_path, keep=1)  # the best is known after a restart too
-    assert again.best_step() == 2
-    again.save(7, state, config={}, metric=0.95)
+    assert again.best_step() == 2 and again.metric(2) == 0.9
+    assert again.restore(state).step == 6  # Orbax reads what was noted beside it
+    again.save(7, state, config={})
+    again.note(7, 0.95)
+    again.save(8, state, config={})
     again.close()
-    assert steps_on_disk(tmp_path) == [7]
+    assert steps_on_disk(tmp_path) == [7, 8]
 
 
 def test_a_step_is_written_once(tmp_path):
@@ -135,7 +141,8 @@ def two_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     saver = Checkpoints(folder)
     for step in (3, 6):
-        saver.save(step, make_state(step), config={"n": step}, host={"at": step}, metric=step / 10)
+        saver.save(step, make_state(step), config={"n": step}, host={"at": step})
+        saver.note(step, step / 10)
     saver.close()
     return folder
 
@@ -415,8 +422,7 @@ def test_host_state_holds_bytes_and_arrays_and_nothing_pickled():
 def test_of_two_equal_bests_the_newer_one_is_kept():
     best = checkpoint._KeepBest()
     assert best.step() is None
-    for step, metric in ((1, 0.5), (2, None), (3, 0.7), (4, 0.7), (5, 0.6)):
-        best.note(step, metric)
+    best.metrics |= {1: 0.5, 3: 0.7, 4: 0.7, 5: 0.6}
     assert best.step() == 4
     steps = [types.SimpleNamespace(step=n) for n in (3, 4, 5)]
     assert best.should_preserve(steps, context=None) == [False, True, False]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from srpo_jax.run.settings import (
     sft_settings,
 )
 from srpo_jax.structs import RunError
+from srpo_jax.train_grpo import truncation_note
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"sft": sft, "grpo": grpo, "eval": evaluation}
@@ -202,7 +204,26 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
         ({"steps": 0}, "^steps=0: must be at least 1"),
         ({"steps": -5}, "^steps=-5: must not be negative"),
         ({"data.global_batch_size": 0}, "^data.global_batch_size=0: must be at least 1"),
-        ({"filter.low": 0.9, "filter.high": 0.1}, "^filter.low=0.9 lies above filter.high=0.1"),
+        ({"optim.lr": math.inf}, "^optim.lr=inf: must not be negative or infinite"),
+        ({"seed": -1}, "^seed=-1: must be at least 0 and below"),
+        ({"grpo.adv_eps": -1.0}, "^grpo.adv_eps=-1.0: must not be negative"),
+        ({"grpo.entropy_coef": math.nan}, "^grpo.entropy_coef=nan: must be a number"),
+        ({"model.param_dtype": "float16"}, "^model.param_dtype=float16: choose one of float32, b"),
+        ({"optim.grad_clip": 0.0}, "^optim.grad_clip=0.0: must be above 0"),
+        ({"optim.b2": 1.0}, "^optim.b2=1.0: must be at least 0 and below 1"),
+        (
+            {"optim.moment_dtype": "float16"},
+            "^optim.moment_dtype=float16: choose one of float32, b",
+        ),
+        ({"optim.max_skipped": 0}, "^optim.max_skipped=0: must be at least 1"),
+        ({"grpo.clip_high": 0.0}, "^grpo.clip_high=0.0: must be above 0"),
+        ({"grpo.dual_clip": 0.5}, r"^grpo.dual_clip=0.5: must be above 1 \(0: off\)"),
+        ({"filter.max_age": -1}, "^filter.max_age=-1: must not be negative"),
+        ({"filter.low": 0.9, "filter.high": 0.1}, "^filter.low=0.9 and filter.high=0.1: no group"),
+        (
+            {"filter.low": 0.9, "filter.high": 0.95},
+            "no number of right samples of .*=8 has a share",
+        ),
         ({"filter.high": 1.5}, "^filter.high=1.5: must lie between 0 and 1"),
         ({"data.prompt": "spro"}, "^data.prompt=spro: choose one of srpo, plain"),
         ({"reward.profile": "papr"}, "^reward.profile: .*'papr'.* paper, openrlhf"),
@@ -219,6 +240,29 @@ def test_values_that_cannot_be_meant_are_refused_by_key(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(RunError, match=message):
         grpo_settings(config)
+
+
+def test_stage_1_needs_steps_or_epochs():
+    config = sft.get_config()
+    config.epochs = 0
+    with pytest.raises(RunError, match="^steps=0 and epochs=0: set one of them"):
+        sft_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        ({"sampling.top_p": 0.9, "sampling.top_k": 50}, "sampling.top_k=50, sampling.top_p=0.9"),
+        ({"sampling.min_p": 0.1}, "sampling.min_p=0.1"),
+        ({"sampling.top_p": 0.9, "grpo.tis_cap": 2.0}, None),
+    ],
+)
+def test_truncated_sampling_without_weights_is_said_to_be_biased(changes, told):
+    config = grpo.get_config()
+    config.update_from_flattened_dict(changes)
+    note = truncation_note(grpo_settings(config))
+    assert note is None if told is None else note.startswith(f"note: {told} draws")
 
 
 def test_another_programs_config_is_refused_by_key():

@@ -1,6 +1,7 @@
 """Two processes with 4 devices each against one process with 8: the same run."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -84,6 +85,41 @@ def test_two_processes_stopped_and_resumed_give_the_losses_of_one(tmp_path):
     params = stored_params(tmp_path / "two" / "sft")
     for name, value in exported.items():
         np.testing.assert_array_equal(np.asarray(value), params[name])
+
+
+@pytest.mark.slow
+def test_groups_that_wait_move_and_go_through_a_checkpoint_as_if_never_stopped(tmp_path):
+    helpers.world(tmp_path)
+    run(2, tmp_path, tmp_path / "run", "resample")
+    log = (tmp_path / "run" / "log0").read_text()
+    assert re.search(r"had (\d+) groups, has (?!\1)", log)  # some did move
+    straight, stopped = (
+        read_rows(tmp_path / "run" / d / "metrics.jsonl", "train") for d in ("straight", "stopped")
+    )
+    names = ("loss", "reward/mean", "trained_tokens", "filter/pending_groups", "filter/age_mean")
+    for name in names:
+        assert [row[name] for row in straight] == [row[name] for row in stopped], name
+    assert any(row["filter/pending_groups"] for row in straight[:3])
+    assert all(row["filter/age_max"] <= 1 and row["updates"] == 2 for row in straight)
+    first, second = (stored_params(tmp_path / "run" / d) for d in ("straight", "stopped"))
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value, err_msg=name)
+
+
+@pytest.mark.slow
+def test_processes_that_hold_the_same_rows_share_verdicts_and_report_once(tmp_path):
+    helpers.world(tmp_path)
+    run(2, tmp_path, tmp_path / "run", "shared")
+    one, two = (json.loads((tmp_path / f"run/told{i}.json").read_text()) for i in (0, 1))
+    assert one["verdicts"] == two["verdicts"] != []
+    assert one["records"] == two["records"] == 6
+    rows = (tmp_path / "run/eval/samples.jsonl").read_text().splitlines()
+    assert sorted(json.loads(row)["id"] for row in rows) == [f"held_out-{i}" for i in range(6)]
+    (file,) = (tmp_path / "run" / "grpo" / "rollouts").iterdir()
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len({(s["id"], s["sample"]) for s in samples}) == len(samples) == 8 * 2
+    assert one["row"]["accuracy/first"] == 1.0  # which is what the first process found
+    assert one["row"]["filter/kept_share"] == two["row"]["filter/kept_share"] == 1.0
 
 
 @pytest.mark.slow

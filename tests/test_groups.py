@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,12 @@ from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.loader import LoadedBatch
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import open_records
-from srpo_jax.run import checkpoint
+from srpo_jax.model.sharding import make_mesh
+from srpo_jax.run import host_state, processes
 from srpo_jax.run.feed import prompt_keys
-from srpo_jax.run.pool import Pool, informative
+from srpo_jax.run.pool import Group, Pool, informative, moves
 from srpo_jax.structs import Rollout, Verdict
+from srpo_jax.train_grpo import Lesson, Stage
 
 G, R = 4, 6
 PLACES = np.ones(4, bool)  # two rows of two prompts
@@ -78,26 +82,30 @@ def fill(pool: Pool, world, first: int, step: int) -> None:
     pool.add(one, step)
 
 
-def new_pool(world, per_row: int = 2, budgets=(64, 128)) -> Pool:
+def new_pool(world, per_row: int = 2, budgets=(64, 128), max_age: int = 1) -> Pool:
     data = SimpleNamespace(prompts_per_row=per_row, prompt_tokens=64, patch_budgets=budgets)
-    return Pool(world.encode, world.processor, data)
+    return Pool(world.encode, world.processor, data, max_age)
+
+
+def names(pool: Pool) -> list[str]:
+    return [group.record.id.removeprefix("train-") for group in pool.groups]
 
 
 def test_pool_gives_the_oldest_groups_with_their_own_prompts_and_keeps_the_rest(world):
     pool = new_pool(world)
     fill(pool, world, 0, step=5)  # keeps records 2, 3, 4
     fill(pool, world, 10, step=6)  # keeps records 12, 13, 14
-    update, carried = pool.take(6, PLACES)
+    update, age = pool.take(6, PLACES)
     assert update.batch.valid.all() and update.weight.tolist() == [1] * 4
     assert update.rollout.completions[:, 0, 0].tolist() == [2, 3, 4, 12]
-    assert carried.tolist() == [True, True, True, False]
+    assert age.tolist() == [1, 1, 1, 0]
     assert update.verdict.final_correct.tolist() == [*FINAL[2:5].tolist(), FINAL[2].tolist()]
     assert update.batch.vision.patches.shape[:2] == (2, 128)  # two pictures of 16 patches a row
     for p, number in enumerate((2, 3, 4, 12)):
         wanted = world.encode(world.records[number])
         got = update.batch.tokens[p, : update.batch.lengths[p]]
         np.testing.assert_array_equal(got, wanted.token_ids)
-    assert [group.record.id for group in pool.groups] == ["train-13", "train-14"]
+    assert names(pool) == ["13", "14"]
 
     rest, _ = pool.take(7, PLACES)
     assert rest.batch.valid.tolist() == [True, True, False, False]
@@ -112,14 +120,14 @@ def test_group_that_does_not_fit_a_rows_patches_waits(world):
     fill(pool, world, 0, step=0)
     update, _ = pool.take(0, PLACES)
     assert update.batch.valid.tolist() == [True, False, True, False]
-    assert [group.record.id for group in pool.groups] == ["train-4"]
+    assert names(pool) == ["4"]
 
 
 def test_pool_survives_the_checkpoint(world):
     pool, again = (new_pool(world, per_row=3, budgets=(256,)) for _ in range(2))
     fill(pool, world, 0, step=3)
-    values, arrays = checkpoint.unpack_host(checkpoint.pack_host(*_wrapped(pool)))
-    again.load(values["pending"], arrays)
+    values, arrays = host_state.unpack_host(host_state.pack_host(*pool.state()))
+    again.load(values, arrays)
     assert [g.step for g in again.groups] == [3, 3, 3]
     one, other = (p.take(4, np.ones(3, bool)) for p in (pool, again))
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -129,9 +137,100 @@ def test_pool_survives_the_checkpoint(world):
     assert empty.groups == []
 
 
-def _wrapped(pool: Pool):
-    values, arrays = pool.state()
-    return {"pending": values}, arrays
+def test_groups_older_than_the_limit_are_dropped_and_counted(world):
+    for limit, left in ((0, []), (1, ["12", "13", "14"]), (3, ["2", "3", "4", "12", "13", "14"])):
+        pool = new_pool(world, max_age=limit)
+        fill(pool, world, 0, step=4)
+        fill(pool, world, 10, step=6)
+        assert pool.drop_old(7) == 6 - len(left) and names(pool) == left
+
+
+def together(monkeypatch, pools: list[Pool]) -> None:
+    """`even_out` of all pools at once, each as a process with rows of its own."""
+    barrier, here = threading.Barrier(len(pools)), threading.local()
+    held: list = [None] * len(pools)
+
+    def gather(own):
+        held[here.place] = own
+        barrier.wait(timeout=10)
+        everyone = list(held)
+        barrier.wait(timeout=10)
+        return everyone
+
+    for name in ("gather", "gather_bytes"):
+        monkeypatch.setattr(processes, name, gather)
+    monkeypatch.setattr(processes, "data_place", lambda _: (here.place, len(pools)))
+    monkeypatch.setattr(processes, "once", lambda everyone, _: everyone)
+
+    def run(place: int) -> None:
+        here.place = place
+        pools[place].even_out(None, 2)
+
+    with ThreadPoolExecutor(len(pools)) as threads:
+        list(threads.map(run, range(len(pools))))
+
+
+def test_processes_with_many_groups_give_their_newest_to_those_with_few(world, monkeypatch):
+    rich, poor, middle = pools = [new_pool(world) for _ in range(3)]
+    fill(rich, world, 0, step=5)
+    fill(rich, world, 10, step=6)
+    fill(middle, world, 20, step=6)
+    given = jax.tree.map(np.copy, rich.groups[3].samples)
+    together(monkeypatch, pools)
+    assert names(rich) == ["2", "3", "4"] and names(poor) == ["12", "13", "14"]
+    assert names(middle) == ["22", "23", "24"]
+    assert [group.step for group in poor.groups] == [6, 6, 6]
+    for x, y in zip(jax.tree.leaves(poor.groups[0].samples), jax.tree.leaves(given), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert poor.groups[0].record.id == "train-12" and poor.groups[0].record.images
+    update, age = poor.take(6, np.ones(2, bool))  # what came is used as one's own is
+    assert update.rollout.completions[:, 0, 0].tolist() == [12, 13] and not age.any()
+
+    fill(rich, world, 10, step=5)
+    fill(poor, world, 20, step=6)
+    together(monkeypatch, pools)
+    assert [len(pool.groups) for pool in pools] == [5, 4, 4]
+    assert [group.step for group in middle.groups] == [5, 6, 6, 6]  # the old one is used first
+
+
+@pytest.mark.parametrize("places", [1, 64])
+def test_groups_that_wait_are_fewer_than_a_batch_and_one_step_old(places):
+    """500 steps of one to three groups a process; some have harder problems than others."""
+    rng = np.random.default_rng(0)
+    luck, room = rng.uniform(0.2, 0.9, places), rng.integers(1, 4, places).tolist()
+    pools = [Pool(None, None, None, 1) for _ in range(places)]
+    waiting = []
+    for step in range(500):
+        assert sum(pool.drop_old(step) for pool in pools) == 0
+        while sum(len(pool.groups) for pool in pools) < sum(room):
+            for pool, count in zip(pools, rng.binomial(room, luck), strict=True):
+                pool.groups += [Group(None, step, None)] * count
+        for giver, taker in moves(
+            [(len(pool.groups), n) for pool, n in zip(pools, room, strict=True)]
+        ):
+            pools[taker].groups.append(pools[giver].groups.pop())
+        for pool, n in zip(pools, room, strict=True):
+            pool.groups.sort(key=lambda group: group.step)
+            assert len(pool.groups) >= n and step - pool.groups[0].step <= 1
+            pool.groups = pool.groups[n:]
+        waiting.append(sum(len(pool.groups) for pool in pools))
+    assert 0 < max(waiting) < sum(room)
+
+
+def test_as_few_groups_move_as_can_and_each_place_gets_its_share():
+    assert moves([(3, 1), (0, 1), (2, 1)]) == [(0, 1)]
+    assert moves([(2, 4), (2, 4), (1, 4)]) == moves([(7, 4)]) == moves([(0, 2), (0, 2)]) == []
+    assert moves([(5, 2), (0, 2), (0, 2), (0, 2)]) == [(0, 1), (0, 2), (0, 3)]
+    assert moves([(4, 1), (2, 3), (0, 0)]) == [(0, 1), (0, 1)]
+
+
+def test_sampling_goes_on_while_all_together_are_short(monkeypatch):
+    pool = Pool(None, None, None, 1)
+    pool.groups = [Group(None, 0, None)] * 3
+    monkeypatch.setattr(processes, "once", lambda held, _: held)
+    for others, short in ((-1, False), (-2, True), (1, False)):
+        monkeypatch.setattr(processes, "gather", lambda own, others=others: [own, others])
+        assert pool.short(None, 2) == short
 
 
 def test_image_bytes_and_odd_fields_of_a_record_go_through_the_checkpoint(world):
@@ -143,11 +242,36 @@ def test_image_bytes_and_odd_fields_of_a_record_go_through_the_checkpoint(world)
     extra = {"kept": [1], "odd": np.zeros(2)}
     record = dataclasses.replace(old.record, images=(image,), extra=extra)
     pool.groups[0] = dataclasses.replace(old, record=record)
-    values, arrays = checkpoint.unpack_host(checkpoint.pack_host(*_wrapped(pool)))
-    again.load(values["pending"], arrays)
+    values, arrays = host_state.unpack_host(host_state.pack_host(*pool.state()))
+    again.load(values, arrays)
     got = again.groups[0].record
     assert got.images[0].data == data and got.extra == {"kept": [1]}
     assert json.dumps(got.answer) == json.dumps(record.answer)
+
+
+def test_a_row_tells_how_old_groups_were_and_weighs_updates_by_what_trained():
+    scores = {"fix/count": 1.0, "fix/of": 2.0, "harm/count": 0.0, "harm/of": 2.0, "tokens": 90.0}
+    one = SimpleNamespace(
+        scores=(None, None, scores | {"samples": 4.0}),
+        weight=np.array([1, 0, 1, 1, 0], np.float32),
+        sampled=SimpleNamespace(slots=np.arange(4)),
+    )
+    local = SimpleNamespace(weight=np.array([1, 1, 1, 0], np.float32))
+    lesson = Lesson(None, local, [one], np.array([1, 0, 1, 0]), dropped=3)
+    stage = SimpleNamespace(
+        parts=SimpleNamespace(mesh=make_mesh(), verifier=SimpleNamespace(counts=dict)),
+        pool=SimpleNamespace(groups=[None, None]),
+    )
+    updates = [
+        {"loss": 1.0, "tokens": 500.0, "trained_tokens": 10.0, "skipped": 0.0},
+        {"loss": 2.0, "tokens": 100.0, "trained_tokens": 30.0, "skipped": 1.0},
+    ]
+    row = Stage.metrics(stage, lesson, updates)
+    assert row["loss"] == 1.75 and row["trained_tokens"] == 40 and row["tokens"] == 90
+    assert row["skipped"] == 1 and row["updates"] == 2 and row["filter/rounds"] == 1
+    assert row["filter/age_mean"] == pytest.approx(2 / 3) and row["filter/age_max"] == 1
+    assert row["filter/dropped_groups"] == 3 and row["filter/pending_groups"] == 2
+    assert row["filter/kept_share"] == 3 / 4 and row["fix_rate"] == 0.5
 
 
 def test_a_prompt_drawn_again_samples_with_another_key_and_neighbours_change_none():

@@ -141,6 +141,18 @@ def test_non_finite_gradient_leaves_everything_but_the_counter(bad):
     assert state.step == 2 and state.skipped == 1 and second["update_norm"] > 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_infinite_update_of_a_finite_gradient_is_not_applied(dtype):
+    # The square of the gradient is 0 in float32, and so nothing bounds the step.
+    params = {"a/kernel": jnp.ones((2, 2), dtype)}
+    cfg = OptimConfig(lr=0.1, warmup_steps=0, schedule="constant", eps=1e-45)
+    state, step = _state(cfg, params)
+    state, metrics = step(state, {"a/kernel": jnp.full((2, 2), 1e-30)})
+    assert np.isfinite(metrics["grad_norm"]) and metrics["skipped"] == 1 and state.step == 0
+    assert (state.params["a/kernel"] == 1).all() and metrics["update_norm"] == 0
+    assert all(np.isfinite(x).all() for x in _values(state.opt_state))
+
+
 def test_bfloat16_parameters_move_as_float32_ones_do():
     """Updates of 1e-6 lie far below the distance of bfloat16 numbers around 0.02 and around 1."""
     cfg = OptimConfig(lr=1e-6, schedule="constant", warmup_steps=0, grad_clip=None)

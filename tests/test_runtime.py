@@ -1,19 +1,23 @@
 """What holds a run together: the recompile guard, agreement of processes, stopping on a signal."""
 
 import errno
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from srpo_jax.model.sharding import AXES
 from srpo_jax.run import command, resume
-from srpo_jax.run.guard import CompileGuard, StopRequest
-from srpo_jax.run.processes import check_agreement, join
+from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, StopRequest
+from srpo_jax.run.processes import check_agreement, join, once, speakers
 from srpo_jax.run.resume import check_config
 from srpo_jax.structs import RunError
 
@@ -152,3 +156,66 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: [Errno 28] No space left on device: 'runs/x/rows.jsonl'; free ")
     assert said.count("\n") == 1 and "goes on from what is saved" in said
+
+
+# --- processes that hold the same rows -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "processes", "wanted"),
+    [
+        ((2, 2, 2), 1, [0]),
+        ((2, 2, 2), 2, [0, 1]),
+        ((1, 1, 8), 2, [0]),  # tensor spans both
+        ((1, 2, 4), 4, [0, 2]),
+        ((2, 4, 1), 4, [0, 1, 2, 3]),  # fsdp spans them: other rows each
+    ],
+)
+def test_one_process_speaks_for_each_part_of_the_rows(shape, processes, wanted):
+    count = math.prod(shape)
+    devices = np.empty(count, object)
+    devices[:] = [types.SimpleNamespace(process_index=i * processes // count) for i in range(count)]
+    mesh = types.SimpleNamespace(
+        devices=devices.reshape(shape), shape=dict(zip(AXES, shape, strict=True))
+    )
+    assert speakers(mesh) == wanted
+    assert once([f"rows of {i}" for i in range(processes)], mesh) == [
+        f"rows of {i}" for i in wanted
+    ]
+
+
+# --- steps that change nothing ---------------------------------------------------------------
+
+
+def test_updates_that_are_not_finite_again_and_again_end_the_run():
+    progress = Progress(max_skipped=5, skipped=7, say=pytest.fail)
+    progress.look(1, 2, {"skipped": 9.0, "update_norm": 0.0})
+    progress.look(2, 0, {})  # no update at all: nothing is known
+    progress.look(3, 2, {"skipped": 10.0, "update_norm": 0.1})  # one of two was good
+    for step in (4, 5):
+        progress.look(step, 2, {"skipped": 12.0 + 2 * (step - 4), "update_norm": 0.0})
+    with pytest.raises(RunError, match="^step 6: none of the last 6 updates was finite .*optim.lr"):
+        progress.look(6, 2, {"skipped": 16.0, "update_norm": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("updates", "metrics", "told"),
+    [
+        (0, {}, "no group lay between filter.low and filter.high"),
+        (1, {"update_norm": 0.1, "groups_without_signal": 1.0}, "earned the same reward"),
+        (1, {"update_norm": 0.0}, "is optim.lr 0"),
+    ],
+)
+def test_steps_in_a_row_that_teach_nothing_are_told_once(updates, metrics, told):
+    lines: list[str] = []
+    progress = Progress(max_skipped=5, skipped=0, say=lines.append)
+    good = (1, {"update_norm": 0.1, "groups_without_signal": 0.5})
+    for step in range(1, QUIET_STEPS):
+        progress.look(step, updates, metrics)
+    progress.look(QUIET_STEPS, *good)
+    assert not lines
+    for step in range(100, 103 + QUIET_STEPS):
+        progress.look(step, updates, metrics)
+    (line,) = lines
+    assert line.startswith(f"step {99 + QUIET_STEPS}: the last 10 steps taught nothing")
+    assert told in line

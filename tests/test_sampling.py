@@ -391,10 +391,17 @@ def test_log_probs_equal_those_of_the_training_pass(params, rows, change):
     assert (np.log(sampled) > policy[mask] + 1e-3).any() == ("top_p" in change)
 
 
-def test_first_tokens_follow_the_model_s_probabilities(params):
+def test_first_tokens_follow_the_model_s_probabilities(plain, params):
     batch, features = make_batch()
     sampler = make_sampler(group_size=1500, max_new_tokens=1)
     out = run(sampler, params, batch, features)
+    # With room for one token, it is the one that more room would begin with.
+    for name in ("completions", "sample_logp", "policy_logp"):
+        longer = getattr(plain[1], name)[..., 0]
+        np.testing.assert_allclose(
+            getattr(out, name)[:, : BASE["group_size"], 0], longer, atol=1e-5
+        )
+    assert out.completion_mask.all()
     logits = recomputed_logits(params, batch, features, jax.tree.map(lambda x: x[:, :1], out))
     for p in range(P):
         assert_frequencies(out.completions[p, :, 0], softmax(logits[p, 0, 0]))

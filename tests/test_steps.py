@@ -67,6 +67,7 @@ ADAM = make_optimizer(
     OptimConfig(lr=3e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-5), 100
 )
 KL = dataclasses.replace(GRPO, micro_batches=2, kl_coef=0.3)
+BONUS = dataclasses.replace(KL, entropy_coef=0.2)
 
 
 @functools.cache
@@ -350,21 +351,33 @@ def test_logp_step_equals_each_sample_alone_through_the_whole_model():
         np.testing.assert_allclose(logp[p, g, :r], want, atol=1e-5)
 
 
+def test_the_last_token_of_the_longest_sample_counts_wherever_chunks_end():
+    samples = rollout()[0]
+    for longest in range(1, R + 1):  # chunks are of three tokens
+        mask = samples.completion_mask & (np.arange(R) < longest)
+        cut = samples.replace(completion_mask=mask)
+        logp, entropy = logp_step()(params(), prompts(), cut, features())
+        np.testing.assert_allclose(logp, np.where(mask, old_logp(), 0), atol=1e-6)
+        assert (np.asarray(entropy)[mask] > 0).all()
+
+
 # --- GRPO ------------------------------------------------------------------------------------
 
 
 def naive_grpo_loss(trained, ref, reward):
-    """GRPO with k3 as the papers print it, dense: mean over tokens, then samples and prompts."""
+    """GRPO with k3 as the papers print it and an entropy bonus, dense: mean over tokens, then
+    samples and prompts."""
     samples, batch = rollout()[0], prompts()
     model = bind(CFG, {**params(), **trained})
     h = model.completion_hidden(batch, features(), samples.completions, samples.completion_mask)
     logits = (model.logits(h) / KL.temperature).at[..., IMAGE].set(-1e30)
-    logp = jax.nn.log_softmax(logits, -1)
-    logp = jnp.take_along_axis(logp, samples.completions[..., None], -1)[..., 0]
+    all_logps = jax.nn.log_softmax(logits, -1)
+    logp = jnp.take_along_axis(all_logps, samples.completions[..., None], -1)[..., 0]
     adv = (reward - reward.mean(1, keepdims=True)) / (reward.std(1, ddof=1, keepdims=True) + 1e-6)
     d = ref - logp
     kl = jnp.exp(d) - 1 - d
     x = -jnp.exp(logp - jax.lax.stop_gradient(logp)) * adv[..., None] + KL.kl_coef * kl
+    x -= BONUS.entropy_coef * -(jnp.exp(all_logps) * all_logps).sum(-1)
     of_sample = jnp.where(samples.completion_mask, x, 0).sum(-1) / samples.completion_mask.sum(-1)
     return of_sample[batch.valid].mean()
 
@@ -375,7 +388,7 @@ def test_grpo_loss_and_gradient_equal_a_naive_one():
     reward = np.asarray(PAPER.terms(rollout()[1], 0.1).total)
     naive = jax.jit(jax.value_and_grad(lambda trained: naive_grpo_loss(trained, ref, reward)))
     want_loss, want = naive(new_state().params)
-    got, metrics = run_grpo(KL, ref=ref)
+    got, metrics = run_grpo(BONUS, ref=ref)
     np.testing.assert_allclose(metrics["loss"], want_loss, atol=1e-5)
     assert_close(got, want, 2e-6)
 
@@ -461,8 +474,10 @@ def test_fillers_and_groups_of_weight_zero_do_not_matter():
     assert metrics["samples"] == (P - 1) * G
     kept = (np.arange(P) != 2).astype(np.float32)
     gone, _ = run_grpo(batch=prompts().replace(valid=prompts().valid & (kept > 0)))
-    weightless, _ = run_grpo(old=old_logp(), weight=kept)
+    weightless, metrics = run_grpo(old=old_logp(), weight=kept)
     assert_close(weightless, gone, 1e-6)
+    trained = samples.completion_mask[(kept > 0) & prompts().valid].sum()
+    assert metrics["trained_tokens"] == trained < metrics["tokens"]
 
 
 def test_grpo_reaches_the_tower_when_it_trains():

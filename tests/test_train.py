@@ -19,16 +19,25 @@ from checkpoint_helpers import stored_params
 from etils import epath
 
 from srpo_jax import evaluate, train_grpo, train_sft
-from srpo_jax.model import hf
+from srpo_jax.data.encoders import SftEncoder
+from srpo_jax.learn.optim import make_optimizer
+from srpo_jax.learn.state import init_state, merge_params
+from srpo_jax.learn.steps import make_sft_step
+from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import load_config
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.rewards.terms import add_up
 from srpo_jax.run import checkpoint, rollout, session
-from srpo_jax.run.metrics import read_rows
+from srpo_jax.run.feed import open_training
+from srpo_jax.run.metrics import read_rows, to_plain
+from srpo_jax.run.parts import load_weights, start
 from srpo_jax.run.settings import (
     EvaluateSettings,
     GrpoSettings,
     SftSettings,
+    fit_rows,
+    sft_config,
+    sft_settings,
 )
 from srpo_jax.structs import RunError
 
@@ -93,6 +102,27 @@ def numbers(workdir, names) -> list[tuple]:
     return [(row["step"], *(row[name] for name in names)) for row in rows]
 
 
+def straight(config, folder) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Stage 1 as a plain loop over batches, without session: metrics, and the last parameters."""
+    settings = sft_settings(config, folder)
+    with start(settings) as parts:
+        encode = SftEncoder(parts.processor, settings.data.target, True)
+        settings = fit_rows(settings, parts.shards, parts.processor.geometry.window_slots)
+        loader, _ = open_training(settings, parts, encode)
+        optimizer = make_optimizer(settings.optim, settings.steps, settings.seed)
+        mesh, freeze = parts.mesh, settings.freeze
+        weights, _ = load_weights(settings, parts, "float32")
+        state = init_state(parts.model, optimizer, freeze=freeze, mesh=mesh, params=weights)
+        cfg = sft_config(settings, parts.shards)
+        step = make_sft_step(parts.model, cfg, optimizer, freeze=freeze, mesh=mesh)
+        rows = []
+        for _ in range(settings.steps):
+            state, metrics = step(state, sharding.to_global(next(loader).arrays, mesh), None)
+            rows.append(to_plain(metrics)[0])
+        loader.close()
+    return rows, {path: np.asarray(x) for path, x in merge_params(state).items()}
+
+
 # --- exact resume ------------------------------------------------------------------------------
 
 
@@ -127,7 +157,12 @@ def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
     names = ("loss", "grad_norm", "tokens")
     assert numbers(tmp_path / "whole", names) == numbers(tmp_path / "broken", names)
-    assert len({row[1] for row in numbers(tmp_path / "whole", names)}) == 5
+    rows, params = straight(config(), tmp_path)
+    assert numbers(tmp_path / "broken", names) == [
+        (i + 1, *(row[name] for name in names)) for i, row in enumerate(rows)
+    ]
+    assert_bit_identical(stored_params(tmp_path / "broken"), params)
+    assert len({row["loss"] for row in rows}) == 5
 
     # Steps are given, and the held-out file is no benchmark.
     assert reads.unread(broken) == {"epochs", "eval.scoring", "eval.any_count"}
@@ -174,9 +209,11 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
     names = ("loss", "kl", "reward/mean", "filter/pending_groups", "filter/rounds")
+    names += ("filter/age_mean", "filter/age_max", "filter/dropped_groups", "trained_tokens")
     rows = numbers(tmp_path / "whole", names)
     assert rows == numbers(tmp_path / "broken", names)
     assert any(row[4] > 0 for row in rows[:3])  # groups did wait in the checkpoints
+    assert max(row[7] for row in rows) == 1 and all(row[8] == 0 for row in rows)
     for file in sorted((tmp_path / "whole" / "rollouts").iterdir()):
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
 
@@ -225,12 +262,16 @@ def test_sigterm_from_outside_ends_with_exit_code_0_and_the_command_goes_on(path
 def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
     paths, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
+    def all_right_in_the_end(*args, **kwargs):
+        verdict, details = helpers.fake_grade(*args, **kwargs)
+        return verdict.replace(final_correct=np.ones_like(verdict.final_correct)), details
+
+    monkeypatch.setattr(rollout, "grade", all_right_in_the_end)
     config = helpers.grpo_config(paths, steps=2, **MESH)
     config.compilation_cache_dir = paths["cache"]
     config.sampling.group_size = 3
     config.optim.lr = 1e-2
-    config.filter.low, config.filter.high = 0.9, 0.95  # no share of 3 samples lies in between
+    config.filter.low, config.filter.high = 0.2, 0.8
     row = train_grpo.train(config, tmp_path)
     promised = {
         *("reward/mean", "reward/r_format", "reward/r_acc", "reward/i_eff", "reward/i_ref"),
@@ -443,6 +484,10 @@ def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp
         ),
         ({"grpo.updates_per_rollout": 3}, "=3 must divide data.global_batch_size=8: .*rollout=2$"),
         ({"sampling.group_size": 1}, "at least 2 samples"),
+        (
+            {"data.global_batch_size": 48},
+            r"has 40 records, fewer than a batch of data.global_batch_size=48: lower that",
+        ),
         ({"sampling.temperature": 0.0}, "temperature 0"),
         ({"mesh.tensor": 3}, "does not fit 8 devices"),
         ({"init_from": "nowhere"}, "nowhere: no checkpoint here"),

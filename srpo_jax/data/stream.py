@@ -117,29 +117,40 @@ def _load(source: RecordSource, encode: Callable[[Record], Encoded], index: int)
         return BadItem(record, error)
 
 
-def _to_wire(item: Item | BadItem) -> tuple[Item | BadItem, np.ndarray | None]:
-    """The item without its pixels, and the pixels.
+def _to_wire(item: Item | BadItem) -> tuple[Item | BadItem, dict[str, np.ndarray]]:
+    """The item without its pixels and image files, and those by name.
 
     Grain moves arrays between processes through shared memory and the rest through a pipe; a pipe
     full of pixels would block a worker that should end.
     """
-    if item.record is not None:  # image bytes have done their work
-        images = tuple(replace(ref, data=None) for ref in item.record.images)
+    arrays = {}
+    if item.record is not None:
+        images = item.record.images
+        files = {f"file {i}": ref.data for i, ref in enumerate(images) if ref.data}
+        arrays |= {name: np.frombuffer(data, np.uint8) for name, data in files.items()}
+        bare = tuple(replace(ref, data=None) for ref in images)
+        item = replace(item, record=replace(item.record, images=bare))
+    if isinstance(item, Item) and item.encoded.num_slots:
+        arrays["pixels"] = item.encoded.vision.patches
+        vision = replace(item.encoded.vision, patches=arrays["pixels"][:0])
+        item = replace(item, encoded=replace(item.encoded, vision=vision))
+    return item, arrays
+
+
+def _from_wire(wire: tuple[Item | BadItem, dict[str, np.ndarray]]) -> Item | BadItem:
+    """The inverse; copied, so that shared memory holds only what is on its way."""
+    item, arrays = wire
+    if item.record is not None:
+        data = [arrays.get(f"file {i}") for i in range(len(item.record.images))]
+        images = tuple(
+            ref if file is None else replace(ref, data=file.tobytes())
+            for ref, file in zip(item.record.images, data, strict=True)
+        )
         item = replace(item, record=replace(item.record, images=images))
-    if isinstance(item, BadItem) or not item.encoded.num_slots:
-        return item, None
-    vision = item.encoded.vision
-    bare = replace(vision, patches=vision.patches[:0])
-    return replace(item, encoded=replace(item.encoded, vision=bare)), vision.patches
-
-
-def _from_wire(wire: tuple[Item | BadItem, np.ndarray | None]) -> Item | BadItem:
-    item, patches = wire
-    if isinstance(item, BadItem) or patches is None:
-        return item
-    # Copied, so that shared memory holds only what is on its way.
-    vision = replace(item.encoded.vision, patches=np.array(patches))
-    return replace(item, encoded=replace(item.encoded, vision=vision))
+    if isinstance(item, Item) and "pixels" in arrays:
+        vision = replace(item.encoded.vision, patches=np.array(arrays["pixels"]))
+        item = replace(item, encoded=replace(item.encoded, vision=vision))
+    return item
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with warm-up, cosine decay and clipping; freezing; non-finite gradients."""
+"""The optimizer: AdamW with warm-up, cosine decay and clipping; freezing; non-finite updates."""
 
 import dataclasses
 import math
@@ -29,6 +29,7 @@ class OptimConfig:
     weight_decay: float = 0.0  # kernels and embeddings only, never biases and norm scales
     grad_clip: float | None = 1.0  # global norm
     moment_dtype: str = "float32"  # of the first moment; the second is always float32
+    max_skipped: int = 5  # updates in a row that are not finite, which end the run
 
 
 Schedule = Callable[[ArrayLike], jax.Array]  # number of the update, from 0 -> learning rate
@@ -128,7 +129,7 @@ _SAMPLE = 2**20  # entries of a rounded parameter, at least
 def apply_gradients(
     state: TrainState[jax.Array], grads: Params, optimizer: Optimizer
 ) -> tuple[TrainState[jax.Array], dict[str, jax.Array]]:
-    """One update, or none at all if the gradient is not finite.
+    """One update, or none at all where the gradient or the update itself is not finite.
 
     A skipped update leaves parameters, moments, schedule and ``step`` as they were and adds 1 to
     ``skipped``.
@@ -139,8 +140,8 @@ def apply_gradients(
         rounded, ``moved_share``, the share of their entries that changed at all.
     """
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     params, squares, moved = _add(state, updates, finite, optimizer.seed)
     new_state = dataclasses.replace(

@@ -190,6 +190,7 @@ def make_grpo_step(
         grads, aux_A = _accumulate(loss_fn, state.params, indices_A, layout)
         state, metrics = optim.apply_gradients(state, grads, optimizer)
         metrics |= grpo.update_metrics(aux_A, ready.tokens)
+        metrics["trained_tokens"] = ready.tokens
         metrics |= grpo.rollout_metrics(
             ready.terms, experience.verdict, experience.rollout, include_P
         )

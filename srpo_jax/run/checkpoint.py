@@ -3,8 +3,8 @@
 One step is one directory, ``<workdir>/checkpoints/<step>``, with four items: ``params`` (trained
 and frozen parameters, one flat dict), ``optimizer`` (optimizer state, step, skipped updates),
 ``host`` (what each process keeps on the host: data iterator, pending groups) and ``meta`` (JSON:
-config, best metric). A parameter-only checkpoint holds ``params`` and ``meta`` in the same layout,
-so that `load_params` reads either. Nothing is pickled.
+config, and the metric where it was evaluated). A parameter-only checkpoint holds ``params`` and
+``meta`` in the same layout, so that `load_params` reads either. Nothing is pickled.
 """
 
 import contextlib
@@ -22,13 +22,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from srpo_jax.data.files import AnyPath, absolute
+from srpo_jax.data.files import AnyPath, absolute, write_json
 from srpo_jax.run import checksums, host_state, processes
 from srpo_jax.structs import Params, TrainState
 
 FORMAT = 1  # raised when the layout of a step changes
 FOLDER = "checkpoints"
 DAMAGED = "damaged"  # beside it: steps that were set aside
+META = "meta/metadata"  # where Orbax puts the JSON of a step
 
 Meta = dict[str, Any]
 
@@ -48,18 +49,11 @@ class _KeepBest(policies.PreservationPolicy):
     """
 
     def __init__(self):
-        self._ranks: dict[int, float] = {}
-
-    def note(self, step: int, metric: float | None) -> None:
-        if metric is not None:
-            self._ranks[step] = metric
-
-    def forget(self, step: int) -> None:
-        self._ranks.pop(step, None)
+        self.metrics: dict[int, float] = {}  # by step
 
     def step(self) -> int | None:
         """The best step; the newer of two equals."""
-        return max(self._ranks, key=lambda s: (self._ranks[s], s), default=None)
+        return max(self.metrics, key=lambda s: (self.metrics[s], s), default=None)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         return [info.step == self.step() for info in checkpoints]
@@ -79,7 +73,7 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run: written in the background, renamed into place when complete.
 
-    Kept are the newest ``keep``, the best by the metric given to `save`, and every step that is a
+    Kept are the newest ``keep``, the best by the metric given to `note`, and every step that is a
     multiple of ``keep_every`` (0: none).
     """
 
@@ -93,7 +87,8 @@ class Checkpoints:
             self._kept.append(policies.EveryNSteps(keep_every))
         for step in _steps(self.folder):
             with contextlib.suppress(CheckpointError):  # of a step that nobody asks for
-                self._best.note(step, read_meta(self.folder / str(step)).get("metric"))
+                if (metric := read_meta(self.folder / str(step)).get("metric")) is not None:
+                    self._best.metrics[step] = metric
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -114,6 +109,18 @@ class Checkpoints:
         """The step with the best metric so far, or None where none was given one."""
         return self._best.step()
 
+    def metric(self, step: int) -> float | None:
+        """What `note` was given for a step, or None."""
+        return self._best.metrics.get(step)
+
+    def note(self, step: int, metric: float) -> None:
+        """Write what an evaluation found to a saved step; the best one is kept (collective)."""
+        self.wait()
+        if jax.process_index() == 0:
+            meta = read_meta(self.folder / str(step)) | {"metric": float(metric)}
+            write_json(self.folder / str(step) / META, _sealed(meta))
+        self._best.metrics[step] = float(metric)
+
     def save(
         self,
         step: int,
@@ -122,7 +129,6 @@ class Checkpoints:
         config: dict[str, Any],
         host: dict[str, Any] | None = None,
         arrays: dict[str, np.ndarray] | None = None,
-        metric: float | None = None,
         meta: Meta | None = None,
     ) -> bool:
         """Start writing one step; returns once the device buffers may be donated.
@@ -134,7 +140,6 @@ class Checkpoints:
             config: the run's config as plain JSON values.
             host: JSON values and bytes that belong to THIS process (collective: all call).
             arrays: numpy arrays that belong to this process.
-            metric: rank of this step for keeping the best, None where it was not evaluated.
             meta: further JSON values, the same on every process.
 
         Returns:
@@ -150,12 +155,10 @@ class Checkpoints:
             "format": FORMAT,
             "step": int(step),
             "processes": jax.process_count(),
-            "metric": None if metric is None else float(metric),
             "config": config,
             "checksums": checksums.checksums(arrays_of),
         }
         record["checksums"]["host"] = host_state.item_checksum(host_item)
-        self._best.note(step, record["metric"])
         items = ocp.args.Composite(
             **{name: ocp.args.StandardSave(item) for name, item in arrays_of.items()},
             host=ocp.args.StandardSave(host_item),
@@ -213,7 +216,7 @@ class Checkpoints:
             taken = sum(path.name.partition("-")[0] == str(step) for path in place.iterdir())
             (self.folder / str(step)).rename(place / (f"{step}-{taken}" if taken else str(step)))
         processes.agree({"set aside": step})
-        self._best.forget(step)
+        self._best.metrics.pop(step, None)
 
     def wait(self) -> None:
         """Block until what was saved is complete on disk; CheckpointError where it is not."""
@@ -313,7 +316,7 @@ def read_meta(path: AnyPath) -> Meta:
 
 
 def _read_meta(folder: epath.Path) -> Meta:
-    file = folder / "meta" / "metadata"
+    file = folder / META
     try:
         meta = json.loads(file.read_text())
         seal = meta.pop("seal", None)

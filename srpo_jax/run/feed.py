@@ -57,10 +57,15 @@ def open_training(
     """The endless loader of ``data.train``, and the number of records; says what they take.
 
     Records for which ``check`` gives a reason are set aside. RunError where the budgets do not hold
-    one image, or none of the first records can be used.
+    one image, a batch takes more records than there are, or none of the first ones can be used.
     """
     data, budgets = settings.data, training_budgets(settings)
     source = open_source("data.train", data.train, data)
+    if len(source) < data.global_batch_size:
+        raise RunError(
+            f"data.train={data.train} has {len(source)} records, fewer than a batch of "
+            f"data.global_batch_size={data.global_batch_size}: lower that, or add records"
+        )
     rule = {"seconds": FIRST_SECONDS, "share": data.max_bad_share}
     told = [
         check_images(parts.processor, encode, budgets),
@@ -143,7 +148,8 @@ def open_loader(
         config,
         check_record=check,
         gather=processes.gather,
-        quarantine_path=quarantine_path,
+        # Processes that read the same rows set the same ones aside.
+        quarantine_path=quarantine_path if processes.speaks(parts.mesh) else None,
         say=say,
         on_bad=on_bad,
     )

@@ -1,11 +1,11 @@
-"""What watches a run from outside of its numbers: signals, and compilation after warm-up."""
+"""What watches a run: signals, compilation after warm-up, steps that change nothing."""
 
 import contextlib
 import os
 import signal
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -133,3 +133,62 @@ def describe(tree: Any, limit: int = 10) -> str:
     inputs = [x for x in leaves if not any(word in x[0] for word in state)] or leaves
     shown = [f"{name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in inputs[:limit]]
     return ", ".join(shown)
+
+
+# --- steps that change nothing ---------------------------------------------------------------
+
+QUIET_STEPS = 10  # in a row, before a run says so
+
+
+class Progress:
+    """A word where steps in a row teach nothing; an end where updates in a row are not finite."""
+
+    def __init__(self, max_skipped: int, skipped: int, say: Callable[[str], None]):
+        """``skipped`` updates had been left out before."""
+        self._max_skipped, self._skipped, self._say = max_skipped, skipped, say
+        self._skipped_run = self._quiet_run = 0
+
+    def look(self, step: int, updates: int, metrics: Mapping[str, Any]) -> None:
+        """At each step in turn: its number of updates, its metrics (reading waits for the device).
+
+        RunError where all of the last ``max_skipped`` updates were left out.
+        """
+        names = ("skipped", "update_norm", "groups_without_signal")
+        found = {
+            n: float(x) for n, x in jax.device_get({n: metrics.get(n, 0) for n in names}).items()
+        }
+        skipped = int(found["skipped"]) - self._skipped
+        self._skipped += max(skipped, 0)
+        if updates:
+            self._skipped_run = self._skipped_run + updates if skipped >= updates else 0
+        if self._skipped_run >= self._max_skipped:
+            raise RunError(
+                f"step {step}: none of the last {self._skipped_run} updates was finite "
+                "(optim.max_skipped): go on from an earlier checkpoint with --config.init_from and "
+                "a lower --config.optim.lr"
+            )
+        reason = None if skipped else _nothing_learnt(updates, found)
+        self._quiet_run = self._quiet_run + 1 if reason else 0
+        if self._quiet_run == QUIET_STEPS:
+            self._say(f"step {step}: the last {QUIET_STEPS} steps taught nothing: {reason}")
+
+
+def _nothing_learnt(updates: int, found: Mapping[str, float]) -> str | None:
+    """Why a step has taught nothing, and what helps; None where it has."""
+    if not updates:
+        return (
+            "no group lay between filter.low and filter.high; look at accuracy/final and "
+            "rollouts/: are the problems too hard or too easy, or is the format not learnt yet "
+            "(stage 1)?"
+        )
+    if found["groups_without_signal"] == 1:
+        return (
+            "all samples of each group earned the same reward; look at reward/mean and rollouts/, "
+            "or raise sampling.group_size or sampling.temperature"
+        )
+    if not found["update_norm"]:
+        return (
+            "the updates changed no parameter; is optim.lr 0, or is there no loss on any token "
+            "(data.target, data.tokens)?"
+        )
+    return None

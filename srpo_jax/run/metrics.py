@@ -173,7 +173,7 @@ def merge_metrics(rows: list[dict[str, Any]], weigh_by: str) -> dict[str, float]
     merged = {}
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
-        if name in ("samples", "tokens") or name.endswith(("/count", "/of")):
+        if name in ("samples", "tokens", "trained_tokens") or name.endswith(("/count", "/of")):
             merged[name] = values.sum()
         elif name.endswith(("/max", "_max")):
             merged[name] = values.max()

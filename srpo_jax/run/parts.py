@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import size_config
+from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.run import checkpoint, processes
@@ -26,6 +27,18 @@ from srpo_jax.run.resume import config_hash
 from srpo_jax.run.settings import GradingSettings, RunSettings
 from srpo_jax.sampling.sampler import vision_token_ids
 from srpo_jax.structs import Params, RunError
+
+
+class SharedVerifier(Verifier):
+    """Answers are checked once for each data shard: processes that share it share the verdicts."""
+
+    def __init__(self, mesh: Mesh, grading: GradingSettings):
+        super().__init__(grading.workers, grading.timeout)
+        self._mesh = mesh
+
+    def check(self, items: Sequence[tuple[Question, str | None]]) -> list[bool]:
+        """As `Verifier.check`; collective where processes hold the same rows."""
+        return processes.from_speaker(lambda: Verifier.check(self, items), self._mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Parts:
     @functools.cached_property
     def verifier(self) -> Verifier:
         """The answer check; its worker processes start with the first use."""
-        return Verifier(self.grading.workers, self.grading.timeout)
+        return SharedVerifier(self.mesh, self.grading)
 
     @functools.cached_property
     def encode_step(self) -> Callable[..., jax.Array]:

@@ -1,17 +1,21 @@
 """Dynamic sampling: which groups teach something, and groups that wait for a later update.
 
 A group whose samples are all right or all wrong has no advantage. With ``filter.resample`` the RL
-loop goes on sampling until a step has as many informative groups as its batch holds; those sampled
-beyond that wait here for the next step, and lie in the checkpoint meanwhile.
+loop goes on sampling until a step has as many informative groups as its batch holds, over all
+processes, and evens them out between these; those sampled beyond that wait here for the next step,
+and lie in the checkpoint meanwhile. They are fewer than a batch, and so are used in that step: none
+gets older than one step but what no row had room for, which ``filter.max_age`` ends.
 """
 
 import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
 from srpo_jax.data.fields import Record
@@ -19,6 +23,7 @@ from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
 from srpo_jax.run import processes
 from srpo_jax.run.feed import Encode
+from srpo_jax.run.host_state import pack_host, unpack_host
 from srpo_jax.run.rollout import Round
 from srpo_jax.run.settings import DataSettings
 from srpo_jax.structs import Experience, Rollout, Verdict
@@ -50,9 +55,11 @@ class Group:
 class Pool:
     """Informative groups of this process that no update has used yet."""
 
-    def __init__(self, encode: Encode, processor: Processor, data: DataSettings):
+    def __init__(self, encode: Encode, processor: Processor, data: DataSettings, max_age: int):
+        """Groups that were sampled more than ``max_age`` steps ago are dropped."""
         self._encode, self._processor, self._data = encode, processor, data
-        self.groups: list[Group] = []
+        self._max_age = max_age
+        self.groups: list[Group] = []  # the oldest first
         self._blank: Samples | None = None
 
     def add(self, one: Round, step: int) -> None:
@@ -64,6 +71,36 @@ class Pool:
                 own = jax.tree.map(lambda x, p=p: x[p], samples)
                 self.groups.append(Group(record, step, own))
 
+    def drop_old(self, step: int) -> int:
+        """Leave out what is too old in this step; how many groups that were."""
+        before = len(self.groups)
+        self.groups = [group for group in self.groups if step - group.step <= self._max_age]
+        return before - len(self.groups)
+
+    def short(self, mesh: Mesh, room: int) -> bool:
+        """Whether all processes together hold fewer groups than their updates have room for."""
+        held = processes.once(processes.gather(len(self.groups) - room), mesh)
+        return sum(held) < 0
+
+    def even_out(self, mesh: Mesh, room: int) -> None:
+        """Processes with more groups than their share give their newest ones away (collective).
+
+        ``room`` is for how many the update has room in this process.
+        """
+        here, _ = processes.data_place(mesh)
+        plan = moves(processes.once(processes.gather((len(self.groups), room)), mesh))
+        if not plan:
+            return
+        kept = len(self.groups) - sum(giver == here for giver, _ in plan)
+        leaving, self.groups = self.groups[kept:], self.groups[:kept]
+        held = processes.once(processes.gather_bytes(pack_host(*_packed(leaving))), mesh)
+        for place, packed in enumerate(held):
+            takers = [taker for giver, taker in plan if giver == place]
+            if here in takers:
+                groups = _unpacked(*unpack_host(packed))
+                self.groups += [g for g, to in zip(groups, takers, strict=True) if to == here]
+        self.groups.sort(key=lambda group: group.step)
+
     def take(self, step: int, usable_B: np.ndarray) -> tuple[Experience, np.ndarray]:
         """The oldest groups, as many as fit, collated anew; the rest of the batch is filler.
 
@@ -74,7 +111,7 @@ class Pool:
 
         Returns:
             this process's part of the update, on the host, its prompts with their pixels; and [P]
-            bool: sampled by an older policy.
+            int32: how many steps ago each group was sampled, by an older policy where not 0.
         """
         data = self._data
         places, needed = self._fill(usable_B)
@@ -92,8 +129,8 @@ class Pool:
             blank = next(jax.tree.map(np.zeros_like, place[0].samples) for place in places if place)
         rollout, verdict = _stack([place[0].samples if place else blank for place in places])
         weight = batch.valid.astype(np.float32)
-        carried = np.array([bool(place and place[0].step < step) for place in places])
-        return Experience(batch, rollout, verdict, weight=weight), carried
+        age = np.array([step - place[0].step if place else 0 for place in places], np.int32)
+        return Experience(batch, rollout, verdict, weight=weight), age
 
     def _fill(self, usable_B: np.ndarray) -> tuple[list[tuple[Group, Encoded] | None], int]:
         """Groups leave the pool for the first row that has room for them, oldest first.
@@ -125,31 +162,51 @@ class Pool:
 
     # --- checkpoint ---
 
-    def state(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """JSON values and arrays from which `load` makes the same pool."""
-        values = [
-            {"record": _record_values(group.record), "step": group.step} for group in self.groups
-        ]
-        if not self.groups:
-            return values, {}
-        rollout, verdict = _stack([group.samples for group in self.groups])
-        parts = {"rollout": vars(rollout), "verdict": vars(verdict)}
-        return values, {f"{part}/{n}": x for part, held in parts.items() for n, x in held.items()}
+        return _packed(self.groups)
 
-    def load(self, values: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> None:
+    def load(self, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """The inverse of `state`."""
-        self.groups = []
-        for i, value in enumerate(values):
-            fields = value["record"]
-            images = tuple(ImageRef(**image) for image in fields["images"])
-            record = Record(**{**fields, "images": images, "choices": tuple(fields["choices"])})
-            rollout, verdict = (
-                {n.removeprefix(f"{part}/"): x[i] for n, x in arrays.items() if n.startswith(part)}
-                for part in ("rollout", "verdict")
-            )
-            self.groups.append(
-                Group(record, value["step"], (Rollout(**rollout), Verdict(**verdict)))
-            )
+        self.groups = _unpacked(values, arrays)
+
+
+def moves(held: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(from, to) of each group that has to move for all places to have their share.
+
+    ``held`` are (groups, room) of each place; shares go by the room.
+    """
+    total, room = (sum(column) for column in zip(*held, strict=True))
+    excess = [groups - total * own // room for groups, own in held]
+    for place in sorted(range(len(held)), key=lambda p: -excess[p])[: sum(excess)]:
+        excess[place] -= 1  # what does not divide stays where most are
+    givers = [place for place, n in enumerate(excess) for _ in range(n)]
+    takers = [place for place, n in enumerate(excess) for _ in range(-n)]
+    return list(zip(givers, takers, strict=True))
+
+
+def _packed(groups: list[Group]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    values = [{"record": _record_values(group.record), "step": group.step} for group in groups]
+    if not groups:
+        return {"pending": values}, {}
+    rollout, verdict = _stack([group.samples for group in groups])
+    parts = {"rollout": vars(rollout), "verdict": vars(verdict)}
+    arrays = {f"{part}/{n}": x for part, held in parts.items() for n, x in held.items()}
+    return {"pending": values}, arrays
+
+
+def _unpacked(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[Group]:
+    groups = []
+    for i, value in enumerate(values["pending"]):
+        fields = value["record"]
+        images = tuple(ImageRef(**image) for image in fields["images"])
+        record = Record(**{**fields, "images": images, "choices": tuple(fields["choices"])})
+        rollout, verdict = (
+            {n.removeprefix(f"{part}/"): x[i] for n, x in arrays.items() if n.startswith(part)}
+            for part in ("rollout", "verdict")
+        )
+        groups.append(Group(record, value["step"], (Rollout(**rollout), Verdict(**verdict))))
+    return groups
 
 
 def _stack(samples: list[Samples]) -> Samples:

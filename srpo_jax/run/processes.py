@@ -7,8 +7,8 @@ process each of them is the identity.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from srpo_jax.data import lock
 from srpo_jax.data.files import AnyPath
 from srpo_jax.model import sharding
 from srpo_jax.structs import RunError
+
+T = TypeVar("T")
 
 
 def join(
@@ -164,6 +166,33 @@ def data_place(mesh: Mesh) -> tuple[int, int]:
     if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
         raise RunError(f"mesh: this process holds the data shards {own}, which are not one block")
     return own[0] // len(own), count
+
+
+def speakers(mesh: Mesh) -> list[int]:
+    """For each place of `data_place` the process that speaks for it: the first that holds it."""
+    rows = mesh.devices.reshape(sharding.num_data_shards(mesh), -1)
+    return [*dict.fromkeys(min(device.process_index for device in row) for row in rows)]
+
+
+def speaks(mesh: Mesh) -> bool:
+    """Whether this process is one of the `speakers`."""
+    return jax.process_index() in speakers(mesh)
+
+
+def once(held: Sequence[T], mesh: Mesh) -> list[T]:
+    """Of what all processes hold (`gather`): one for each place of `data_place`, in their order."""
+    return [held[process] for process in speakers(mesh)]
+
+
+def from_speaker(make: Callable[[], T], mesh: Mesh) -> T:
+    """``make()``, JSON values, but where several processes hold the same rows, that of one of them.
+
+    What need not come out alike twice (a check that runs out of time) is alike on all of them.
+    """
+    if len(speakers(mesh)) == jax.process_count():
+        return make()
+    held = gather(make() if speaks(mesh) else None)
+    return once(held, mesh)[data_place(mesh)[0]]
 
 
 def to_local(tree: Any) -> Any:

@@ -19,6 +19,7 @@ FREE = (
     "export_hf_dir",
     "grading.workers",
     "log",
+    "optim.max_skipped",
     "rollouts",
 )
 _MAY_GROW = ("steps", "epochs")

@@ -10,7 +10,7 @@ import numpy as np
 from srpo_jax.learn.optim import Optimizer
 from srpo_jax.learn.state import abstract_state, init_state, merge_params, state_shardings
 from srpo_jax.run import checkpoint, processes
-from srpo_jax.run.guard import StopRequest
+from srpo_jax.run.guard import Progress, StopRequest
 from srpo_jax.run.metrics import MetricWriter, to_plain, utilisation
 from srpo_jax.run.parts import Parts, check_export, export, load_weights
 from srpo_jax.run.resume import check_config
@@ -31,6 +31,7 @@ class Done:
     metrics: dict[str, Any]  # device or host values
     tokens: float  # real tokens that the step went through
     flops: float  # model FLOPs
+    updates: int = 1
 
 
 class Evaluator(Protocol):
@@ -65,7 +66,7 @@ class Session:
         )
         done = self._checkpoints.latest_step() == total_steps
         self._export = check_export(settings.export_hf_dir, done)
-        self.host, self.arrays, self._best = {}, {}, None
+        self.host, self.arrays = {}, {}
         if self._checkpoints.latest_step() is None:
             params, self.origin = load_weights(settings, parts, settings.model.param_dtype)
             self.state = init_state(
@@ -83,6 +84,10 @@ class Session:
             config=settings.plain,
         )
         self._stop = StopRequest(self.writer.say)
+        self._progress = Progress(
+            settings.optim.max_skipped, int(self.state.skipped), self.writer.say
+        )
+        self._unseen: tuple[int, Done] | None = None  # its metrics may be on their way
         self._logged = self.step
         self._last_row: dict[str, Any] = {}
         self._last_eval: dict[str, float] = {}
@@ -102,7 +107,7 @@ class Session:
         newest = self._checkpoints.latest_step()
         got = self._checkpoints.restore(like, check=check, fallback=keep.fallback)
         self.state, self.step, self.host, self.arrays = got.state, got.step, got.host, got.arrays
-        self.origin, self._best = got.meta["origin"], got.meta["best"]
+        self.origin = got.meta["origin"]
         if self.step != newest:
             processes.say(
                 f"step {newest} is damaged and was moved to {checkpoint.DAMAGED}/: going on from "
@@ -143,8 +148,7 @@ class Session:
         """
         try:
             with self:
-                if evaluator is not None and self._settings.eval.at_start and self.step == 0:
-                    self._evaluate(evaluator)
+                self._evaluate(evaluator)  # also a step that the run before saved and had to leave
                 while self.step < self.total_steps:
                     done = step(self.state, self.step)
                     self.state, self.step = done.state, self.step + 1
@@ -178,7 +182,9 @@ class Session:
                 self._checkpoints.close()
 
     def log(self, done: Done) -> None:
-        """Queue the row of the step just done."""
+        """Queue the row of the step just done, look at the one before."""
+        self._look()
+        self._unseen = self.step, done
         every = self._settings.log.every
         if self.step % every and self.step != self.total_steps:
             return
@@ -195,16 +201,22 @@ class Session:
         }
         self.writer.defer(self.step, self._last_row)
 
+    def _look(self) -> None:
+        """At the last step, but one step late: nothing waits for the device."""
+        if self._unseen is not None:
+            step, done = self._unseen
+            self._unseen = None
+            self._progress.look(step, done.updates, done.metrics)
+
     def _end_step(self, evaluator: Evaluator | None, host: HostState) -> bool:
-        """Evaluate and save where they are due; True where a signal asks the run to stop here."""
+        """Save and evaluate where they are due; True where a signal asks the run to stop here.
+
+        A step is saved before it is evaluated: whatever happens there costs no training.
+        """
         last = self.step == self.total_steps
         stop = bool(processes.maximum(int(self._stop.requested)))
-        metric = None
-        if evaluator is not None and not stop and (self._due(self._settings.eval.every) or last):
-            metric = self._evaluate(evaluator)[BEST]
-        is_best = metric is not None and (self._best is None or metric > self._best)
-        if last or stop or is_best or self._due(self._settings.checkpoint.every):
-            self._best = metric if is_best else self._best
+        saves = last or stop or self._due(self._settings.checkpoint.every)
+        if saves or self._owes_evaluation(evaluator):
             values, arrays = host()
             with self._parts.timers.outside():
                 self._checkpoints.save(
@@ -213,21 +225,31 @@ class Session:
                     config=self._settings.plain,
                     host=values,
                     arrays=arrays,
-                    metric=metric,
-                    meta={
-                        "origin": self.origin,
-                        "best": self._best,
-                        "total_steps": self.total_steps,
-                    },
+                    meta={"origin": self.origin, "total_steps": self.total_steps},
                 )
+        if not stop:
+            self._evaluate(evaluator)
         return stop and not last
 
-    def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
+    def _owes_evaluation(self, evaluator: Evaluator | None) -> bool:
+        """Whether the present step is one to evaluate, and has not been."""
+        if evaluator is None or self._checkpoints.metric(self.step) is not None:
+            return False
+        at_start, every = self._settings.eval.at_start, self._settings.eval.every
+        if self.step == 0:
+            return at_start
+        return self._due(every) or self.step == self.total_steps
+
+    def _evaluate(self, evaluator: Evaluator | None) -> None:
+        """Where it is due: evaluate, and note the metric at the step's checkpoint."""
+        if evaluator is None or not self._owes_evaluation(evaluator):
+            return
         with self._parts.timers.outside():
             found = evaluator(merge_params(self.state), seed=self._settings.seed)
-        self.writer.write(self.step, found, split="eval")
+            self.writer.write(self.step, found, split="eval")
+            if self.step:
+                self._checkpoints.note(self.step, found[BEST])
         self._last_eval = found
-        return found
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -235,6 +257,7 @@ class Session:
     def _finish(self) -> dict[str, Any]:
         """Wait for the checkpoint, export, say how it ended; the results."""
         self.writer.flush()
+        self._look()
         self._checkpoints.wait()
         done, best = self.step >= self.total_steps, self._checkpoints.best_step()
         if not done:
@@ -247,7 +270,8 @@ class Session:
             export(merge_params(self.state), self._parts, settings.hf_dir, settings.export_hf_dir)
             self.writer.say(f"exported to {settings.export_hf_dir}")
         if best is not None:
-            self.writer.say(f"best {BEST} {self._best:.4f}: {self._checkpoints.folder / str(best)}")
+            metric, folder = self._checkpoints.metric(best), self._checkpoints.folder
+            self.writer.say(f"best {BEST} {metric:.4f}: {folder / str(best)}")
         row, _ = to_plain(self._last_row)
         ending = {"step": self.step, "finished": done, "best_step": best}
         return row | ending | ({"eval": self._last_eval} if self._last_eval else {})

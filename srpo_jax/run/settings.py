@@ -9,6 +9,7 @@ them with the same functions: what is planned is what runs.
 import dataclasses
 import functools
 import json
+import math
 import os
 import typing
 from collections.abc import Callable
@@ -128,6 +129,7 @@ class FilterSettings:
     high: float
     resample: bool
     max_rounds: int
+    max_age: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +266,8 @@ def sft_settings(config: Any, workdir: AnyPath = "") -> SftSettings:
     settings = _read(SftSettings, config, workdir)
     if settings.data.pack and not settings.steps:
         raise RunError("data.pack: a packed batch holds as many records as fit; set steps")
+    if not settings.steps and not settings.epochs:
+        raise RunError("steps=0 and epochs=0: set one of them")
     return settings
 
 
@@ -281,15 +285,15 @@ def grpo_settings(
         settings = dataclasses.replace(settings, reward=reward, plain=plain)
     if settings.steps < 1:
         raise RunError(f"steps={settings.steps}: must be at least 1")
-    if settings.filter.low > settings.filter.high:
+    group, low, high = settings.sampling.group_size, settings.filter.low, settings.filter.high
+    if group < 2:
         raise RunError(
-            f"filter.low={settings.filter.low} lies above filter.high={settings.filter.high}: no "
-            "group could be kept"
+            f"sampling.group_size={group}: an advantage compares at least 2 samples of a prompt"
         )
-    if settings.sampling.group_size < 2:
+    if not any(low <= right / group <= high for right in range(group + 1)):
         raise RunError(
-            f"sampling.group_size={settings.sampling.group_size}: an advantage compares at least 2 "
-            "samples of a prompt"
+            f"filter.low={low} and filter.high={high}: no group could be kept, for no number of "
+            f"right samples of sampling.group_size={group} has a share between them"
         )
     return settings
 
@@ -351,22 +355,26 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
         "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
-        "grpo.tis_cap grpo.clip_low grpo.clip_high grpo.kl_coef eval.temperature",
-        lambda value: value is None or value >= 0,
-        "must not be negative",
+        "grpo.tis_cap grpo.kl_coef grpo.adv_eps filter.max_age eval.temperature",
+        lambda value: value is None or 0 <= value < math.inf,
+        "must not be negative or infinite",
     ),
     (
         "data.global_batch_size data.prompts_per_row data.prompt_tokens data.tokens min_pixels "
         "eval.batch_size eval.samples checkpoint.keep log.every filter.max_rounds logit_chunk "
-        "grpo.logit_chunk grpo.updates_per_rollout grading.workers",
+        "grpo.logit_chunk grpo.updates_per_rollout grading.workers optim.max_skipped",
         lambda value: value >= 1,
         "must be at least 1",
     ),
     ("data.mix", lambda value: all(weight > 0 for weight in value), "weights must be above 0"),
-    ("grading.timeout optim.eps", lambda value: value > 0, "must be above 0"),
+    (
+        "grading.timeout optim.eps optim.grad_clip grpo.clip_low grpo.clip_high",
+        lambda value: value is None or value > 0,
+        "must be above 0",
+    ),
     (
         "grading.tolerance filter.low filter.high data.max_bad_share optim.warmup_ratio "
-        "optim.final_fraction optim.b1 optim.b2",
+        "optim.final_fraction",
         lambda value: 0 <= value <= 1,
         "must lie between 0 and 1",
     ),
@@ -375,6 +383,14 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: not on_bucket(value) or value.startswith("tfds:"),
         "must lie on a disk: copy it (gcloud storage cp -r), or mount the bucket",
     ),
+    ("seed", lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32"),
+    ("grpo.entropy_coef", math.isfinite, "must be a number"),
+    ("optim.b1 optim.b2", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    (
+        "grpo.dual_clip",
+        lambda value: not value or value > 1,
+        "must be above 1 (0: off): at a ratio of 1 it would take all gradient from bad samples",
+    ),
 )
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.prompt": tuple(MESSAGES),
@@ -382,6 +398,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.mask_wrong_first": ("auto", "true", "false", True, False),
     "eval.stop_after": ("first", "confident", "final"),
     "optim.schedule": ("cosine", "constant"),
+    "optim.moment_dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
     "grpo.kl_kind": ("k1", "k2", "k3"),
     "grpo.aggregation": ("sequence", "token", "constant"),
 }
