@@ -592,7 +592,7 @@ def stopped_at(rng, share: float, processes: int, batch: int = 128, batches: int
 
 
 @pytest.mark.parametrize("processes", [1, 8])
-def test_the_share_of_bad_records_is_judged_with_confidence_however_often_it_is_looked_at(
+def test_bad_records_stop_a_run_beyond_chance_however_often_they_are_counted(
     processes,
 ):
     rng = np.random.default_rng(processes)
