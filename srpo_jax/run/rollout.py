@@ -78,7 +78,7 @@ class Generator:
         batch, features = self.encode(params, local)
         keys = prompt_keys(loaded)
         # Alive until the next update donates ``params``.
-        fit = relayout(params, parts.mesh, layout="sample", dtype=parts.model.dtype)
+        fit = relayout(params, parts.mesh, dtype=parts.model.dtype)
         rollout = self._sampler.generate(fit, batch, features, keys, seed=seed, step=step)
         return Sampled(loaded.records, loaded.slots, local, batch, features, rollout)
 
