@@ -272,7 +272,7 @@ def assert_same(a: Rollout, b: Rollout, prompts=slice(None)) -> None:
 
 def compile_count(sampler):
     """Programs compiled so far."""
-    functions = (sampler._empty, sampler.prefill, *sampler._decoders.values())
+    functions = (sampler._empty, sampler.prefill, *sampler._late.values())
     return sum(f._cache_size() for f in functions)
 
 
@@ -490,7 +490,7 @@ def test_greedy_equals_hugging_face_generate(tmp_path):
 
 def test_programs_lower_from_shapes_and_decode_moves_no_cache_weights_or_logits(params):
     sampler = make_sampler((2, 2, 2), concurrent_rows=2, top_p=0.9)
-    abstract = abstract_params(CFG, for_sampling=True)
+    abstract = abstract_params(CFG, "decoder")
     specs = param_specs(abstract, sampler.mesh, "sample")
     abstract = {
         k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=specs[k]) for k, v in abstract.items()

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,17 +93,13 @@ def relayout(params: Params, mesh: Mesh, *, dtype: str, take: bool = False) -> P
     out = {}
     for path in [path for path in params if path.startswith("text/")]:
         x = params.pop(path) if take else params[path]
-        target = sharding.param_specs(_for_sampling({path: x}), mesh, "sample")
-        if path in target and x.dtype == jnp.dtype(dtype):
-            if x.sharding.is_equivalent_to(target[path], x.ndim):
-                out[path] = x
-                continue
-        out |= _relayout_step(tuple(target.items()), dtype)({path: x})
+        target = sharding.param_specs(jax.eval_shape(for_sampling, {path: x}), mesh, "sample")
+        same = path in target and x.dtype == jnp.dtype(dtype)
+        if same and x.sharding.is_equivalent_to(target[path], x.ndim):
+            out[path] = x
+        else:
+            out |= _relayout_step(tuple(target.items()), dtype)({path: x})
     return out
-
-
-def _for_sampling(params: dict[str, Any]) -> dict[str, Any]:
-    return jax.eval_shape(for_sampling, params)
 
 
 @functools.lru_cache(maxsize=64)

@@ -104,11 +104,12 @@ def decode_attention(
     Z, J, H, E = q_ZJHE.shape
     K = own_kv[0].shape[2]
     q = q_ZJHE.reshape(Z, J, K, H // K, E)
-    of_place = _take(q, sight.slot_ZCG)  # [Z, C, G, K, n, E]
-    shared = _part("zcgkn", "zck", of_place, prompt_kv, sight.prompt_ZCS[:, :, None, None, None])
-    shared = [x.reshape(Z, -1, *x.shape[3:]) for x in shared]
-    out, peak, total = (_take(x, sight.place_ZJ) for x in shared)
-    own_out, own_peak, own_total = _part("zjkn", "zjk", q, own_kv, sight.own_ZJW[:, :, None, None])
+    C, G = sight.slot_ZCG.shape[1:]
+    of_place = _take(q, sight.slot_ZCG).swapaxes(2, 3).reshape(Z, C, K, -1, E)  # rows: g, n
+    shared = _part(of_place, prompt_kv, sight.prompt_ZCS)
+    shared = [x.reshape(Z, C, K, G, H // K, *x.shape[4:]).swapaxes(2, 3) for x in shared]
+    out, peak, total = (_take(x.reshape(Z, C * G, *x.shape[3:]), sight.place_ZJ) for x in shared)
+    own_out, own_peak, own_total = _part(q, own_kv, sight.own_ZJW)
     highest = jnp.maximum(peak, own_peak)
     share, own_share = jnp.exp(peak - highest), jnp.exp(own_peak - highest)
     out = out * share[..., None] + own_out * own_share[..., None]
@@ -122,15 +123,15 @@ def _take(x_ZX: jax.Array, index_Z: jax.Array) -> jax.Array:
 
 
 def _part(
-    rows: str, batch: str, q: jax.Array, kv: tuple[jax.Array, jax.Array], visible: jax.Array
+    q_ZCKME: jax.Array, kv_ZCKSE: tuple[jax.Array, jax.Array], visible_ZCS: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A part of a softmax: float32 weighted values [*rows, e], before division; maxima, sums."""
+    """A part of a softmax: float32 weighted values, not yet divided, with their maxima and sums."""
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = product(f"{rows}e,{batch}se->{rows}s", q, kv[0]) * q.shape[-1] ** -0.5
-    logits = jnp.where(visible, logits, MASKED)
+    logits = product("zckme,zckse->zckms", q_ZCKME, kv_ZCKSE[0]) * q_ZCKME.shape[-1] ** -0.5
+    logits = jnp.where(visible_ZCS[:, :, None, None], logits, MASKED)
     peak = jnp.max(logits, axis=-1)
     weights = jnp.exp(logits - peak[..., None])
-    out = product(f"{rows}s,{batch}se->{rows}e", weights.astype(q.dtype), kv[1])
+    out = product("zckms,zckse->zckme", weights.astype(q_ZCKME.dtype), kv_ZCKSE[1])
     return out, peak, jnp.sum(weights, axis=-1)
 
 

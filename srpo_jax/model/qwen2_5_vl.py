@@ -1,13 +1,14 @@
 """Qwen2.5-VL: parameters as a flat dict, and the passes that training and sampling make.
 
 Parameters live outside, flat: ``{"text/layers/attn/q/kernel": array}``, layers stacked on a leading
-axis. Sampling has a form of its own, without the vision tower and with an array for every layer:
-``{"text/layers/3/attn/q/kernel": array}``, see ``for_sampling``. ``bind`` makes a module of either;
+axis. Sampling takes the part "decoder", which has an array for every layer:
+``{"text/layers/3/attn/q/kernel": array}``, see ``for_sampling``. ``bind`` makes a module of them;
 it is cheap and meant to be called inside ``jax.jit``.
 """
 
 import functools
 import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,18 @@ from srpo_jax.structs import Batch, Params, VisionInputs
 
 PROMPT_SEGMENT = 1  # a prompt is always the single segment 1, its padding 0
 LAYERS = "text/layers/"
+Part = Literal["all", "decoder", "tower"]
 COMPLETION_PADDING = -1  # apart from the prompt's padding, so that neither sees the other
 
 
 class Qwen2_5_VL(nnx.Module):
-    """Vision tower and decoder, or ``for_sampling`` the decoder alone. Make one with ``bind``."""
+    """Vision tower and decoder, or one of them (``Part``). Make one with ``bind``."""
 
-    def __init__(self, cfg: ModelConfig, *, for_sampling: bool = False, rngs: nnx.Rngs):
-        if not for_sampling:
+    def __init__(self, cfg: ModelConfig, part: Part = "all", *, rngs: nnx.Rngs):
+        if part != "decoder":
             self.vision = VisionModel(cfg, rngs=rngs)
-        self.text = TextModel(cfg, stacked=not for_sampling, rngs=rngs)
+        if part != "tower":
+            self.text = TextModel(cfg, stacked=part == "all", rngs=rngs)
         self.cfg = cfg
 
     def encode_images(self, vision: VisionInputs[jax.Array]) -> jax.Array:
@@ -66,7 +69,7 @@ class Qwen2_5_VL(nnx.Module):
         vision_src_PS: jax.Array | None = None,
         features_MND: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """Needs ``for_sampling`` -> (hidden state [P, D] at each prompt's last token, each layer's
+        """Of the part "decoder" -> (hidden state [P, D] at each prompt's last token, each layer's
         keys and values [P, K, S, E])."""
         x = self.embed(tokens_PS, vision_src_PS, features_MND)
         x, caches = self.text.run_prefill(x, mrope_P3S, segment_ids_PS)
@@ -113,13 +116,13 @@ class Qwen2_5_VL(nnx.Module):
         column: jax.Array,
         sight: Sight,
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """Needs ``for_sampling``: one step of every slot -> (hidden states [Z, J, D], rings with it
+        """Of the part "decoder": one step of every slot -> (hidden states [Z, J, D], rings with it
         written).
 
-        ``prompt_caches`` are [Z, C, K, S, E] of each layer, ``rings`` [Z, N, K, R, E]; the first
-        J <= N slots are decoded and read the first W <= R columns (J and W are those of ``sight``).
-        The token is written at ``column``, the same for all samples. Keys are rotated before they
-        are stored, so the order of columns means nothing.
+        ``prompt_caches`` are [Z, C, K, S, E] of each layer, ``rings`` [Z, J, K, R, E], of which the
+        first W <= R columns are read (those of ``sight``). The token is written at ``column``, the
+        same for all samples. Keys are rotated before they are stored, so the order of columns means
+        nothing.
         """
         x, rings = self.text.run_decode(
             self.embed(tokens_ZJ), positions_ZJ, prompt_caches, rings, column, sight
@@ -156,16 +159,14 @@ class Qwen2_5_VL(nnx.Module):
         return self.text.lm_head.kernel[...]
 
 
-def abstract_params(
-    cfg: ModelConfig, *, for_sampling: bool = False
-) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(cfg: ModelConfig, part: Part = "all") -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of every parameter, without making any."""
-    _, paths, state = _structure(cfg, for_sampling)
+    _, paths, state = _structure(cfg, part)
     return dict(zip(paths, jax.tree.leaves(state), strict=True))
 
 
 def for_sampling(params: Params) -> Params:
-    """The decoder's parameters with an array for every layer; those in this form stay the same."""
+    """All parameters to those of "decoder": an array for every layer. These stay as they are."""
     out = {}
     for path, x in params.items():
         if re.match(rf"{LAYERS}\D", path):
@@ -178,14 +179,14 @@ def for_sampling(params: Params) -> Params:
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """Random parameters as HF draws them: normal(0.02), zero biases, unit norms. Jittable."""
-    _, paths, _ = _structure(cfg, False)
+    _, paths, _ = _structure(cfg, "all")
     _, state = nnx.split(Qwen2_5_VL(cfg, rngs=nnx.Rngs(key)))
     return dict(zip(paths, jax.tree.leaves(state), strict=True))
 
 
-def bind(cfg: ModelConfig, params: Params, *, for_sampling: bool = False) -> Qwen2_5_VL:
+def bind(cfg: ModelConfig, params: Params, part: Part = "all") -> Qwen2_5_VL:
     """The model over ``params``. Raises ValueError naming missing and superfluous paths."""
-    graphdef, paths, state = _structure(cfg, for_sampling)
+    graphdef, paths, state = _structure(cfg, part)
     if set(paths) != set(params):
         missing, extra = sorted(set(paths) - set(params)), sorted(set(params) - set(paths))
         raise ValueError(
@@ -197,12 +198,9 @@ def bind(cfg: ModelConfig, params: Params, *, for_sampling: bool = False) -> Qwe
 
 
 @functools.cache
-def _structure(
-    cfg: ModelConfig, for_sampling: bool
-) -> tuple[nnx.GraphDef, tuple[str, ...], nnx.State]:
+def _structure(cfg: ModelConfig, part: Part) -> tuple[nnx.GraphDef, tuple[str, ...], nnx.State]:
     """Graph definition, parameter paths in the state's own order, abstract state."""
-    make = functools.partial(Qwen2_5_VL, cfg, for_sampling=for_sampling)
-    graphdef, state = jax.eval_shape(lambda: nnx.split(make(rngs=nnx.Rngs(0))))
+    graphdef, state = jax.eval_shape(lambda: nnx.split(Qwen2_5_VL(cfg, part, rngs=nnx.Rngs(0))))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     return graphdef, tuple(_path_name(path) for path in paths), state
 

@@ -172,8 +172,8 @@ class TextModel(nnx.Module):
         column: jax.Array,
         sight: Sight,
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """One token of the first J slots, in the layout "sample" -> (residual stream, the rings
-        with it written at ``column``).
+        """One token of each slot, in the layout "sample" -> (residual stream, the rings with it
+        written at ``column``).
 
         A loop over layers whose weights and caches are arrays of their own: slices of stacked
         arrays would be copied before every product.
@@ -182,15 +182,15 @@ class TextModel(nnx.Module):
         W = sight.own_ZJW.shape[-1]
         rope = self.rope(jnp.broadcast_to(positions_ZJ[:, None, :], (Z, 3, J)))
 
-        def write(ring_ZNKRE: jax.Array, new_ZJKE: jax.Array) -> jax.Array:
-            new = new_ZJKE[:, :, :, None].astype(ring_ZNKRE.dtype)
-            return jax.lax.dynamic_update_slice(ring_ZNKRE, new, (0, 0, 0, column, 0))
+        def write(ring_ZJKRE: jax.Array, new_ZJKE: jax.Array) -> jax.Array:
+            new = new_ZJKE[:, :, :, None].astype(ring_ZJKRE.dtype)
+            return jax.lax.dynamic_update_slice(ring_ZJKRE, new, (0, 0, 0, column, 0))
 
         x, written = x_ZJD, []
         for layer, prompt_kv, (keys, values) in zip(self.layers, prompt_caches, rings, strict=True):
             q, k, v = layer.qkv(x, rope)
             ring = (write(keys, k), write(values, v))
-            own_kv = (ring[0][:, :J, :, :W], ring[1][:, :J, :, :W])
+            own_kv = (ring[0][..., :W, :], ring[1][..., :W, :])
             x = layer.finish(x, decode_attention(q, prompt_kv, own_kv, sight))
             written.append(ring)
         return x, tuple(written)

@@ -16,7 +16,7 @@ hence the physical order does not matter to attention.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -109,25 +109,27 @@ class Sampler:
         self._new_state = functools.partial(on_device.empty, cfg, sampling.pad_id)
         self._empty = jax.jit(self._new_state, static_argnames="sizes", out_shardings=self._layout)
         self.prefill = jax.jit(self._prefill, donate_argnames="state", out_shardings=self._layout)
-        self._decoders: dict[tuple[int, int], Any] = {}
-        ring, fields = self._specs[1].rings[0][0], dict.fromkeys(PER_SLOT, on_device.ROWS)
-        self._move_ring, self._move_fields = (
-            jax.jit(functools.partial(on_device.move, mesh, layout), donate_argnames="tree")
-            for layout in (ring, fields)
-        )
+        self._late: dict[str, Any] = {}
 
     def decode_segment(self, width: int, window: int) -> Any:
-        """The jitted ``_decode_segment`` of the first ``width`` slots and ``window`` columns."""
-        if (width, window) not in self._decoders:
-            function = functools.partial(self._decode_segment, (width, window))
-            # A name of its own: one that is first needed late does not look like a recompilation.
-            setattr(function, "__name__", f"decode_{width}_slots_{window}_columns")  # noqa: B010
-            self._decoders[width, window] = jax.jit(
-                function,
-                donate_argnames="work",
-                out_shardings=(self._layout[1:], replicated(self.mesh)),
-            )
-        return self._decoders[width, window]
+        """The jitted ``_decode_segment`` of ``width`` slots and ``window`` columns."""
+        return self._jitted(
+            f"decode_{width}_slots_{window}_columns",
+            functools.partial(self._decode_segment, window),
+            donate_argnames="work",
+            out_shardings=(self._layout[1:], replicated(self.mesh)),
+        )
+
+    def _jitted(self, name: str, function: Callable[..., Any], **options: Any) -> Any:
+        """``function``, compiled once for ``name``: the sizes that it depends on beside a budget.
+
+        Sizes may be first needed at any time. With a name of their own they do not look like a
+        program that is compiled again.
+        """
+        if name not in self._late:
+            setattr(function, "__name__", name)  # noqa: B010 (types do not know it of a partial)
+            self._late[name] = jax.jit(function, **options)
+        return self._late[name]
 
     def generate(
         self,
@@ -256,10 +258,19 @@ class Sampler:
         return state[2]
 
     def _moved(self, slots: Slots[jax.Array], to: Move) -> Slots[jax.Array]:
-        """One ring after the other, so that no more than one is held twice."""
-        rings = tuple(tuple(self._move_ring(x, to) for x in layer) for layer in slots.rings)
-        fields = self._move_fields({f: getattr(slots, f) for f in PER_SLOT}, to)
-        return dataclasses.replace(slots, rings=rings, **fields)
+        """One array after the other, so that no more than one is held twice."""
+        move = self._jitted(
+            f"move_{slots.done.shape[1]}_to_{to.slot_ZJ.shape[1]}_slots",
+            functools.partial(on_device.move, self.mesh, self._specs[1].rings[0][0]),
+        )
+
+        def moved(x: jax.Array) -> jax.Array:
+            new = move(x, to)
+            x.delete()
+            return new
+
+        fields = {f: moved(getattr(slots, f)) for f in PER_SLOT}
+        return dataclasses.replace(slots, rings=jax.tree.map(moved, slots.rings), **fields)
 
     def _prefill(
         self,
@@ -275,7 +286,7 @@ class Sampler:
         (batch, keys_Z), features = on_device.select(
             self.mesh, (batch, keys_A), features_MND, fill.prompt_Z
         )
-        model = bind(self.cfg, params, for_sampling=True)
+        model = bind(self.cfg, params, "decoder")
         h_ZD, caches = model.prefill(
             batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features
         )
@@ -306,30 +317,28 @@ class Sampler:
 
     def _decode_segment(
         self,
-        shape: tuple[int, int],
+        window: int,
         params: Params,
         prompts: Prompts[jax.Array],
         work: tuple[Slots[jax.Array], Rollout[jax.Array]],
         places: Places,
         limits: jax.Array,
     ) -> tuple[Any, Any]:
-        """Up to ``limits[0]`` tokens of every sample that is not done, in the first slots.
+        """Up to ``limits[0]`` tokens of every sample that is not done.
 
         Args:
-            shape: how many slots, and how many columns their rings have.
+            window: columns of the rings that are used.
             work: the slots and the result, which come back.
             limits: see ``Schedule.limits``.
 
         Returns: work, and what the host looks at: (tokens of each sample, done, steps).
         """
-        (width, window), (slots, rollout) = shape, work
-        before = {f: getattr(slots, f)[:, :width] for f in PER_SLOT}
-        Z = slots.done.shape[0]
-        place_ZJ, sample_ZJ = places.place_ZJ[:, :width], places.sample_ZJ[:, :width]
-        seen = (prompts.segment_ids == PROMPT_SEGMENT, places.slot_ZCG, place_ZJ)
+        slots, rollout = work
+        before_ZJ = slots.length
+        visible_ZCS = prompts.segment_ids == PROMPT_SEGMENT
 
         def running(carry: Carry) -> jax.Array:
-            live_Z = jnp.sum(~carry[1].done & (sample_ZJ >= 0), axis=1)
+            live_Z = jnp.sum(~carry[1].done & (places.sample_ZJ >= 0), axis=1)
             return (carry[0] < limits[0]) & (jnp.max(live_Z) > limits[1])
 
         def advance(carry: Carry) -> Carry:
@@ -338,25 +347,22 @@ class Sampler:
                 slots.step % window - jnp.arange(window)
             ) % window  # steps since it was written
             own_ZJW = age_W[None, None] < slots.length[..., None]
-            sight = Sight(seen[0], own_ZJW, *seen[1:])
+            sight = Sight(visible_ZCS, own_ZJW, places.slot_ZCG, places.place_ZJ)
             slots, token = self._decode_token(params, prompts, slots, sight)
             drawn = {f: drawn[f].at[count].set(token[f]) for f in drawn}
             return count + 1, slots, drawn
 
-        zeros = functools.partial(jnp.zeros, (self.sampling.segment, Z, width))
+        zeros = functools.partial(jnp.zeros, (self.sampling.segment, *before_ZJ.shape))
         drawn = dict(completions=zeros(jnp.int32), sample_logp=zeros(), policy_logp=zeros())
-        carry = (jnp.int32(0), dataclasses.replace(slots, **before), drawn)
-        _, part, drawn = jax.lax.while_loop(running, advance, carry)
-        after = {f: getattr(slots, f).at[:, :width].set(getattr(part, f)) for f in PER_SLOT}
-        rollout = on_device.record(self.mesh, rollout, drawn, sample_ZJ, before["length"], part)
-        slots = dataclasses.replace(part, **after)
+        _, slots, drawn = jax.lax.while_loop(running, advance, (jnp.int32(0), slots, drawn))
+        rollout = on_device.record(self.mesh, rollout, drawn, places.sample_ZJ, before_ZJ, slots)
         return (slots, rollout), (slots.length, slots.done, slots.step)
 
     def _decode_token(
         self, params: Params, prompts: Prompts[jax.Array], slots: Slots[jax.Array], sight: Sight
     ) -> tuple[Slots[jax.Array], Drawn]:
         """Feed every slot's last token, sample its next one."""
-        model = bind(self.cfg, params, for_sampling=True)
+        model = bind(self.cfg, params, "decoder")
         h_ZJD, rings = model.decode(
             slots.last,
             slots.next_pos + slots.length - 1,

@@ -50,8 +50,8 @@ class Places(NamedTuple):
 
 
 class Move(NamedTuple):
-    """The slots anew: slot j takes what was in slot ``slot_ZJ``, column r what was in
-    ``column_R``."""
+    """The slots anew, as many as ``slot_ZJ`` has: slot j takes what was in slot ``slot_ZJ[:, j]``,
+    column r what was in ``column_R[r]``."""
 
     slot_ZJ: np.ndarray
     column_R: np.ndarray
@@ -73,6 +73,7 @@ class Schedule:
         self.C = min(self.prompts, 2 * self.concurrent)  # prompts that end leave slots to others
         self.windows, self.widths = windows(self.tokens), widths(self.J)
         self.window, self.width = self.windows[0], self.J
+        # J slots, or since they were moved together as many as ``width`` says.
         self.sample_ZJ = np.full((self.shards, self.J), -1, np.int32)
         self.row_ZJ = np.zeros((self.shards, self.J), np.int32)
         self.length_ZJ = np.zeros((self.shards, self.J), np.int32)
@@ -145,16 +146,16 @@ class Schedule:
             # Column r of the new window is that of the last step which is r modulo its width.
             last_R = self.step - 1 - (self.step - 1 - column_R) % self.window
             column_R = last_R % before
-        order_ZJ = np.broadcast_to(np.arange(self.J), self.sample_ZJ.shape)
         width = self.width if self.waiting else min(w for w in self.widths if w >= self._live())
-        if width < self.width:
-            self.width = width
-            order_ZJ = np.argsort(self.sample_ZJ < 0, axis=1, kind="stable")
-            for name in ("sample_ZJ", "row_ZJ", "length_ZJ"):
-                setattr(self, name, np.take_along_axis(getattr(self, name), order_ZJ, axis=1))
-        elif (column_R == np.arange(self.tokens)).all():
+        if width == self.width and (column_R == np.arange(self.tokens)).all():
             return None
-        return Move(order_ZJ.astype(np.int32), column_R.astype(np.int32))
+        slot_ZJ = np.argsort(self.sample_ZJ < 0, axis=1, kind="stable")[
+            :, :width
+        ]  # live ones first
+        self.width = width
+        for name in ("sample_ZJ", "row_ZJ", "length_ZJ"):
+            setattr(self, name, np.take_along_axis(getattr(self, name), slot_ZJ, axis=1))
+        return Move(slot_ZJ.astype(np.int32), column_R.astype(np.int32))
 
     def _live(self) -> int:
         return int((self.sample_ZJ >= 0).sum(axis=1).max())
@@ -175,6 +176,6 @@ class Schedule:
         """Takes in what a segment did: tokens of the samples, which are done, steps made so far."""
         used_ZJ = self.sample_ZJ >= 0
         self.slot_steps += (step - self.step) * self.shards * self.width
-        self.live_steps += int((length_ZJ - self.length_ZJ)[used_ZJ].clip(0).sum())
+        self.live_steps += int((length_ZJ - self.length_ZJ)[used_ZJ].clip(0).sum())  # fillers: -1
         self.step, self.length_ZJ = step, np.where(used_ZJ, length_ZJ, 0)
         self.sample_ZJ = np.where(done_ZJ, -1, self.sample_ZJ)

@@ -224,17 +224,15 @@ def record(
     return write(rollout, drawn, sample_ZJ, length_ZJ, slots.length, slots.finished)
 
 
-def move(mesh: Mesh, layout: Any, tree: Any, to: Move) -> Any:
-    """Fields [Z, J] or rings [Z, J, K, R, E] with their slots, and columns, taken anew."""
+def move(mesh: Mesh, ring: PartitionSpec, x: jax.Array, to: Move) -> jax.Array:
+    """A field [Z, J] or a ring [Z, J, K, R, E] with its slots, and columns, taken anew: a copy."""
+    layout = ring if x.ndim == len(ring) else ROWS
 
-    def local(tree: Any, slot_1J: jax.Array, column_R: jax.Array) -> Any:
-        def take(x: jax.Array) -> jax.Array:
-            x = x[:, slot_1J[0]]
-            return x[..., column_R, :] if x.ndim == 5 else x
+    def local(x: jax.Array, slot_1J: jax.Array, column_R: jax.Array) -> jax.Array:
+        x = x[:, slot_1J[0]]
+        return x if layout is ROWS else x[..., column_R, :]
 
-        return jax.tree.map(take, tree)
-
-    return _per_shard(mesh, local, (layout, ROWS, REPLICATED), layout)(tree, *to)
+    return _per_shard(mesh, local, (layout, ROWS, REPLICATED), layout)(x, *to)
 
 
 def _per_shard(
