@@ -306,6 +306,7 @@ class Stage:
             "filter/kept_share": kept / max(valid, 1.0),
             "filter/rounds": len(rounds),
             "filter/pending_groups": waiting,
+            "sampling/idle_share": sum(r.sampled.idle_share for r in rounds) / len(rounds),
         }
 
     def work(self, lesson: Lesson) -> tuple[float, float]:

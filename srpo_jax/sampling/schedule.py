@@ -16,7 +16,6 @@ import numpy as np
 
 MIN_WINDOW, MAX_WINDOWS = 64, 5
 MIN_WIDTH = 8  # fewer slots read the same weights: they save nothing
-EIGHTHS = (1, 2, 3, 4, 6, 8)
 
 
 def windows(R: int) -> list[int]:
@@ -28,9 +27,13 @@ def windows(R: int) -> list[int]:
 
 
 def widths(J: int) -> list[int]:
-    """Slots of a shard that a program may decode, ascending: J and some eighths of it."""
-    parts = {-(-J * eighths // 8) for eighths in EIGHTHS}
-    return sorted({max(part, min(J, MIN_WIDTH)) for part in parts})
+    """Slots of a shard that a program may decode, ascending: J, its halves, and 3/4 and 3/8 of it,
+    where most samples of a batch end."""
+    least, found = min(J, MIN_WIDTH), {-(-J * 3 // 4), -(-J * 3 // 8), J}
+    while J > least:
+        J = -(-J // 2)
+        found.add(J)
+    return sorted({max(width, least) for width in found})
 
 
 class Fill(NamedTuple):
