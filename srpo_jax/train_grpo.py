@@ -333,6 +333,7 @@ class Stage:
             "filter/rounds": len(rounds),
             "filter/age_mean": total["age"] / max(total["used"], 1),
             "filter/age_max": max(one["oldest"] for one in held),
+            "sampling/idle_share": sum(r.sampled.idle_share for r in rounds) / len(rounds),
         }
 
     def work(self, lesson: Lesson) -> tuple[float, float]:

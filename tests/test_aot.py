@@ -1,7 +1,9 @@
 """The real programs of the 7B recipe, compiled for hardware that is not there (slow tier)."""
 
 import importlib.util
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +77,66 @@ def test_the_platforms_own_attention_kernel_is_what_compiles(topology, kernel):
     script = ATTENTION.format(topology=topology, kernel=kernel)
     out = _run(topology.partition(":")[0], "-c", script)
     assert int(out.split("kernels:")[1]) >= 2, out  # forward and backward
+
+
+DECODE = """
+import jax, math, pathlib
+from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.sharding import make_mesh, param_specs
+from srpo_jax.model.sizes import Shape
+from srpo_jax.sampling.sampler import Sampler, SamplingConfig
+from tools.lib.topologies import describe
+
+shape = Shape(vocab_size=2048, hidden=4096, mlp=8192, layers=2, heads=32, kv_heads=8,
+              vision_mlp=512)
+cfg = shape.config(dtype="bfloat16", param_dtype="bfloat16")
+mesh = make_mesh(1, 4, 2, devices=describe("{topology}").devices)
+ids = dict(eos_ids=(1,), pad_id=0)
+sampler = Sampler(cfg, SamplingConfig(max_new_tokens=2048, group_size=2, **ids), mesh)
+params = abstract_params(cfg, "decoder")
+specs = param_specs(params, mesh, "sample")
+params = {{k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=specs[k]) for k, x in params.items()}}
+args = sampler.abstract_args(params, prompts=32, prompt_tokens=2048, rows=32, merged_tokens=None)
+_, prompts, (slots, _), *_ = args["decode_segment"]
+large = [*prompts.caches[0], *slots.rings[0]] + [x for k, x in params.items() if "layers/0" in k]
+sizes = [2 * math.prod(x.sharding.shard_shape(x.shape)) for x in large]
+least = min(size for size in sizes if size >= 2**23)  # those of keys and values are small
+for window in (2048, 512):
+    with jax.set_mesh(mesh):
+        compiled = sampler.decode_segment(16, window).lower(*args["decode_segment"]).compile()
+    pathlib.Path("{folder}", str(window)).write_text(compiled.as_text())
+print("least:", least)
+"""
+BYTES = {"bf16": 2, "pred": 1}  # others: 4
+NO_BUFFER = ("parameter", "get-tuple-element", "bitcast", "copy-done")
+
+
+def large_results(program: str, least: int) -> list[str]:
+    """Instructions outside of fusions that write a buffer of that many bytes to main memory.
+
+    Updates in place are none; TPUs' ``S(1)`` is their fast memory, which weights pass through.
+    What is outside of loops happens once a segment: only caches, [..., 2048, 128], are looked for.
+    """
+    found, inside, once = [], False, False
+    for line in program.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            inside = re.search(r"fused|computation", head[1]) is not None
+            once = line.startswith("ENTRY")
+        new = re.match(r"\s+(?:ROOT )?%(\S+) = (\w+)\[([\d,]+)\]\{([^}]*)\} ([\w\-]+)\(", line)
+        if inside or not new or new[5] in NO_BUFFER or "update" in new[1] or "S(1)" in new[4]:
+            continue
+        if once and not new[3].endswith(",2048,128"):
+            continue
+        if BYTES.get(new[2], 4) * math.prod(map(int, new[3].split(","))) >= least:
+            found.append(line[:200])
+    return found
+
+
+@pytest.mark.parametrize("topology", ["tpu:v5p:2x2x2", "cuda:h100:1x8"])
+def test_decode_writes_no_copy_of_a_weight_matrix_or_a_cache(topology, tmp_path):
+    script = DECODE.format(topology=topology, folder=tmp_path)
+    least = int(_run(topology.partition(":")[0], "-c", script).split("least:")[1])
+    for window in ("2048", "512"):
+        program = (tmp_path / window).read_text()
+        assert not large_results(program, least)
+        assert large_results(program, least // 512)  # the logits, say

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 from srpo_jax.model import attention as attention_lib
-from srpo_jax.model.attention import Mask, attention, choose_impl, decode_attention
+from srpo_jax.model.attention import Mask, Sight, attention, choose_impl, decode_attention
 
 
 def draw(seed, B=2, T=6, S=6, H=4, K=2, E=8, dtype=np.float32):
@@ -203,17 +203,25 @@ def test_auto_is_the_best_of_the_platform(monkeypatch):
 
 def test_decode_attention_equals_attention_over_both_caches():
     rng = np.random.default_rng(10)
-    P, G, S, R, H, K, E = 2, 3, 5, 4, 6, 2, 8
+    C, G, S, W, H, K, E = 2, 3, 5, 4, 6, 2, 8
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    q = normal(P, G, H, E)
-    prompt = (normal(P, K, S, E), normal(P, K, S, E))
-    own = (normal(P, G, K, R, E), normal(P, G, K, R, E))
+    # One shard with 5 slots; prompt 0 has samples in three of them, prompt 1 in one, one is free.
+    q = normal(1, 5, H, E)
+    prompt = (normal(1, C, K, S, E), normal(1, C, K, S, E))
+    own = (normal(1, 5, K, W, E), normal(1, 5, K, W, E))
+    slots = {4: (0, 0), 0: (0, 1), 3: (0, 2), 1: (1, 2)}
     prompt_visible = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
-    own_visible = rng.random((P, G, R)) < 0.5
-    out = decode_attention(q, prompt, own, jnp.asarray(prompt_visible), jnp.asarray(own_visible))
-    for p, g in itertools.product(range(P), range(G)):
-        both = (np.concatenate([a[p], b[p, g]], axis=1) for a, b in zip(prompt, own, strict=True))
+    own_visible = rng.random((1, 5, W)) < 0.5
+    slot_ZCG, place_ZJ = np.zeros((1, C, G), np.int32), np.zeros((1, 5), np.int32)
+    for slot, (c, g) in slots.items():
+        slot_ZCG[0, c, g], place_ZJ[0, slot] = slot, c * G + g
+    sight = Sight(*map(jnp.asarray, (prompt_visible[None], own_visible, slot_ZCG, place_ZJ)))
+    out = jax.jit(decode_attention)(q, prompt, own, sight)
+    for slot, (c, _) in slots.items():
+        pairs = zip(prompt, own, strict=True)
+        both = (np.concatenate([a[0, c], b[0, slot]], axis=1) for a, b in pairs)
         keys, values = (x.swapaxes(0, 1) for x in both)
-        visible = np.concatenate([prompt_visible[p], own_visible[p, g]])
-        expected = naive(q[p, g][None, None], keys[None], values[None], [[1]], visible[None], False)
-        np.testing.assert_allclose(out[p, g], expected[0, 0], atol=1e-6)
+        visible = np.concatenate([prompt_visible[c], own_visible[0, slot]])
+        query = q[0, slot][None, None]
+        expected = naive(query, keys[None], values[None], [[1]], visible[None], False)
+        np.testing.assert_allclose(out[0, slot], expected[0, 0], atol=1e-6)

@@ -26,9 +26,9 @@ from model_helpers import (
 )
 
 from srpo_jax.model import qwen2_5_vl
-from srpo_jax.model.attention import Mask, attention
+from srpo_jax.model.attention import Mask, Sight, attention
 from srpo_jax.model.layers import RMSNorm, SwiGLU, rotate, text_mrope
-from srpo_jax.model.qwen2_5_vl import abstract_params, bind, init_params
+from srpo_jax.model.qwen2_5_vl import abstract_params, bind, for_sampling, init_params
 from srpo_jax.model.sharding import batch_sharding, make_mesh, param_specs
 
 # --- what a token may see ----------------------------------------------------------------------
@@ -167,40 +167,40 @@ def test_prefill_and_decode_on_a_ring_equal_one_full_forward():
 
     @jax.jit
     def prefill(params, batch):
-        model = bind(CFG, params)
-        features = model.encode_images(batch.vision)
+        model = bind(CFG, params, "decoder")
         return model.prefill(
             batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features
         )
 
     @jax.jit
-    def step(params, token, position, prompt_cache, cache, column, visible):
-        return bind(CFG, params).decode(
-            token, position, prompt_cache, batch.segment_ids, cache, column, visible
-        )
+    def step(params, token, position, prompt_caches, rings, column, sight):
+        model = bind(CFG, params, "decoder")
+        return model.decode(token, position, prompt_caches, rings, column, sight)
 
-    last, *prompt_cache = prefill(params, batch)
+    features = encode(CFG, params, batch.vision)
+    params = for_sampling(params)
+    last, caches = prefill(params, batch)
     close(jnp.broadcast_to(last[:, None], expected[:, :, 0].shape), expected[:, :, 0])
+    # One shard of 3 prompts, 6 samples in 7 slots: sample g of prompt c in slot slots[c, g].
+    caches = jax.tree.map(lambda x: x[None], caches)
+    slots = np.array([[3, 0], [6, 2], [1, 4]])
+    place = np.zeros((1, 7), np.int32)
+    place[0, slots.ravel()] = np.arange(6)
     text = CFG.text
-    shape = (text.num_hidden_layers, 3, G, text.num_key_value_heads, R, text.head_dim)
-    cache = (
-        jnp.full(shape, 50.0, jnp.float32),
-    ) * 2  # what columns not yet written hold must not matter
-    visible = np.zeros((3, G, R), bool)
+    shape = (1, 7, text.num_key_value_heads, R + 3, text.head_dim)
+    # What columns not yet written hold must not matter, nor do columns that are not read.
+    rings = ((jnp.full(shape, 50.0, jnp.float32),) * 2,) * text.num_hidden_layers
+    visible = np.zeros((1, 7, R), bool)
+    of_slot = np.asarray(place[0])
+    prompt_visible = jnp.asarray(batch.segment_ids == 1)[None]
     for t in range(R - 1):
         column = (t + 4) % R
         visible[..., column] = True
-        position = jnp.broadcast_to(batch.next_pos[:, None] + t, (3, G))
-        h, cache = step(
-            params,
-            completions[..., t],
-            position,
-            prompt_cache,
-            cache,
-            column,
-            jnp.asarray(visible),
-        )
-        close(h, expected[:, :, t + 1])
+        sight = Sight(prompt_visible, jnp.asarray(visible), jnp.asarray(slots)[None], place)
+        position = jnp.repeat(jnp.asarray(batch.next_pos), G)[of_slot][None] + t
+        token = completions[..., t].reshape(-1)[of_slot][None]
+        h, rings = step(params, token, position, caches, rings, column, sight)
+        close(h[0, slots], expected[:, :, t + 1])
     assert step._cache_size() == 1
 
 
@@ -305,9 +305,9 @@ def test_dtypes_follow_the_configuration(param_dtype):
         model = bind(cfg, params)
         features = model.encode_images(batch.vision)
         args = (batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features)
-        last, *cache = model.prefill(*args)
+        last, caches = bind(cfg, for_sampling(params), "decoder").prefill(*args)
         logits = model.logits(model.hidden(*args))
-        return jnp.sum(logits), dict(features=features, last=last, cache=cache, logits=logits)
+        return jnp.sum(logits), dict(features=features, last=last, caches=caches, logits=logits)
 
     params = abstract_params(cfg)
     grads, out = jax.eval_shape(jax.grad(passes, has_aux=True), params)

@@ -52,10 +52,12 @@ def test_the_state_stands_beside_sampling_and_shared_parameters_count_once():
     # Two moments of the decoder, and counters; none of the frozen tower.
     assert 0 <= moments - 2 * decoder < 100
     assert apart["logp_step"] == moments + tower
-    # A copy in bfloat16 to sample with: its decoder is an argument, its tower is not.
-    assert apart["decode_segment"] == apart["prefill"] == full + moments + features + tower // 2
-    # Parameters that are bfloat16 already are no copy.
-    assert shared["decode_segment"] == shared["logp_step"] + features
+    # What the sampler reads, in bfloat16 and an array a layer, is an argument and none of these.
+    assert apart["decode_segment"] == apart["prefill"] == full + moments + features
+    # Of parameters that are bfloat16 already all but the layers are the same arrays.
+    same = parameters("bfloat16", "text/") - parameters("bfloat16", "text/layers/")
+    decoder = parameters("bfloat16", "text/")
+    assert shared["decode_segment"] == shared["logp_step"] + decoder + features - same
     assert apart["grpo_step"] == shared["grpo_step"] == 0
 
 

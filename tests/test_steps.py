@@ -24,7 +24,7 @@ from srpo_jax.learn.optim import OptimConfig, Optimizer, make_optimizer
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
-from srpo_jax.model.qwen2_5_vl import abstract_params, bind
+from srpo_jax.model.qwen2_5_vl import abstract_params, bind, for_sampling
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.structs import Batch, Experience, Rollout, Verdict
 
@@ -722,18 +722,25 @@ def test_relayout_moves_and_casts_and_passes_on_what_is_right_already():
     mesh = sharding.make_mesh(1, 4, 2)
     shapes = params()
     placed = jax.device_put(shapes, sharding.param_specs(shapes, mesh, "train"))
-    out = state.relayout(placed, mesh, layout="sample", dtype="bfloat16")
-    wanted = sharding.param_specs(shapes, mesh, "sample")
+    out = state.relayout(placed, mesh, dtype="bfloat16")
+    single = for_sampling(shapes)
+    wanted = sharding.param_specs(single, mesh, "sample")
+    assert set(out) == set(single) == set(abstract_params(CFG, "decoder"))
     for path, x in out.items():
         assert x.dtype == jnp.bfloat16 and x.sharding.is_equivalent_to(wanted[path], x.ndim), path
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(shapes[path]).astype(jnp.bfloat16))
-    state.relayout(placed, mesh, layout="sample", dtype="bfloat16")
-    assert state._cached_relayout.cache_info().hits >= 1
-    same = state.relayout(shapes, None, dtype="float32")
-    assert all(same[path] is shapes[path] for path in shapes)
-    assert all(
-        x.dtype == jnp.bfloat16 for x in state.relayout(shapes, None, dtype="bfloat16").values()
-    )
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(single[path]).astype(jnp.bfloat16))
+    # A second time everything is right, and nothing is copied.
+    again = state.relayout(out, mesh, dtype="bfloat16")
+    assert all(again[path] is out[path] for path in out)
+
+
+def test_relayout_may_take_the_parameters_and_then_holds_no_two_copies():
+    mesh = sharding.make_mesh(1, 4, 2)
+    shapes = params()
+    placed = jax.device_put(shapes, sharding.param_specs(shapes, mesh, "train"))
+    out = state.relayout(placed, mesh, dtype="float32", take=True)
+    assert set(out) == set(for_sampling(shapes))
+    assert placed and all(path.startswith("vision/") for path in placed)
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])

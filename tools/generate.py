@@ -64,8 +64,8 @@ def make_sampler(model: loading.Model, args: argparse.Namespace) -> Sampler:
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_images(cfg: ModelConfig, params: Params, vision: VisionInputs[jax.Array]) -> jax.Array:
-    """Features [M, N/4, D] of the images of each row."""
-    return bind(cfg, params).encode_images(vision)
+    """Features [M, N/4, D] of the images of each row, from the tower's parameters."""
+    return bind(cfg, params, "tower").encode_images(vision)
 
 
 def sample(
@@ -79,7 +79,7 @@ def sample(
     keys = np.zeros(batch.tokens.shape[0], np.uint32)
     keys[: len(ids)] = [zlib.crc32(name.encode()) for name in ids]
     rollout = sampler.generate(
-        model.params, batch, features, to_global(keys, model.mesh), seed=args.seed, step=0
+        model.decoder, batch, features, to_global(keys, model.mesh), seed=args.seed, step=0
     )
     return jax.tree.map(np.asarray, rollout)
 
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     output = JsonlLog(args.output, loading.settings(args))
     left = [row for row in rows if row.id not in output.done]
     if left:
-        model = loading.load_model(args)
+        model = loading.load_model(args, for_sampling=True)
         sampler, processor = make_sampler(model, args), model.processor
         parts = [left[i : i + args.batch_size] for i in range(0, len(left), args.batch_size)]
         progress = cli.progress("prompts", len(left))

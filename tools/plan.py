@@ -210,12 +210,11 @@ def grpo_programs(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) ->
     shared = {
         path: leaf
         for path, leaf in held.items()
-        if leaf.dtype == params[path].dtype
+        if path in params
+        and leaf.dtype == params[path].dtype
         and leaf.sharding.is_equivalent_to(params[path].sharding, leaf.ndim)
     }
-    copies = device_bytes(held) - device_bytes(shared)
-    beside = always + device_bytes(experience.features) + copies
-    beside -= device_bytes(_tower(held, False))
+    beside = always + device_bytes(experience.features) - device_bytes(shared)
     for name in ("prefill", "decode_segment"):
         yield name, functools.partial(lower, name), beside
 
@@ -235,10 +234,11 @@ def _sampler_lowering(
     recipe: Recipe, sampling: SamplingConfig
 ) -> tuple[Callable[[str], jax.stages.Lowered], dict[str, Any]]:
     """A function that lowers a program of the sampler by its name, and the sampler's parameters."""
-    model, shapes = recipe.model, recipe.shapes
-    held = abstract_params(dataclasses.replace(model, param_dtype=model.dtype))
+    shapes = recipe.shapes
+    model = dataclasses.replace(recipe.model, param_dtype=recipe.model.dtype)
+    held = abstract_params(model, "decoder")
     held = _with_shardings(held, sharding.param_specs(held, recipe.mesh, "sample"))
-    sampler = Sampler(dataclasses.replace(model, param_dtype=model.dtype), sampling, recipe.mesh)
+    sampler = Sampler(model, sampling, recipe.mesh)
 
     def lower(name: str) -> jax.stages.Lowered:
         args = sampler.abstract_args(
@@ -248,8 +248,14 @@ def _sampler_lowering(
             rows=shapes.rows,
             merged_tokens=shapes.patches // model.vision.merge_unit,
         )
+        # Of all widths and windows the widest needs the most.
+        slots, window = args["decode_segment"][2][0].done.shape[1], sampling.max_new_tokens
+        programs = {
+            "prefill": sampler.prefill,
+            "decode_segment": sampler.decode_segment(slots, window),
+        }
         with jax.set_mesh(recipe.mesh):
-            return getattr(sampler, name).lower(*args[name])
+            return programs[name].lower(*args[name])
 
     return lower, held
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from srpo_jax.learn import optim
 from srpo_jax.learn.optim import Optimizer
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
-from srpo_jax.model.qwen2_5_vl import abstract_params, init_params
+from srpo_jax.model.qwen2_5_vl import abstract_params, for_sampling, init_params
 from srpo_jax.structs import Params, TrainState
 
 FREEZE_VISION = ("vision/",)  # the tower and its merger
@@ -83,44 +82,29 @@ def merge_params(state: TrainState, trained: Params | None = None) -> Params:
 # --- layouts ---------------------------------------------------------------------------------
 
 
-def make_relayout(
-    shapes: dict[str, Any], mesh: Mesh, *, layout: str = "sample", dtype: str | None = None
-) -> Callable[[Params], Params]:
-    """Jitted identity into another column of the sharding table and another dtype."""
-    out = sharding.param_specs(shapes, mesh, layout)
+def relayout(params: Params, mesh: Mesh, *, dtype: str, take: bool = False) -> Params:
+    """The decoder's parameters as the sampler reads them (once per step).
 
-    def identity(params: Params) -> Params:
-        return {p: x if dtype is None else x.astype(dtype) for p, x in params.items()}
-
-    return jax.jit(identity, out_shardings=out)
-
-
-def relayout(
-    params: Params, mesh: Mesh | None, *, layout: str = "sample", dtype: str | None = None
-) -> Params:
-    """Parameters in the sampler's layout and dtype (once per step).
-
-    Arrays that are right already are passed on without a copy; those results live only as long as
-    the state they came from, until the next donating step.
+    An array for every layer, in the table's column "sample", without the vision tower. Arrays that
+    are right already are passed on without a copy; those results live only as long as the state
+    they came from, until the next donating step. Stacks are taken apart one after the other;
+    ``take`` empties ``params`` on the way, so that no more than one of them is held twice.
     """
-    shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in params.items()}
-    target = {} if mesh is None else sharding.param_specs(shapes, mesh, layout)
-
-    def is_right(path: str, x: jax.Array) -> bool:
-        same_dtype = dtype is None or x.dtype == jnp.dtype(dtype)
-        same_layout = mesh is None or x.sharding.is_equivalent_to(target[path], x.ndim)
-        return same_dtype and same_layout
-
-    moving = {p: x for p, x in params.items() if not is_right(p, x)}
-    if not moving:
-        return dict(params)
-    key = tuple(sorted((p, x.shape, x.dtype.name) for p, x in moving.items()))
-    return {**params, **_cached_relayout(key, mesh, layout, dtype)(moving)}
+    out = {}
+    for path in [path for path in params if path.startswith("text/")]:
+        x = params.pop(path) if take else params[path]
+        target = sharding.param_specs(jax.eval_shape(for_sampling, {path: x}), mesh, "sample")
+        same = path in target and x.dtype == jnp.dtype(dtype)
+        if same and x.sharding.is_equivalent_to(target[path], x.ndim):
+            out[path] = x
+        else:
+            out |= _relayout_step(tuple(target.items()), dtype)({path: x})
+    return out
 
 
-@functools.lru_cache(maxsize=8)
-def _cached_relayout(key: tuple, mesh: Mesh | None, layout: str, dtype: str | None) -> Callable:
-    shapes = {path: jax.ShapeDtypeStruct(shape, name) for path, shape, name in key}
-    if mesh is None:
-        return jax.jit(lambda params: {p: x.astype(dtype) for p, x in params.items()})
-    return make_relayout(shapes, mesh, layout=layout, dtype=dtype)
+@functools.lru_cache(maxsize=64)
+def _relayout_step(target: tuple, dtype: str) -> Callable[[Params], Params]:
+    def relayout_step(params: Params) -> Params:
+        return for_sampling({path: x.astype(dtype) for path, x in params.items()})
+
+    return jax.jit(relayout_step, out_shardings=dict(target))

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,34 +72,67 @@ def target_platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
+@flax.struct.dataclass
+class Sight:
+    """What the fed token of each slot sees; Z data shards, J slots, C prompts of G samples each.
+
+    A slot holds any sample of any prompt of its shard. Keys of a prompt are read once for its
+    group: queries go from slots to places (prompt, sample) and results back.
+    """
+
+    prompt_ZCS: jax.Array  # bool: tokens of the prompts
+    own_ZJW: jax.Array  # bool: columns of the slot's ring, the one now written included
+    slot_ZCG: jax.Array  # int32: the slot of each place; any where it has none
+    place_ZJ: jax.Array  # int32: c * G + g of each slot; any where it holds no sample
+
+
 def decode_attention(
-    q_PGHE: jax.Array,
+    q_ZJHE: jax.Array,
     prompt_kv: tuple[jax.Array, jax.Array],
     own_kv: tuple[jax.Array, jax.Array],
-    prompt_visible_PS: jax.Array,
-    own_visible_PGR: jax.Array,
+    sight: Sight,
 ) -> jax.Array:
-    """One new token of each of the G samples of P prompts -> [P, G, H, E].
+    """One new token of each slot -> [Z, J, H, E].
 
-    ``prompt_kv`` are [P, K, S, E] and serve all samples of a prompt without being repeated;
-    ``own_kv`` are [P, G, K, R, E], in any order. One float32 softmax over both.
+    ``prompt_kv`` are [Z, C, K, S, E] and serve all samples of a prompt without being repeated;
+    ``own_kv`` are [Z, J, K, W, E], in any order. One float32 softmax over both, in two parts that
+    are joined by their maxima and sums, so that no array holds the scores of both.
 
     Heads stand before positions, as the batched products want them: in the other order XLA
     transposes the whole cache at every call.
     """
-    P, G, H, E = q_PGHE.shape
-    K, S = prompt_kv[0].shape[1:3]
-    q = q_PGHE.reshape(P, G, K, H // K, E)
-    scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits_prompt = scores("pgkne,pkse->pgkns", q, prompt_kv[0])
-    logits_own = scores("pgkne,pgkre->pgknr", q, own_kv[0])
-    logits = jnp.concatenate([logits_prompt, logits_own], axis=-1) * E**-0.5
-    visible_prompt = jnp.broadcast_to(prompt_visible_PS[:, None, :], (P, G, S))
-    visible = jnp.concatenate([visible_prompt, own_visible_PGR], axis=-1)
-    weights = _softmax(logits, visible[:, :, None, None, :]).astype(q.dtype)
-    out = jnp.einsum("pgkns,pkse->pgkne", weights[..., :S], prompt_kv[1])
-    out += jnp.einsum("pgknr,pgkre->pgkne", weights[..., S:], own_kv[1])
-    return out.reshape(P, G, H, E)
+    Z, J, H, E = q_ZJHE.shape
+    K = own_kv[0].shape[2]
+    q = q_ZJHE.reshape(Z, J, K, H // K, E)
+    C, G = sight.slot_ZCG.shape[1:]
+    of_place = _take(q, sight.slot_ZCG).swapaxes(2, 3).reshape(Z, C, K, -1, E)  # rows: g, n
+    shared = _part(of_place, prompt_kv, sight.prompt_ZCS)
+    shared = [x.reshape(Z, C, K, G, H // K, *x.shape[4:]).swapaxes(2, 3) for x in shared]
+    out, peak, total = (_take(x.reshape(Z, C * G, *x.shape[3:]), sight.place_ZJ) for x in shared)
+    own_out, own_peak, own_total = _part(q, own_kv, sight.own_ZJW)
+    highest = jnp.maximum(peak, own_peak)
+    share, own_share = jnp.exp(peak - highest), jnp.exp(own_peak - highest)
+    out = out * share[..., None] + own_out * own_share[..., None]
+    out /= (total * share + own_total * own_share)[..., None]
+    return out.astype(q.dtype).reshape(Z, J, H, E)
+
+
+def _take(x_ZX: jax.Array, index_Z: jax.Array) -> jax.Array:
+    """Entries of each shard's own part."""
+    return jax.vmap(lambda x, index: x.at[index].get(mode="clip"))(x_ZX, index_Z)
+
+
+def _part(
+    q_ZCKME: jax.Array, kv_ZCKSE: tuple[jax.Array, jax.Array], visible_ZCS: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A part of a softmax: float32 weighted values, not yet divided, with their maxima and sums."""
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = product("zckme,zckse->zckms", q_ZCKME, kv_ZCKSE[0]) * q_ZCKME.shape[-1] ** -0.5
+    logits = jnp.where(visible_ZCS[:, :, None, None], logits, MASKED)
+    peak = jnp.max(logits, axis=-1)
+    weights = jnp.exp(logits - peak[..., None])
+    out = product("zckms,zckse->zckme", weights.astype(q_ZCKME.dtype), kv_ZCKSE[1])
+    return out, peak, jnp.sum(weights, axis=-1)
 
 
 def _softmax(logits: jax.Array, visible: jax.Array) -> jax.Array:

@@ -1,15 +1,20 @@
 """Qwen2.5-VL: parameters as a flat dict, and the passes that training and sampling make.
 
 Parameters live outside, flat: ``{"text/layers/attn/q/kernel": array}``, layers stacked on a leading
-axis. ``bind`` makes a module of them; it is cheap and meant to be called inside ``jax.jit``.
+axis. Sampling takes the part "decoder", which has an array for every layer:
+``{"text/layers/3/attn/q/kernel": array}``, see ``for_sampling``. ``bind`` makes a module of them;
+it is cheap and meant to be called inside ``jax.jit``.
 """
 
 import functools
+import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from srpo_jax.model.attention import Sight
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.layers import shard
 from srpo_jax.model.text import Cache, TextModel
@@ -17,15 +22,19 @@ from srpo_jax.model.vision import VisionModel
 from srpo_jax.structs import Batch, Params, VisionInputs
 
 PROMPT_SEGMENT = 1  # a prompt is always the single segment 1, its padding 0
+LAYERS = "text/layers/"
+Part = Literal["all", "decoder", "tower"]
 COMPLETION_PADDING = -1  # apart from the prompt's padding, so that neither sees the other
 
 
 class Qwen2_5_VL(nnx.Module):
-    """Vision tower and decoder. Make one with ``bind``."""
+    """Vision tower and decoder, or one of them (``Part``). Make one with ``bind``."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.vision = VisionModel(cfg, rngs=rngs)
-        self.text = TextModel(cfg, rngs=rngs)
+    def __init__(self, cfg: ModelConfig, part: Part = "all", *, rngs: nnx.Rngs):
+        if part != "decoder":
+            self.vision = VisionModel(cfg, rngs=rngs)
+        if part != "tower":
+            self.text = TextModel(cfg, stacked=part == "all", rngs=rngs)
         self.cfg = cfg
 
     def encode_images(self, vision: VisionInputs[jax.Array]) -> jax.Array:
@@ -59,13 +68,12 @@ class Qwen2_5_VL(nnx.Module):
         segment_ids_PS: jax.Array,
         vision_src_PS: jax.Array | None = None,
         features_MND: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """-> (hidden state [P, D] at each prompt's last token, keys and values [L, P, K, S, E])."""
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Of the part "decoder" -> (hidden state [P, D] at each prompt's last token, each layer's
+        keys and values [P, K, S, E])."""
         x = self.embed(tokens_PS, vision_src_PS, features_MND)
-        x, (k_LPKSE, v_LPKSE) = self.text.run(
-            x, mrope_P3S, segment_ids_PS, lambda x, k, v: (k.swapaxes(1, 2), v.swapaxes(1, 2))
-        )
-        return self.text.norm(_last_token(x, segment_ids_PS)), k_LPKSE, v_LPKSE
+        x, caches = self.text.run_prefill(x, mrope_P3S, segment_ids_PS)
+        return self.text.norm(_last_token(x, segment_ids_PS)), caches
 
     def completion_hidden(
         self,
@@ -101,31 +109,25 @@ class Qwen2_5_VL(nnx.Module):
 
     def decode(
         self,
-        tokens_PG: jax.Array,
-        positions_PG: jax.Array,
-        prompt_cache: Cache,
-        prompt_segments_PS: jax.Array,
-        sample_cache: Cache,
+        tokens_ZJ: jax.Array,
+        positions_ZJ: jax.Array,
+        prompt_caches: tuple[Cache, ...],
+        rings: tuple[Cache, ...],
         column: jax.Array,
-        own_valid_PGR: jax.Array,
-    ) -> tuple[jax.Array, Cache]:
-        """One step of every sample -> (hidden states [P, G, D], sample cache with it written).
+        sight: Sight,
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Of the part "decoder": one step of every slot -> (hidden states [Z, J, D], rings with it
+        written).
 
-        ``prompt_cache`` are [L, P, K, S, E] from ``prefill``, ``sample_cache`` [L, P, G, K, R, E].
-        The token is written at ``column``, the same for all samples; ``own_valid_PGR`` marks the
-        columns that it sees, the written one included. Keys are rotated before they are stored, so
-        the order of columns means nothing and the cache may be used as a ring.
+        ``prompt_caches`` are [Z, C, K, S, E] of each layer, ``rings`` [Z, J, K, R, E], of which the
+        first W <= R columns are read (those of ``sight``). The token is written at ``column``, the
+        same for all samples. Keys are rotated before they are stored, so the order of columns means
+        nothing.
         """
-        x, sample_cache = self.text.run_decode(
-            self.embed(tokens_PG),
-            positions_PG,
-            prompt_cache,
-            prompt_segments_PS == PROMPT_SEGMENT,
-            sample_cache,
-            column,
-            own_valid_PGR,
+        x, rings = self.text.run_decode(
+            self.embed(tokens_ZJ), positions_ZJ, prompt_caches, rings, column, sight
         )
-        return self.text.norm(x), sample_cache
+        return self.text.norm(x), rings
 
     def embed(
         self,
@@ -157,33 +159,48 @@ class Qwen2_5_VL(nnx.Module):
         return self.text.lm_head.kernel[...]
 
 
-def abstract_params(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(cfg: ModelConfig, part: Part = "all") -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of every parameter, without making any."""
-    _, paths, state = _structure(cfg)
+    _, paths, state = _structure(cfg, part)
     return dict(zip(paths, jax.tree.leaves(state), strict=True))
+
+
+def for_sampling(params: Params) -> Params:
+    """All parameters to those of "decoder": an array for every layer. These stay as they are."""
+    out = {}
+    for path, x in params.items():
+        if re.match(rf"{LAYERS}\D", path):
+            name = path.removeprefix(LAYERS)
+            out |= {f"{LAYERS}{i}/{name}": x[i] for i in range(x.shape[0])}
+        elif path.startswith("text/"):
+            out[path] = x
+    return out
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """Random parameters as HF draws them: normal(0.02), zero biases, unit norms. Jittable."""
-    _, paths, _ = _structure(cfg)
+    _, paths, _ = _structure(cfg, "all")
     _, state = nnx.split(Qwen2_5_VL(cfg, rngs=nnx.Rngs(key)))
     return dict(zip(paths, jax.tree.leaves(state), strict=True))
 
 
-def bind(cfg: ModelConfig, params: Params) -> Qwen2_5_VL:
+def bind(cfg: ModelConfig, params: Params, part: Part = "all") -> Qwen2_5_VL:
     """The model over ``params``. Raises ValueError naming missing and superfluous paths."""
-    graphdef, paths, state = _structure(cfg)
+    graphdef, paths, state = _structure(cfg, part)
     if set(paths) != set(params):
         missing, extra = sorted(set(paths) - set(params)), sorted(set(params) - set(paths))
-        raise ValueError(f"parameters do not fit the model: missing {missing}, superfluous {extra}")
+        raise ValueError(
+            f"parameters do not fit the model: {len(missing)} missing {missing[:6]}, "
+            f"{len(extra)} superfluous {extra[:6]}"
+        )
     leaves = [params[path] for path in paths]
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
 
 @functools.cache
-def _structure(cfg: ModelConfig) -> tuple[nnx.GraphDef, tuple[str, ...], nnx.State]:
+def _structure(cfg: ModelConfig, part: Part) -> tuple[nnx.GraphDef, tuple[str, ...], nnx.State]:
     """Graph definition, parameter paths in the state's own order, abstract state."""
-    graphdef, state = jax.eval_shape(lambda: nnx.split(Qwen2_5_VL(cfg, rngs=nnx.Rngs(0))))
+    graphdef, state = jax.eval_shape(lambda: nnx.split(Qwen2_5_VL(cfg, part, rngs=nnx.Rngs(0))))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     return graphdef, tuple(_path_name(path) for path in paths), state
 

@@ -124,7 +124,8 @@ def param_specs(
 
     Args:
         abstract_params: path -> anything with ``shape``.
-        layout: "train" (fsdp and tensor) or "sample" (tensor only).
+        layout: "train" (fsdp and tensor) or "sample" (tensor only). Paths of single layers, as
+            `qwen2_5_vl.for_sampling` gives them, lie as their stack does.
 
     Raises:
         ValueError: a path that no row or more than one row matches, or an unknown layout.
@@ -136,12 +137,13 @@ def param_specs(
         used.pop("fsdp", None)
     specs = {}
     for path, leaf in abstract_params.items():
-        rows = [axes for pattern, axes in TABLE if re.fullmatch(pattern, path)]
+        stacked = re.sub(r"^text/layers/\d+/", "text/layers/", path)
+        rows = [axes for pattern, axes in TABLE if re.fullmatch(pattern, stacked)]
         if len(rows) != 1:
             raise ValueError(
                 f"{path}: {len(rows)} rows of the table in sharding.py match it, one is needed"
             )
-        dims = zip(rows[0], leaf.shape, strict=True)
+        dims = zip(rows[0][stacked != path :], leaf.shape, strict=True)
         kept = [axis if axis in used and size % used[axis] == 0 else None for axis, size in dims]
         specs[path] = NamedSharding(mesh, PartitionSpec(*kept))
     return specs

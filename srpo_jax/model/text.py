@@ -1,8 +1,9 @@
 """The decoder: grouped-query attention, SwiGLU and multimodal rotary positions.
 
-Layers are stacked on a leading axis and scanned. Each layer has one way to make queries, keys and
-values and one way to finish; the four passes (full, prompt with cache, shared prompt and
-completions, one decode step) differ only in what the queries attend to.
+Training stacks the layers on a leading axis and scans them; sampling loops over layers whose arrays
+are their own. Each layer has one way to make queries, keys and values and one way to finish; the
+four passes (full, prompt with cache, shared prompt and completions, one decode step) differ only in
+what the queries attend to.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srpo_jax.model.attention import Mask, attention, decode_attention
+from srpo_jax.model.attention import Mask, Sight, attention, decode_attention
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.layers import (
     Embed,
@@ -26,7 +27,7 @@ from srpo_jax.model.layers import (
     text_mrope,
 )
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values with the layers leading
+Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 Kept = TypeVar("Kept")
 
 
@@ -70,13 +71,17 @@ class DecoderLayer(nnx.Module):
 
 
 class TextModel(nnx.Module):
-    """Embedding, stacked decoder layers, final norm and, unless tied, the output head."""
+    """Embedding, decoder layers, final norm and, unless tied, the output head.
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    ``layers`` are stacked for training; ``stacked`` False makes them a list, for sampling.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, stacked: bool, rngs: nnx.Rngs):
         text = cfg.text
         self.embed = Embed(cfg, rngs=rngs)
         keys = jax.random.split(rngs.params(), text.num_hidden_layers)
-        self.layers = jax.vmap(lambda key: DecoderLayer(cfg, rngs=nnx.Rngs(key)))(keys)
+        make = lambda key: DecoderLayer(cfg, rngs=nnx.Rngs(key))  # noqa: E731
+        self.layers = jax.vmap(make)(keys) if stacked else nnx.List([make(key) for key in keys])
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, cfg)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(
@@ -146,42 +151,49 @@ class TextModel(nnx.Module):
         streams, _ = jax.lax.scan(remat(body, self.cfg.remat), (x_PSD, y_BRD), self.layers)
         return streams
 
+    def run_prefill(
+        self, x_PSD: jax.Array, mrope_P3S: jax.Array, segment_ids_PS: jax.Array
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Prompts, in the layout "sample" -> (residual stream, each layer's cache [P, K, S, E])."""
+        rope, mask = self.rope(mrope_P3S), Mask(segment_ids_PS, segment_ids_PS)
+        x, caches = x_PSD, []
+        for layer in self.layers:
+            q, k, v = layer.qkv(x, rope)
+            x = layer.finish(x, attention(q, k, v, mask, self.cfg.attention))
+            caches.append((k.swapaxes(1, 2), v.swapaxes(1, 2)))
+        return x, tuple(caches)
+
     def run_decode(
         self,
-        x_PGD: jax.Array,
-        positions_PG: jax.Array,
-        prompt_cache: Cache,
-        prompt_visible_PS: jax.Array,
-        sample_cache: Cache,
+        x_ZJD: jax.Array,
+        positions_ZJ: jax.Array,
+        prompt_caches: tuple[Cache, ...],
+        rings: tuple[Cache, ...],
         column: jax.Array,
-        own_visible_PGR: jax.Array,
-    ) -> tuple[jax.Array, Cache]:
-        """One token of each sample -> (residual stream [P, G, D], sample cache with it written)."""
-        P, G, _ = x_PGD.shape
-        rope = self.rope(jnp.broadcast_to(positions_PG[:, None, :], (P, 3, G)))
+        sight: Sight,
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """One token of each slot, in the layout "sample" -> (residual stream, the rings with it
+        written at ``column``).
 
-        def body(carry: tuple[jax.Array, Cache], xs: tuple[DecoderLayer, jax.Array, Cache]):
-            # The sample cache rides in the carry: XLA then updates one column in place, while a
-            # scanned-over cache would be copied layer by layer.
-            x, cache = carry
-            layer, index, prompt_kv = xs
+        A loop over layers whose weights and caches are arrays of their own: slices of stacked
+        arrays would be copied before every product.
+        """
+        Z, J, _ = x_ZJD.shape
+        W = sight.own_ZJW.shape[-1]
+        rope = self.rope(jnp.broadcast_to(positions_ZJ[:, None, :], (Z, 3, J)))
+
+        def write(ring_ZJKRE: jax.Array, new_ZJKE: jax.Array) -> jax.Array:
+            new = new_ZJKE[:, :, :, None].astype(ring_ZJKRE.dtype)
+            return jax.lax.dynamic_update_slice(ring_ZJKRE, new, (0, 0, 0, column, 0))
+
+        x, written = x_ZJD, []
+        for layer, prompt_kv, (keys, values) in zip(self.layers, prompt_caches, rings, strict=True):
             q, k, v = layer.qkv(x, rope)
-
-            def write(ring: jax.Array, new: jax.Array) -> jax.Array:
-                new = new[None, :, :, :, None].astype(ring.dtype)
-                return jax.lax.dynamic_update_slice(ring, new, (index, 0, 0, 0, column, 0))
-
-            def read(ring: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_index_in_dim(ring, index, keepdims=False)
-
-            cache = (write(cache[0], k), write(cache[1], v))
-            own_kv = (read(cache[0]), read(cache[1]))
-            out = decode_attention(q, prompt_kv, own_kv, prompt_visible_PS, own_visible_PGR)
-            return (layer.finish(x, out), cache), None
-
-        xs = (self.layers, jnp.arange(self.cfg.text.num_hidden_layers), prompt_cache)
-        (x, cache), _ = jax.lax.scan(body, (x_PGD, sample_cache), xs)
-        return x, cache
+            ring = (write(keys, k), write(values, v))
+            own_kv = (ring[0][..., :W, :], ring[1][..., :W, :])
+            x = layer.finish(x, decode_attention(q, prompt_kv, own_kv, sight))
+            written.append(ring)
+        return x, tuple(written)
 
 
 def _repeat(x: jax.Array, group: int) -> jax.Array:

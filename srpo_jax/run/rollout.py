@@ -37,6 +37,7 @@ class Sampled:
     batch: Batch  # without pixels, unless the tower that reads them is trained
     features: jax.Array | None
     rollout: Rollout
+    idle_share: float = 0.0  # of the sampler's slots and steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +79,10 @@ class Generator:
         batch, features = self.encode(params, local)
         keys = prompt_keys(loaded)
         # Alive until the next update donates ``params``.
-        fit = relayout(params, parts.mesh, layout="sample", dtype=parts.model.dtype)
+        fit = relayout(params, parts.mesh, dtype=parts.model.dtype)
         rollout = self._sampler.generate(fit, batch, features, keys, seed=seed, step=step)
-        return Sampled(loaded.records, loaded.slots, local, batch, features, rollout)
+        idle = self._sampler.idle_share
+        return Sampled(loaded.records, loaded.slots, local, batch, features, rollout, idle)
 
     def encode(self, params: Params, local: Batch) -> tuple[Batch, jax.Array | None]:
         """This process's host arrays -> the global batch and the features of its images."""

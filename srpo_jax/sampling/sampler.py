@@ -1,19 +1,22 @@
 """The sampler: each prompt prefilled once, its G samples decoded against one prompt cache.
 
-Reading guide. Three jitted functions work on blocks of slots (``slots.py``; a block holds one row):
-``prefill`` puts a pending row of every data shard into a block, ``decode_segment`` advances every
-slot by up to ``segment`` tokens, ``collect`` copies finished blocks to the result.
-``Sampler.generate`` is the Python loop around them.
+Reading guide. ``schedule.py`` decides on the host which sample runs in which slot; ``slots.py`` is
+what the device holds of them. Two jitted functions do the work: ``prefill`` puts a prompt of every
+data shard into a row and its samples into slots, ``decode_segment`` advances every slot by up to
+``segment`` tokens and writes them to the result. ``Sampler.generate`` is the Python loop around
+them. There is a ``decode_segment`` for each number of slots and each window of columns
+(``schedule.widths``, ``schedule.windows``), compiled when it is first needed and under a name of
+its own.
 
-All slots write the same physical column (global step modulo R) of their own cache in every step, so
-that the write is one slice update. A slot that started later sees only the columns younger than
-itself; as a sample has at most R tokens, none of its columns is overwritten before it ends. Rotary
-positions are applied before caching, hence the physical order does not matter to attention.
+All slots write the same physical column (step modulo the window) of their own cache in every step,
+so that the write is one slice update. A slot sees only the columns that it wrote since its sample
+began, and the window is as long as the oldest sample. Rotary positions are applied before caching,
+hence the physical order does not matter to attention.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,25 +24,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from srpo_jax.model.attention import Sight
 from srpo_jax.model.config import TOKEN_IDS, ModelConfig
-from srpo_jax.model.qwen2_5_vl import bind
+from srpo_jax.model.qwen2_5_vl import PROMPT_SEGMENT, bind
 from srpo_jax.model.sharding import batch_sharding, num_data_shards, replicated, to_global
 from srpo_jax.sampling import logits as sampling_logits
-from srpo_jax.sampling import slots as blocks
-from srpo_jax.sampling.slots import Prompts, Slots
+from srpo_jax.sampling import slots as on_device
+from srpo_jax.sampling.schedule import Fill, Move, Places, Schedule
+from srpo_jax.sampling.slots import PER_SLOT, Prompts, Sizes, Slots
 from srpo_jax.structs import Array, Batch, Params, Rollout
 
-Carry = tuple[jax.Array, Slots[jax.Array]]  # tokens decoded in a segment, and the slots
+Drawn = dict[str, jax.Array]  # [segment, Z, J] of completions, sample_logp and policy_logp
+Carry = tuple[jax.Array, Slots[jax.Array], Drawn]  # tokens decoded in a segment, what they changed
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How to sample. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
-    ``segment`` is the number of tokens decoded between two looks of the host at what is done;
-    ``concurrent_rows`` the rows per data shard in the cache at a time (0: all), which bounds its
-    memory: 2 * layers * kv_heads * head_dim * (S + G * R) numbers per prompt. ``forbidden_ids`` are
-    never sampled and have no part in any log-probability.
+    ``segment`` is the number of tokens decoded between two looks of the host at what is done (it
+    looks earlier when it can fill or narrow); ``concurrent_rows`` the rows per data shard whose
+    samples are decoded at a time (0: all), which bounds the cache: 2 * layers * kv_heads * head_dim
+    * (2 S + G R) numbers per prompt, S instead of 2 S for all. ``forbidden_ids`` are never sampled
+    and have no part in any log-probability.
     """
 
     max_new_tokens: int
@@ -80,8 +87,9 @@ def vision_token_ids(cfg: ModelConfig) -> tuple[int, ...]:
 class Sampler:
     """Samples completions of a model on a mesh; owns its compiled functions.
 
-    ``prefill``, ``decode_segment`` and ``collect`` are jitted and can be lowered from shapes alone
-    (``abstract_args``). They compile once per budget (P, M, S, N).
+    ``prefill`` and ``decode_segment`` are jitted and can be lowered from shapes alone
+    (``abstract_args``). ``prefill`` compiles once per budget (P, M, S, N).
+    ``idle_share`` is that of the last ``generate``: steps of slots without a live sample.
     """
 
     def __init__(self, cfg: ModelConfig, sampling: SamplingConfig, mesh: Mesh):
@@ -91,36 +99,37 @@ class Sampler:
         outside = sorted(i for i in ids if not 0 <= i < size)
         _require(not outside, f"token ids {outside} lie outside the vocabulary of {size} tokens")
         self.cfg, self.sampling, self.mesh = cfg, sampling, mesh
-        self.shards = num_data_shards(mesh)
-        self._specs = blocks.specs(cfg, mesh)
-        state, rollout = jax.tree.map(
+        self.shards, self.idle_share = num_data_shards(mesh), 0.0
+        self._specs = on_device.specs(cfg, mesh)
+        self._layout = jax.tree.map(
             lambda spec: NamedSharding(mesh, spec),
             self._specs,
             is_leaf=lambda x: isinstance(x, PartitionSpec),
         )
-        self._new_state = functools.partial(
-            blocks.empty,
-            cfg,
-            G=sampling.group_size,
-            R=sampling.max_new_tokens,
-            pad_id=sampling.pad_id,
+        self._new_state = functools.partial(on_device.empty, cfg, sampling.pad_id)
+        self._empty = jax.jit(self._new_state, static_argnames="sizes", out_shardings=self._layout)
+        self.prefill = jax.jit(self._prefill, donate_argnames="state", out_shardings=self._layout)
+        self._late: dict[str, Any] = {}
+
+    def decode_segment(self, width: int, window: int) -> Any:
+        """The jitted ``_decode_segment`` of ``width`` slots and ``window`` columns."""
+        return self._jitted(
+            f"decode_{width}_slots_{window}_columns",
+            functools.partial(self._decode_segment, window),
+            donate_argnames="work",
+            out_shardings=(self._layout[1:], replicated(self.mesh)),
         )
-        self._empty = jax.jit(
-            self._new_state,
-            static_argnames=("slot_prompts", "all_prompts", "S"),
-            out_shardings=(state, rollout),
-        )
-        self.prefill = jax.jit(self._prefill, donate_argnames=("state",), out_shardings=state)
-        self.decode_segment = jax.jit(
-            self._decode_segment,
-            donate_argnames=("slots",),
-            out_shardings=(state[1], replicated(mesh)),
-        )
-        self.collect = jax.jit(
-            functools.partial(blocks.collect, mesh, sampling.pad_id),
-            donate_argnames=("rollout",),
-            out_shardings=rollout,
-        )
+
+    def _jitted(self, name: str, function: Callable[..., Any], **options: Any) -> Any:
+        """``function``, compiled once for ``name``: the sizes that it depends on beside a budget.
+
+        Sizes may be first needed at any time. With a name of their own they do not look like a
+        program that is compiled again.
+        """
+        if name not in self._late:
+            setattr(function, "__name__", name)  # noqa: B010 (types do not know it of a partial)
+            self._late[name] = jax.jit(function, **options)
+        return self._late[name]
 
     def generate(
         self,
@@ -136,7 +145,7 @@ class Sampler:
         """Sample ``group_size`` completions of every prompt of ``batch``.
 
         Args:
-            params: parameters, best in the layout and dtype of ``param_specs(layout="sample")``.
+            params: the decoder's, as ``learn.state.relayout`` gives them.
             batch: P prompts (global arrays); filler prompts (``valid`` False) get empty samples.
             features_MND: output of ``encode_images``, [M, N/4, D]; None for text only.
             keys: [P] uint32, a stable number per prompt. Token t of sample g of prompt p is drawn
@@ -150,18 +159,15 @@ class Sampler:
 
         Raises ValueError where P, M and the mesh do not divide.
         """
-        prompts = batch.tokens.shape[0]
         if features_MND is not None:
             rows = features_MND.shape[0]
-        rows = self.shards if rows is None else rows
-        per_shard, concurrent = self._rows_per_shard(prompts, rows)
+        schedule = self._schedule(batch.tokens.shape[0], self.shards if rows is None else rows)
         if not isinstance(keys, jax.Array):
             keys = to_global(np.asarray(keys, np.uint32), self.mesh)
         base = sampling_logits.base_key(seed, step)
         text = dataclasses.replace(batch, vision=None)
-        inputs = (params, text, features_MND, keys, base)
         with jax.set_mesh(self.mesh):
-            return self._loop(inputs, prompts // rows, per_shard, concurrent)
+            return self._loop((params, text, features_MND, keys, base), schedule)
 
     def abstract_args(
         self,
@@ -172,24 +178,22 @@ class Sampler:
         rows: int,
         merged_tokens: int | None,
     ) -> dict[str, tuple[Any, ...]]:
-        """Positional arguments of the three functions as ShapeDtypeStructs, by their names.
+        """Positional arguments of the two functions as ShapeDtypeStructs, by their names.
 
         Args:
-            params: with shardings (layout "sample").
+            params: with shardings, as for ``generate``.
             prompts, prompt_tokens, rows, merged_tokens: P, S, M and N/4 (None: text only).
         """
-        _, concurrent = self._rows_per_shard(prompts, rows)
         A, S = prompts, prompt_tokens
-        slot_prompts = A // rows * concurrent * self.shards
-        along_rows = batch_sharding(self.mesh)
+        sizes, along_rows = self._sizes(self._schedule(A, rows), S), batch_sharding(self.mesh)
 
         def array(shape: tuple[int, ...], dtype: Any, sharding: Any = along_rows) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-        state, rollout = jax.tree.map(
-            lambda x, spec: array(x.shape, x.dtype, NamedSharding(self.mesh, spec)),
-            jax.eval_shape(lambda: self._new_state(slot_prompts=slot_prompts, all_prompts=A, S=S)),
-            self._specs,
+        state = jax.tree.map(
+            lambda x, sharding: array(x.shape, x.dtype, sharding),
+            jax.eval_shape(lambda: self._new_state(sizes)),
+            self._layout,
         )
         ints = {"tokens": (A, S), "segment_ids": (A, S), "mrope": (A, 3, S), "vision_src": (A, S)}
         ints |= {"lengths": (A,), "next_pos": (A,)}
@@ -201,48 +205,72 @@ class Sampler:
         features = merged_tokens and array(
             (rows, merged_tokens, self.cfg.vision.out_hidden_size), self.cfg.dtype
         )
-        rows_DC = array((self.shards, concurrent), jnp.int32, replicated(self.mesh))
+        tables = lambda *shapes: [array(s, jnp.int32, replicated(self.mesh)) for s in shapes]  # noqa: E731
+        Z, C, J, G = sizes.Z, sizes.C, sizes.J, sizes.G
+        fill, places = Fill(*tables((Z,), (Z,), (Z, G))), Places(*tables((Z, J), (Z, J), (Z, C, G)))
         base = array((2,), jnp.uint32, replicated(self.mesh))
-        keys = array((A,), jnp.uint32)
         return {
-            "prefill": (params, batch, features, keys, base, state, rows_DC),
-            "decode_segment": (params, *state),
-            "collect": (rollout, state, rows_DC),
+            "prefill": (params, batch, features, array((A,), jnp.uint32), base, state, fill),
+            "decode_segment": (params, state[0], state[1:], places, *tables((2,))),
         }
 
-    def _rows_per_shard(self, prompts: int, rows: int) -> tuple[int, int]:
-        """Rows of a data shard: all, and at a time; ValueError where they do not divide."""
+    def _schedule(self, prompts: int, rows: int) -> Schedule:
+        """Of a batch; ValueError where it does not divide."""
         _require(
             rows % self.shards == 0 and prompts % rows == 0,
             f"{prompts} prompts in {rows} rows do not divide over {self.shards} data shards",
         )
-        per_shard = rows // self.shards
-        return per_shard, min(self.sampling.concurrent_rows or per_shard, per_shard)
-
-    def _loop(
-        self, inputs: tuple[Any, ...], row_prompts: int, per_shard: int, concurrent: int
-    ) -> Rollout[jax.Array]:
-        """Fill the blocks, decode segment by segment, retire and refill until every row is done."""
-        state, rollout = self._empty(
-            slot_prompts=self.shards * concurrent * row_prompts,
-            all_prompts=self.shards * per_shard * row_prompts,
-            S=inputs[1].tokens.shape[1],
+        c, per_shard = self.sampling, prompts // self.shards
+        concurrent = min(c.concurrent_rows * (prompts // rows) or per_shard, per_shard)
+        return Schedule(
+            self.shards, per_shard, concurrent, c.group_size, c.max_new_tokens, c.segment
         )
-        # running[d, c] is the row that data shard d has in its block c, or -1. Every process keeps
-        # the same table, since the flags it follows from are replicated.
-        running = np.full((self.shards, concurrent), -1, np.int32)
-        upcoming = np.zeros(self.shards, np.int32)
-        while True:
-            while (fill := _next_fill(running, upcoming, per_shard)) is not None:
+
+    def _sizes(self, schedule: Schedule, prompt_tokens: int) -> Sizes:
+        return Sizes(
+            Z=schedule.shards,
+            C=schedule.C,
+            J=schedule.J,
+            A=schedule.shards * schedule.prompts,
+            S=prompt_tokens,
+            G=schedule.group,
+            R=schedule.tokens,
+        )
+
+    def _loop(self, inputs: tuple[Any, ...], schedule: Schedule) -> Rollout[jax.Array]:
+        """Fill the slots and decode segment by segment until every sample is done."""
+        state = self._empty(sizes=self._sizes(schedule, inputs[1].tokens.shape[1]))
+        while not schedule.over:
+            while (fill := schedule.next_fill()) is not None:
                 state = self.prefill(*inputs, state, fill)
-            slots, prompt_done = self.decode_segment(inputs[0], *state)
-            state = (state[0], slots)
-            done = np.asarray(prompt_done).reshape(*running.shape, -1).all(axis=-1) & (running >= 0)
-            if done.any():
-                rollout = self.collect(rollout, state, np.where(done, running, -1))
-                running[done] = -1
-            if (running < 0).all() and (upcoming >= per_shard).all():
-                return rollout
+            prompts, slots, rollout = state
+            if (to := schedule.arrange()) is not None:
+                slots = self._moved(slots, to)
+            decode = self.decode_segment(schedule.width, schedule.window)
+            work, look = decode(
+                inputs[0], prompts, (slots, rollout), schedule.places(), schedule.limits()
+            )
+            state = (prompts, *work)
+            # Every process keeps the same schedule, since what it looks at is replicated.
+            length_ZJ, done_ZJ, step = (np.asarray(x) for x in look)
+            schedule.look(length_ZJ, done_ZJ, int(step))
+        self.idle_share = schedule.idle_share
+        return state[2]
+
+    def _moved(self, slots: Slots[jax.Array], to: Move) -> Slots[jax.Array]:
+        """One array after the other, so that no more than one is held twice."""
+        move = self._jitted(
+            f"move_{slots.done.shape[1]}_to_{to.slot_ZJ.shape[1]}_slots",
+            functools.partial(on_device.move, self.mesh, self._specs[1].rings[0][0]),
+        )
+
+        def moved(x: jax.Array) -> jax.Array:
+            new = move(x, to)
+            x.delete()
+            return new
+
+        fields = {f: moved(getattr(slots, f)) for f in PER_SLOT}
+        return dataclasses.replace(slots, rings=jax.tree.map(moved, slots.rings), **fields)
 
     def _prefill(
         self,
@@ -251,111 +279,115 @@ class Sampler:
         features_MND: jax.Array | None,
         keys_A: jax.Array,
         base: jax.Array,
-        state: blocks.Arrays,
-        rows_DC: jax.Array,
-    ) -> blocks.Arrays:
-        """Run one pending row of every shard and put it, with its first tokens, into a block.
-
-        rows_DC: [data shards, C] int32: the row, at the block it goes to; -1 elsewhere.
-        """
-        prompts, slots = state
-        row_prompts = prompts.next_pos.shape[0] // rows_DC.size
-        (batch, keys_P), features = blocks.select_row(
-            self.mesh, (batch, keys_A), features_MND, rows_DC, row_prompts
+        state: on_device.Arrays,
+        fill: Fill,
+    ) -> on_device.Arrays:
+        """Run a prompt of every shard and put it into a row, its first tokens into slots."""
+        (batch, keys_Z), features = on_device.select(
+            self.mesh, (batch, keys_A), features_MND, fill.prompt_Z
         )
-        model = bind(self.cfg, params)
-        h_PD, k, v = model.prefill(
+        model = bind(self.cfg, params, "decoder")
+        h_ZD, caches = model.prefill(
             batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features
         )
-        logits_PV = model.logits(h_PD)
-        shape = (h_PD.shape[0], self.sampling.group_size)
-        keys_PG2 = sampling_logits.sample_keys(base, keys_P, shape[1])
-        token_PG, sample_logp_PG, policy_logp_PG = self._sample(
-            jnp.broadcast_to(logits_PV[:, None], (*shape, logits_PV.shape[-1])),
-            keys_PG2,
+        logits_ZV = model.logits(h_ZD)
+        shape = (h_ZD.shape[0], self.sampling.group_size)
+        keys_ZG2 = sampling_logits.sample_keys(base, keys_Z, shape[1])
+        token_ZG, sample_logp_ZG, policy_logp_ZG = self._sample(
+            jnp.broadcast_to(logits_ZV[:, None], (*shape, logits_ZV.shape[-1])),
+            keys_ZG2,
             jnp.zeros(shape, jnp.int32),
         )
-        valid_PG = jnp.broadcast_to(batch.valid[:, None], shape)
-        finished_PG = self._is_eos(token_PG) | ~valid_PG
-        length_PG = valid_PG.astype(jnp.int32)
-        new_prompts = Prompts(
-            k=k,
-            v=v,
-            segment_ids=batch.segment_ids,
-            next_pos=batch.next_pos,
-            start=jnp.full(shape[:1], slots.step),
-            keys=keys_PG2,
-        )
+        valid_ZG = jnp.broadcast_to(batch.valid[:, None], shape)
+        finished_ZG = self._is_eos(token_ZG) | ~valid_ZG
+        length_ZG = valid_ZG.astype(jnp.int32)
         first = dict(
-            tokens=token_PG,
-            sample_logp=sample_logp_PG,
-            policy_logp=policy_logp_PG,
-            last=token_PG,
-            length=length_PG,
-            done=finished_PG | (length_PG >= self.sampling.max_new_tokens),
-            finished=finished_PG,
+            keys=keys_ZG2,
+            next_pos=jnp.broadcast_to(batch.next_pos[:, None], shape),
+            last=token_ZG,
+            length=length_ZG,
+            done=finished_ZG | (length_ZG >= self.sampling.max_new_tokens),
+            finished=finished_ZG,
+            sample_logp=sample_logp_ZG,
+            policy_logp=policy_logp_ZG,
+            valid=valid_ZG,
         )
-        return blocks.place(self.mesh, self._specs[0], state, new_prompts, first, rows_DC)
+        new = Prompts(caches=caches, segment_ids=batch.segment_ids)
+        return on_device.place(self.mesh, self._specs, state, new, first, fill)
 
     def _decode_segment(
-        self, params: Params, prompts: Prompts[jax.Array], slots: Slots[jax.Array]
-    ) -> tuple[Slots[jax.Array], jax.Array]:
-        """Up to ``segment`` tokens of every slot that is not done; (slots, done prompts [P])."""
+        self,
+        window: int,
+        params: Params,
+        prompts: Prompts[jax.Array],
+        work: tuple[Slots[jax.Array], Rollout[jax.Array]],
+        places: Places,
+        limits: jax.Array,
+    ) -> tuple[Any, Any]:
+        """Up to ``limits[0]`` tokens of every sample that is not done.
+
+        Args:
+            window: columns of the rings that are used.
+            work: the slots and the result, which come back.
+            limits: see ``Schedule.limits``.
+
+        Returns: work, and what the host looks at: (tokens of each sample, done, steps).
+        """
+        slots, rollout = work
+        before_ZJ = slots.length
+        visible_ZCS = prompts.segment_ids == PROMPT_SEGMENT
 
         def running(carry: Carry) -> jax.Array:
-            return (carry[0] < self.sampling.segment) & ~jnp.all(carry[1].done)
+            live_Z = jnp.sum(~carry[1].done & (places.sample_ZJ >= 0), axis=1)
+            return (carry[0] < limits[0]) & (jnp.max(live_Z) > limits[1])
 
         def advance(carry: Carry) -> Carry:
-            return carry[0] + 1, self._decode_token(params, prompts, carry[1])
+            count, slots, drawn = carry
+            age_W = (
+                slots.step % window - jnp.arange(window)
+            ) % window  # steps since it was written
+            own_ZJW = age_W[None, None] < slots.length[..., None]
+            sight = Sight(visible_ZCS, own_ZJW, places.slot_ZCG, places.place_ZJ)
+            slots, token = self._decode_token(params, prompts, slots, sight)
+            drawn = {f: drawn[f].at[count].set(token[f]) for f in drawn}
+            return count + 1, slots, drawn
 
-        _, slots = jax.lax.while_loop(running, advance, (jnp.int32(0), slots))
-        return slots, jnp.all(slots.done, axis=1)
+        zeros = functools.partial(jnp.zeros, (self.sampling.segment, *before_ZJ.shape))
+        drawn = dict(completions=zeros(jnp.int32), sample_logp=zeros(), policy_logp=zeros())
+        _, slots, drawn = jax.lax.while_loop(running, advance, (jnp.int32(0), slots, drawn))
+        rollout = on_device.record(self.mesh, rollout, drawn, places.sample_ZJ, before_ZJ, slots)
+        return (slots, rollout), (slots.length, slots.done, slots.step)
 
     def _decode_token(
-        self, params: Params, prompts: Prompts[jax.Array], slots: Slots[jax.Array]
-    ) -> Slots[jax.Array]:
+        self, params: Params, prompts: Prompts[jax.Array], slots: Slots[jax.Array], sight: Sight
+    ) -> tuple[Slots[jax.Array], Drawn]:
         """Feed every slot's last token, sample its next one."""
-        P, G, R = slots.tokens.shape
-        column = slots.step % R
-        fed_P = slots.step - prompts.start  # index of the token that is fed
-        age_R = (column - jnp.arange(R)) % R  # steps since a column was written, 0: now
-        visible_PGR = jnp.broadcast_to((age_R[None] <= fed_P[:, None])[:, None], (P, G, R))
-        model = bind(self.cfg, params)
-        h_PGD, (k, v) = model.decode(
+        model = bind(self.cfg, params, "decoder")
+        h_ZJD, rings = model.decode(
             slots.last,
-            jnp.broadcast_to((prompts.next_pos + fed_P)[:, None], (P, G)),
-            (prompts.k, prompts.v),
-            prompts.segment_ids,
-            (slots.k, slots.v),
-            column,
-            visible_PGR,
+            slots.next_pos + slots.length - 1,
+            prompts.caches,
+            slots.rings,
+            slots.step % sight.own_ZJW.shape[-1],
+            sight,
         )
-        index_PG = jnp.broadcast_to((fed_P + 1)[:, None], (P, G))
-        token_PG, sample_logp_PG, policy_logp_PG = self._sample(
-            model.logits(h_PGD), prompts.keys, index_PG
+        token_ZJ, sample_logp_ZJ, policy_logp_ZJ = self._sample(
+            model.logits(h_ZJD), slots.keys, slots.length
         )
-        alive_PG = ~slots.done
-        length_PG = slots.length + alive_PG
-        finished_PG = slots.finished | (alive_PG & self._is_eos(token_PG))
-
-        def store(ring_PGR: jax.Array, value_PG: jax.Array) -> jax.Array:
-            at = (column + 1) % R
-            now_PG1 = jax.lax.dynamic_slice_in_dim(ring_PGR, at, 1, axis=2)
-            value_PG1 = jnp.where(alive_PG[..., None], value_PG[..., None], now_PG1)
-            return jax.lax.dynamic_update_slice_in_dim(ring_PGR, value_PG1, at, axis=2)
-
-        return Slots(
-            k=k,
-            v=v,
-            tokens=store(slots.tokens, token_PG),
-            sample_logp=store(slots.sample_logp, sample_logp_PG),
-            policy_logp=store(slots.policy_logp, policy_logp_PG),
-            last=jnp.where(alive_PG, token_PG, slots.last),
-            length=length_PG,
-            done=slots.done | finished_PG | (length_PG >= R),
-            finished=finished_PG,
+        live_ZJ = ~slots.done
+        length_ZJ = slots.length + live_ZJ
+        finished_ZJ = slots.finished | (live_ZJ & self._is_eos(token_ZJ))
+        slots = dataclasses.replace(
+            slots,
+            rings=rings,
+            last=jnp.where(live_ZJ, token_ZJ, slots.last),
+            length=length_ZJ,
+            done=slots.done | finished_ZJ | (length_ZJ >= self.sampling.max_new_tokens),
+            finished=finished_ZJ,
             step=slots.step + 1,
         )
+        drawn = dict(completions=token_ZJ, sample_logp=sample_logp_ZJ, policy_logp=policy_logp_ZJ)
+        return slots, drawn
 
     def _sample(
         self, logits_PGV: jax.Array, keys_PG2: jax.Array, index_PG: jax.Array
@@ -374,20 +406,6 @@ class Sampler:
 
     def _is_eos(self, token: jax.Array) -> jax.Array:
         return jnp.isin(token, jnp.array(self.sampling.eos_ids, jnp.int32))
-
-
-def _next_fill(running: np.ndarray, upcoming: np.ndarray, per_shard: int) -> np.ndarray | None:
-    """Assign to every shard its next row, if it has one and a free block; update the tables.
-
-    Returns: rows_DC for ``prefill``, or None where nothing can be filled.
-    """
-    fill = np.full_like(running, -1)
-    for shard, row in enumerate(upcoming):
-        free = np.flatnonzero(running[shard] < 0)
-        if row < per_shard and free.size:
-            fill[shard, free[0]] = running[shard, free[0]] = row
-            upcoming[shard] += 1
-    return fill if (fill >= 0).any() else None
 
 
 def _require(condition: bool, message: str) -> None:

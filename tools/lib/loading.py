@@ -17,6 +17,7 @@ from srpo_jax.data.errors import RecordError
 from srpo_jax.data.files import numbered_jsonl
 from srpo_jax.data.images import load_image
 from srpo_jax.data.processing import Processor
+from srpo_jax.learn.state import relayout
 from srpo_jax.model import hf
 from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
@@ -32,9 +33,10 @@ class Model:
     """A model on its mesh, with its processor."""
 
     cfg: ModelConfig
-    params: Params  # layout "sample"
+    params: Params  # layout "sample"; to sample with only the tower's
     mesh: Mesh
     processor: Processor
+    decoder: Params = dataclasses.field(default_factory=dict)  # to sample with, of each layer
 
     @property
     def shards(self) -> int:
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_pixels", type=cli.positive, help="default: --hf_dir's preprocessor_config.json")
 
 
-def load_model(args: argparse.Namespace) -> Model:
+def load_model(args: argparse.Namespace, *, for_sampling: bool = False) -> Model:
     """The model that the arguments of ``add_arguments`` name, on all devices of this process."""
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype == "float32":  # accelerators multiply in a shorter format unless told otherwise
@@ -75,7 +77,8 @@ def load_model(args: argparse.Namespace) -> Model:
     mesh = make_mesh(tensor=args.tensor)
     shardings = param_specs(abstract_params(cfg), mesh, "sample")
     params = hf.load_params(args.hf_dir, cfg, shardings=shardings, dtype=dtype)
-    return Model(cfg, params, mesh, processor)
+    decoder = relayout(params, mesh, dtype=dtype, take=True) if for_sampling else {}
+    return Model(cfg, params, mesh, processor, decoder)
 
 
 def pixel_limits(hf_dir: str | Path) -> tuple[int, int]:

@@ -28,7 +28,7 @@ class SamplerPolicy:
             batch_size=settings.batch_size or 8, seed=settings.seed,
             n=1, top_k=0, top_p=1.0, min_p=0.0,
         )  # fmt: skip
-        self._model = loading.load_model(self._args)
+        self._model = loading.load_model(self._args, for_sampling=True)
         self._samplers: dict[tuple[float, int], Sampler] = {}
         self.name = settings.policy_hf_dir
 
