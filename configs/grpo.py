@@ -71,7 +71,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     update.aggregation = "sequence"  # mean over tokens, then over sequences (R)
     update.mask_truncated = False
     update.tis_cap = 0.0  # cap of the weight against the sampler's probabilities; 0: off
-    update.logit_chunk = 256  # positions whose logits exist at a time
+    update.logit_chunk = 1024  # tokens of a row whose logits exist at a time
 
     config.optim = optim = ConfigDict()
     optim.lr = 1e-6  # P 4.1

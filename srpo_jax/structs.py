@@ -5,6 +5,7 @@ Arrays carry their axes in their names: ``logits_BTV``, ``adv_PG``. The letters,
     M rows              a row is what ONE data shard holds of ONE micro-batch
     N patch slots of a row, in window order (padded windows included); N/4 merged tokens
     P prompts, G samples of a prompt (the group), B = P*G or any batch of sequences
+    X blocks of packed completions, Y slots of a block: U of prompts and C lanes of T (``Lanes``)
     S prompt tokens (budget), R completion tokens (budget), T text tokens of a sequence
     D width, F mlp width, H query heads, K key/value heads, E head width, V vocabulary, L layers
 
@@ -109,13 +110,33 @@ class Experience(Generic[Leaf]):
     # [M, N/4, D] from ``encode_step``; None: images are encoded inside the loss, which is required
     # when the tower trains.
     features: Leaf | None = None
-    # [P, G, R] from ``logp_step``; None: this is the only update of the rollout, and the policy
-    # itself is the old one.
+    # [P, G, R] from ``logp_step``, of all but the first update's rows (there the policy itself is
+    # the old one); None: this is the only update of the rollout.
     old_logp: Leaf | None = None
     ref_logp: Leaf | None = None  # [P, G, R] of the reference; None when kl_coef is 0
+    # [P] bool: sampled by an older policy, whose log-probs are those at sampling. None: none is.
+    carried: Leaf | None = None
+    # [P] int32: which update of the rollout takes the prompt, -1: none. None: there is one update.
+    update: Leaf | None = None
     # [P] float32. A group of weight 0 is left out of the loss and of its normaliser, as if it were
     # not in the batch (dynamic sampling); other weights scale it. None: all 1.
     weight: Leaf | None = None
+
+
+@flax.struct.dataclass
+class Lanes(Generic[Leaf]):
+    """Where the prompts and completions of one micro-batch lie in the passes of the update.
+
+    A row is cut into equal blocks. A block is a region of U slots, its prompts one behind the
+    other, and C lanes of T slots, each with several completions of these prompts one behind the
+    other. Made by ``learn/lanes.py``.
+    """
+
+    row: Leaf  # [M] int32: which row of its data shard (M of them) takes part
+    prompt: Leaf  # [X, U] int32: the slot's prompt, counted in its row; -1 in padding
+    prompt_at: Leaf  # [X, U] int32: which token of that prompt
+    sample: Leaf  # [X, C, T] int32: the slot's completion, prompt * G + g in its row; -1 in padding
+    sample_at: Leaf  # [X, C, T] int32: which token of that completion
 
 
 @flax.struct.dataclass

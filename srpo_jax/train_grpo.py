@@ -9,7 +9,7 @@ Reading guide: `train` sets up what `Stage` needs and hands its `step` to the se
     prompts -> image features -> completions -> verdicts on the host (`Stage.sample_round`)
             -> groups that teach something (run/pool.py) -> updates on the device (`Stage.update`)
 
-Rewards, advantages, KL and the loss are computed inside of ``grpo_step`` (learn/steps.py,
+Rewards, advantages, KL and the loss are computed inside of jitted steps (learn/steps.py,
 learn/grpo.py, rewards/profiles.py, learn/losses.py); run/rollout.py samples and grades;
 run/session.py owns the train state, restores, logs, evaluates, saves and exports. A run that is
 stopped (SIGTERM, Ctrl-C) finishes its step, saves and leaves with exit code 0; the same command
@@ -17,21 +17,28 @@ goes on from there, bit for bit.
 """
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from srpo_jax.data.batching import Layout
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.files import absolute, write_jsonl
 from srpo_jax.data.loader import Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
+from srpo_jax.learn.lanes import Budgets, pack, pair_cost, slots_and_tokens
 from srpo_jax.learn.optim import Optimizer, make_optimizer, trains_vision
 from srpo_jax.learn.state import merge_params
-from srpo_jax.learn.steps import make_grpo_step, make_logp_step, micro_indices
+from srpo_jax.learn.steps import GrpoSteps, grpo_update, make_grpo_steps, make_logp_step
 from srpo_jax.model import sharding
+from srpo_jax.model.config import ModelConfig
 from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
@@ -59,9 +66,10 @@ from srpo_jax.run.settings import (
     grpo_settings,
 )
 from srpo_jax.sampling.sampler import SamplingConfig
-from srpo_jax.structs import Experience, Params, TrainState
+from srpo_jax.structs import Batch, Experience, Lanes, Params, TrainState
 
 SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")
+Packed = list[list[Lanes | None]]  # of each update, of each of its micro-batches
 Logps = tuple[jax.Array | None, jax.Array | None]  # [P, G, R] before the update, of the reference
 
 
@@ -166,12 +174,14 @@ class Stage:
         layout = batch_layout(settings, parts.shards)
         self.update_P = layout.places(*processes.data_place(parts.mesh))
         mesh, watch = parts.mesh, parts.guard.watch
+        self.zeros_like = watch(
+            jax.jit(jnp.zeros_like, out_shardings=sharding.batch_sharding(mesh))
+        )
         self.logp_step = watch(make_logp_step(parts.model, cfg, mesh=mesh))
         self.score_step = watch(make_score_step(cfg, mesh))
-        self.choose_old = watch(jax.jit(choose_old, out_shardings=sharding.batch_sharding(mesh)))
-        self.grpo_step = watch(
-            make_grpo_step(parts.model, cfg, optimizer, freeze=settings.freeze, mesh=mesh)
-        )
+        update = make_grpo_steps(parts.model, cfg, optimizer, freeze=settings.freeze, mesh=mesh)
+        self.grpo_steps = GrpoSteps(*map(watch, update))
+        self.budgets = lane_budgets(settings, layout, parts.model)
         self.generator = Generator(
             parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision
         )
@@ -192,12 +202,15 @@ class Stage:
             one = self.sample_round(state, step, with_logps=True)
             lesson = Lesson(one.experience, one.local, [one], np.zeros(len(one.weight), np.int32))
         with timers("update"):
-            state, updates = self.update(state, lesson)
+            lengths_PG = lengths_to_learn(lesson.local, self.cfg)
+            packed = self.pack(lesson.local.batch, lengths_PG, update_P=self.update_P)
+            state, updates = self.update(state, lesson, packed)
         with timers("write"):  # while the device is busy with the update
             self.write_rollouts(lesson.rounds, step + 1)
         with timers("update"):
             updates = jax.device_get(updates)
-        return Done(state, self.metrics(lesson, updates), *self.work(lesson), len(updates))
+        metrics = self.metrics(lesson, updates, packed)
+        return Done(state, metrics, *self.work(lesson), len(updates))
 
     def sample_round(self, state: TrainState, step: int, *, with_logps: bool) -> Round:
         """The next batch of prompts: completions, verdicts and, on the way, log-probs."""
@@ -232,45 +245,75 @@ class Stage:
     ) -> Experience:
         """Global arrays put together."""
         features = self.features_for(sampled)
-        return Experience(
-            sampled.batch, sampled.rollout, verdict, features, *logps, weight=weight_P
-        )
+        update_P = sharding.to_global(self.update_P, self.parts.mesh)
+        parts = (sampled.batch, sampled.rollout, verdict, features, *logps)
+        return Experience(*parts, update=update_P, weight=weight_P)
 
     def logps(self, state: TrainState, sampled: Sampled, *, old: bool) -> Logps:
-        """Log-probs [P, G, R] under the policy before the update and under the reference."""
-        inputs = (sampled.batch, sampled.rollout, self.features_for(sampled))
-        old_logp = self.logp_step(merge_params(state), *inputs)[0] if old else None
+        """Log-probs [P, G, R] under the policy before the update and under the reference.
+
+        The first update of a rollout needs no old ones: there the policy itself is the old one.
+        """
+        if not old and self.reference is None:
+            return None, None
+        mask_PGR = processes.to_local(sampled.rollout.completion_mask)
+        features = self.features_for(sampled)
+
+        def under(params: Params, wanted_P: np.ndarray) -> jax.Array:
+            logp_PGR = self.zeros_like(sampled.rollout.sample_logp)
+            (packed,) = self.pack(sampled.local, mask_PGR.sum(-1) * wanted_P[:, None])
+            for lanes in self.on_mesh(packed):
+                with self.guard_lanes(sampled.local, lanes):
+                    args = (sampled.batch, sampled.rollout, features, lanes)
+                    logp_PGR = self.logp_step(logp_PGR, params, *args)
+            return logp_PGR
+
+        valid_P = np.asarray(sampled.local.valid)
+        old_logp = under(merge_params(state), valid_P & (self.update_P > 0)) if old else None
         ref_logp = None
         if self.reference is not None:
-            ref_logp = self.logp_step(merge_params(state, self.reference), *inputs)[0]
+            ref_logp = under(merge_params(state, self.reference), valid_P)
         return old_logp, ref_logp
+
+    # --- lanes ---
+
+    def pack(
+        self, local: Batch, lengths_PG: np.ndarray, update_P: np.ndarray | None = None
+    ) -> Packed:
+        """Lanes of this process's completions: each update's, or all together (collective)."""
+        budgets = self.budgets
+        if update_P is None:
+            budgets = dataclasses.replace(budgets, updates=1, sharing=1)
+        held = (local.lengths, lengths_PG, budgets)
+        return pack(*held, update_P=update_P, agree=processes.maxima)
+
+    def on_mesh(self, packed: list[Lanes | None]) -> Iterator[Lanes]:
+        """The micro-batches that hold anything, as global arrays."""
+        return (sharding.to_global(lanes, self.parts.mesh) for lanes in packed if lanes)
+
+    def guard_lanes(self, local: Batch, lanes: Lanes) -> AbstractContextManager:
+        """The shapes of lanes are budgets of their own."""
+        sizes = f"lanes {list(lanes.sample.shape)}, prompts in {list(lanes.prompt.shape)}"
+        return self.parts.guard.step(f"{bucket_of(local)}, {sizes}")
 
     def features_for(self, sampled: Sampled) -> jax.Array | None:
         """Image features as constants, unless the tower that makes them is trained."""
         return None if self.trains_vision else sampled.features
 
     def update(
-        self, state: TrainState, lesson: Lesson
+        self, state: TrainState, lesson: Lesson, packed: Packed
     ) -> tuple[TrainState, list[dict[str, jax.Array]]]:
         """The updates of one rollout; one whose groups all have weight 0 is left out.
 
         (Its gradient would be zero, but Adam's momentum would still move the parameters.)
         """
-        count = self.cfg.updates_per_rollout
-        weight_P = np.asarray(lesson.local.weight)
-        own_KP = self.update_P == np.arange(count)[:, None]
-        useful = processes.any_true((own_KP & (weight_P > 0)).any(axis=1))
-        done = []
-        with self.parts.guard.step(f"update, {bucket_of(lesson.local.batch)}"):
-            for k in range(count):
-                if useful[k]:
-                    indices = micro_indices(self.cfg, k) if count > 1 else None
-                    experience = lesson.experience
-                    if self.cfg.sharing > 1:  # others' groups stand in these rows too
-                        own = np.where(own_KP[k], weight_P, 0.0).astype(np.float32)
-                        own_P = sharding.to_global(own, self.parts.mesh)
-                        experience = dataclasses.replace(experience, weight=own_P)
-                    state, metrics = self.grpo_step(state, experience, indices)
+        local, done = lesson.local.batch, []
+        around = functools.partial(self.guard_lanes, local)
+        with self.parts.guard.step(f"update, {bucket_of(local)}"):
+            for k, own in enumerate(packed):
+                if any(own):
+                    args = (state, lesson.experience, self.on_mesh(own), k)
+                    state, metrics = grpo_update(self.grpo_steps, *args, around=around)
                     done.append(metrics)
         return state, done
 
@@ -295,16 +338,17 @@ class Stage:
             nobody = np.zeros(0, np.int32)
             sampled = Sampled((), nobody, local.batch, batch, features, rollout)
             with parts.timers("logp"):
-                old_logp, ref_logp = self.logps(state, sampled, old=True)
-                # Groups carried over from an earlier step have that step's policy as the old one.
-                old_logp = self.choose_old(carried_P, rollout.policy_logp, old_logp)
-                jax.block_until_ready((old_logp, ref_logp))
-        experience = self.experience(sampled, verdict, (old_logp, ref_logp), weight_P)
+                logps = self.logps(state, sampled, old=self.cfg.updates_per_rollout > 1)
+                jax.block_until_ready(logps)
+        experience = self.experience(sampled, verdict, logps, weight_P)
+        experience = dataclasses.replace(experience, carried=carried_P)
         return Lesson(experience, local, rounds, age, dropped)
 
     # --- what is reported ---
 
-    def metrics(self, lesson: Lesson, updates: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    def metrics(
+        self, lesson: Lesson, updates: list[dict[str, np.ndarray]], packed: Packed
+    ) -> dict[str, float]:
         """One row: what the samples were like (before the filter), and what the updates did."""
         rounds = lesson.rounds
         samples = merge_metrics([dict(jax.device_get(r.scores[2])) for r in rounds], "samples")
@@ -312,7 +356,10 @@ class Stage:
             samples[f"{name}_rate"] = samples[f"{name}/count"] / max(samples[f"{name}/of"], 1.0)
         sampled_names = set(samples)
         learned = merge_metrics(updates, "trained_tokens") if updates else {}
+        slots, tokens = slots_and_tokens(itertools.chain(*packed))
         own = {
+            "slots": slots,
+            "tokens": tokens,
             "kept": sum(float(r.weight[r.sampled.slots].sum()) for r in rounds),
             "valid": sum(len(r.sampled.slots) for r in rounds),
             "used": int(np.asarray(lesson.local.weight).sum()),
@@ -330,6 +377,7 @@ class Stage:
             "updates": len(updates),
             **{name: value for name, value in total.items() if "/" in name},
             "filter/kept_share": total["kept"] / max(total["valid"], 1),
+            "update/padding_share": 1 - total["tokens"] / max(total["slots"], 1),
             "filter/rounds": len(rounds),
             "filter/age_mean": total["age"] / max(total["used"], 1),
             "filter/age_max": max(one["oldest"] for one in held),
@@ -338,22 +386,24 @@ class Stage:
 
     def work(self, lesson: Lesson) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""
-        passes = (self.cfg.updates_per_rollout > 1) + (self.reference is not None)
-        # Log-probs are forward passes; the update is a forward and a backward pass.
-        flops = (passes + 3) * self.forward_work(lesson.local)[1]
+        lengths_PG = lengths_to_learn(lesson.local, self.cfg)
+        # The update is a forward and a backward pass, log-probs are forward passes.
+        flops = 3 * self.forward_work(lesson.local.batch, lengths_PG)[1]
+        passes = 1 - 1 / self.cfg.updates_per_rollout + (self.reference is not None)
+        flops += passes * self.forward_work(lesson.local.batch, lengths_of(lesson.local))[1]
         tokens = 0.0
         for one in lesson.rounds:
-            count, sampling = self.forward_work(one.local)
+            count, sampling = self.forward_work(one.local.batch, lengths_of(one.local))
             vision = self.parts.flops.vision(*vision_work(one.sampled.local))
             tokens += count
             flops += sampling + vision * (3 if self.trains_vision else 1)
         return tokens, flops
 
-    def forward_work(self, local: Experience) -> tuple[float, float]:
-        """Tokens, and FLOPs of the decoder, for one pass over prompts and their completions."""
-        valid, flops = np.asarray(local.batch.valid), self.parts.flops
-        prompts = np.asarray(local.batch.lengths, np.float64)[valid]
-        lengths = np.asarray(local.rollout.completion_mask).sum(-1)[valid].astype(np.float64)
+    def forward_work(self, batch: Batch, lengths_PG: np.ndarray) -> tuple[float, float]:
+        """Tokens, and FLOPs of the decoder, for one pass over completions and their prompts."""
+        some, flops = lengths_PG.any(1), self.parts.flops
+        prompts = np.asarray(batch.lengths, np.float64)[some]
+        lengths = lengths_PG[some].astype(np.float64)
         total = flops.text(prompts) + flops.text(
             lengths, prefix=prompts[:, None], head_tokens=lengths.sum()
         )
@@ -369,9 +419,32 @@ class Stage:
         write_jsonl(self.settings.workdir / "rollouts" / f"{step:06d}{part}.jsonl", rows)
 
 
-def choose_old(carried_P: jax.Array, sampled_logp_PGR: jax.Array, logp_PGR: jax.Array) -> jax.Array:
-    """The log-probs at sampling where a group was carried over, else those before the update."""
-    return jnp.where(carried_P[:, None, None], sampled_logp_PGR, logp_PGR)
+def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> Budgets:
+    """What the lanes of an update are packed for."""
+    return Budgets(
+        prompts_per_row=layout.per_row,
+        group=settings.sampling.group_size,
+        prompt_tokens=settings.data.prompt_tokens,
+        completion_tokens=settings.sampling.max_new_tokens,
+        micro_batches=layout.rows,
+        updates=layout.updates,
+        sharing=layout.sharing,
+        pair_cost=pair_cost(model.text),
+    )
+
+
+def lengths_of(local: Experience) -> np.ndarray:
+    """[P, G] tokens of the completions, 0 of fillers."""
+    lengths_PG = np.asarray(local.rollout.completion_mask).sum(-1)
+    return lengths_PG * np.asarray(local.batch.valid)[:, None]
+
+
+def lengths_to_learn(local: Experience, cfg: GrpoConfig) -> np.ndarray:
+    """[P, G] tokens of the completions that have a weight in the update, 0 of all others."""
+    wanted_PG = np.asarray(local.weight)[:, None] != 0
+    if cfg.mask_truncated:
+        wanted_PG = wanted_PG & np.asarray(local.rollout.finished)
+    return lengths_of(local) * wanted_PG
 
 
 if __name__ == "__main__":

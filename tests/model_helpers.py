@@ -147,6 +147,27 @@ def forward(cfg, params, batch):
     return text_hidden(cfg, params, batch, encode(cfg, params, batch.vision))
 
 
+def completion_hidden(model, batch, features, completions, mask):
+    """[P, G, R, D] whose state j predicts completion token j: every sample with a prompt of its own
+    through the whole model, padded to the budgets."""
+    (P, S), (_, G, R) = batch.tokens.shape, completions.shape
+    each = lambda x: jnp.repeat(jnp.asarray(x), G, axis=0)  # noqa: E731
+    own = jnp.asarray(completions).reshape(P * G, R)
+    positions = each(batch.next_pos)[:, None] + jnp.arange(R)[None]
+    mrope = jnp.broadcast_to(positions[:, None], (P * G, 3, R))
+    segments = jnp.where(jnp.asarray(mask).reshape(P * G, R), 1, -1)
+    h_BTD = model.hidden(
+        jnp.concatenate([each(batch.tokens), own], 1),
+        jnp.concatenate([each(batch.mrope), mrope], 2),
+        jnp.concatenate([each(batch.segment_ids), segments], 1),
+        jnp.concatenate([each(batch.vision_src), jnp.full_like(own, -1)], 1),
+        features,
+    )
+    last = each(batch.lengths)[:, None, None] - 1
+    last = jnp.take_along_axis(h_BTD, last, axis=1)
+    return jnp.concatenate([last, h_BTD[:, S:-1]], axis=1).reshape(P, G, R, -1)
+
+
 def close(a, b, atol=1e-5):
     np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=atol)
 

@@ -36,7 +36,7 @@ def _run(platform: str, *command: str) -> str:
     ("recipe", "programs"),
     [
         ("sft", {"sft_step"}),
-        ("grpo", {"encode", "prefill", "decode_segment", "logp_step", "grpo_step"}),
+        ("grpo", {"encode", "prefill", "decode_segment", "logp_step", "accumulate", "apply"}),
     ],
 )
 def test_the_7b_recipe_compiles_and_fits_eight_devices(recipe, programs, topology):

@@ -9,7 +9,15 @@ import pytest
 from jax.sharding import AxisType
 
 from srpo_jax.model import attention as attention_lib
-from srpo_jax.model.attention import Mask, Sight, attention, choose_impl, decode_attention
+from srpo_jax.model.attention import (
+    LaneMask,
+    Mask,
+    Sight,
+    attention,
+    choose_impl,
+    decode_attention,
+    lane_attention,
+)
 
 
 def draw(seed, B=2, T=6, S=6, H=4, K=2, E=8, dtype=np.float32):
@@ -161,6 +169,80 @@ def test_splash_on_a_mesh_equals_one_device(kv_heads):
     assert len(sharded[0].sharding.device_set) == 8
     for ours, theirs in zip(sharded, reference, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def lane_case(X=2, U=9, C=2, T=11, H=4, K=2, E=8):
+    """Packed blocks: two prompts in a region, lanes of completions of both, padding everywhere."""
+    prompt = np.full((X, U), -1)
+    sample, of_prompt = np.full((X, C, T), -1), np.full((X, C, T), -1)
+    for x in range(X):
+        prompt[x, :4], prompt[x, 4 : 7 + x % 2] = 0, 1
+        for c, lane in enumerate([[(0, 4), (3, 3)], [(2, 6 + x % 2), (1, 1), (4, 2)]]):
+            ids = np.repeat([s for s, _ in lane], [n for _, n in lane])
+            sample[x, c, : len(ids)], of_prompt[x, c, : len(ids)] = ids, ids // 2 % 2
+    mask = LaneMask(*(jnp.asarray(ids, jnp.int32) for ids in (prompt, sample, of_prompt)))
+    return draw(12, B=X, T=U + C * T, S=U + C * T, H=H, K=K, E=E), mask
+
+
+def lane_loss(impl, qkv, mask, weight):
+    """Output and gradients; nothing is asked of padding."""
+    of_slot = [x.reshape(len(x), -1) for x in (mask.prompt_XU, mask.sample_XCT)]
+    real = (jnp.concatenate(of_slot, axis=1) >= 0)[..., None, None]
+
+    def loss(qkv):
+        out = jnp.where(real, lane_attention(*qkv, mask, impl), 0)
+        return jnp.sum(out * weight), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv)
+    return out, *grads
+
+
+def test_a_token_of_a_lane_sees_its_prompt_and_its_own_completion():
+    qkv, mask = lane_case()
+    X, C, T = mask.sample_XCT.shape
+    U = mask.prompt_XU.shape[1]
+    out = np.asarray(lane_attention(*qkv, mask, "xla"))
+    prompts = naive(*(x[:, :U] for x in qkv), mask.prompt_XU, mask.prompt_XU, True)
+    np.testing.assert_allclose(out[:, :U], prompts, atol=1e-6)
+    sample, of_prompt = (np.asarray(x) for x in (mask.sample_XCT, mask.lane_prompt_XCT))
+    for x, c in itertools.product(range(X), range(C)):
+        for s in set(sample[x, c].tolist()) - {-1}:
+            own = U + c * T + np.flatnonzero(sample[x, c] == s)
+            before = np.flatnonzero(mask.prompt_XU[x] == of_prompt[x, c][sample[x, c] == s][0])
+            q, k, v = (np.asarray(a)[x : x + 1] for a in qkv)
+            seen = np.concatenate([before, own])
+            ones = np.ones((1, len(seen)), int)
+            args = (q[:, own], k[:, seen], v[:, seen], ones[:, : len(own)], ones, True, len(before))
+            np.testing.assert_allclose(out[x, own], naive(*args)[0], atol=1e-6)
+
+
+def test_splash_lanes_equal_xla_with_gradients():
+    qkv, mask = lane_case(H=3, K=1, E=20, T=140, U=130)  # more than a kernel's block of each
+    weight = jax.random.normal(jax.random.key(9), qkv[0].shape)
+    reference = lane_loss("xla", qkv, mask, weight)
+    for ours, theirs in zip(lane_loss("splash", qkv, mask, weight), reference, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+        assert np.abs(theirs).max() > 0.1
+
+
+def test_splash_lanes_on_a_mesh_equal_one_device():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    qkv, mask = lane_case(X=4, K=1)
+    weight = jax.random.normal(jax.random.key(9), qkv[0].shape)
+    reference = lane_loss("xla", qkv, mask, weight)
+    with jax.set_mesh(mesh):
+        sharded = lane_loss("splash", qkv, mask, weight)
+    for ours, theirs in zip(sharded, reference, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_nothing_leaks_between_the_completions_of_a_lane():
+    qkv, mask = lane_case()
+    weight = jnp.zeros(qkv[0].shape).at[:, 9 + 4 : 9 + 7].set(1.0)  # sample 3, behind sample 0
+    _, dq, dk, dv = lane_loss("xla", qkv, mask, weight)
+    reached = np.abs(dk).sum((0, 2, 3)) + np.abs(dv).sum((0, 2, 3)) > 0
+    assert np.flatnonzero(reached).tolist() == [4, 5, 6, 7, 13, 14, 15]  # its prompt and itself
+    assert np.flatnonzero(np.abs(dq).sum((0, 2, 3))).tolist() == [13, 14, 15]
 
 
 @pytest.mark.parametrize(("T", "S", "offset"), [(5, 12, 7), (6, 9, 3)])

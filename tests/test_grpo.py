@@ -1,13 +1,16 @@
 """The GRPO update on plain arrays: preparation, loss of a micro-batch, metrics."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from srpo_jax.learn import grpo
-from srpo_jax.learn.grpo import GrpoConfig
-from srpo_jax.structs import Experience, Rollout, Verdict
+from srpo_jax.learn.grpo import GrpoConfig, Tokens
+from srpo_jax.structs import Batch, Experience, Rollout, Verdict
 
 P, G, R = 2, 2, 4
 
@@ -43,59 +46,87 @@ def _verdict(first, final):
 VERDICT = _verdict([[1, 0], [0, 0]], [[1, 1], [0, 1]])
 
 
-def _experience(rollout=None, verdict=VERDICT, **fields):
-    """What the loss reads of an update; it never looks at the prompts."""
-    return Experience(None, _rollout() if rollout is None else rollout, verdict, **fields)
+def _experience(rollout=None, verdict=VERDICT, valid=(True, True), **fields):
+    """What an update is prepared from; of the prompts it reads which are fillers."""
+    batch = Batch(**dict.fromkeys(BATCH)).replace(valid=jnp.array(valid))
+    return Experience(batch, _rollout() if rollout is None else rollout, verdict, **fields)
+
+
+BATCH = [field.name for field in dataclasses.fields(Batch) if field.name != "vision"]
+
+
+def _weights(ready, rollout=None):
+    """[P, G]: weight of each sample's tokens together."""
+    rollout = _rollout() if rollout is None else rollout
+    return ready.weight_PG * rollout.completion_mask.sum(-1)
+
+
+def _tokens(ready, rollout, old=None, ref=None):
+    """What the loss reads, unpacked: [P, G, R]."""
+    spread = lambda x: jnp.where(rollout.completion_mask, x[..., None], 0.0)  # noqa: E731
+    logps = (rollout.sample_logp, rollout.policy_logp, old, ref)
+    return Tokens(spread(ready.adv_PG), spread(ready.weight_PG), *logps)
 
 
 BOTH = jnp.ones(P, bool)
 
 
 def test_prepare_weights_are_those_of_the_whole_update():
-    ready = grpo.prepare(GrpoConfig(aggregation="token"), _experience(), BOTH)
-    np.testing.assert_allclose(ready.weights_PGR.sum(-1) * 10, [[4, 2], [1, 3]], rtol=1e-6)
+    ready = grpo.prepare(GrpoConfig(aggregation="token"), _experience())
+    np.testing.assert_allclose(_weights(ready) * 10, [[4, 2], [1, 3]], rtol=1e-6)
     assert ready.tokens == 10
-    ready = grpo.prepare(GrpoConfig(), _experience(), BOTH)
-    np.testing.assert_allclose(ready.weights_PGR.sum(-1), [[0.25, 0.25], [0.25, 0.25]], rtol=1e-6)
+    ready = grpo.prepare(GrpoConfig(), _experience())
+    np.testing.assert_allclose(_weights(ready), [[0.25, 0.25], [0.25, 0.25]], rtol=1e-6)
 
 
 def test_prepare_leaves_out_fillers_and_groups_of_weight_zero():
     cfg = GrpoConfig(aggregation="token")
-    filler = grpo.prepare(cfg, _experience(), jnp.array([False, True]))
-    dropped = grpo.prepare(cfg, _experience(weight=jnp.array([0.0, 1.0])), BOTH)
+    filler = grpo.prepare(cfg, _experience(valid=[False, True]))
+    dropped = grpo.prepare(cfg, _experience(weight=jnp.array([0.0, 1.0])))
     for ready in (filler, dropped):
-        np.testing.assert_allclose(ready.weights_PGR.sum(-1) * 4, [[0, 0], [1, 3]], rtol=1e-6)
+        np.testing.assert_allclose(_weights(ready) * 4, [[0, 0], [1, 3]], rtol=1e-6)
         assert ready.tokens == 4
 
 
 def test_prepare_masks_truncated_samples_but_keeps_them_in_the_baseline():
-    plain = grpo.prepare(GrpoConfig(), _experience(), BOTH)
-    masked = grpo.prepare(GrpoConfig(mask_truncated=True), _experience(), BOTH)
-    assert (masked.weights_PGR[1, 1] == 0).all() and (plain.weights_PGR[1, 1] != 0).any()
-    np.testing.assert_allclose(masked.weights_PGR.sum(-1), [[1 / 3, 1 / 3], [1 / 3, 0]], rtol=1e-6)
+    plain = grpo.prepare(GrpoConfig(), _experience())
+    masked = grpo.prepare(GrpoConfig(mask_truncated=True), _experience())
+    assert masked.weight_PG[1, 1] == 0 and plain.weight_PG[1, 1] != 0
+    np.testing.assert_allclose(_weights(masked), [[1 / 3, 1 / 3], [1 / 3, 0]], rtol=1e-6)
     np.testing.assert_array_equal(plain.adv_PG, masked.adv_PG)
+
+
+def test_the_policy_itself_is_the_old_one_in_the_first_update_but_for_carried_groups():
+    carried = jnp.array([False, True])
+    first = grpo.prepare(GrpoConfig(), _experience(carried=carried))
+    assert first.on_policy_P.tolist() == [True, False]
+    assert grpo.prepare(GrpoConfig(), _experience()).on_policy_P.all()
+    assert not grpo.prepare(GrpoConfig(), _experience(), 1).on_policy_P.any()
+
+
+def test_an_update_weighs_its_own_prompts_only():
+    experience = _experience(update=jnp.array([1, 0]))
+    for update, own in ((0, [[0, 0], [1, 3]]), (1, [[4, 2], [0, 0]])):
+        ready = grpo.prepare(GrpoConfig(aggregation="token"), experience, update)
+        np.testing.assert_allclose(_weights(ready) * np.sum(own), own, rtol=1e-6)
+        assert ready.metrics["samples"] == G
 
 
 def test_nothing_to_learn_from_is_zero_and_not_nan():
     cfg = GrpoConfig(mask_truncated=True, kl_coef=0.1)
     rollout = _rollout(finished=((False, False), (False, False)))
-    ready = grpo.prepare(cfg, _experience(rollout), BOTH)
+    ready = grpo.prepare(cfg, _experience(rollout))
     logp = jnp.full((P, G, R), -2.0)
 
     def loss(logp):
-        return grpo.policy_loss(
-            cfg,
-            logp,
-            logp,
-            _experience(rollout, ref_logp=logp - 1.0),
-            ready.adv_PG,
-            ready.weights_PGR,
-        )
+        return grpo.policy_loss(cfg, logp, logp, _tokens(ready, rollout, ref=logp - 1.0))
 
     (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(logp)
     assert value == 0 and (grad == 0).all()
-    metrics = grpo.update_metrics(jax.tree.map(lambda x: x[None], aux), ready.tokens)
-    assert all(v == 0 for v in metrics.values()), metrics
+    assert jax.tree.structure(aux) == jax.tree.structure(grpo.no_aux(cfg))
+    for nothing in (aux, grpo.no_aux(cfg)):
+        metrics = grpo.update_metrics(nothing, ready.tokens)
+        assert all(v == 0 for v in metrics.values()), metrics
 
 
 def test_policy_loss_by_hand():
@@ -104,7 +135,7 @@ def test_policy_loss_by_hand():
     rollout = jax.tree.map(lambda x: x[:1], _rollout())
     verdict = jax.tree.map(lambda x: x[:1], _verdict([[1, 0], [0, 0]], [[1, 0], [0, 0]]))
     verdict = verdict.replace(format_ok=jnp.ones((1, G), bool))
-    ready = grpo.prepare(cfg, _experience(rollout, verdict), BOTH[:1])
+    ready = grpo.prepare(cfg, _experience(rollout, verdict, valid=[True]))
     a = 1 / np.sqrt(2)
     np.testing.assert_allclose(ready.adv_PG, [[a, -a]], rtol=1e-4)
 
@@ -115,19 +146,12 @@ def test_policy_loss_by_hand():
     ref = logp - np.log(2.0)  # k3 = exp(-ln 2) - 1 + ln 2
     entropy = jnp.full((1, G, R), 3.0)
 
-    loss, aux = grpo.policy_loss(
-        cfg,
-        logp,
-        entropy,
-        _experience(rollout, verdict, old_logp=old, ref_logp=ref),
-        ready.adv_PG,
-        ready.weights_PGR,
-    )
+    loss, aux = grpo.policy_loss(cfg, logp, entropy, _tokens(ready, rollout, old, ref))
     # Sample 0: 4 tokens, one clipped at 1.2. Sample 1: 2 tokens. TIS 2 is capped at 1.5.
     policy = -1.5 * 0.5 * (a * (3 + 1.2) / 4 - a * 2 / 2)
     kl = 0.5 - 1 + np.log(2.0)
     np.testing.assert_allclose(loss, policy + 0.5 * kl - 0.01 * 3.0, rtol=1e-4)
-    metrics = grpo.update_metrics(jax.tree.map(lambda x: x[None], aux), ready.tokens)
+    metrics = grpo.update_metrics(aux, ready.tokens)
     want = {
         "loss/policy": policy,
         "loss/kl": kl,
@@ -149,19 +173,19 @@ def test_policy_loss_by_hand():
 def test_micro_batches_add_up_to_the_metrics_of_the_whole():
     cfg = GrpoConfig(aggregation="token", kl_coef=0.1)
     rollout = _rollout()
-    ready = grpo.prepare(cfg, _experience(rollout), BOTH)
+    ready = grpo.prepare(cfg, _experience(rollout))
     logp = -jax.random.uniform(jax.random.key(0), (P, G, R))
     old, ref = logp - 0.3 * jnp.sin(9 * logp), logp + 0.1
-    samples = _experience(rollout, old_logp=old, ref_logp=ref)
-    args = (logp, -logp, samples, ready.adv_PG, ready.weights_PGR)
+    args = (logp, -logp, _tokens(ready, rollout, old, ref))
 
     _, whole = grpo.policy_loss(cfg, *args)
     parts = [
         grpo.policy_loss(cfg, *jax.tree.map(lambda x, i=i: x[i : i + 1], args))[1] for i in (0, 1)
     ]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
-    want = grpo.update_metrics(jax.tree.map(lambda x: x[None], whole), ready.tokens)
-    got = grpo.update_metrics(stacked, ready.tokens)
+    want = grpo.update_metrics(whole, ready.tokens)
+    got = grpo.update_metrics(
+        functools.reduce(grpo.join_aux, parts, grpo.no_aux(cfg)), ready.tokens
+    )
     assert want.keys() == got.keys()
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-7, err_msg=name)
@@ -170,7 +194,7 @@ def test_micro_batches_add_up_to_the_metrics_of_the_whole():
 def test_rollout_metrics_count_first_and_final_answers():
     cfg = GrpoConfig()
     rollout = _rollout()
-    terms = grpo.prepare(cfg, _experience(rollout), BOTH).terms
+    terms = cfg.profile.terms(VERDICT, cfg.alpha)
     got = grpo.rollout_metrics(terms, VERDICT, rollout, BOTH)
     # first 1 0 0 0, final 1 1 0 1: two of three wrong first answers are mended, none harmed.
     want = {
@@ -207,7 +231,7 @@ def test_rollout_metrics_ignore_fillers():
     rollout = _rollout()
     verdict = _verdict([[0, 0], [1, 0]], [[0, 0], [0, 0]])
     verdict = verdict.replace(format_ok=jnp.ones((P, G), bool))
-    terms = grpo.prepare(GrpoConfig(), _experience(rollout, verdict), BOTH).terms
+    terms = GrpoConfig().profile.terms(verdict, GrpoConfig().alpha)
     got = grpo.rollout_metrics(terms, verdict, rollout, jnp.array([False, True]))
     assert got["samples"] == 2 and got["accuracy/first"] == 0.5 and got["tokens"] == 4
     assert got["harm/count"] == 1 and got["harm/of"] == 1 and got["fix/of"] == 1
@@ -222,8 +246,6 @@ def test_rollout_metrics_ignore_fillers():
 def test_contradictory_configurations_are_refused():
     with pytest.raises(ValueError, match="temperature"):
         GrpoConfig(temperature=0.0)
-    with pytest.raises(ValueError, match="micro_batches=3 is not divisible"):
-        GrpoConfig(micro_batches=3, updates_per_rollout=2)
     with pytest.raises(ValueError, match="length_cap"):
         GrpoConfig(aggregation="constant")
     assert not GrpoConfig().needs_reference and GrpoConfig(kl_coef=0.01).needs_reference

@@ -21,8 +21,7 @@ from srpo_jax.data.quarantine import Quarantine
 from srpo_jax.data.records import open_records, write_array_record
 from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.data.vision_arrays import VisionIds
-from srpo_jax.learn.grpo import GrpoConfig
-from srpo_jax.learn.steps import micro_indices
+from srpo_jax.learn import lanes
 from srpo_jax.structs import RunError
 
 PAD = 9
@@ -239,11 +238,10 @@ def test_rows_are_chosen_from_the_number_of_shards_and_updates_keep_their_sequen
         parts = [layout.places(i, count) for i in range(count)]
         places_SMB = np.concatenate(parts).reshape(shards, layout.rows, layout.per_row)
         assert layout.per_row <= most and places_SMB.size == layout.size
-        cfg = GrpoConfig(
-            updates_per_rollout=updates, micro_batches=layout.rows, sharing=layout.sharing
-        )
+        shape = (layout.per_row, 1, 1, 1, layout.rows, updates, layout.sharing)
+        budgets = lanes.Budgets(*shape)
         for update in range(updates):  # all of its sequences stand in its micro-batches
-            rows = places_SMB[:, micro_indices(cfg, update)]
+            rows = places_SMB[:, budgets.rows_of(update)]
             assert (rows == update).sum() == (places_SMB == update).sum() == sequences // updates
         taken = [int((part >= 0).sum()) for part in parts]
         assert sum(taken) == sequences and max(taken) - min(taken) <= 1

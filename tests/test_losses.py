@@ -91,7 +91,9 @@ def test_positions_beyond_the_count_are_left_out_and_take_no_gradient(count):
 def test_weighted_positions_come_first_in_their_order():
     h, targets, _ = _inputs()
     weights = jnp.zeros((B, T)).at[0, 2].set(0.5).at[0, 4].set(0.25).at[1, 1].set(1.0)
-    h2, targets2, weights2, count = losses.weighted_first(h, targets, weights)
+    order, count = losses.weighted_first(weights)
+    targets2, weights2 = (jnp.take_along_axis(x, order, 1) for x in (targets, weights))
+    h2 = jnp.take_along_axis(h, order[..., None], 1)
     assert count == 2
     assert weights2[0, :2].tolist() == [0.5, 0.25]
     assert not weights2[:, 2:].any()
@@ -319,6 +321,11 @@ def _uneven():
     return jnp.broadcast_to(jnp.array([1.0, 1.0, 1.0, -1.0])[:, None], mask.shape), mask
 
 
+def spread(mask, weight, **kwargs):
+    """The weight of each token of ``mask``."""
+    return mask * losses.token_weights(mask.sum(1), weight, **kwargs)[:, None]
+
+
 @pytest.mark.parametrize(
     "mode,want",
     [
@@ -329,7 +336,7 @@ def _uneven():
 )
 def test_aggregation_of_uneven_lengths(mode, want):
     x, mask = _uneven()
-    weights = losses.token_weights(mask, jnp.ones(4), mode=mode, length_cap=2000)
+    weights = spread(mask, jnp.ones(4), mode=mode, length_cap=2000)
     np.testing.assert_allclose(losses.aggregate(x, weights), want, rtol=1e-5)
     # Micro-batches of one sequence: shares add up to the same loss, with no further division.
     parts = [losses.aggregate(x[i : i + 1], weights[i : i + 1]) for i in range(4)]
@@ -340,12 +347,12 @@ def test_constant_uses_the_configured_cap_and_not_the_width_of_the_batch():
     mask = jnp.array([[1, 1, 0]])
     wide = jnp.pad(mask, ((0, 0), (0, 9)))
     for m in (mask, wide):
-        weights = losses.token_weights(m, jnp.ones(1), mode="constant", length_cap=8)
+        weights = spread(m, jnp.ones(1), mode="constant", length_cap=8)
         np.testing.assert_allclose(weights.sum(), 2 / 8)
     with pytest.raises(ValueError, match="length_cap"):
-        losses.token_weights(mask, jnp.ones(1), mode="constant")
+        spread(mask, jnp.ones(1), mode="constant")
     with pytest.raises(ValueError, match="aggregation"):
-        losses.token_weights(mask, jnp.ones(1), mode="mean")
+        spread(mask, jnp.ones(1), mode="mean")
 
 
 @pytest.mark.parametrize("mode", ["sequence", "token", "constant"])
@@ -353,9 +360,9 @@ def test_a_sequence_of_weight_zero_or_without_tokens_counts_as_absent(mode):
     mask = jnp.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
     x = jnp.array([[1.0, 2.0, 3.0, 99.0], [5.0, 5.0, 9.0, 9.0], [7.0] * 4, [4.0, 1.0, 1.0, 1.0]])
     kwargs = dict(mode=mode, length_cap=10)
-    got = losses.aggregate(x, losses.token_weights(mask, jnp.array([1, 0, 1, 1.0]), **kwargs))
+    got = losses.aggregate(x, spread(mask, jnp.array([1, 0, 1, 1.0]), **kwargs))
     kept = jnp.array([0, 3])
-    alone = losses.aggregate(x[kept], losses.token_weights(mask[kept], jnp.ones(2), **kwargs))
+    alone = losses.aggregate(x[kept], spread(mask[kept], jnp.ones(2), **kwargs))
     # By hand: sequence (2 + 4) / 2; token (6 + 4) / 4; constant (6 + 4) / 20.
     want = {"sequence": 3.0, "token": 2.5, "constant": 0.5}[mode]
     np.testing.assert_allclose([got, alone], [want, want], rtol=1e-6)
@@ -363,20 +370,20 @@ def test_a_sequence_of_weight_zero_or_without_tokens_counts_as_absent(mode):
 
 def test_sequence_weights_scale_a_sequence():
     mask = jnp.ones((2, 2))
-    weights = losses.token_weights(mask, jnp.array([3.0, 1.0]), mode="sequence")
+    weights = spread(mask, jnp.array([3.0, 1.0]), mode="sequence")
     np.testing.assert_allclose(weights, [[3 / 8, 3 / 8], [1 / 8, 1 / 8]])
 
 
 @pytest.mark.parametrize("mode", ["sequence", "token", "constant"])
 def test_nothing_left_gives_zero_and_not_nan(mode):
-    weights = losses.token_weights(jnp.zeros((2, 3)), jnp.ones(2), mode=mode, length_cap=3)
+    weights = spread(jnp.zeros((2, 3)), jnp.ones(2), mode=mode, length_cap=3)
     assert (weights == 0).all()
     assert losses.aggregate(jnp.full((2, 3), jnp.nan), weights) == 0
-    assert not np.isnan(np.asarray(losses.token_weights(jnp.ones((2, 3)), jnp.zeros(2)))).any()
+    assert not np.isnan(np.asarray(spread(jnp.ones((2, 3)), jnp.zeros(2)))).any()
 
 
 def test_masked_tokens_have_exactly_zero_gradient():
-    weights = losses.token_weights(jnp.array([[1, 0, 1]]), jnp.ones(1))
+    weights = spread(jnp.array([[1, 0, 1]]), jnp.ones(1))
     x = jnp.array([[1.0, jnp.inf, 2.0]])
     assert jax.grad(losses.aggregate)(x, weights).tolist() == [[0.5, 0.0, 0.5]]
 

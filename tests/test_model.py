@@ -25,10 +25,17 @@ from model_helpers import (
     text_hidden,
 )
 
+from srpo_jax.learn import lanes
 from srpo_jax.model import qwen2_5_vl
 from srpo_jax.model.attention import Mask, Sight, attention
 from srpo_jax.model.layers import RMSNorm, SwiGLU, rotate, text_mrope
-from srpo_jax.model.qwen2_5_vl import abstract_params, bind, for_sampling, init_params
+from srpo_jax.model.qwen2_5_vl import (
+    abstract_params,
+    bind,
+    for_sampling,
+    init_params,
+    predicting_slots,
+)
 from srpo_jax.model.sharding import batch_sharding, make_mesh, param_specs
 
 # --- what a token may see ----------------------------------------------------------------------
@@ -129,13 +136,13 @@ def test_sequences_that_do_not_fill_rows_are_refused():
         model.embed(batch.tokens, batch.vision_src, features)
 
 
-# --- caches and shared prompts -----------------------------------------------------------------
+# --- caches and lanes ---------------------------------------------------------------------------
 
 
-def prompts_and_completions(R=6, G=2):
+def prompts_and_completions(R=6, G=2, per_row=1):
     """Three prompts of different lengths in one batch, their completions, and whole sequences."""
     prompts = [make_sample(8, 4, (1, 4, 4)), make_sample(9, 9), make_sample(10, 3, (1, 2, 6))]
-    batch = make_batch(prompts, 14, patches=2 * W)
+    batch = make_batch(prompts, 14, per_row, patches=2 * W * per_row)
     completions = np.random.default_rng(11).integers(0, 100, (len(prompts), G, R))
     whole = []
     for p, prompt in enumerate(prompts):
@@ -204,37 +211,58 @@ def test_prefill_and_decode_on_a_ring_equal_one_full_forward():
     assert step._cache_size() == 1
 
 
-def test_shared_prompt_equals_whole_sequences_with_gradients():
+def lane_hidden(model, batch, features, completions, packed):
+    """Normed states [X, C * T, D] that predict what stands in the slots of the lanes."""
+    x_XYD = model.lane_stream(batch, features, completions, packed)
+    per_row = len(batch.tokens) // len(packed.row)
+    at = predicting_slots(packed, per_row, completions.shape[1])
+    return model.text.norm(jnp.take_along_axis(x_XYD, at[..., None], axis=1))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_packed_completions_equal_whole_sequences_with_gradients(blocks):
     R, G = 6, 2
-    batch, completions, whole = prompts_and_completions(R, G)
+    batch, completions, whole = prompts_and_completions(R, G, per_row=3)
     params = random_params(CFG)
     text = {k: v for k, v in params.items() if k.startswith("text/") and "lm_head" not in k}
     features = encode(CFG, params, batch.vision)
-    weight = jax.random.normal(jax.random.key(2), (3, G, R, CFG.text.hidden_size))
-    mask = jnp.asarray(np.arange(R)[None, None] < np.array([[6, 4], [1, 6], [5, 3]])[..., None])
+    apart = encode(CFG, params, whole.vision)
+    lengths = np.array([[6, 2], [1, 3], [3, 0]])  # one is left out; two lanes hold two
+    mask = np.arange(R) < lengths[..., None]
+    budgets = lanes.Budgets(3, G, batch.tokens.shape[1], R, pair_cost=[1e-9, 9.0][blocks > 1])
+    (packed,) = jax.tree.map(jnp.asarray, lanes.pack(batch.lengths, lengths, budgets))
+    assert packed.sample.shape == {1: (1, 3, R), 3: (3, 2, R)}[blocks]
+    real = np.flatnonzero(packed.sample.reshape(-1) >= 0)
+    sample, at = (np.asarray(x).reshape(-1)[real] for x in (packed.sample, packed.sample_at))
+    weight_PGRD = jax.random.normal(jax.random.key(2), (3, G, R, CFG.text.hidden_size))
+    weight = weight_PGRD.reshape(3 * G, R, -1)[sample, at]
 
-    def shared(text, features, completions):
-        model = bind(CFG, params | text)
-        h = model.completion_hidden(batch, features, completions, mask)
-        return jnp.sum(h * weight * mask[..., None]), h
+    def in_lanes(text, features, completions):
+        h = lane_hidden(bind(CFG, params | text), batch, features, completions, packed)
+        h = h.reshape(-1, h.shape[-1])[real]
+        return jnp.sum(h * weight), h
 
     def separate(text, features):
-        features = jnp.repeat(features, G, axis=0)
         h = at_predictions(text_hidden(CFG, params | text, whole, features), batch, R, G)
-        return jnp.sum(h * weight * mask[..., None]), h
+        return jnp.sum(h * weight_PGRD * mask[..., None]), h
 
     differentiate = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    shared_grad = jax.jit(differentiate(shared))
-    (_, h_shared), grads = shared_grad(text, features, completions)
-    (_, h_whole), grads_whole = jax.jit(differentiate(separate))(text, features)
-    close(jnp.where(mask[..., None], h_shared - h_whole, 0), 0)
-    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_whole), strict=True):
+    grad_in_lanes = jax.jit(differentiate(in_lanes))
+    (_, h_lanes), grads = grad_in_lanes(text, features, completions)
+    (_, h_whole), grads_whole = jax.jit(differentiate(separate))(text, apart)
+    close(h_lanes, h_whole.reshape(3 * G, R, -1)[sample, at])
+    for path, theirs in grads_whole[0].items():
         scale = np.abs(theirs).max() + 1e-9
-        close(ours / scale, theirs / scale)
+        close(grads[0][path] / scale, theirs / scale)
+    # Whole sequences have features of their own for each sample, 4 of prompt 0 and 3 of prompt 2.
+    of_prompts = grads_whole[1].reshape(3, G, *grads_whole[1].shape[1:]).sum(1)
+    wanted = np.concatenate([of_prompts[0, :4], of_prompts[2, :3]])
+    close(grads[1][0, :7], wanted)
+    assert np.abs(wanted).max(1).min() > 0.1 and not grads[1][0, 7:].any()
 
-    # What stands in the padding of a completion changes nothing, bit for bit.
-    other = shared_grad(text, features, jnp.where(mask, completions, 77))
-    np.testing.assert_array_equal(h_shared[mask], other[0][1][mask])
+    # What stands behind the end of a completion changes nothing, bit for bit.
+    other = grad_in_lanes(text, features, jnp.where(jnp.asarray(mask), completions, 77))
+    np.testing.assert_array_equal(h_lanes, other[0][1])
     for path, grad in other[1][0].items():
         assert path == "text/embed/embedding" or np.array_equal(grad, grads[0][path]), path
 
@@ -249,7 +277,8 @@ def test_scanned_layers_equal_a_loop_over_layers():
     def scan(params, batch):
         model = bind(CFG, params)
         x = model.embed(batch.tokens)
-        x, layers = model.text.run(x, batch.mrope, batch.segment_ids, lambda x, k, v: x)
+        mask = Mask(batch.segment_ids, batch.segment_ids)
+        x, layers = model.text.run(x, batch.mrope, mask, lambda x, k, v: x)
         return model.text.norm(x), layers
 
     @jax.jit
@@ -351,7 +380,7 @@ def test_logits_use_the_head_or_the_transposed_embedding():
 
 
 def test_one_device_and_a_mesh_of_eight_agree():
-    """Images, whole sequences and shared prompts; rows over data x fsdp, heads over tensor."""
+    """Images, whole sequences and lanes; rows over data x fsdp, heads over tensor."""
     cfg = replace(
         CFG,
         vision=dict(num_heads=4, hidden_size=32),
@@ -361,21 +390,24 @@ def test_one_device_and_a_mesh_of_eight_agree():
     batch = make_batch(samples, 20, per_row=2, patches=4 * W)
     params = random_params(cfg)
     completions = jnp.asarray(np.random.default_rng(5).integers(0, 100, (8, 2, 4)))
-    mask = jnp.ones((8, 2, 4), bool)
+    lengths = np.random.default_rng(6).integers(1, 5, (8, 2))
+    budgets = lanes.Budgets(2, 2, 20, 4)
+    (packed,) = lanes.pack(batch.lengths, lengths, budgets)
 
     @jax.jit
-    def passes(params, batch, completions, mask):
+    def passes(params, batch, completions, packed):
         model = bind(cfg, params)
         features = model.encode_images(batch.vision)
         args = (batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features)
         whole = jnp.where((batch.segment_ids > 0)[..., None], model.hidden(*args), 0)
-        shared = model.completion_hidden(batch, features, completions, mask)
-        return whole, model.logits(shared)
+        h = lane_hidden(model, batch, features, completions, packed)
+        h = jnp.where(packed.sample.reshape(*h.shape[:2], 1) >= 0, h, 0)
+        return whole, model.logits(h)
 
-    expected = passes(params, batch, completions, mask)
+    expected = passes(params, batch, completions, packed)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        sharded = jax.device_put((batch, completions, mask), batch_sharding(mesh))
+        sharded = jax.device_put((batch, completions, packed), batch_sharding(mesh))
         params = jax.device_put(params, param_specs(abstract_params(cfg), mesh))
         found = passes(params, *sharded)
     assert found[0].sharding.spec[0] == ("data", "fsdp")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from srpo_jax.data.vision_arrays import VisionIds, mrope_positions  # noqa: E402
 from srpo_jax.model import hf, sharding  # noqa: E402
+from srpo_jax.model.attention import Mask  # noqa: E402
 from srpo_jax.model.config import load_config  # noqa: E402
 from srpo_jax.model.qwen2_5_vl import bind  # noqa: E402
 
@@ -46,7 +47,7 @@ def loaded(request, tmp_path_factory):
         features, blocks = ours.vision(vision, keep_blocks=True)
         tokens, mrope, segments, vision_src = text
         x = ours.embed(tokens, vision_src, features)
-        x, layers = ours.text.run(x, mrope, segments, lambda x, k, v: x)
+        x, layers = ours.text.run(x, mrope, Mask(segments, segments), lambda x, k, v: x)
         return ours.logits(ours.text.norm(x)), layers, blocks
 
     return model, cfg, hf.load_params(folder, cfg), jax.jit(forward)

@@ -58,15 +58,17 @@ def test_the_state_stands_beside_sampling_and_shared_parameters_count_once():
     same = parameters("bfloat16", "text/") - parameters("bfloat16", "text/layers/")
     decoder = parameters("bfloat16", "text/")
     assert shared["decode_segment"] == shared["logp_step"] + decoder + features - same
-    assert apart["grpo_step"] == shared["grpo_step"] == 0
+    # A micro-batch reads neither the moments nor, with features given, the tower.
+    assert apart["accumulate"] == moments + tower
+    assert features < apart["apply"] == shared["apply"] < features + 20_000  # and the rollout
 
 
 def test_a_reference_is_held_all_the_time():
     one = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     without, with_it = programs(one), programs(one, kl_coef=0.1)
-    reference = with_it["grpo_step"]
+    reference = with_it["accumulate"] - without["accumulate"]
     assert parameters("bfloat16") * 0.7 < reference < parameters("bfloat16")  # the trained part
-    for name in ("encode", "prefill", "decode_segment", "logp_step"):
+    for name in ("encode", "prefill", "decode_segment", "logp_step", "accumulate"):
         assert with_it[name] - without[name] == reference
 
 
@@ -74,7 +76,7 @@ def test_settings_are_read_as_in_training_and_what_cannot_run_is_refused():
     config = recipe.get_config("size=7b")
     mesh = sharding.make_mesh(1, 8, 1)
     names = [name for name, _, _ in plan.programs(plan.read_recipe(config, mesh))]
-    assert names == ["encode", "prefill", "decode_segment", "logp_step", "grpo_step"]
+    assert names == ["encode", "prefill", "decode_segment", "logp_step", "accumulate", "apply"]
     config.update_from_flattened_dict(
         {
             key: recipes.parsed(config, key, text)

@@ -63,6 +63,24 @@ def test_guard_sees_a_changed_dtype_in_a_function_it_was_not_told_of(guard):
             hidden(inputs[1])
 
 
+def test_guard_counts_a_step_inside_a_step_by_its_own_bucket(guard):
+    f = jax.jit(lambda x: x * 5)
+
+    def run(*sizes, last=0):
+        with guard.step("whole"):
+            for size in sizes:
+                with guard.step(f"part {size}"):
+                    f(jnp.ones(size))
+            f(jnp.ones(last)) if last else None
+
+    run(3, 4)
+    run(4, 5)  # a part not seen before may compile, whatever the whole has done
+    run(5, last=2)  # and so may the whole, its own for the first time
+    with pytest.raises(RunError, match="for bucket part 3"):
+        f.clear_cache()
+        run(3)
+
+
 def test_guard_ignores_what_is_compiled_between_steps_and_in_other_threads(guard):
     f = jax.jit(lambda x: x / 3)
     with guard.step("a"):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_helpers import completion_hidden
 
 from srpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params, bind, for_sampling
@@ -349,7 +350,7 @@ def recomputed_logits(params, batch, features, out: Rollout) -> np.ndarray:
     @jax.jit
     def logits(params, batch, features, completions, mask):
         model = bind(CFG, params)
-        h = model.completion_hidden(batch, features, completions, mask)
+        h = completion_hidden(model, batch, features, completions, mask)
         return sampling_logits.forbid(model.logits(h), vision_token_ids(CFG))
 
     return np.asarray(logits(params, batch, features, out.completions, out.completion_mask))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_helpers import completion_hidden
 
 from srpo_jax.data.vision_arrays import (
     VisionGeometry,
@@ -18,7 +19,7 @@ from srpo_jax.data.vision_arrays import (
     stack_rows,
     vision_arrays,
 )
-from srpo_jax.learn import losses, state, steps
+from srpo_jax.learn import grpo, lanes, losses, micro_batches, state, steps
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.optim import OptimConfig, Optimizer, make_optimizer
 from srpo_jax.learn.steps import SftConfig
@@ -55,7 +56,7 @@ CFG = ModelConfig(
     image_token_id=IMAGE,
 )
 SFT = SftConfig()
-GRPO = GrpoConfig(micro_batches=1, temperature=0.8, forbidden_ids=(IMAGE,), logit_chunk=3)
+GRPO = GrpoConfig(micro_batches=M, temperature=0.8, forbidden_ids=(IMAGE,), logit_chunk=3)
 
 # An optimizer that changes nothing and keeps the gradient where a test can read it.
 RECORD = Optimizer(
@@ -66,7 +67,7 @@ RECORD = Optimizer(
 ADAM = make_optimizer(
     OptimConfig(lr=3e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-5), 100
 )
-KL = dataclasses.replace(GRPO, micro_batches=2, kl_coef=0.3)
+KL = dataclasses.replace(GRPO, kl_coef=0.3)
 BONUS = dataclasses.replace(KL, entropy_coef=0.2)
 
 
@@ -95,8 +96,8 @@ def new_state(optimizer=RECORD, freeze=state.FREEZE_VISION, mesh=None):
 
 
 @functools.cache
-def prompts() -> Batch:
-    """Eight prompts with one image of 2x2 or 1x2 merged tokens each, two a row; one filler."""
+def prompts(rows=M) -> Batch:
+    """Eight prompts with one image of 2x2 or 1x2 merged tokens each, in rows; one filler."""
     rng = np.random.default_rng(0)
     out = {
         "tokens": np.zeros((P, S), np.int32),
@@ -106,27 +107,27 @@ def prompts() -> Batch:
         "lengths": np.zeros(P, np.int32),
         "next_pos": np.zeros(P, np.int32),
     }
-    rows, used = [[] for _ in range(M)], [0] * M
+    held, used = [[] for _ in range(rows)], [0] * rows
     for p in range(P):
         grid = [(1, 4, 4), (1, 2, 4)][p % 3 == 0]
         merged = grid[1] * grid[2] // 4
         pixels = rng.normal(size=(grid[1] * grid[2], GEOMETRY.patch_dim)).astype(np.float32)
         before, after = 1 + p % 2, 2 + p % 4
         ids = [*rng.integers(1, 50, before), *[IMAGE] * merged, *rng.integers(1, 50, after)]
-        n, row = len(ids), p * M // P
+        n, row = len(ids), p * rows // P
         out["tokens"][p, :n] = ids
         out["segment_ids"][p, :n] = 1
         positions, out["next_pos"][p] = mrope_positions(ids, VisionIds(IMAGE, 61), [grid])
         out["mrope"][p, :, :n] = positions
         out["vision_src"][p, before : before + merged] = np.arange(merged) + used[row]
         out["lengths"][p] = n
-        rows[row].append(vision_arrays(pixels, [grid], GEOMETRY))
+        held[row].append(vision_arrays(pixels, [grid], GEOMETRY))
         used[row] += merged
     return Batch(
         **out,
         loss_mask=np.zeros((P, S), np.float32),
         valid=np.arange(P) != 5,
-        vision=stack_rows(rows, 32, GEOMETRY),
+        vision=stack_rows(held, 128 // rows, GEOMETRY),
     )
 
 
@@ -180,13 +181,28 @@ def sft_step(cfg=SFT, optimizer=RECORD, freeze=state.FREEZE_VISION, mesh=None):
     return compiled(steps.make_sft_step, cfg, optimizer, freeze, mesh)
 
 
-def grpo_step(cfg=GRPO, optimizer=RECORD, freeze=state.FREEZE_VISION, mesh=None):
-    return compiled(steps.make_grpo_step, cfg, optimizer, freeze, mesh)
+def grpo_steps(cfg=GRPO, optimizer=RECORD, freeze=state.FREEZE_VISION, mesh=None):
+    return compiled(steps.make_grpo_steps, cfg, optimizer, freeze, mesh)
 
 
 @functools.cache
-def features():
-    return steps.make_encode_step(CFG)(params(), prompts().vision)
+def features(rows=M):
+    return steps.make_encode_step(CFG)(params(), prompts(rows).vision)
+
+
+def update_of(cfg, shards=1, prompts=P):
+    """[P] which update takes each prompt."""
+    each = prompts // shards // cfg.updates_per_rollout
+    return np.tile(np.repeat(np.arange(cfg.updates_per_rollout), each), shards)
+
+
+def packed(cfg, batch, samples, weight=None, shards=1):
+    """The lanes of every micro-batch of every update, of samples that have a weight."""
+    shown = np.asarray(batch.valid if weight is None else batch.valid & (weight != 0))
+    lengths = np.asarray(samples.completion_mask).sum(-1) * shown[:, None]
+    per_row = len(batch.lengths) // (shards * cfg.micro_batches)
+    budgets = lanes.Budgets(per_row, G, S, R, cfg.micro_batches, cfg.updates_per_rollout)
+    return lanes.pack(batch.lengths, lengths, budgets)
 
 
 @functools.cache
@@ -194,9 +210,20 @@ def logp_step():
     return steps.make_logp_step(CFG, GRPO)
 
 
+def logps(now, batch=None, samples=None, feats=True):
+    """[P, G, R] of all completions under parameters."""
+    batch = prompts() if batch is None else batch
+    samples = rollout()[0] if samples is None else samples
+    found = jnp.zeros(samples.completions.shape)
+    for part in packed(GRPO, batch.replace(valid=np.ones(P, bool)), samples)[0]:
+        args = (batch, samples, features() if feats is True else feats, part)
+        found = logp_step()(found, now, *args)
+    return found
+
+
 @functools.cache
 def old_logp():
-    return logp_step()(params(), prompts(), rollout()[0], features())[0]
+    return logps(params())
 
 
 def run_grpo(
@@ -209,25 +236,33 @@ def run_grpo(
     feats=True,
     old=None,
     ref=None,
+    carried=None,
     weight=None,
-    indices=None,
+    update=0,
     freeze=state.FREEZE_VISION,
 ):
-    """One step from the common start -> (gradient, metrics)."""
-    new, metrics = grpo_step(cfg, freeze=freeze)(
-        new_state(freeze=freeze) if at is None else at,
-        Experience(
-            prompts() if batch is None else batch,
-            rollout()[0] if samples is None else samples,
-            rollout()[1] if verdict is None else verdict,
-            features=features() if feats is True else feats,
-            old_logp=old,
-            ref_logp=ref,
-            weight=weight,
-        ),
-        indices,
+    """One update from the common start -> (gradient, metrics)."""
+    experience = Experience(
+        prompts() if batch is None else batch,
+        rollout()[0] if samples is None else samples,
+        rollout()[1] if verdict is None else verdict,
+        features=features() if feats is True else feats,
+        old_logp=old,
+        ref_logp=ref,
+        carried=carried,
+        update=update_of(cfg) if cfg.updates_per_rollout > 1 else None,
+        weight=weight,
     )
+    at = new_state(freeze=freeze) if at is None else at
+    new, metrics = one_update(grpo_steps(cfg, freeze=freeze), cfg, at, experience, update)
     return new.opt_state, metrics
+
+
+def one_update(parts, cfg, now, experience, update=0):
+    """The jitted parts in their order."""
+    every = packed(cfg, experience.batch, experience.rollout, experience.weight)
+    chosen = [part for part in every[update] if part is not None]
+    return steps.grpo_update(parts, now, experience, chosen, update)
 
 
 def with_(cfg, **changes):
@@ -324,12 +359,9 @@ def test_encoding_row_by_row_equals_encoding_all_rows():
 
 def test_logp_step_equals_each_sample_alone_through_the_whole_model():
     samples, batch = rollout()[0], prompts()
-    logp, entropy = steps.make_logp_step(CFG, with_(GRPO, micro_batches=2))(
-        params(), batch, samples, None
-    )
+    logp = logps(params(), feats=None)  # images inside
     np.testing.assert_allclose(logp, old_logp(), atol=1e-6)
     assert (np.asarray(logp)[~samples.completion_mask] == 0).all()
-    assert (np.asarray(entropy)[samples.completion_mask] > 0).all()
 
     @jax.jit
     def alone(ids, mrope, src, feats):
@@ -369,7 +401,8 @@ def naive_grpo_loss(trained, ref, reward):
     samples and prompts."""
     samples, batch = rollout()[0], prompts()
     model = bind(CFG, {**params(), **trained})
-    h = model.completion_hidden(batch, features(), samples.completions, samples.completion_mask)
+    mask = samples.completion_mask
+    h = completion_hidden(model, batch, features(), samples.completions, mask)
     logits = (model.logits(h) / KL.temperature).at[..., IMAGE].set(-1e30)
     all_logps = jax.nn.log_softmax(logits, -1)
     logp = jnp.take_along_axis(all_logps, samples.completions[..., None], -1)[..., 0]
@@ -378,7 +411,7 @@ def naive_grpo_loss(trained, ref, reward):
     kl = jnp.exp(d) - 1 - d
     x = -jnp.exp(logp - jax.lax.stop_gradient(logp)) * adv[..., None] + KL.kl_coef * kl
     x -= BONUS.entropy_coef * -(jnp.exp(all_logps) * all_logps).sum(-1)
-    of_sample = jnp.where(samples.completion_mask, x, 0).sum(-1) / samples.completion_mask.sum(-1)
+    of_sample = jnp.where(mask, x, 0).sum(-1) / mask.sum(-1)
     return of_sample[batch.valid].mean()
 
 
@@ -393,9 +426,78 @@ def test_grpo_loss_and_gradient_equal_a_naive_one():
     assert_close(got, want, 2e-6)
 
 
+ALL_TERMS = with_(
+    KL,
+    updates_per_rollout=2,
+    clip_low=0.05,
+    clip_high=0.1,
+    dual_clip=1.2,
+    entropy_coef=0.05,
+    tis_cap=1.5,
+    mask_truncated=True,
+    length_cap=9,
+)
+
+
+@functools.cache
+def padded_way():
+    """The loss of `ALL_TERMS`, and its gradient, where each sample is a padded sequence."""
+
+    def loss(trained, experience, ready):
+        samples, (P, G, R) = experience.rollout, experience.rollout.completions.shape
+        model = bind(CFG, {**params(), **trained})
+        mask = samples.completion_mask
+        inputs = (experience.batch, experience.features, samples.completions, mask)
+        h = completion_hidden(model, *inputs).reshape(P * G, R, -1)
+        logp, entropy = losses.token_logps(
+            h,
+            samples.completions.reshape(P * G, R),
+            model.head_kernel(),
+            temperature=ALL_TERMS.temperature,
+            forbidden_ids=ALL_TERMS.forbidden_ids,
+            entropy_grad=True,
+        )
+        logp, entropy = logp.reshape(P, G, R), entropy.reshape(P, G, R)
+        of_prompt = lambda x: x[:, None, None]  # noqa: E731
+        old = jnp.where(of_prompt(experience.carried), samples.policy_logp, experience.old_logp)
+        old = jnp.where(of_prompt(ready.on_policy_P), jax.lax.stop_gradient(logp), old)
+        adv, weight = (x[..., None] * mask for x in (ready.adv_PG, ready.weight_PG))
+        logps = (samples.sample_logp, samples.policy_logp, old, experience.ref_logp)
+        return grpo.policy_loss(ALL_TERMS, logp, entropy, grpo.Tokens(adv, weight, *logps))
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize("update", [0, 1])
+def test_lanes_compute_what_padded_sequences_compute(update):
+    """Every aggregation, with each term in force, groups of weight 0, older policies, a filler."""
+    noise = np.random.default_rng(8).normal(size=(3, P, G, R)).astype(np.float32) * 0.2
+    samples, verdict = rollout()
+    near, far, ref = np.asarray(old_logp())[None] + noise
+    samples = samples.replace(policy_logp=far, sample_logp=far - 0.1)
+    weight = np.array([1, 0.5, 0, 1, 1, 1, 1, 2], np.float32)
+    carried = np.arange(P) % 3 == 1
+    taken = update_of(ALL_TERMS)
+    every = Experience(prompts(), samples, verdict, features(), near, ref, carried, taken, weight)
+    for mode in ("sequence", "token", "constant"):
+        cfg = with_(ALL_TERMS, aggregation=mode)
+        # Which tokens weigh how much is settled before the first micro-batch.
+        parts = grpo_steps(ALL_TERMS)._replace(prepare=grpo_steps(cfg).prepare)
+        new, metrics = one_update(parts, cfg, new_state(), every, update)
+        ready = grpo.prepare(cfg, every, update)
+        (loss, aux), want = padded_way()(new_state().params, every, ready)
+        assert_close(new.opt_state, want, 1e-5)
+        np.testing.assert_allclose(metrics["loss"], loss, atol=1e-5)
+        for name, value in grpo.update_metrics(aux, ready.tokens).items():
+            np.testing.assert_allclose(metrics[name], value, atol=1e-5, err_msg=name)
+        assert np.abs(want["text/lm_head/kernel"]).max() > 1e-3
+        assert metrics["ratio/max"] > 1.01
+
+
 def test_grpo_does_not_depend_on_the_number_of_micro_batches():
     want, metrics = run_grpo()
-    got, other = run_grpo(with_(GRPO, micro_batches=4))
+    half = dict(batch=prompts(2), feats=features(2))
+    got, other = run_grpo(with_(GRPO, micro_batches=2), **half)
     assert_close(got, want, 1e-6)
     for name in metrics:
         np.testing.assert_allclose(other[name], metrics[name], atol=2e-6, err_msg=name)
@@ -409,18 +511,32 @@ def test_first_update_has_ratio_exactly_one():
     assert metrics["grad_norm"] > 0
 
 
-def test_old_logp_from_logp_step_equals_the_step_s_own():
+def test_old_log_probs_are_the_given_ones_where_the_policy_is_not_the_old_one_itself():
     want, base = run_grpo()
-    got, metrics = run_grpo(old=old_logp(), weight=np.ones(P, np.float32))
-    for name in ("ratio/mean", "ratio/max", "ratio/min"):
-        np.testing.assert_allclose(metrics[name], 1.0, atol=1e-5)
-    assert_close(got, want, 1e-6)
     # The rollout claims -3 everywhere.
     gap = np.abs(np.asarray(old_logp()) + 3.0)[
         rollout()[0].completion_mask & prompts().valid[:, None, None]
     ]
     np.testing.assert_allclose(base["sampler/logp_diff_mean"], gap.mean(), rtol=1e-5)
     np.testing.assert_allclose(base["sampler/logp_diff_max"], gap.max(), rtol=1e-5)
+    # Groups of an older policy: what it said when it sampled.
+    exact = rollout()[0].replace(policy_logp=old_logp())
+    got, metrics = run_grpo(samples=exact, carried=np.ones(P, bool))
+    for name in ("ratio/mean", "ratio/max", "ratio/min"):
+        np.testing.assert_allclose(metrics[name], 1.0, atol=1e-5)
+    assert_close(got, want, 1e-6)
+    shifted = exact.replace(policy_logp=old_logp() + np.log(2.0))
+    _, metrics = run_grpo(samples=shifted, carried=np.arange(P) < 4)
+    np.testing.assert_allclose(metrics["ratio/min"], 0.5, atol=1e-5)
+    assert metrics["ratio/max"] == 1.0
+    # Later updates: what was computed before the first one; carried groups keep theirs.
+    cfg = with_(GRPO, updates_per_rollout=2)
+    past = dict(old=old_logp() - np.log(2.0), carried=np.arange(P) == 7)
+    _, metrics = run_grpo(cfg, samples=exact, update=1, **past)
+    np.testing.assert_allclose(metrics["ratio/max"], 2.0, atol=1e-5)
+    np.testing.assert_allclose(metrics["ratio/min"], 1.0, atol=1e-5)
+    _, metrics = run_grpo(cfg, samples=exact, update=0, **past)
+    assert metrics["ratio/max"] == metrics["ratio/min"] == 1.0
 
 
 def test_kl_is_zero_with_no_gradient_when_policy_is_the_reference():
@@ -436,8 +552,8 @@ def test_descending_on_the_kl_alone_brings_the_policy_to_the_reference():
     ref = jnp.where(rollout()[0].completion_mask, old_logp() + 0.5, 0.0)
     history = []
     for _ in range(10):
-        args = (Experience(prompts(), rollout()[0], wrong, features(), ref_logp=ref), None)
-        now, metrics = grpo_step(KL, ADAM)(now, *args)
+        experience = Experience(prompts(), rollout()[0], wrong, features(), ref_logp=ref)
+        now, metrics = one_update(grpo_steps(KL, ADAM), KL, now, experience)
         assert metrics["loss/policy"] == 0
         history.append(float(metrics["kl"]))
     assert history[-1] < 0.5 * history[0]
@@ -474,7 +590,7 @@ def test_fillers_and_groups_of_weight_zero_do_not_matter():
     assert metrics["samples"] == (P - 1) * G
     kept = (np.arange(P) != 2).astype(np.float32)
     gone, _ = run_grpo(batch=prompts().replace(valid=prompts().valid & (kept > 0)))
-    weightless, metrics = run_grpo(old=old_logp(), weight=kept)
+    weightless, metrics = run_grpo(weight=kept)
     assert_close(weightless, gone, 1e-6)
     trained = samples.completion_mask[(kept > 0) & prompts().valid].sum()
     assert metrics["trained_tokens"] == trained < metrics["tokens"]
@@ -492,34 +608,30 @@ def test_grpo_reaches_the_tower_when_it_trains():
 def test_several_updates_per_rollout_are_those_of_their_rows_alone():
     cfg = with_(GRPO, micro_batches=4, updates_per_rollout=2, aggregation="token")
     samples, verdict = rollout()
-    everything = (prompts(), samples, verdict, old_logp())
+    everything = (prompts(), samples, verdict)
     for k in (0, 1):
-        got, metrics = run_grpo(cfg, old=old_logp(), indices=steps.micro_indices(cfg, k))
+        got, metrics = run_grpo(cfg, old=old_logp(), update=k)
         half = lambda x, k=k: x[k * x.shape[0] // 2 : (k + 1) * x.shape[0] // 2]  # noqa: E731
-        batch, part, graded, old = jax.tree.map(half, everything)
+        batch, part, graded = jax.tree.map(half, everything)
         want, alone = run_grpo(
-            with_(GRPO, aggregation="token"),
+            with_(GRPO, aggregation="token", micro_batches=2),
             batch=batch,
             samples=part,
             verdict=graded,
-            old=old,
             feats=half(features()),
         )
         assert_close(got, want, 1e-6)
         for name in alone:
             np.testing.assert_allclose(metrics[name], alone[name], atol=2e-6, err_msg=name)
-    assert grpo_step(cfg)._cache_size() == 1
     with pytest.raises(ValueError, match="needs old_logp"):
         run_grpo(cfg)
-    with pytest.raises(ValueError, match="update 2 of a rollout with 2"):
-        steps.micro_indices(cfg, 2)
 
 
 def test_missing_reference_and_batches_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="needs ref_logp"):
         run_grpo(with_(GRPO, kl_coef=0.1))
     with pytest.raises(ValueError, match="leading axis of 8 does not divide into 3"):
-        run_grpo(with_(GRPO, micro_batches=3))
+        micro_batches.rows_of(jnp.zeros(P), jnp.zeros(1, jnp.int32), count=3)
 
 
 def test_a_non_finite_gradient_is_skipped_and_counted():
@@ -527,11 +639,11 @@ def test_a_non_finite_gradient_is_skipped_and_counted():
     bad[0, 0, 0] = np.nan
     now = new_state()
     before = jax.tree.map(np.asarray, now)
-    samples = Experience(
-        prompts(), *rollout(), features(), old_logp=bad, weight=np.ones(P, np.float32)
-    )
-    args = (samples, None)
-    now, metrics = grpo_step()(now, *args)
+    samples, verdict = rollout()
+    samples = samples.replace(policy_logp=bad)
+    carried = np.ones(P, bool)
+    experience = Experience(prompts(), samples, verdict, features(), carried=carried)
+    now, metrics = one_update(grpo_steps(), GRPO, now, experience)
     assert_close(jax.tree.map(np.asarray, now.replace(skipped=before.skipped)), before, 0)
     assert now.skipped == 1 and metrics["skipped"] == 1 and not np.isfinite(metrics["grad_norm"])
 
@@ -545,10 +657,9 @@ def test_training_raises_the_probability_of_the_rewarded_sample():
     )
     now = new_state(ADAM)
     for _ in range(8):
-        args = (Experience(prompts(), samples, verdict, features(), ref_logp=old_logp()), None)
-        now, _ = grpo_step(KL, ADAM)(now, *args)
-    logp, _ = logp_step()(state.merge_params(now), prompts(), samples, features())
-    gain = np.asarray(logp - old_logp()).sum(-1)[prompts().valid]
+        experience = Experience(prompts(), samples, verdict, features(), ref_logp=old_logp())
+        now, _ = one_update(grpo_steps(KL, ADAM), KL, now, experience)
+    gain = np.asarray(logps(state.merge_params(now)) - old_logp()).sum(-1)[prompts().valid]
     assert (gain[:, 1] > 0).all()
     assert gain[:, 1].mean() > 0.5 > gain[:, [0, 2, 3]].mean()
 
@@ -564,10 +675,10 @@ def shapes_on(shardings, tree):
     return jax.tree.map(shape, tree, shardings)
 
 
-def three_steps(step, now, args):
+def three_steps(step, now):
     history = []
     for _ in range(3):
-        now, metrics = step(now, *args)
+        now, metrics = step(now)
         history.append(metrics)
     return now, jax.tree.map(np.asarray, history)
 
@@ -582,39 +693,59 @@ MESHES = [
 QUICK = [(1, 1, 2), (2, 2, 2)]  # of the fast tier: nothing divides the rows, everything is divided
 
 
-@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def sft_runs(mesh, rows, shards):
+    """Three updates on one device and on a mesh, there compiled from shapes alone."""
+    args = repeated((conversations(), np.asarray(features())), rows)
+    one = sft_step(SftConfig(micro_batches=2), ADAM)
+    many = sft_step(SftConfig(micro_batches=rows // shards), ADAM, mesh=mesh)
+    shapes = state.abstract_state(CFG, ADAM)
+    global_args = sharding.to_global(args, mesh)
+    lowered = many.lower(
+        shapes_on(state.state_shardings(shapes, mesh), shapes),
+        *shapes_on(sharding.batch_sharding(mesh), global_args),
+    )
+    compiled_step = lowered.compile()
+    return lambda now: one(now, *args), lambda now: compiled_step(now, *global_args)
+
+
+def grpo_runs(mesh, rows, shards):
+    """Likewise; the mesh has the rows of a shard in another order, and several in a block."""
+    ref = np.asarray(old_logp()) - 0.1
+    experience = Experience(prompts(), *rollout(), np.asarray(features()), ref_logp=ref)
+    experience = repeated(experience, rows)
+    cfg = with_(KL, micro_batches=rows)
+    one = grpo_steps(cfg, ADAM)
+    cfg_many = with_(KL, micro_batches=rows // shards)
+    many = grpo_steps(cfg_many, ADAM, mesh=mesh)
+    (every,) = packed(cfg_many, experience.batch, experience.rollout, shards=shards)
+    on_mesh = sharding.to_global((experience, every), mesh)
+    return (
+        lambda now: one_update(one, cfg, now, experience),
+        lambda now: steps.grpo_update(many, now, *on_mesh),
+    )
+
+
+def repeated(tree, rows):
+    """Eight shards want eight rows."""
+    return jax.tree.map(lambda x: np.concatenate([x, x]), tree) if rows > M else tree
+
+
+@pytest.mark.parametrize("runs", [sft_runs, grpo_runs])
 @pytest.mark.parametrize(
     "shape",
     [pytest.param(shape, marks=() if shape in QUICK else pytest.mark.slow) for shape in MESHES],
     ids=str,
 )
-def test_every_mesh_computes_what_one_device_computes(kind, shape):
+def test_every_mesh_computes_what_one_device_computes(runs, shape):
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
     shards = shape[0] * shape[1]
-    rows = max(M, shards)
-    if kind == "sft":
-        args = (conversations(), np.asarray(features()))
-        one = sft_step(SftConfig(micro_batches=2), ADAM)
-        many = sft_step(SftConfig(micro_batches=rows // shards), ADAM, mesh=mesh)
-    else:
-        ref = np.asarray(old_logp()) - 0.1
-        args = (Experience(prompts(), *rollout(), np.asarray(features()), ref_logp=ref), None)
-        one = grpo_step(KL, ADAM)
-        many = grpo_step(with_(KL, micro_batches=rows // shards), ADAM, mesh=mesh)
-    if rows > M:  # eight shards want eight rows
-        args = jax.tree.map(lambda x: np.concatenate([x, x]), args)
-    end_1, history_1 = three_steps(one, new_state(ADAM), args)
-
-    shapes = state.abstract_state(CFG, ADAM)
-    layout = state.state_shardings(shapes, mesh)
-    global_args = sharding.to_global(args, mesh)
-    lowered = many.lower(
-        shapes_on(layout, shapes), *shapes_on(sharding.batch_sharding(mesh), global_args)
-    )
+    one, many = runs(mesh, max(M, shards), shards)
+    end_1, history_1 = three_steps(one, new_state(ADAM))
     start = new_state(ADAM, mesh=mesh)
     kernel = start.params["text/layers/mlp/up/kernel"]
     assert kernel.addressable_data(0).size * shape[1] * shape[2] == kernel.size
-    end, history = three_steps(lowered.compile(), start, global_args)
+    end, history = three_steps(many, start)
+    layout = state.state_shardings(state.abstract_state(CFG, ADAM), mesh)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, end, layout))
 
     for a, b in zip(history_1, history, strict=True):
@@ -630,12 +761,10 @@ def test_shards_that_hold_nothing_but_fillers_change_no_loss_and_no_gradient(kin
     mesh = sharding.make_mesh(2, 4, 1)
     if kind == "sft":
         args = (conversations(), np.asarray(features()))
-        one, many = sft_step(), sft_step(mesh=mesh)
+        want, alone = sft_step()(new_state(), *args)
     else:
-        samples = Experience(prompts(), *rollout(), np.asarray(features()), old_logp=old_logp())
-        args = (samples, None)
-        one, many = grpo_step(), grpo_step(mesh=mesh)
-    want, alone = one(new_state(), *args)
+        args = (Experience(prompts(), *rollout(), np.asarray(features())),)
+        want, alone = one_update(grpo_steps(), GRPO, new_state(), *args)
 
     def spread(x, filler):
         shape = (M, x.shape[0] // M, *x.shape[1:])
@@ -648,9 +777,16 @@ def test_shards_that_hold_nothing_but_fillers_change_no_loss_and_no_gradient(kin
     first, *rest = args
     empty = fill(first) if kind == "sft" else first.replace(batch=fill(first.batch))
     fillers = jax.tree.map(lambda x: np.asarray(x)[::-1], (empty, *rest))
-    got, metrics = many(
-        new_state(mesh=mesh), *sharding.to_global(jax.tree.map(spread, args, fillers), mesh)
-    )
+    args = jax.tree.map(spread, args, fillers)
+    on_mesh = sharding.to_global(args, mesh)
+    if kind == "sft":
+        got, metrics = sft_step(mesh=mesh)(new_state(mesh=mesh), *on_mesh)
+    else:
+        cfg = with_(GRPO, micro_batches=1)
+        (every,) = packed(cfg, args[0].batch, args[0].rollout, shards=8)
+        parts = grpo_steps(cfg, mesh=mesh)
+        inputs = (*on_mesh, sharding.to_global(every, mesh))
+        got, metrics = steps.grpo_update(parts, new_state(mesh=mesh), *inputs)
     assert_close(got.opt_state, want.opt_state, 1e-6)
     for name in alone:
         np.testing.assert_allclose(metrics[name], alone[name], atol=2e-6, err_msg=name)
@@ -658,11 +794,11 @@ def test_shards_that_hold_nothing_but_fillers_change_no_loss_and_no_gradient(kin
 
 def test_rows_are_shard_major():
     x = jnp.arange(8)  # two shards of two micro-batches of two rows
-    parts = [steps.micro_batch({"x": x}, i, shards=2, count=2)["x"] for i in (0, 1)]
+    parts = [micro_batches.micro_batch({"x": x}, i, shards=2, count=2)["x"] for i in (0, 1)]
     assert [p.tolist() for p in parts] == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert steps._join_micro_batches(jnp.stack(parts), shards=2).tolist() == x.tolist()
-    second = steps._in_micro_batches(jnp.array([1]), 8, shards=2, count=2)
-    assert jnp.flatnonzero(second).tolist() == [2, 3, 6, 7]
+    assert micro_batches.join_micro_batches(jnp.stack(parts), shards=2).tolist() == x.tolist()
+    # The first shard takes its second row, the second shard its first one.
+    assert micro_batches.rows_of(x, jnp.array([1, 0]), 2).tolist() == [2, 3, 4, 5]
 
 
 def test_encode_and_logps_on_two_shards_of_two_micro_batches():
@@ -671,10 +807,37 @@ def test_encode_and_logps_on_two_shards_of_two_micro_batches():
     batch, samples = sharding.to_global((prompts(), rollout()[0]), mesh)
     feats = steps.make_encode_step(CFG, mesh=mesh)(placed, batch.vision)
     np.testing.assert_allclose(feats, features(), atol=1e-5)
-    step = steps.make_logp_step(CFG, with_(GRPO, micro_batches=2), mesh=mesh)
-    logp, _ = step(placed, batch, samples, feats)
+    cfg = with_(GRPO, micro_batches=2)
+    step = steps.make_logp_step(CFG, cfg, mesh=mesh)
+    logp = sharding.to_global(np.zeros((P, G, R), np.float32), mesh)
+    everyone = prompts().replace(valid=np.ones(P, bool))
+    for part in sharding.to_global(packed(cfg, everyone, rollout()[0], shards=2)[0], mesh):
+        logp = step(logp, placed, batch, samples, feats, part)
     np.testing.assert_allclose(logp, old_logp(), atol=1e-5)
     assert logp.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
+
+
+def test_a_layer_s_matrices_are_collected_once_in_each_pass():
+    """Once forward and once backward, for prompts and completions together."""
+    mesh = sharding.make_mesh(1, 8, 1)
+    cfg = with_(GRPO, micro_batches=1)
+    batch, samples, verdict = repeated((prompts(), *rollout()), 8)
+    experience = Experience(batch, samples, verdict, np.zeros((8, 8, 16), np.float32))
+    parts = steps.make_grpo_steps(CFG, cfg, RECORD, mesh=mesh)
+    ready, total = parts.prepare.eval_shape(experience, 0)
+    now = state.abstract_state(CFG, RECORD)
+    ((lanes_of_all,),) = packed(cfg, batch, samples, shards=8)
+    lowered = parts.accumulate.lower(total, now, experience, ready, lanes_of_all)
+    computation, collected = "", {"forward": [], "backward": []}
+    for line in lowered.compile().as_text().splitlines():
+        computation = line if line.endswith("{") else computation
+        found = re.search(r"= f32\[([\d,]+)\]\S* all-gather\(", line)
+        if found and not computation.startswith("ENTRY"):
+            which = "backward" if "transpose(jvp" in line else "forward"
+            collected[which].append(math.prod(int(n) for n in found[1].split(",")))
+    layer = [x for path, x in now.params.items() if re.match("text/layers/.*kernel", path)]
+    sizes = sorted(x.size // CFG.text.num_hidden_layers for x in layer)
+    assert sorted(collected["forward"]) == sorted(collected["backward"]) == sizes
 
 
 def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
@@ -686,7 +849,9 @@ def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
     def loss(h, head):
         model = types.SimpleNamespace(head_kernel=lambda: head)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            logp_BT, _ = steps._token_logps(model, h, targets_BT, chunk=8, count=jnp.int32(32))
+            logp_BT, _ = micro_batches.token_logps(
+                model, h, targets_BT, chunk=8, count=jnp.int32(32)
+            )
             return logp_BT.sum()
 
     head_layout = sharding.param_specs({"text/lm_head/kernel": head_DV}, mesh)

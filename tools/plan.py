@@ -3,10 +3,10 @@
     python -m tools.plan --config=configs/grpo.py:size=7b --topology=tpu:v5p:2x2x2
     python -m tools.plan --config=configs/sft.py:size=7b --topology=cuda:h100:1x8 --mesh=1,8,1
 
-Prints, for each program (vision encode, prefill, decode segment, log-probs, update), the memory per
-device and whether it fits. "beside" is what the run holds while the program runs although it is no
-argument of it: the optimizer's moments while sampling, for instance. Exit code 0 only if everything
-compiles and fits.
+Prints, for each program (vision encode, prefill, decode segment, log-probs, one micro-batch of an
+update and its end), the memory per device and whether it fits. "beside" is what the run holds while
+the program runs although it is no argument of it: the optimizer's moments while sampling, for
+instance. Exit code 0 only if everything compiles and fits.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from srpo_jax.run.settings import (
     sft_settings,
 )
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
-from srpo_jax.structs import Batch, Experience, Rollout, Verdict, VisionInputs
+from srpo_jax.structs import Batch, Experience, Lanes, Rollout, Verdict, VisionInputs
 from tools.lib import recipes
 from tools.lib.topologies import Topology, describe, memory_gib
 
@@ -159,8 +159,18 @@ def abstract_experience(recipe: Recipe, step: GrpoConfig, sampling: SamplingConf
         features=array((shapes.rows, merged, width), dtype),
         old_logp=logp if step.updates_per_rollout > 1 else None,
         ref_logp=logp if step.needs_reference else None,
+        update=array((P,)) if step.updates_per_rollout > 1 else None,
         weight=array((P,), jnp.float32),
     )
+
+
+def abstract_lanes(recipe: Recipe, sampling: SamplingConfig) -> Lanes:
+    """A micro-batch whose completions all fill their budget: the largest there is."""
+    array, shapes = _over_rows(recipe.mesh), recipe.shapes
+    M, per_row = sharding.num_data_shards(recipe.mesh), shapes.sequences // shapes.rows
+    prompt = array((M, per_row * shapes.tokens))
+    sample = array((M, per_row * sampling.group_size, sampling.max_new_tokens))
+    return Lanes(array((M,)), prompt, prompt, sample, sample)
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -218,16 +228,19 @@ def grpo_programs(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) ->
     for name in ("prefill", "decode_segment"):
         yield name, functools.partial(lower, name), beside
 
+    lanes = abstract_lanes(recipe, sampling)
     logps = steps.make_logp_step(model, step, mesh=mesh)
-    parts = (params, experience.batch, experience.rollout, experience.features)
-    yield "logp_step", lambda: logps.lower(*parts), always - device_bytes(_tower(params, False))
-    update = steps.make_grpo_step(model, step, transform, freeze=recipe.freeze, mesh=mesh)
-    chosen = None
-    if step.updates_per_rollout > 1:
-        chosen = jax.ShapeDtypeStruct(
-            (step.update_size,), jnp.int32, sharding=sharding.replicated(mesh)
-        )
-    yield "grpo_step", lambda: update.lower(state, experience, chosen), reference
+    parts = (experience.rollout.sample_logp, params, experience.batch, experience.rollout)
+    parts += (experience.features, lanes)
+    beside = always - device_bytes(_tower(params, False))
+    yield "logp_step", lambda: logps.lower(*parts), beside
+    update = steps.make_grpo_steps(model, step, transform, freeze=recipe.freeze, mesh=mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    ready, total = update.prepare.eval_shape(experience, number)
+    inputs = (total, state, experience, ready, lanes)
+    yield "accumulate", lambda: update.accumulate.lower(*inputs), beside
+    beside = reference + device_bytes(experience)
+    yield "apply", lambda: update.apply.lower(state, total, ready), beside
 
 
 def _sampler_lowering(

@@ -224,7 +224,7 @@ def rl_arguments(plan: Plan, data: Path, out: Path) -> list[str]:
         "--config.data.prompt_tokens=1024",
         f"--config.sampling.group_size={plan.group_size}",
         "--config.grpo.updates_per_rollout=1",
-        "--config.grpo.logit_chunk=32",
+        "--config.grpo.logit_chunk=256",
         "--config.filter.low=0.0",
         "--config.filter.high=1.0",
         "--config.checkpoint.every=1000",  # what is there after SIGTERM was saved because of it

@@ -1,4 +1,4 @@
-"""GRPO from arrays to loss and metrics: what ``steps.make_grpo_step`` runs, without model or mesh.
+"""GRPO from arrays to loss and metrics: what ``steps.make_grpo_steps`` runs, without model or mesh.
 
 ``prepare`` looks at the whole rollout once (rewards, advantages, token weights); ``policy_loss``
 turns the log-probs of one micro-batch into its share of the loss.
@@ -20,7 +20,7 @@ from srpo_jax.structs import BLOCKS, Experience, Rollout, Verdict
 class Objective:
     """What is optimised, and in how many updates: the keys of ``config.grpo``."""
 
-    updates_per_rollout: int = 1  # splits the micro-batches among this many updates
+    updates_per_rollout: int = 1  # splits the prompts among this many updates
     adv_eps: float = 1e-6
     scale_by_std: bool = True
     clip_low: float = 0.2
@@ -33,7 +33,7 @@ class Objective:
     mask_truncated: bool = False  # samples cut off by the budget get no gradient
     # Cap of the importance weight against the sampler's log-probs; 0 or None: off.
     tis_cap: float | None = None
-    logit_chunk: int = 128  # positions whose logits exist at a time
+    logit_chunk: int = 1024  # tokens of a row whose logits exist at a time
 
     @property
     def needs_reference(self) -> bool:
@@ -45,8 +45,7 @@ class Objective:
 class GrpoConfig(Objective):
     """What the update does. ``temperature`` and ``forbidden_ids`` must be the sampler's."""
 
-    micro_batches: int = 1  # per update of all rows; gradients are summed over them
-    sharing: int = 1  # updates that take the same micro-batches, others' groups at weight 0
+    micro_batches: int = 1  # rows of a data shard; gradients are summed over them
     profile: Profile = PAPER
     alpha: float = ALPHA  # weight of f_len
     temperature: float = 1.0
@@ -58,40 +57,38 @@ class GrpoConfig(Objective):
             raise ValueError(f"temperature {self.temperature} has no log-probs; use one above 0")
         if self.micro_batches < 1 or self.updates_per_rollout < 1:
             raise ValueError("micro_batches and updates_per_rollout must be at least 1")
-        if self.micro_batches * self.sharing % self.updates_per_rollout:
-            raise ValueError(
-                f"micro_batches={self.micro_batches} is not divisible by "
-                f"updates_per_rollout={self.updates_per_rollout} / sharing={self.sharing}"
-            )
         if self.aggregation == "constant" and not self.length_cap:
             raise ValueError("aggregation='constant' needs length_cap, the completion token limit")
-
-    @property
-    def update_size(self) -> int:
-        """Micro-batches that one update takes."""
-        return self.micro_batches * self.sharing // self.updates_per_rollout
 
 
 @flax.struct.dataclass
 class Prepared:
-    """What the loss needs of each sample, from the whole update batch."""
+    """What the loss needs of each sample, from the whole update batch; and what it was like."""
 
     adv_PG: jax.Array  # [P, G] float32
-    weights_PGR: jax.Array  # [P, G, R] float32 of ``losses.token_weights``; 0: no gradient
+    weight_PG: jax.Array  # [P, G] float32 of ``losses.token_weights``; 0: no gradient
+    on_policy_P: jax.Array  # [P] bool: the policy itself, as of now, is the old one
     tokens: jax.Array  # [] float32 number of tokens with a weight, at least 1
-    terms: RewardTerms
+    metrics: dict[str, jax.Array]  # of ``rollout_metrics``
 
 
-def prepare(
-    cfg: GrpoConfig,
-    experience: Experience,
-    include_P: jax.Array,
-) -> Prepared:
-    """Rewards, advantages and token weights of one update.
+@flax.struct.dataclass
+class Tokens:
+    """Values of the completion tokens of a micro-batch, all of one shape, and of their samples."""
 
-    ``include_P`` [P] bool: prompts that belong to this update (valid, and in its micro-batches).
-    """
-    rollout = experience.rollout
+    adv: jax.Array
+    weight: jax.Array  # 0: not counted
+    sample_logp: jax.Array  # of the distribution really sampled from
+    policy_logp: jax.Array  # of the policy that sampled, untruncated
+    old_logp: jax.Array | None  # None: the policy that is differentiated
+    ref_logp: jax.Array | None
+
+
+def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0) -> Prepared:
+    """Rewards, advantages and token weights of update number ``update``, of its valid prompts."""
+    rollout, include_P = experience.rollout, experience.batch.valid
+    if experience.update is not None:
+        include_P = include_P & (experience.update == update)
     terms = cfg.profile.terms(experience.verdict, cfg.alpha)
     adv_PG = losses.group_advantages(terms.total, eps=cfg.adv_eps, scale_by_std=cfg.scale_by_std)
     weight_P = include_P.astype(jnp.float32)
@@ -100,65 +97,64 @@ def prepare(
     weight_PG = jnp.broadcast_to(weight_P[:, None], adv_PG.shape)
     if cfg.mask_truncated:
         weight_PG = jnp.where(rollout.finished, weight_PG, 0.0)
-    weights_BR = losses.token_weights(
-        merge_group(rollout.completion_mask),
-        merge_group(weight_PG),
+    length_PG = rollout.completion_mask.sum(-1)
+    weight_PG = losses.token_weights(
+        length_PG.reshape(-1),
+        weight_PG.reshape(-1),
         mode=cfg.aggregation,
         length_cap=cfg.length_cap,
-    )
+    ).reshape(adv_PG.shape)
+    counted = jnp.sum(jnp.where(weight_PG != 0, length_PG, 0), dtype=jnp.float32)
+    on_policy_P = jnp.broadcast_to(jnp.asarray(update) == 0, include_P.shape)
+    if experience.carried is not None:
+        on_policy_P &= ~experience.carried
     return Prepared(
         adv_PG=adv_PG,
-        weights_PGR=weights_BR.reshape(rollout.completion_mask.shape),
-        tokens=jnp.maximum(jnp.sum(weights_BR != 0, dtype=jnp.float32), 1.0),
-        terms=terms,
+        weight_PG=weight_PG,
+        on_policy_P=on_policy_P,
+        tokens=jnp.maximum(counted, 1.0),
+        metrics=rollout_metrics(terms, experience.verdict, rollout, include_P),
     )
 
 
 def policy_loss(
-    cfg: GrpoConfig,
-    logp_PGR: jax.Array,
-    entropy_PGR: jax.Array,
-    experience: Experience,
-    adv_PG: jax.Array,
-    weights_PGR: jax.Array,
+    cfg: GrpoConfig, logp: jax.Array, entropy: jax.Array, tokens: Tokens
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
     """Share of one micro-batch in the loss of the update (SRPO equation 2).
 
-    Without ``experience.old_logp`` the policy itself as of now is the old one, so that every ratio
-    is exactly 1.
+    Without ``old_logp`` every ratio is exactly 1.
 
     Returns:
         loss [] (over micro-batches, shares add up to the loss), and what ``update_metrics`` reads.
     """
-    rollout, ref_logp_PGR = experience.rollout, experience.ref_logp
-    old = experience.old_logp
+    old, weight = tokens.old_logp, tokens.weight
     if old is None:
-        old = jax.lax.stop_gradient(logp_PGR)
+        old = jax.lax.stop_gradient(logp)
     objective, stats = losses.clipped_objective(
-        logp_PGR,
+        logp,
         old,
-        adv_PG[:, :, None],
+        tokens.adv,
         clip_low=cfg.clip_low,
         clip_high=cfg.clip_high,
         dual_clip=cfg.dual_clip or None,
     )
-    logp_diff = jnp.abs(old - rollout.policy_logp)
+    logp_diff = jnp.abs(old - tokens.policy_logp)
     ratio = stats.pop("ratio")
-    per_token = {"ratio/mean": ratio, "entropy": entropy_PGR, "sampler/logp_diff_mean": logp_diff}
+    per_token = {"ratio/mean": ratio, "entropy": entropy, "sampler/logp_diff_mean": logp_diff}
     per_token |= {name.replace("_", "/"): value for name, value in stats.items()}
     if cfg.tis_cap:
-        tis = losses.truncated_importance_weight(old, rollout.sample_logp, cfg.tis_cap)
+        tis = losses.truncated_importance_weight(old, tokens.sample_logp, cfg.tis_cap)
         objective = objective * tis
         per_token["sampler/tis_weight"] = tis
-    parts = {"loss/policy": losses.aggregate(objective, weights_PGR)}
+    parts = {"loss/policy": losses.aggregate(objective, weight)}
     loss = parts["loss/policy"]
-    if ref_logp_PGR is not None:
-        per_token["kl"] = losses.kl_estimate(logp_PGR, ref_logp_PGR, cfg.kl_kind)
-        parts["loss/kl"] = losses.aggregate(per_token["kl"], weights_PGR)
+    if tokens.ref_logp is not None:
+        per_token["kl"] = losses.kl_estimate(logp, tokens.ref_logp, cfg.kl_kind)
+        parts["loss/kl"] = losses.aggregate(per_token["kl"], weight)
         loss = loss + cfg.kl_coef * parts["loss/kl"]
     if cfg.entropy_coef:
-        loss = loss - cfg.entropy_coef * losses.aggregate(entropy_PGR, weights_PGR)
-    counted = weights_PGR != 0
+        loss = loss - cfg.entropy_coef * losses.aggregate(entropy, weight)
+    counted = weight != 0
     aux = {
         "parts": parts | {"loss": loss},
         "token_sums": {k: jnp.sum(jnp.where(counted, v, 0.0)) for k, v in per_token.items()},
@@ -171,17 +167,32 @@ def policy_loss(
     return loss, jax.lax.stop_gradient(aux)
 
 
-def update_metrics(aux_A: dict[str, dict[str, jax.Array]], tokens: jax.Array) -> dict:
-    """Metrics of the update from those of its micro-batches, stacked on a leading axis.
+Aux = dict[str, dict[str, jax.Array]]  # of ``policy_loss``
+
+
+def join_aux(one: Aux, other: Aux) -> Aux:
+    """Of two sets of tokens together."""
+    join = {"parts": jnp.add, "token_sums": jnp.add, "maxima": jnp.maximum}
+    return {kind: jax.tree.map(join[kind], one[kind], other[kind]) for kind in one}
+
+
+def no_aux(cfg: GrpoConfig) -> Aux:
+    """Of no token at all."""
+    nothing = jnp.zeros((1,), jnp.float32)
+    ref_logp = nothing if cfg.needs_reference else None
+    tokens = Tokens(*(nothing,) * 4, old_logp=None, ref_logp=ref_logp)
+    return policy_loss(cfg, nothing, nothing, tokens)[1]
+
+
+def update_metrics(aux: Aux, tokens: jax.Array) -> dict[str, jax.Array]:
+    """Metrics of the update from what all of its micro-batches add up to.
 
     Means are over ``tokens``, the number of tokens that have a weight; without any, all are 0.
     """
-    parts = {k: v.sum() for k, v in aux_A["parts"].items()}
-    means = {k: v.sum() / tokens for k, v in aux_A["token_sums"].items()}
-    maxima = {k: v.max() for k, v in aux_A["maxima"].items()}
-    maxima = {k: jnp.where(jnp.isneginf(v), 0.0, v) for k, v in maxima.items()}
+    means = {k: v / tokens for k, v in aux["token_sums"].items()}
+    maxima = {k: jnp.where(jnp.isneginf(v), 0.0, v) for k, v in aux["maxima"].items()}
     maxima["ratio/min"] = -maxima.pop("-ratio/min")
-    return parts | means | maxima
+    return aux["parts"] | means | maxima
 
 
 def rollout_metrics(
@@ -231,8 +242,3 @@ def rollout_metrics(
     for i, block in enumerate(BLOCKS):
         metrics[f"block_tokens/{block}"] = mean(verdict.block_tokens[..., i])
     return metrics
-
-
-def merge_group(x_PG: jax.Array) -> jax.Array:
-    """[P, G, ...] -> [P * G, ...]."""
-    return x_PG.reshape(-1, *x_PG.shape[2:])

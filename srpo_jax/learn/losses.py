@@ -205,24 +205,24 @@ def truncated_importance_weight(
 
 
 def token_weights(
-    mask_BT: jax.Array,
+    length_B: jax.Array,
     weight_B: jax.Array,
     *,
     mode: Aggregation = "sequence",
     length_cap: int | None = None,
 ) -> jax.Array:
-    """Weight of each token such that ``sum(weights_BT * x_BT)`` is the aggregated loss.
+    """[B] weight of each token of a sequence, such that ``sum(weights * x)`` over all tokens is the
+    aggregated loss.
 
-    Pass the masks of the whole update batch and slice the RESULT into micro-batches.
+    Pass the lengths of the whole update batch and slice the RESULT into micro-batches.
         sequence  w_b / (len_b * sum(w))       mean over each sequence, then over sequences (GRPO)
         token     w_b / sum(w * len)           mean over all tokens (DAPO)
         constant  w_b / (length_cap * sum(w))  no length bias (Dr. GRPO); ``length_cap`` is the
                                                configured limit, never the width of the batch
-    ``w_b`` is ``weight_B``: 0 leaves a sequence out as if it were not in the batch. Sequences with
-    an empty mask are left out too. With nothing left all weights are 0 (no NaN).
+    ``w_b`` is ``weight_B``: 0 leaves a sequence out as if it were not in the batch. Sequences of
+    length 0 are left out too. With nothing left all weights are 0 (no NaN).
     """
-    mask_BT = mask_BT.astype(jnp.float32)
-    length_B = mask_BT.sum(1)
+    length_B = length_B.astype(jnp.float32)
     weight_B = jnp.where(length_B > 0, weight_B.astype(jnp.float32), 0.0)
     if mode == "sequence":
         per_token_B = weight_B / jnp.maximum(length_B, 1.0)
@@ -235,8 +235,7 @@ def token_weights(
         per_token_B, denominator = weight_B, length_cap * weight_B.sum()
     else:
         raise ValueError(f"aggregation must be sequence, token or constant, not {mode!r}")
-    safe = jnp.where(denominator > 0, denominator, 1.0)
-    return mask_BT * (per_token_B / safe)[:, None]
+    return per_token_B / jnp.where(denominator > 0, denominator, 1.0)
 
 
 def aggregate(x_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
@@ -258,21 +257,16 @@ def sft_weights(loss_mask_BT: jax.Array, valid_B: jax.Array) -> jax.Array:
     return shifted / jnp.where(total > 0, total, 1.0)
 
 
-def weighted_first(
-    h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Each row's positions that have a weight, in order, before those that have none.
+def weighted_first(weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Order in which each row's positions that have a weight stand before those that have none.
 
-    Returns the three arrays in the new order and ``count`` for ``token_logps``: the most such
-    positions of any row. Of a conversation only the assistant's tokens have a weight, and a
-    budget is mostly padding.
+    Returns [B, T] int32 indices and ``count`` for ``token_logps``: the most such positions of any
+    row. Of a conversation only the assistant's tokens have a weight, and a budget is mostly
+    padding.
     """
     idle_BT = weights_BT == 0
     order_BT = jnp.argsort(idle_BT, axis=1, stable=True)
-    h_BTD = jnp.take_along_axis(h_BTD, order_BT[..., None], axis=1)
-    targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
-    weights_BT = jnp.take_along_axis(weights_BT, order_BT, axis=1)
-    return h_BTD, targets_BT, weights_BT, (~idle_BT).sum(1, dtype=jnp.int32).max()
+    return order_BT, (~idle_BT).sum(1, dtype=jnp.int32).max()
 
 
 def sft_loss(logp_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The jitted steps: encode images, SFT update, log-probs, GRPO update.
+"""The jitted steps: encode images, SFT update, log-probs, the parts of a GRPO update.
 
 Every ``make_*`` factory is pure: it takes configurations and a mesh (or None for one device) and
 returns a ``jax.jit`` function that runs on arrays and can be lowered from shapes alone. Arguments
@@ -9,32 +9,57 @@ State is donated: after ``state, metrics = step(state, ...)`` the arrays of the 
 Whoever keeps parameters across a step (a reference model) needs a copy of its own:
 ``ref = jax.tree.map(jnp.copy, state.params)`` once, ``merge_params(state, ref)`` at each use.
 
-Micro-batches: the leading axis of every array is [shard, micro-batch, rest]. A scan takes
-micro-batch i of all shards together; losses are weighted by weights of the whole update batch
-(losses.py), so gradients are plain sums, held in float32, and the result does not depend on how
-many micro-batches there are.
+Micro-batches: the leading axis of every array is [shard, micro-batch, rest], and a micro-batch is
+one row of each shard. Losses are weighted by weights of the whole update batch (losses.py), so
+gradients are plain sums, held in float32, and the result does not depend on how many micro-batches
+there are. SFT scans over them; those of a GRPO update differ in their shapes (lanes.py), and each
+is a call of its own.
 """
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from srpo_jax.learn import grpo, losses, optim
-from srpo_jax.learn.grpo import GrpoConfig
+from srpo_jax.learn.grpo import GrpoConfig, Prepared, Tokens
+from srpo_jax.learn.micro_batches import (
+    add_gradient,
+    jit_on_mesh,
+    join_micro_batches,
+    micro_batch,
+    micro_count,
+    param_layout,
+    replicated,
+    rows_layout,
+    rows_of,
+    state_layout,
+    sum_gradients,
+    token_logps,
+    without_vision,
+    zero_gradient,
+)
 from srpo_jax.learn.optim import Optimizer
-from srpo_jax.learn.state import FREEZE_VISION, abstract_state, state_shardings
+from srpo_jax.learn.state import FREEZE_VISION, abstract_state
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
-from srpo_jax.model.layers import BATCH_AXES, shard
-from srpo_jax.model.qwen2_5_vl import Qwen2_5_VL, abstract_params, bind
-from srpo_jax.structs import Batch, Experience, Params, Rollout, TrainState, VisionInputs
+from srpo_jax.model.layers import shard, take_in_rows
+from srpo_jax.model.qwen2_5_vl import Qwen2_5_VL, bind, predicting_slots
+from srpo_jax.structs import (
+    Batch,
+    Experience,
+    Lanes,
+    Params,
+    Rollout,
+    TrainState,
+    VisionInputs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +87,16 @@ def make_encode_step(model_cfg: ModelConfig, *, mesh: Mesh | None = None) -> jax
 
     def encode_step(params: Params, vision: VisionInputs) -> jax.Array:
         model = bind(model_cfg, params)
-        count = _micro_count(vision.patches.shape[0], shards)
+        count = micro_count(vision.patches.shape[0], shards)
 
         def body(_, i):
             return None, model.encode_images(micro_batch(vision, i, shards, count))
 
         _, features_A = jax.lax.scan(body, None, jnp.arange(count))
-        return _join_micro_batches(features_A, shards)
+        return join_micro_batches(features_A, shards)
 
-    params = _param_shardings(model_cfg, mesh)
-    return _jit(encode_step, mesh, (params, _batch(mesh)), _batch(mesh))
+    params = param_layout(model_cfg, mesh)
+    return jit_on_mesh(encode_step, mesh, (params, rows_layout(mesh)), rows_layout(mesh))
 
 
 def make_sft_step(
@@ -89,12 +114,12 @@ def make_sft_step(
     tokens), ``tokens`` (loss tokens), ``sequences`` and those of ``optim.apply_gradients``.
     """
     shards = 1 if mesh is None else sharding.num_data_shards(mesh)
-    layout = _state_layout(model_cfg, optimizer, freeze, mesh)
+    layout = state_layout(model_cfg, optimizer, freeze, mesh)
 
     def sft_step(state: TrainState, batch: Batch, features_MND: jax.Array | None):
         _check_features(state.params, features_MND)
         weights_BT = losses.sft_weights(batch.loss_mask, batch.valid)
-        data = (_without_vision(batch, features_MND), features_MND, weights_BT)
+        data = (without_vision(batch, features_MND), features_MND, weights_BT)
 
         def loss_fn(params, i):
             rows, features, weights = micro_batch(data, i, shards, cfg.micro_batches)
@@ -106,159 +131,246 @@ def make_sft_step(
             )
             targets_BT = jnp.roll(rows.tokens, -1, axis=1)  # the last one has weight 0
             # The head reads loss positions only: they come first, and the rest is left out.
-            h_BTD, targets_BT, weights, count = losses.weighted_first(h_BTD, targets_BT, weights)
-            logp_BT, _ = _token_logps(model, h_BTD, targets_BT, chunk=cfg.logit_chunk, count=count)
+            order_BT, count = losses.weighted_first(weights)
+            targets_BT, weights = (
+                jnp.take_along_axis(x, order_BT, axis=1) for x in (targets_BT, weights)
+            )
+            h_BTD = jnp.take_along_axis(h_BTD, order_BT[..., None], axis=1)
+            logp_BT, _ = token_logps(model, h_BTD, targets_BT, chunk=cfg.logit_chunk, count=count)
             loss = losses.sft_loss(logp_BT, weights)
             return loss, loss
 
         indices = jnp.arange(cfg.micro_batches)
-        grads, loss_A = _accumulate(loss_fn, state.params, indices, layout)
+        grads, loss_A = sum_gradients(loss_fn, state.params, indices, layout)
         state, metrics = optim.apply_gradients(state, grads, optimizer)
         metrics["loss"] = loss_A.sum()
         metrics["tokens"] = jnp.sum(weights_BT != 0, dtype=jnp.float32)
         metrics["sequences"] = jnp.sum(batch.valid, dtype=jnp.float32)
         return state, metrics
 
-    return _jit(
-        sft_step, mesh, (layout, _batch(mesh), _batch(mesh)), (layout, _replicated(mesh)), donate=0
+    return jit_on_mesh(
+        sft_step,
+        mesh,
+        (layout, rows_layout(mesh), rows_layout(mesh)),
+        (layout, replicated(mesh)),
+        donate=0,
     )
 
 
 def make_logp_step(
     model_cfg: ModelConfig, cfg: GrpoConfig, *, mesh: Mesh | None = None
 ) -> jax.stages.Wrapped:
-    """-> ``logp_step(params, batch, rollout, features) -> (logp_PGR, entropy_PGR)``, float32.
+    """-> ``logp_step(logp_PGR, params, batch, rollout, features, lanes) -> logp_PGR``, float32.
 
-    For the reference and for old log-probs: same micro-batches, temperature and forbidden tokens
-    as the update. 0 outside of the completion mask.
+    For the reference and for old log-probs, with the update's temperature and forbidden tokens:
+    writes those of the tokens in ``lanes`` into ``logp_PGR``, which is donated.
     """
-    shards = 1 if mesh is None else sharding.num_data_shards(mesh)
 
     def logp_step(
-        params: Params, batch: Batch, rollout: Rollout, features_MND: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
+        logp_PGR: jax.Array,
+        params: Params,
+        batch: Batch,
+        rollout: Rollout,
+        features_MND: jax.Array | None,
+        lanes: Lanes,
+    ) -> jax.Array:  # six: a buffer, and what a micro-batch is made of
+        data = (without_vision(batch, features_MND), rollout, features_MND)
+        rows = rows_of(data, lanes.row, cfg.micro_batches)
         model = bind(model_cfg, params)
-        data = (_without_vision(batch, features_MND), rollout, features_MND)
+        logp_MY, _, picked = _lane_logps(model, cfg, *rows, lanes, lanes.sample >= 0)
+        G, R = logp_PGR.shape[1:]
+        at_MY = jnp.where(picked.wanted_MY, picked.index(R), jnp.iinfo(jnp.int32).max)
+        buffer = logp_PGR.reshape(len(lanes.row), cfg.micro_batches, -1)
+        write = lambda x, row, at, new: x.at[row, at].set(new, mode="drop")  # noqa: E731
+        buffer = jax.vmap(write)(buffer, lanes.row, at_MY, logp_MY)
+        return shard(buffer.reshape(-1, G, R), "batch", None, None)
 
-        def body(_, i):
-            rows, samples, features = micro_batch(data, i, shards, cfg.micro_batches)
-            values = _completion_logps(model, cfg, rows, samples, features)
-            return None, [jnp.where(samples.completion_mask, x, 0.0) for x in values]
-
-        _, (logp_A, entropy_A) = jax.lax.scan(body, None, jnp.arange(cfg.micro_batches))
-        return _join_micro_batches(logp_A, shards), _join_micro_batches(entropy_A, shards)
-
-    params = _param_shardings(model_cfg, mesh)
-    data = _batch(mesh)
-    return _jit(logp_step, mesh, (params, data, data, data), (data, data))
+    params, data = param_layout(model_cfg, mesh), rows_layout(mesh)
+    return jit_on_mesh(logp_step, mesh, (data, params, data, data, data, data), data, donate=0)
 
 
-def make_grpo_step(
+@flax.struct.dataclass
+class Total:
+    """What the micro-batches of an update add up to."""
+
+    grads: Params  # float32, laid out as the parameters
+    aux: grpo.Aux
+
+
+class GrpoSteps(NamedTuple):
+    """The jitted parts of a GRPO update, as `make_grpo_steps` describes them."""
+
+    prepare: Any
+    accumulate: Any
+    apply: Any
+
+
+def make_grpo_steps(
     model_cfg: ModelConfig,
     cfg: GrpoConfig,
     optimizer: Optimizer,
     *,
     freeze: tuple[str, ...] = FREEZE_VISION,
     mesh: Mesh | None = None,
-) -> jax.stages.Wrapped:
-    """-> ``grpo_step(state, experience, micro_indices) -> (state, metrics)``; the state is donated.
+) -> GrpoSteps:
+    """The parts of update number ``update`` (int32, from 0) of a rollout, in the order of calls.
 
-    ``micro_indices`` is int32 from `micro_indices(cfg, k)`, or None: all micro-batches. Normalisers
-    and metrics are those of the chosen ones. Raises ValueError, when traced, for an experience that
-    contradicts the configuration.
+        prepare(experience, update) -> (ready, total): weights and metrics; nothing added up yet
+        accumulate(total, state, experience, ready, lanes) -> total: and one micro-batch
+        apply(state, total, ready) -> (state, metrics)
+
+    ``accumulate`` donates its total, ``apply`` its state. Micro-batches without a sample that has a
+    weight may be left out. Raise ValueError, when traced, for an experience that contradicts the
+    configuration.
     """
-    shards = 1 if mesh is None else sharding.num_data_shards(mesh)
-    layout = _state_layout(model_cfg, optimizer, freeze, mesh)
+    layout = state_layout(model_cfg, optimizer, freeze, mesh)
+    trained = abstract_state(model_cfg, optimizer, freeze=freeze).params
 
-    def grpo_step(state: TrainState, experience: Experience, micro_indices_A: jax.Array | None):
+    def prepare(experience: Experience, update: jax.Array) -> tuple[Prepared, Total]:
+        _check_experience(cfg, experience)
+        ready = grpo.prepare(cfg, experience, update)
+        return ready, Total(zero_gradient(trained, layout), grpo.no_aux(cfg))
+
+    def accumulate(
+        total: Total, state: TrainState, experience: Experience, ready: Prepared, lanes: Lanes
+    ) -> Total:
         _check_features(state.params, experience.features)
-        _check_experience(cfg, experience, micro_indices_A)
-        valid_P = experience.batch.valid
-        indices_A = jnp.arange(cfg.micro_batches) if micro_indices_A is None else micro_indices_A
-        chosen_P = _in_micro_batches(indices_A, valid_P.shape[0], shards, cfg.micro_batches)
-        include_P = valid_P & chosen_P
-        ready = grpo.prepare(cfg, experience, include_P)
-        batch = _without_vision(experience.batch, experience.features)
-        data = (dataclasses.replace(experience, batch=batch), ready.adv_PG, ready.weights_PGR)
-
-        def loss_fn(params, i):
-            rows, adv_PG, weights_PGR = micro_batch(data, i, shards, cfg.micro_batches)
-            model = bind(model_cfg, {**state.frozen, **params})
-            logp, entropy = _completion_logps(model, cfg, rows.batch, rows.rollout, rows.features)
-            return grpo.policy_loss(cfg, logp, entropy, rows, adv_PG, weights_PGR)
-
-        grads, aux_A = _accumulate(loss_fn, state.params, indices_A, layout)
-        state, metrics = optim.apply_gradients(state, grads, optimizer)
-        metrics |= grpo.update_metrics(aux_A, ready.tokens)
-        metrics["trained_tokens"] = ready.tokens
-        metrics |= grpo.rollout_metrics(
-            ready.terms, experience.verdict, experience.rollout, include_P
+        batch = without_vision(experience.batch, experience.features)
+        own, adv_PG, weight_PG, on_policy_P = rows_of(
+            (
+                dataclasses.replace(experience, batch=batch),
+                *(ready.adv_PG, ready.weight_PG, ready.on_policy_P),
+            ),
+            lanes.row,
+            cfg.micro_batches,
         )
-        return state, metrics
+        weight_XCT = take_in_rows(weight_PG.reshape(-1), lanes.sample, len(lanes.row))
+        wanted_XCT = (lanes.sample >= 0) & (weight_XCT != 0)
 
-    shardings = (layout, _batch(mesh), _replicated(mesh))
-    return _jit(grpo_step, mesh, shardings, (layout, _replicated(mesh)), donate=0)
+        def loss_fn(params: Params):
+            model = bind(model_cfg, {**state.frozen, **params})
+            data = (own.batch, own.rollout, own.features)
+            logp, entropy, picked = _lane_logps(model, cfg, *data, lanes, wanted_XCT)
+            tokens = Tokens(
+                adv=picked.of_samples(adv_PG),
+                weight=jnp.where(picked.wanted_MY, picked.of_samples(weight_PG), 0.0),
+                sample_logp=picked.of_tokens(own.rollout.sample_logp),
+                policy_logp=picked.of_tokens(own.rollout.policy_logp),
+                old_logp=_old_logp(own, on_policy_P, picked, logp),
+                ref_logp=picked.of_tokens(own.ref_logp) if cfg.needs_reference else None,
+            )
+            return grpo.policy_loss(cfg, logp, entropy, tokens)
+
+        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return Total(add_gradient(total.grads, grads, layout), grpo.join_aux(total.aux, aux))
+
+    def apply(state: TrainState, total: Total, ready: Prepared):
+        state, metrics = optim.apply_gradients(state, total.grads, optimizer)
+        metrics["trained_tokens"] = ready.tokens
+        return state, metrics | grpo.update_metrics(total.aux, ready.tokens) | ready.metrics
+
+    rows, one = rows_layout(mesh), replicated(mesh)
+    ready = Prepared(adv_PG=rows, weight_PG=rows, on_policy_P=rows, tokens=one, metrics=one)
+    total = Total(None if layout is None else layout.params, one)
+    return GrpoSteps(
+        jit_on_mesh(prepare, mesh, (rows, one), (ready, total)),
+        jit_on_mesh(accumulate, mesh, (total, layout, rows, ready, rows), total, donate=0),
+        jit_on_mesh(apply, mesh, (layout, total, ready), (layout, one), donate=0),
+    )
 
 
-def micro_indices(cfg: GrpoConfig, update: int) -> np.ndarray:
-    """The micro-batches of update ``update`` of a rollout, int32 [update_size]."""
-    if not 0 <= update < cfg.updates_per_rollout:
-        raise ValueError(f"update {update} of a rollout with {cfg.updates_per_rollout} updates")
-    start = update // cfg.sharing * cfg.update_size
-    return np.arange(start, start + cfg.update_size, dtype=np.int32)
+def grpo_update(
+    parts: GrpoSteps,
+    state: TrainState,
+    experience: Experience,
+    packed: Iterable[Lanes],
+    update: int = 0,
+    *,
+    around: Callable[[Lanes], AbstractContextManager] = lambda lanes: nullcontext(),
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from its micro-batches -> (state, metrics); each of them runs in ``around``."""
+    ready, total = parts.prepare(experience, np.int32(update))
+    for lanes in packed:
+        with around(lanes):
+            total = parts.accumulate(total, state, experience, ready, lanes)
+    return parts.apply(state, total, ready)
 
 
-def _completion_logps(
-    model: Qwen2_5_VL, cfg: GrpoConfig, batch: Batch, rollout: Rollout, features
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies [P, G, R] of the completions of one micro-batch."""
-    if features is None and batch.vision is not None:
-        features = model.encode_images(batch.vision)
-    h_PGRD = model.completion_hidden(batch, features, rollout.completions, rollout.completion_mask)
-    longest = rollout.completion_mask.sum(-1, dtype=jnp.int32).max()
-    logp_BR, entropy_BR = _token_logps(
+@dataclasses.dataclass(frozen=True)
+class Picked:
+    """Completion tokens [M, Y] of each row of a micro-batch: the wanted ones first, then others."""
+
+    sample_MY: jax.Array  # which completion of the row
+    at_MY: jax.Array  # which of its tokens
+    wanted_MY: jax.Array
+
+    def index(self, R: int) -> jax.Array:
+        """Where a token stands among its row's completions, R slots each."""
+        return self.sample_MY * R + self.at_MY
+
+    def of_samples(self, x_PG: jax.Array) -> jax.Array:
+        """[M, Y]: the sample's entry at each token."""
+        return take_in_rows(x_PG.reshape(-1), self.sample_MY, len(self.sample_MY))
+
+    def of_tokens(self, x_PGR: jax.Array) -> jax.Array:
+        """[M, Y]: each token's own entry."""
+        return take_in_rows(x_PGR.reshape(-1), self.index(x_PGR.shape[2]), len(self.sample_MY))
+
+
+def _lane_logps(
+    model: Qwen2_5_VL,
+    cfg: GrpoConfig,
+    batch: Batch,
+    rollout: Rollout,
+    features_MND: jax.Array | None,
+    lanes: Lanes,
+    wanted_XCT: jax.Array,
+) -> tuple[jax.Array, jax.Array, Picked]:
+    """Log-probs and entropies [M, Y] of one micro-batch's wanted tokens, and which these are.
+
+    The head sees the wanted tokens only: they come first, and the rest is left out.
+    """
+    M, (P, G, _) = len(lanes.row), rollout.completions.shape
+    if features_MND is None and batch.vision is not None:
+        features_MND = model.encode_images(batch.vision)
+    x_XYD = model.lane_stream(batch, features_MND, rollout.completions, lanes)
+    X, slots, D = x_XYD.shape
+    by_row = lambda x: x.reshape(M, -1)  # noqa: E731
+    first_slot_X1 = (jnp.arange(X) % (X // M) * slots)[:, None]
+    source_MY = by_row(predicting_slots(lanes, P // M, G) + first_slot_X1)
+    order_MY, count = losses.weighted_first(by_row(wanted_XCT))
+    source_MY, *parts = (
+        jnp.take_along_axis(x, order_MY, axis=1)
+        for x in (source_MY, *map(by_row, (lanes.sample, lanes.sample_at, wanted_XCT)))
+    )
+    picked = Picked(*parts)
+    h_MYD = take_in_rows(x_XYD.reshape(X * slots, D), source_MY, M)
+    logp_MY, entropy_MY = token_logps(
         model,
-        grpo.merge_group(h_PGRD),
-        grpo.merge_group(rollout.completions),
-        count=longest,
+        model.text.norm(shard(h_MYD, "batch", None, None)),
+        picked.of_tokens(rollout.completions),
+        count=count,
         temperature=cfg.temperature,
         forbidden_ids=cfg.forbidden_ids,
         chunk=cfg.logit_chunk,
         entropy_grad=bool(cfg.entropy_coef),
     )
-    shape = rollout.completions.shape
-    return logp_BR.reshape(shape), entropy_BR.reshape(shape)
+    return logp_MY, entropy_MY, picked
 
 
-def _token_logps(
-    model: Qwen2_5_VL, h_BTD: jax.Array, targets_BT: jax.Array, *, count: jax.Array, **kwargs
-) -> tuple[jax.Array, jax.Array]:
-    """``losses.token_logps`` under the model's head, each data shard by itself.
-
-    Left to the compiler, the gradient of the head would be summed over all devices once per chunk.
-    Here the head is collected over data and fsdp once, each shard adds up its own chunks, and one
-    sum over devices follows. The vocabulary stays divided over ``tensor``.
-    """
-    head_DV = shard(model.head_kernel(), None, "tensor")
-    mesh = jax.sharding.get_abstract_mesh()
-    # Axes of size 1 divide nothing, and the partitioner knows no manual ones beside others.
-    axes = tuple(axis for axis in BATCH_AXES if not mesh.empty and mesh.shape[axis] > 1)
-    if not axes:
-        return losses.token_logps(h_BTD, targets_BT, head_DV, count=count, **kwargs)
-
-    # ``count`` is the same on all devices: with a divided vocabulary each chunk is a collective.
-    def local(h, targets, head, count):
-        # "varying" from here on: otherwise the sum over devices moves into the scan again.
-        head = jax.lax.pcast(head, axes, to="varying")
-        return losses.token_logps(h, targets, head, count=count, **kwargs)
-
-    batch = PartitionSpec(axes)
-    return jax.shard_map(
-        local,
-        in_specs=(batch, batch, PartitionSpec(), PartitionSpec()),
-        out_specs=(batch, batch),
-        axis_names=set(axes),
-    )(h_BTD, targets_BT, head_DV, count)
+def _old_logp(
+    own: Experience, on_policy_P: jax.Array, picked: Picked, logp_MY: jax.Array
+) -> jax.Array | None:
+    """[M, Y] log-probs of the policy that sampled; None where that is the one that is updated."""
+    if own.old_logp is None and own.carried is None:
+        return None
+    rollout, G = own.rollout, own.rollout.finished.shape[1]
+    old_MY = picked.of_tokens(rollout.policy_logp if own.old_logp is None else own.old_logp)
+    if own.carried is not None:
+        carried_MY = picked.of_samples(jnp.repeat(own.carried, G))
+        old_MY = jnp.where(carried_MY, picked.of_tokens(rollout.policy_logp), old_MY)
+    on_policy_MY = picked.of_samples(jnp.repeat(on_policy_P, G))
+    return jnp.where(on_policy_MY, jax.lax.stop_gradient(logp_MY), old_MY)
 
 
 def _check_features(trained: Params, features_MND: jax.Array | None) -> None:
@@ -269,129 +381,12 @@ def _check_features(trained: Params, features_MND: jax.Array | None) -> None:
         )
 
 
-def _check_experience(cfg: GrpoConfig, experience: Experience, indices_A) -> None:
+def _check_experience(cfg: GrpoConfig, experience: Experience) -> None:
     if cfg.needs_reference and experience.ref_logp is None:
         raise ValueError(f"kl_coef={cfg.kl_coef} needs ref_logp; compute it with logp_step")
-    if cfg.updates_per_rollout == 1:
-        return
-    size = cfg.update_size
-    if experience.old_logp is None or indices_A is None or indices_A.shape != (size,):
+    held = (experience.old_logp, experience.update)
+    if cfg.updates_per_rollout > 1 and any(x is None for x in held):
         raise ValueError(
-            f"updates_per_rollout={cfg.updates_per_rollout} needs old_logp (from logp_step before "
-            f"the first update) and micro_indices(cfg, k), {size} of them"
+            f"updates_per_rollout={cfg.updates_per_rollout} needs old_logp, from logp_step before "
+            "the first update, and the update that takes each prompt"
         )
-
-
-# --- micro-batches ---------------------------------------------------------------------------
-
-
-def micro_batch(tree: Any, i: jax.Array, shards: int, count: int) -> Any:
-    """Micro-batch ``i`` of every array in ``tree``: [shards * count * n, ...] -> [shards * n, ...].
-
-    Shard-major in and out, so that each device takes from its own part. Raises ValueError for a
-    leading axis that does not divide.
-    """
-
-    def take(x):
-        n = _micro_count(x.shape[0], shards * count)
-        x = x.reshape(shards, count, n, *x.shape[1:])
-        x = jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
-        x = x.reshape(shards * n, *x.shape[2:])
-        return shard(x, "batch", *(None,) * (x.ndim - 1))
-
-    return jax.tree.map(take, tree)
-
-
-def _micro_count(size: int, parts: int) -> int:
-    if size % parts:
-        raise ValueError(
-            f"leading axis of {size} does not divide into {parts} (data shards x micro-batches)"
-        )
-    return size // parts
-
-
-def _join_micro_batches(x_A: jax.Array, shards: int) -> jax.Array:
-    """[count, shards * n, ...], as a scan stacks them -> [shards * count * n, ...]."""
-    count, rows, *rest = x_A.shape
-    x = x_A.reshape(count, shards, rows // shards, *rest).swapaxes(0, 1)
-    x = x.reshape(count * rows, *rest)
-    return shard(x, "batch", *(None,) * len(rest))
-
-
-def _in_micro_batches(indices_A: jax.Array, size: int, shards: int, count: int) -> jax.Array:
-    """[size] bool: which entries of the leading axis belong to the given micro-batches."""
-    chosen = jnp.zeros(count, bool).at[indices_A].set(True)
-    shape = (shards, count, _micro_count(size, shards * count))
-    return jnp.broadcast_to(chosen[None, :, None], shape).reshape(size)
-
-
-def _accumulate(
-    loss_fn: Callable, params: Params, indices_A: jax.Array, layout: TrainState | None
-) -> tuple[Params, Any]:
-    """Sum of the gradients of ``loss_fn(params, i)`` in float32, and its aux values, stacked."""
-
-    def keep_sharded(grads):
-        # The gradient of a sharded parameter is reduced straight into the parameter's layout.
-        return grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.params)
-
-    def body(total, i):
-        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, i)
-        total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, keep_sharded(grads))
-        return total, aux
-
-    zeros = keep_sharded({path: jnp.zeros(x.shape, jnp.float32) for path, x in params.items()})
-    return jax.lax.scan(body, zeros, indices_A)
-
-
-def _without_vision(batch: Batch, features_MND: jax.Array | None) -> Batch:
-    """Pixels are not needed where features are given; jit then leaves them out altogether."""
-    return batch if features_MND is None else dataclasses.replace(batch, vision=None)
-
-
-# --- jit -------------------------------------------------------------------------------------
-
-
-def _on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
-    """``fn`` traced with the mesh in force, which the model's sharding constraints look for."""
-
-    @functools.wraps(fn)
-    def traced(*args):
-        context = contextlib.nullcontext()
-        if mesh is not None:
-            context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-        with context:
-            return fn(*args)
-
-    return traced
-
-
-def _jit(
-    fn: Callable[..., Any], mesh: Mesh | None, inputs: Any, outputs: Any, donate: int | None = None
-) -> jax.stages.Wrapped:
-    """``jax.jit`` with explicit shardings when there is a mesh."""
-    donated = () if donate is None else (donate,)
-    if mesh is None:
-        return jax.jit(fn, donate_argnums=donated)
-    return jax.jit(
-        _on_mesh(fn, mesh), in_shardings=inputs, out_shardings=outputs, donate_argnums=donated
-    )
-
-
-def _param_shardings(model_cfg: ModelConfig, mesh: Mesh | None) -> dict | None:
-    if mesh is None:
-        return None
-    return sharding.param_specs(abstract_params(model_cfg), mesh, "train")
-
-
-def _state_layout(model_cfg, optimizer, freeze, mesh: Mesh | None) -> TrainState | None:
-    if mesh is None:
-        return None
-    return state_shardings(abstract_state(model_cfg, optimizer, freeze=freeze), mesh)
-
-
-def _batch(mesh: Mesh | None) -> NamedSharding | None:
-    return None if mesh is None else sharding.batch_sharding(mesh)
-
-
-def _replicated(mesh: Mesh | None) -> NamedSharding | None:
-    return None if mesh is None else sharding.replicated(mesh)

@@ -1,5 +1,6 @@
 """Small layers of both halves of the model, rotary embeddings, and sharding constraints."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -47,6 +48,19 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """
     spec = partition_spec(x.shape, axes)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def take_in_rows(values: jax.Array, index: jax.Array, rows: int) -> jax.Array:
+    """Entries of each row's own values, by an index that counts inside the row: no device asks
+    another one.
+
+    Args:
+        values: [rows * K, ...].
+        index: int32 [rows * J, ...]; what lies outside of [0, K) is clipped.
+    """
+    in_rows = (x.reshape(rows, -1, *x.shape[1:]) for x in (values, index))
+    take = functools.partial(jnp.take, axis=0, mode="clip")
+    return jax.vmap(take)(*in_rows).reshape(*index.shape, *values.shape[1:])
 
 
 def remat(body: Callable[Args, Out], policy: str) -> Callable[Args, Out]:

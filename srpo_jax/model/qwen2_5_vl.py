@@ -14,17 +14,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srpo_jax.model.attention import Sight
+from srpo_jax.model.attention import LaneMask, Mask, Sight
 from srpo_jax.model.config import ModelConfig
-from srpo_jax.model.layers import shard
+from srpo_jax.model.layers import shard, take_in_rows
 from srpo_jax.model.text import Cache, TextModel
 from srpo_jax.model.vision import VisionModel
-from srpo_jax.structs import Batch, Params, VisionInputs
+from srpo_jax.structs import Batch, Lanes, Params, VisionInputs
 
 PROMPT_SEGMENT = 1  # a prompt is always the single segment 1, its padding 0
 LAYERS = "text/layers/"
 Part = Literal["all", "decoder", "tower"]
-COMPLETION_PADDING = -1  # apart from the prompt's padding, so that neither sees the other
 
 
 class Qwen2_5_VL(nnx.Module):
@@ -58,7 +57,8 @@ class Qwen2_5_VL(nnx.Module):
         Tokens attend causally by index inside their segment. ``features_MND`` None: text only.
         """
         x = self.embed(tokens_BT, vision_src_BT, features_MND, divided=True)
-        x, _ = self.text.run(x, mrope_B3T, segment_ids_BT, lambda x, k, v: None)
+        mask = Mask(segment_ids_BT, segment_ids_BT)
+        x, _ = self.text.run(x, mrope_B3T, mask, lambda x, k, v: None)
         return self.text.norm(x)
 
     def prefill(
@@ -75,37 +75,43 @@ class Qwen2_5_VL(nnx.Module):
         x, caches = self.text.run_prefill(x, mrope_P3S, segment_ids_PS)
         return self.text.norm(_last_token(x, segment_ids_PS)), caches
 
-    def completion_hidden(
+    def lane_stream(
         self,
         batch: Batch[jax.Array],
         features_MND: jax.Array | None,
         completions_PGR: jax.Array,
-        completion_mask_PGR: jax.Array,
+        lanes: Lanes[jax.Array],
     ) -> jax.Array:
-        """Hidden states [P, G, R, D] where ``h[..., j, :]`` predicts ``completions[..., j]``.
+        """Prompts and completions of one micro-batch, packed -> residual stream [X, Y, D].
 
-        ``batch`` holds the P prompts. Each layer runs a prompt once and lets its G completions
-        attend to it: exact, at (S + G R) instead of G (S + R) tokens. Completion token j stands at
-        position ``next_pos + j`` on all three axes.
+        ``batch`` holds the P prompts of the M rows that take part. Exact, at a cost that follows
+        the tokens. Completion token j stands at position ``next_pos + j`` on all three axes;
+        ``predicting_slots`` tells where its prediction is, which ``text.norm`` completes.
         """
-        P, G, R = completions_PGR.shape
-        prompt = self.embed(batch.tokens, batch.vision_src, features_MND, divided=True)
-        completions_BR = completions_PGR.reshape(P * G, R)
-        segments = jnp.where(completion_mask_PGR, PROMPT_SEGMENT, COMPLETION_PADDING)
-        positions_PR = batch.next_pos[:, None] + jnp.arange(R, dtype=jnp.int32)[None]
-        mrope = jnp.broadcast_to(positions_PR[:, None, None, :], (P, G, 3, R))
-        own = self.embed(completions_BR, divided=True)
-        x_PSD, y_BRD = self.text.run_shared_prompt(
-            (prompt, batch.mrope, batch.segment_ids),
-            (own, mrope.reshape(P * G, 3, R), segments.reshape(P * G, R)),
-            G,
+        (P, S), (_, G, R), M = batch.tokens.shape, completions_PGR.shape, lanes.row.shape[0]
+        X, U = lanes.prompt.shape
+        sample_XT, at_XT = (x.reshape(X, -1) for x in (lanes.sample, lanes.sample_at))
+        in_prompts, in_samples = lanes.prompt * S + lanes.prompt_at, sample_XT * R + at_XT
+        tokens_XY = jnp.concatenate(
+            [
+                take_in_rows(batch.tokens.reshape(-1), in_prompts, M),
+                take_in_rows(completions_PGR.reshape(-1), in_samples, M),
+            ],
+            axis=1,
         )
-        D = x_PSD.shape[-1]
-        last_PGD = jnp.broadcast_to(_last_token(x_PSD, batch.segment_ids)[:, None], (P, G, D))
-        y_PGRD = y_BRD.reshape(P, G, R, D)
-        # The prompt's last token predicts completion 0, completion j - 1 predicts j.
-        h_PGRD = jnp.concatenate([last_PGD[:, :, None], y_PGRD[:, :, :-1]], axis=2)
-        return self.text.norm(shard(h_PGRD, "batch", None, None, None))
+        mrope_XU3 = take_in_rows(batch.mrope.swapaxes(1, 2).reshape(P * S, 3), in_prompts, M)
+        positions_XT = take_in_rows(batch.next_pos, sample_XT // G, M) + at_XT
+        own_XT3 = jnp.broadcast_to(positions_XT[..., None], (*positions_XT.shape, 3))
+        mrope_X3Y = jnp.concatenate([mrope_XU3, own_XT3], axis=1).swapaxes(1, 2)
+        x_XYD = self.embed(tokens_XY, divided=True)
+        if features_MND is not None:
+            source_XU = take_in_rows(batch.vision_src.reshape(-1), in_prompts, M)
+            source_XU = jnp.where(lanes.prompt >= 0, source_XU, -1)
+            region_XUD = _place_features(x_XYD[:, :U], source_XU, features_MND)
+            x_XYD = jnp.concatenate([region_XUD, x_XYD[:, U:]], axis=1)
+        mask = LaneMask(lanes.prompt, lanes.sample, lanes.sample // G)
+        x_XYD = shard(x_XYD, "batch", None, None)
+        return self.text.run(x_XYD, mrope_X3Y, mask, lambda x, k, v: None)[0]
 
     def decode(
         self,
@@ -210,17 +216,29 @@ def _path_name(path: tuple) -> str:
     return "/".join(name for name in names if name != "value")
 
 
+def predicting_slots(lanes: Lanes[jax.Array], prompts_per_row: int, group: int) -> jax.Array:
+    """[X, C * T] slots of the block's stream whose states predict the tokens of its lanes.
+
+    The prompt's last token predicts completion token 0, token j - 1 predicts j.
+    """
+    (X, U), (_, C, T) = lanes.prompt.shape, lanes.sample.shape
+    is_prompt_XPU = lanes.prompt[:, None] == jnp.arange(prompts_per_row)[None, :, None]
+    last_XP = jnp.max(jnp.where(is_prompt_XPU, jnp.arange(U)[None, None], 0), axis=-1)
+    prompt_XT = jnp.maximum(lanes.sample.reshape(X, C * T) // group, 0)
+    of_prompt_XT = jnp.take_along_axis(last_XP, prompt_XT, axis=1)
+    first_XT = lanes.sample_at.reshape(X, C * T) == 0
+    return jnp.where(first_XT, of_prompt_XT, U - 1 + jnp.arange(C * T)[None])
+
+
 def _place_features(
     x_BTD: jax.Array, vision_src_BT: jax.Array, features_MND: jax.Array
 ) -> jax.Array:
-    """Gathers row by row: sequences lie row after row, and ``vision_src`` counts inside a row."""
-    B, T, D = x_BTD.shape
-    M = features_MND.shape[0]
+    """Sequences lie row after row, and ``vision_src`` counts inside a row."""
+    B, M = x_BTD.shape[0], features_MND.shape[0]
     if B % M:
         raise ValueError(f"{B} sequences cannot lie in {M} rows of images: {M} must divide {B}")
-    source_MX = vision_src_BT.reshape(M, B // M * T)
-    gathered = jax.vmap(lambda row, source: row[source])(features_MND, jnp.maximum(source_MX, 0))
-    gathered = gathered.reshape(B, T, D).astype(x_BTD.dtype)
+    features_ND = features_MND.reshape(-1, features_MND.shape[-1])
+    gathered = take_in_rows(features_ND, vision_src_BT, M).astype(x_BTD.dtype)
     return jnp.where((vision_src_BT >= 0)[..., None], gathered, x_BTD)
 
 

@@ -2,8 +2,8 @@
 
 Training stacks the layers on a leading axis and scans them; sampling loops over layers whose arrays
 are their own. Each layer has one way to make queries, keys and values and one way to finish; the
-four passes (full, prompt with cache, shared prompt and completions, one decode step) differ only in
-what the queries attend to.
+passes (whole sequences, rows packed with prompts and completions, prompts with their cache, one
+decode step) differ only in what the queries attend to.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srpo_jax.model.attention import Mask, Sight, attention, decode_attention
+from srpo_jax.model.attention import (
+    LaneMask,
+    Mask,
+    Sight,
+    attention,
+    decode_attention,
+    lane_attention,
+)
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.layers import (
     Embed,
@@ -100,56 +107,27 @@ class TextModel(nnx.Module):
         self,
         x_BTD: jax.Array,
         mrope_B3T: jax.Array,
-        segment_ids_BT: jax.Array,
+        mask: Mask | LaneMask,
         keep: Callable[[jax.Array, jax.Array, jax.Array], Kept],
     ) -> tuple[jax.Array, Kept]:
-        """All layers over whole sequences -> (residual stream [B, T, D], what ``keep`` returned).
+        """All layers -> (residual stream [B, T, D], what ``keep`` returned).
 
+        A layer's matrices meet all tokens at once, so that they are collected once for a pass.
         ``keep(x_BTD, k_BTKE, v_BTKE)`` sees each layer's result and its keys and values; what it
         returns is stacked on a leading axis L.
         """
-        rope, mask = self.rope(mrope_B3T), Mask(segment_ids_BT, segment_ids_BT)
+        rope, impl = self.rope(mrope_B3T), self.cfg.attention
 
         def body(x: jax.Array, layer: DecoderLayer) -> tuple[jax.Array, Kept]:
             q, k, v = layer.qkv(x, rope)
-            x = layer.finish(x, attention(q, k, v, mask, self.cfg.attention))
+            if isinstance(mask, LaneMask):
+                out = lane_attention(q, k, v, mask, impl)
+            else:
+                out = attention(q, k, v, mask, impl)
+            x = layer.finish(x, out)
             return x, keep(x, k, v)
 
         return jax.lax.scan(remat(body, self.cfg.remat), x_BTD, self.layers)
-
-    def run_shared_prompt(
-        self,
-        prompt: tuple[jax.Array, jax.Array, jax.Array],
-        completion: tuple[jax.Array, jax.Array, jax.Array],
-        group: int,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Prompts once and their completions -> residual streams ([P, S, D], [P*G, R, D]).
-
-        Both arguments are (embeddings, mrope, segment ids); a completion sees the prompt tokens of
-        its own segment and, causally, itself.
-        """
-        x_PSD, mrope_P3S, prompt_segments_PS = prompt
-        y_BRD, mrope_B3R, own_segments_BR = completion
-        prompt_rope, own_rope = self.rope(mrope_P3S), self.rope(mrope_B3R)
-        S = x_PSD.shape[1]
-        segments = jnp.concatenate([_repeat(prompt_segments_PS, group), own_segments_BR], axis=1)
-        prompt_mask = Mask(prompt_segments_PS, prompt_segments_PS)
-        own_mask, impl = Mask(own_segments_BR, segments, q_offset=S), self.cfg.attention
-
-        def body(carry: tuple[jax.Array, jax.Array], layer: DecoderLayer):
-            x, y = carry
-            q, k, v = layer.qkv(x, prompt_rope)
-            x = layer.finish(x, attention(q, k, v, prompt_mask, impl))
-            q, own_k, own_v = layer.qkv(y, own_rope)
-            k, v = (
-                jnp.concatenate([_repeat(shared, group), own], axis=1)
-                for shared, own in ((k, own_k), (v, own_v))
-            )
-            y = layer.finish(y, attention(q, k, v, own_mask, impl))
-            return (x, y), None
-
-        streams, _ = jax.lax.scan(remat(body, self.cfg.remat), (x_PSD, y_BRD), self.layers)
-        return streams
 
     def run_prefill(
         self, x_PSD: jax.Array, mrope_P3S: jax.Array, segment_ids_PS: jax.Array
@@ -194,9 +172,3 @@ class TextModel(nnx.Module):
             x = layer.finish(x, decode_attention(q, prompt_kv, own_kv, sight))
             written.append(ring)
         return x, tuple(written)
-
-
-def _repeat(x: jax.Array, group: int) -> jax.Array:
-    """[P, ...] -> [P*G, ...]: each prompt's entry once per sample, prompt-major."""
-    x = jnp.broadcast_to(x[:, None], (x.shape[0], group, *x.shape[1:]))
-    return x.reshape(-1, *x.shape[2:])

@@ -86,18 +86,21 @@ class CompileGuard:
     def step(self, bucket: str) -> Iterator[None]:
         """Guard one step whose arrays have the budgets that ``bucket`` names.
 
+        What is compiled in a step inside this one is that step's alone.
+
         Raises:
             RunError: a program was compiled for this bucket in an earlier step already.
         """
-        self._events.clear()
-        self._thread = threading.get_ident()
+        outer = self._events, self._thread
+        events: list[str] = []
+        self._events, self._thread = events, threading.get_ident()
         try:
             yield
         finally:
-            self._thread = None
+            self._events, self._thread = outer
         if not self._enabled:
             return
-        compiled = {(name, bucket) for name in self._events}
+        compiled = {(name, bucket) for name in events}
         again = sorted(name for name, _ in compiled & self._done)
         self._done |= compiled
         if again:

@@ -119,7 +119,12 @@ class Lockstep:
 
 def maximum(value: int) -> int:
     """The largest value over all processes."""
-    return int(_gather(np.int32(value)).max())
+    return int(maxima(np.int32(value)))
+
+
+def maxima(values: np.ndarray | np.generic) -> np.ndarray:
+    """Element by element, the largest value over all processes."""
+    return _gather(np.asarray(values, np.int32)).max(axis=0)
 
 
 def any_true(values: Sequence[bool] | np.ndarray) -> list[bool]:

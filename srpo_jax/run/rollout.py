@@ -152,7 +152,7 @@ class Round:
 def make_score_step(cfg: grpo.GrpoConfig, mesh: Mesh) -> Callable[..., Any]:
     """-> ``score_step(verdict, rollout, valid) -> (terms, adv_PG, metrics)`` of all samples.
 
-    The same functions as inside of ``grpo_step``, for the rollout files and for metrics that do
+    The same functions as in the update's ``prepare``, for the rollout files and for metrics that do
     not depend on which groups the update takes.
     """
 

@@ -483,7 +483,6 @@ def grpo_config(settings: GrpoSettings, shards: int, forbidden_ids: tuple[int, .
     return GrpoConfig(
         **vars(settings.grpo),
         micro_batches=layout.rows,
-        sharing=layout.sharing,
         profile=settings.reward.profile,
         alpha=settings.reward.alpha,
         temperature=settings.sampling.temperature,
