@@ -254,7 +254,7 @@ def test_a_row_tells_how_old_groups_were_and_weighs_updates_by_what_trained():
     one = SimpleNamespace(
         scores=(None, None, scores | {"samples": 4.0}),
         weight=np.array([1, 0, 1, 1, 0], np.float32),
-        sampled=SimpleNamespace(slots=np.arange(4)),
+        sampled=SimpleNamespace(slots=np.arange(4), idle_share=0.25),
     )
     local = SimpleNamespace(weight=np.array([1, 1, 1, 0], np.float32))
     lesson = Lesson(None, local, [one], np.array([1, 0, 1, 0]), dropped=3)
@@ -272,6 +272,7 @@ def test_a_row_tells_how_old_groups_were_and_weighs_updates_by_what_trained():
     assert row["filter/age_mean"] == pytest.approx(2 / 3) and row["filter/age_max"] == 1
     assert row["filter/dropped_groups"] == 3 and row["filter/pending_groups"] == 2
     assert row["filter/kept_share"] == 3 / 4 and row["fix_rate"] == 0.5
+    assert row["sampling/idle_share"] == 0.25
 
 
 def test_a_prompt_drawn_again_samples_with_another_key_and_neighbours_change_none():

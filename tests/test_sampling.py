@@ -431,6 +431,7 @@ def test_first_tokens_follow_the_model_s_probabilities(plain, params):
             getattr(out, name)[:, : BASE["group_size"], 0], longer, atol=1e-5
         )
     assert out.completion_mask.all()
+    np.testing.assert_array_equal(out.finished, np.isin(out.completions[..., 0], EOS))
     logits = recomputed_logits(params, batch, features, jax.tree.map(lambda x: x[:, :1], out))
     for p in range(P):
         assert_frequencies(out.completions[p, :, 0], softmax(logits[p, 0, 0]))

@@ -386,11 +386,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed", lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32"),
     ("grpo.entropy_coef", math.isfinite, "must be a number"),
     ("optim.b1 optim.b2", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-    (
-        "grpo.dual_clip",
-        lambda value: not value or value > 1,
-        "must be above 1 (0: off): at a ratio of 1 it would take all gradient from bad samples",
-    ),
+    ("grpo.dual_clip", lambda value: not value or value > 1, "must be above 1, or 0 (off)"),
 )
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.prompt": tuple(MESSAGES),
