@@ -5,6 +5,7 @@ turns the log-probs of one micro-batch into its share of the loss.
 """
 
 import dataclasses
+from typing import Generic
 
 import flax.struct
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from srpo_jax.learn import losses
 from srpo_jax.rewards.profiles import PAPER, Profile
 from srpo_jax.rewards.terms import ALPHA, RewardTerms
-from srpo_jax.structs import BLOCKS, Experience, Rollout, Verdict
+from srpo_jax.structs import BLOCKS, Experience, Leaf, Rollout, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +63,14 @@ class GrpoConfig(Objective):
 
 
 @flax.struct.dataclass
-class Prepared:
+class Prepared(Generic[Leaf]):
     """What the loss needs of each sample, from the whole update batch; and what it was like."""
 
-    adv_PG: jax.Array  # [P, G] float32
-    weight_PG: jax.Array  # [P, G] float32 of ``losses.token_weights``; 0: no gradient
-    on_policy_P: jax.Array  # [P] bool: the policy itself, as of now, is the old one
-    tokens: jax.Array  # [] float32 number of tokens with a weight, at least 1
-    metrics: dict[str, jax.Array]  # of ``rollout_metrics``
+    adv_PG: Leaf  # [P, G] float32
+    weight_PG: Leaf  # [P, G] float32 of ``losses.token_weights``; 0: no gradient
+    on_policy_P: Leaf  # [P] bool: the policy itself, as of now, is the old one
+    tokens: Leaf  # [] float32 number of tokens with a weight, at least 1
+    metrics: dict[str, Leaf] | Leaf  # of ``rollout_metrics``
 
 
 @flax.struct.dataclass

@@ -175,9 +175,9 @@ def make_logp_step(
         lanes: Lanes,
     ) -> jax.Array:  # six: a buffer, and what a micro-batch is made of
         data = (without_vision(batch, features_MND), rollout, features_MND)
-        rows = rows_of(data, lanes.row, cfg.micro_batches)
+        own = rows_of(data, lanes.row, cfg.micro_batches)
         model = bind(model_cfg, params)
-        logp_MY, _, picked = _lane_logps(model, cfg, *rows, lanes, lanes.sample >= 0)
+        logp_MY, _, picked = _lane_logps(model, cfg, own, lanes, lanes.sample >= 0)
         G, R = logp_PGR.shape[1:]
         at_MY = jnp.where(picked.wanted_MY, picked.index(R), jnp.iinfo(jnp.int32).max)
         buffer = logp_PGR.reshape(len(lanes.row), cfg.micro_batches, -1)
@@ -193,8 +193,8 @@ def make_logp_step(
 class Total:
     """What the micro-batches of an update add up to."""
 
-    grads: Params  # float32, laid out as the parameters
-    aux: grpo.Aux
+    grads: Any  # Params: float32, laid out as the parameters
+    aux: Any  # grpo.Aux
 
 
 class GrpoSteps(NamedTuple):
@@ -250,7 +250,7 @@ def make_grpo_steps(
         def loss_fn(params: Params):
             model = bind(model_cfg, {**state.frozen, **params})
             data = (own.batch, own.rollout, own.features)
-            logp, entropy, picked = _lane_logps(model, cfg, *data, lanes, wanted_XCT)
+            logp, entropy, picked = _lane_logps(model, cfg, data, lanes, wanted_XCT)
             tokens = Tokens(
                 adv=picked.of_samples(adv_PG),
                 weight=jnp.where(picked.wanted_MY, picked.of_samples(weight_PG), 0.0),
@@ -320,16 +320,16 @@ class Picked:
 def _lane_logps(
     model: Qwen2_5_VL,
     cfg: GrpoConfig,
-    batch: Batch,
-    rollout: Rollout,
-    features_MND: jax.Array | None,
+    data: tuple[Batch, Rollout, jax.Array | None],
     lanes: Lanes,
     wanted_XCT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Picked]:
     """Log-probs and entropies [M, Y] of one micro-batch's wanted tokens, and which these are.
 
-    The head sees the wanted tokens only: they come first, and the rest is left out.
+    ``data``: its prompts, its rollout, its image features (None: its images are encoded here). The
+    head sees the wanted tokens only: they come first, and the rest is left out.
     """
+    batch, rollout, features_MND = data
     M, (P, G, _) = len(lanes.row), rollout.completions.shape
     if features_MND is None and batch.vision is not None:
         features_MND = model.encode_images(batch.vision)

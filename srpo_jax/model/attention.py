@@ -80,7 +80,8 @@ def lane_attention(
     region, lanes = [
         [x[:, part] for x in (q_XYHE, k_XYKE, v_XYKE)] for part in (slice(0, U), slice(U, None))
     ]
-    prompts = attention(*region, Mask(mask.prompt_XU, mask.prompt_XU), impl)
+    q, *kv = region
+    prompts = attention(q, kv[0], kv[1], Mask(mask.prompt_XU, mask.prompt_XU), impl)
     if impl == "splash":
         out = _splash_lanes(lanes, region[1:], mask)
     else:
@@ -304,7 +305,9 @@ def _splash(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask: Mask)
         offset = mask.q_offset if mask.causal else None
         kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[1], offset)
         segments = splash.SegmentIds(q_segments, kv_segments)
-        return _by_head(jax.vmap(kernel)(_by_head(q), _by_head(k), _by_head(v), segments))
+        # The kernel's own type says that it might return its log-sum-exp too.
+        out: Any = jax.vmap(kernel)(_by_head(q), _by_head(k), _by_head(v), segments)
+        return _by_head(out)
 
     return _on_own_part(local, qkv, ids)[:, :T, :, :E]
 
@@ -334,7 +337,8 @@ def _splash_lanes(lanes: list[jax.Array], region_kv: list[jax.Array], mask: Lane
     X, C, T = mask.sample_XCT.shape
     E = lanes[0].shape[3]
     q = lanes[0] * jnp.asarray(E**-0.5, lanes[0].dtype)
-    region_kv, own_kv = (_repeat_kv_for_mesh(q, *kv) for kv in (region_kv, lanes[1:]))
+    region = _repeat_kv_for_mesh(q, region_kv[0], region_kv[1])
+    own = _repeat_kv_for_mesh(q, lanes[1], lanes[2])
 
     def padded(x: jax.Array, axes: tuple[int, ...], value: int = 0) -> jax.Array:
         """Each lane by itself; they then lie one behind the other again."""
@@ -342,8 +346,8 @@ def _splash_lanes(lanes: list[jax.Array], region_kv: list[jax.Array], mask: Lane
         return x.reshape(X, -1, *x.shape[3:])
 
     by_head = [
-        *(padded(x, (2, 4)) for x in (q, *own_kv)),
-        *(_pad_to(x, LANES, (1, 3)) for x in region_kv),
+        *(padded(x, (2, 4)) for x in (q, *own)),
+        *(_pad_to(x, LANES, (1, 3)) for x in region),
     ]
     ids = [
         *(
@@ -414,7 +418,7 @@ def _uncut(x_BHT: jax.Array, lanes: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _splash_backward(kernel, q, kv, ids, joint):
+def _splash_backward(kernel: Any, q: Any, kv: Any, ids: Any, joint: Any) -> Any:
     """(dq, dk, dv) of one kernel from the result, log-sum-exp and cotangent of all keys together.
 
     The kernel's own backward pass, which jax has no public name for.
@@ -425,7 +429,8 @@ def _splash_backward(kernel, q, kv, ids, joint):
         held = (q, k, v, ids, None, out, total, kernel.dq_mask_info, kernel.dkv_mask_info)
         return splash._splash_attention_bwd(**options, res=held, do=d_out)[3:6]
 
-    return jax.vmap(backward)(q, *kv, ids, *joint)
+    (k, v), (out, total, d_out) = kv, joint
+    return jax.vmap(backward)(q, k, v, ids, out, total, d_out)
 
 
 def _splash_kernel(

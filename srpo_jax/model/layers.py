@@ -1,6 +1,5 @@
 """Small layers of both halves of the model, rotary embeddings, and sharding constraints."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -59,8 +58,8 @@ def take_in_rows(values: jax.Array, index: jax.Array, rows: int) -> jax.Array:
         index: int32 [rows * J, ...]; what lies outside of [0, K) is clipped.
     """
     in_rows = (x.reshape(rows, -1, *x.shape[1:]) for x in (values, index))
-    take = functools.partial(jnp.take, axis=0, mode="clip")
-    return jax.vmap(take)(*in_rows).reshape(*index.shape, *values.shape[1:])
+    take = jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="clip"))
+    return take(*in_rows).reshape(*index.shape, *values.shape[1:])
 
 
 def remat(body: Callable[Args, Out], policy: str) -> Callable[Args, Out]:

@@ -7,7 +7,7 @@ decode step) differ only in what the queries attend to.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,9 @@ class TextModel(nnx.Module):
         self.embed = Embed(cfg, rngs=rngs)
         keys = jax.random.split(rngs.params(), text.num_hidden_layers)
         make = lambda key: DecoderLayer(cfg, rngs=nnx.Rngs(key))  # noqa: E731
-        self.layers = jax.vmap(make)(keys) if stacked else nnx.List([make(key) for key in keys])
+        self.layers: Any = (
+            jax.vmap(make)(keys) if stacked else nnx.List([make(key) for key in keys])
+        )
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, cfg)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(

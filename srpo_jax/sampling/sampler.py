@@ -280,7 +280,7 @@ class Sampler:
         keys_A: jax.Array,
         base: jax.Array,
         state: on_device.Arrays,
-        fill: Fill,
+        fill: Fill[jax.Array],
     ) -> on_device.Arrays:
         """Run a prompt of every shard and put it into a row, its first tokens into slots."""
         (batch, keys_Z), features = on_device.select(
@@ -321,7 +321,7 @@ class Sampler:
         params: Params,
         prompts: Prompts[jax.Array],
         work: tuple[Slots[jax.Array], Rollout[jax.Array]],
-        places: Places,
+        places: Places[jax.Array],
         limits: jax.Array,
     ) -> tuple[Any, Any]:
         """Up to ``limits[0]`` tokens of every sample that is not done.

@@ -10,9 +10,11 @@ Every process keeps the same schedule, since all it follows from is replicated.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import numpy as np
+
+from srpo_jax.structs import Leaf
 
 MIN_WINDOW, MAX_WINDOWS = 64, 5
 MIN_WIDTH = 8  # fewer slots read the same weights: they save nothing
@@ -36,20 +38,20 @@ def widths(J: int) -> list[int]:
     return sorted({max(width, least) for width in found})
 
 
-class Fill(NamedTuple):
+class Fill(NamedTuple, Generic[Leaf]):
     """A prompt for every shard, or none: what prefill is told."""
 
-    prompt_Z: np.ndarray  # number of the prompt in its shard, -1: none
-    row_Z: np.ndarray
-    slot_ZG: np.ndarray
+    prompt_Z: Leaf  # number of the prompt in its shard, -1: none
+    row_Z: Leaf
+    slot_ZG: Leaf
 
 
-class Places(NamedTuple):
+class Places(NamedTuple, Generic[Leaf]):
     """Where the slots' samples belong: what decode is told."""
 
-    sample_ZJ: np.ndarray  # prompt * G + g, -1: none
-    place_ZJ: np.ndarray  # row * G + g, 0 where there is no sample
-    slot_ZCG: np.ndarray  # the slot of sample g of the prompt in row c, 0 where it has none
+    sample_ZJ: Leaf  # prompt * G + g, -1: none
+    place_ZJ: Leaf  # row * G + g, 0 where there is no sample
+    slot_ZCG: Leaf  # the slot of sample g of the prompt in row c, 0 where it has none
 
 
 class Move(NamedTuple):
@@ -99,12 +101,13 @@ class Schedule:
         """Steps of slots without a live sample, of all steps of all slots that were decoded."""
         return 1 - self.live_steps / max(self.slot_steps, 1)
 
-    def next_fill(self) -> Fill | None:
+    def next_fill(self) -> Fill[np.ndarray] | None:
         """The next prompt of every shard that has room for one, placed.
 
         None where fewer than half of the shards that wait have room: all shards pay for a prefill.
         """
-        fill = Fill(*(np.full(self.shards, -1, np.int32) for _ in range(2)), self._no_slots())
+        prompt_Z, row_Z = np.full((2, self.shards), -1, np.int32)
+        fill = Fill(prompt_Z, row_Z, self._no_slots())
         waiting_Z = self.upcoming_Z < self.prompts
         for z in np.flatnonzero(waiting_Z):
             rows = set(range(self.C)) - set(self.row_ZJ[z, self.sample_ZJ[z] >= 0].tolist())
@@ -126,7 +129,7 @@ class Schedule:
     def _no_slots(self) -> np.ndarray:
         return np.zeros((self.shards, self.group), np.int32)
 
-    def places(self) -> Places:
+    def places(self) -> Places[np.ndarray]:
         """Where the samples of the slots belong now."""
         used_ZJ = self.sample_ZJ >= 0
         place_ZJ = np.where(used_ZJ, self.row_ZJ * self.group + self.sample_ZJ % self.group, 0)

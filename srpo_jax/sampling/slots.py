@@ -133,7 +133,7 @@ def place(
     state: Arrays,
     new: Prompts[jax.Array],
     first: dict[str, jax.Array],
-    fill: Fill,
+    fill: Fill[jax.Array],
 ) -> Arrays:
     """Write one prompt of every shard, and the first token of its samples.
 
@@ -145,7 +145,9 @@ def place(
         fill: where to; a shard whose prompt is -1 is left unchanged.
     """
 
-    def local(state: Arrays, new: Prompts[jax.Array], first: dict[str, jax.Array], fill: Fill):
+    def local(
+        state: Arrays, new: Prompts[jax.Array], first: dict[str, jax.Array], fill: Fill[jax.Array]
+    ):
         prompts, slots, rollout = state
         used, row = fill.prompt_Z[0] >= 0, fill.row_Z[0]
 
