@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--tokenizer Qwen2.5-VL-7B-Instruct --profile paper",
     )
     parser.add_argument("--input", required=True, help="JSON Lines of responses")
-    parser.add_argument("--output", required=True, help="JSON Lines to write")
+    parser.add_argument("--output", type=cli.output_file, required=True, help="JSON Lines to write")
     parser.add_argument(
         "--tokenizer", required=True, help="Hugging Face directory (or one with a tokenizer.json)"
     )
@@ -57,7 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="processes that compare answers (%(default)s)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=5.0, help="seconds for one comparison (%(default)s)"
+        "--timeout",
+        type=cli.above_zero,
+        default=5.0,
+        help="seconds for one comparison (%(default)s)",
     )
     return parser
 

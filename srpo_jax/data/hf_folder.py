@@ -52,7 +52,9 @@ def _about_adapter(folder: Path, beside_model: bool) -> str:
 
 
 def _download(path: str) -> str:
-    """How to get what looks like a model's name on the hub."""
+    """How to get what looks like a model's name on the hub, or like a home directory."""
+    if path.startswith("~"):
+        return "; write $HOME instead of ~, which the shell leaves as it is after ="
     name = f"Qwen/{path}" if re.fullmatch(r"Qwen2\.5-VL-\w+-Instruct", path) else path
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return "; give a Hugging Face Qwen2.5-VL model directory"

@@ -111,12 +111,6 @@ class Processor:
         """Window size, time scale and special ids from config.json and generation_config.json."""
         config = read_json(self.hf_dir / "config.json")
         vision = config.get("vision_config", {})
-        self.geometry = VisionGeometry(
-            patch_size=self.image_processor.patch_size,
-            merge_size=self.image_processor.merge_size,
-            temporal_patch_size=self.image_processor.temporal_patch_size,
-            window_size=vision.get("window_size", VisionGeometry.window_size),
-        )
         for key in ("patch_size", "temporal_patch_size"):
             ours = getattr(self.image_processor, key)
             if vision.get(key, ours) not in (ours, [ours, ours]):
@@ -124,6 +118,12 @@ class Processor:
                     f"{self.hf_dir}: {key} is {ours} in the preprocessor's file and {vision[key]} "
                     "in config.json: they are not of the same model"
                 )
+        self.geometry = VisionGeometry(
+            patch_size=self.image_processor.patch_size,
+            merge_size=self.image_processor.merge_size,
+            temporal_patch_size=self.image_processor.temporal_patch_size,
+            window_size=vision.get("window_size", VisionGeometry.window_size),
+        )
         self.vocab_size = len(self.tokenizer)
         ids = {t: self.tokenizer.convert_tokens_to_ids(t) for t in CONTROL_TOKENS}
         known = self.tokenizer.get_added_vocab()

@@ -9,6 +9,8 @@ from typing import Any
 from srpo_jax.data.hf_folder import model_folder, read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
+REMAT = ("none", "block", "dots")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +127,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("param_dtype", self.param_dtype, DTYPES)
-        _check_choice("remat", self.remat, ("none", "block", "dots"))
-        _check_choice("attention", self.attention, ("auto", "xla", "cudnn", "splash"))
+        _check_choice("remat", self.remat, REMAT)
+        _check_choice("attention", self.attention, ATTENTION)
         _require(
             self.vision.out_hidden_size == self.text.hidden_size,
             f"vision_config.out_hidden_size: {self.vision.out_hidden_size} must equal the decoder's"

@@ -40,7 +40,7 @@ from srpo_jax.model.hf_table import (
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.structs import Params
 
-SHOWN = 8  # faults that a message tells
+SHOWN = 6  # faults that a message tells
 READERS = 8  # layers of a parameter that are read at a time
 
 
@@ -188,9 +188,9 @@ def _scan(hf_dir: Path) -> tuple[dict[str, Stored], list[str]]:
 
 
 def _listed(head: str, faults: list[str]) -> str:
-    """One message of the first faults, each on its line, and how many there are."""
+    """One line of the first faults and how many there are."""
     more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    return "\n  ".join([f"{head} ({len(faults)} faults):", *faults[:SHOWN], *more])
+    return f"{head} ({len(faults)} faults): {'; '.join([*faults[:SHOWN], *more])}"
 
 
 def _check_names(stored: Mapping[str, Stored], cfg: ModelConfig, one_dtype: bool) -> list[str]:

@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--hf_dir", required=True, help="Hugging Face Qwen2.5-VL directory")
     add("--input", required=True, help="JSON Lines to read")
-    add("--output", required=True, help="JSON Lines to write; a stopped run is continued")
+    add(
+        "--output",
+        type=cli.output_file,
+        required=True,
+        help="JSON Lines to write; a stopped run is continued",
+    )
     add("--data_root", help="folder of the images (default: that of --input)")
     add("--batch_size", type=cli.positive, default=8, help="rows at a time (%(default)s)")
     add("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 elsewhere")
