@@ -175,8 +175,6 @@ def shrink(config: ConfigDict) -> None:
         "data.prompt_tokens": 1024,
         "data.patch_budgets": (2048,),
     }
-    if "tokens" in config.data:
-        small["data.tokens"] = 2048
     if "steps" in config:
         small |= {
             "steps": 2,

@@ -62,7 +62,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
         logging.set_verbosity(logging.WARNING if debug.value else logging.FATAL)
         sys.unraisablehook = sys.unraisablehook if debug.value else _no_hook
         try:
-            run(config.value, workdir.value)
+            run(config.value, str(workdir.value))
         except (Exception, KeyboardInterrupt) as error:
             if debug.value:
                 raise

@@ -158,9 +158,9 @@ def load_weights(
     if source and not any((absolute(source) / name).is_file() for name in names):
         folder = checkpoint.find_params(source)
         return checkpoint.load_params(folder, shardings, parts.shapes, dtype), str(folder)
-    source = model_folder(source or settings.hf_dir)
+    source = str(model_folder(source or settings.hf_dir))
     params = hf.load_params(source, parts.model, shardings=shardings, dtype=dtype)
-    return checkpoint.own_buffers(params), str(source)
+    return checkpoint.own_buffers(params), source
 
 
 def check_export(out_dir: str, done: bool) -> bool:
