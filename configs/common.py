@@ -158,8 +158,13 @@ def data_workers(size: str) -> int:
 
 
 def shrink(config: ConfigDict) -> None:
-    """mode=debug: two steps, an evaluation and a checkpoint, in as little time as possible."""
+    """mode=debug: two steps, an evaluation and a checkpoint, in as little time as possible.
+
+    Images are shrunk to a tenth of a megapixel, so that short budgets hold prompts and images of
+    any recipe; with one patch budget each program is compiled once.
+    """
     small = {
+        "max_pixels": 128 * 28 * 28,
         "eval.limit": 8,
         "eval.batch_size": 8,
         "grading.workers": 1,
@@ -167,7 +172,8 @@ def shrink(config: ConfigDict) -> None:
         "sampling.segment": 8,
         "data.workers": 0,
         "data.prompts_per_row": 1,
-        "data.patch_budgets": (1024, 3584),
+        "data.prompt_tokens": 1024,
+        "data.patch_budgets": (2048,),
     }
     if "steps" in config:
         small |= {

@@ -65,4 +65,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     if args.mode == "debug":
         common.shrink(config)
+        data.tokens = 2048
     return config

@@ -202,7 +202,7 @@ def image_processor() -> Qwen2VLImageProcessorPil:
 
 @dataclasses.dataclass
 class Reference:
-    """What HF computes: logits and the residual stream after every block and layer."""
+    """What HF computes, as float32: logits and the residual stream after every block and layer."""
 
     logits: np.ndarray  # [B, T, V]
     layers: list[np.ndarray]  # of [B, T, D]
@@ -231,8 +231,8 @@ def run_reference(model: Qwen2_5_VLForConditionalGeneration, inputs: Inputs) -> 
              if v in inputs.torch]  # fmt: skip
     depth = len(model.model.visual.blocks)
     by_kind = {kind: blocks[i * depth : (i + 1) * depth] for i, kind in enumerate(kinds)}
-    return Reference(logits.numpy(), layers, by_kind)
+    return Reference(logits.float().numpy(), layers, by_kind)
 
 
 def _first(out: Any) -> np.ndarray:
-    return (out[0] if isinstance(out, tuple) else out).numpy(force=True)
+    return (out[0] if isinstance(out, tuple) else out).float().numpy(force=True)

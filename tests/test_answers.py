@@ -9,6 +9,7 @@ import pytest
 
 from srpo_jax.data.fields import Record
 from srpo_jax.rewards.answers import (
+    MAX_ANSWER_CHARS,
     Question,
     answer_problem,
     boxed,
@@ -70,6 +71,12 @@ def test_boxes_with_nested_braces(text, last, first):
 )
 def test_extraction_takes_off_wrapping_only(block, answer):
     assert extract_answer(block) == answer
+
+
+def test_an_answer_longer_than_any_gold_is_wrong():
+    longest = "5." + "0" * (MAX_ANSWER_CHARS - 2)
+    assert decide("5", longest) is True
+    assert decide("5", longest + "0") is False
 
 
 def test_hostile_answers_take_linear_time():

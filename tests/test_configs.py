@@ -22,7 +22,7 @@ from srpo_jax.data.vision_arrays import VisionGeometry
 from srpo_jax.learn.optim import OptimConfig, make_optimizer
 from srpo_jax.model.sizes import SIZES, size_config
 from srpo_jax.run.budgets import check_images, largest_image, prompt_budgets
-from srpo_jax.run.command import check_arguments
+from srpo_jax.run.command import check_arguments, one_word_each
 from srpo_jax.run.settings import (
     GrpoSettings,
     batch_layout,
@@ -102,6 +102,14 @@ def test_a_prompt_of_the_recipes_holds_an_image_at_the_pixel_cap_and_a_question(
             check_images(processor, encode, dataclasses.replace(budgets, **small))
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_debug_mode_has_short_budgets_and_one_shape_for_each_program(name):
+    config = CONFIGS[name].get_config("size=7b,mode=debug")
+    assert config.max_pixels <= 2**17 and len(config.data.patch_budgets) == 1
+    assert config.data.prompt_tokens <= 1024 and config.data.get("tokens", 0) <= 2048
+    assert config.sampling.max_new_tokens <= 16 and config.eval.limit <= 8
+
+
 def test_the_default_is_the_full_7b_recipe():
     config = grpo.get_config()
     assert config == grpo.get_config("size=7b,mode=full")
@@ -153,7 +161,12 @@ def test_arguments_are_typed_by_their_defaults():
         (["--config.seed=1", "--config.seed=2"], "--config.seed: given 2 times"),
         (["--config=configs/sft.py:size=8b"], "size is one of 7b, 3b, 32b, 72b, tiny"),
         (["--config=configs/nope.py"], "configs/nope.py is no file; give one of configs/"),
-        (["--config=README.md"], "README.md is no file"),
+        (["--config=README.md"], "README.md is no Python file"),
+        (["--config.steps=1.5"], "--config.steps=1.5: takes a whole number, as 0"),
+        (["--config.optim.lr=much"], "--config.optim.lr=much: takes a number, as 1e-05"),
+        (["--config.data.pack=maybe"], "--config.data.pack=maybe: takes True or False"),
+        (["--steps=3"], "--steps: is a key of the configuration; write --config.steps=3"),
+        (["--config.data=x"], "--config.data: is a section; change its keys"),
     ],
 )
 def test_what_is_misspelt_on_the_command_line_is_one_line_with_what_was_meant(words, message):
@@ -162,12 +175,22 @@ def test_what_is_misspelt_on_the_command_line_is_one_line_with_what_was_meant(wo
         check_arguments([*config, "--workdir=nowhere", *words])
 
 
+def test_flags_may_stand_beside_their_values_but_no_word_alone():
+    words = ["-config", "configs/sft.py", "--debug", "--config.seed", "-1", "--workdir=w"]
+    joined = ["--config=configs/sft.py", "--debug", "--config.seed=-1", "--workdir=w"]
+    assert one_word_each(words) == joined
+    for stray in (["stray"], ["--debug", "3"], ["--config.steps=3", "4"], ["--config.steps", "="]):
+        with pytest.raises(RunError, match=f"'{stray[-1]}' belongs to no flag"):
+            one_word_each(stray)
+
+
 def test_a_wrong_command_line_ends_with_one_line_and_code_1():
     command = [sys.executable, "-m", "srpo_jax.train_sft", "--config=configs/sft.py:size=3b"]
     for words, told in (
         (["--workdir=nowhere", "--config.optim.learning_rate=1"], "optim has b1, b2"),
-        (["--workdir=nowhere", "--config.optim.lr=much"], "could not convert string to float"),
-        ([], "--workdir must have a value"),
+        (["--workdir=nowhere", "--config.optim.lr=much"], "takes a number, as 1e-05"),
+        ([], "--workdir is missing; give it as in --workdir=runs/NAME"),
+        (["--workdir=README.md"], "--workdir=README.md: is a file; give a folder"),
     ):
         done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and told in done.stderr.splitlines()[-1]
@@ -225,6 +248,9 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
             "no number of right samples of .*=8 has a share",
         ),
         ({"filter.high": 1.5}, "^filter.high=1.5: must lie between 0 and 1"),
+        ({"data.patch_budgets": (1024, "a")}, r"^data.patch_budgets=\(1024, 'a'\): must be whole"),
+        ({"freeze": ("vision/", 3)}, "^freeze=.*: must be texts"),
+        ({"model.dtype": "bf16"}, "^model.dtype=bf16: choose one of float32, bfloat16"),
         ({"data.prompt": "spro"}, "^data.prompt=spro: choose one of srpo, plain"),
         ({"reward.profile": "papr"}, "^reward.profile: .*'papr'.* paper, openrlhf"),
         ({"optim.schedule": "linear"}, "^optim.schedule=linear: choose one of cosine, constant"),

@@ -101,7 +101,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, capsys):
     write_tiny(tmp_path / "hf")
     (tmp_path / "empty").mkdir()
     cases = {
-        ("import", "--hf_dir", tmp_path / "no", "--out", tmp_path / "x"): "config.json: not found",
+        ("import", "--hf_dir", tmp_path / "no", "--out", tmp_path / "x"): "no such directory",
         ("import", "--hf_dir", tmp_path / "hf", "--out", tmp_path / "hf"): "exists; give --out",
         ("export", "--checkpoint", tmp_path / "empty", "--hf_dir", tmp_path / "x", "--reference",
          tmp_path / "hf"): "no checkpoint here",

@@ -233,9 +233,9 @@ def test_one_error_lists_every_fault(tmp_path):
     rewrite(tmp_path / "hf", spoil)
     with pytest.raises(ValueError) as error:
         hf.load_params(tmp_path / "hf", cfg)
-    lines = str(error.value).split("\n  ")
-    assert lines[0] == f"{tmp_path}/hf does not hold this model (6 faults):"
-    assert sorted(lines[1:]) == [
+    head, _, faults = str(error.value).partition(" (6 faults): ")
+    assert head == f"{tmp_path}/hf does not hold this model"
+    assert sorted(faults.split("; ")) == [
         "lora.weight: superfluous, shape [3]",
         "model.layers.1.input_layernorm.weight: dtype BF16, layer 0 has F32",
         "model.layers.1.mlp.up_proj.weight: missing, wanted [40, 48]",
@@ -262,6 +262,17 @@ def test_a_missing_or_torn_shard_is_named(tmp_path):
         hf.load_params(tmp_path / "hf", cfg)
     assert f"{shards[0]}: is missing; download it again" in str(error.value)
     assert f"{shards[1]}: is not readable as safetensors" in str(error.value)
+    assert "(2 faults)" in str(error.value)  # and not each tensor in them
+    shards[1].write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="is a Git LFS pointer.*git lfs pull"):
+        hf.load_params(tmp_path / "hf", cfg)
+
+
+def test_of_many_faults_the_first_are_told_and_the_rest_counted(tmp_path):
+    write_tiny(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"\((\d+) faults\): .*; and \d+ more$") as error:
+        hf.load_params(tmp_path / "hf", ModelConfig.from_hf(tiny_config(layers=9)))
+    assert str(error.value).count(";") == hf.SHOWN and "\n" not in str(error.value)
 
 
 def test_directories_without_weights_are_explained(tmp_path):

@@ -129,6 +129,9 @@ def change(**changes):
     [
         (change(model_type="qwen2_vl"), "model_type: 'qwen2_vl'"),
         (FLAT | {"vision_config": None}, "vision_config: missing"),
+        (change(model_type="qwen2"), "'qwen2' is not qwen2_5_vl; give a Qwen2.5-VL model"),
+        (change(quantization_config={"quant_method": "awq"}), "quantised weights are not read"),
+        (change(tie_word_embeddings="false"), "tie_word_embeddings: expected true or false"),
         (change(hidden_size="2048"), "hidden_size: expected an integer, found '2048'"),
         (change(num_key_value_heads=3), "num_key_value_heads: 3 does not divide"),
         (change(hidden_act="gelu"), "hidden_act: 'gelu'"),

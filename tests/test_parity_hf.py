@@ -1,4 +1,6 @@
-"""The model against Hugging Face's in float32: numbers, hidden states, gradients, positions."""
+"""The model against Hugging Face's: numbers, hidden states, gradients, positions; and bfloat16."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,13 @@ torch = pytest.importorskip("torch", reason="needs torch: pip install -r require
 import hf_reference as ref  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: E402
 
 from srpo_jax.data.vision_arrays import VisionIds, mrope_positions  # noqa: E402
 from srpo_jax.model import hf, sharding  # noqa: E402
 from srpo_jax.model.attention import Mask  # noqa: E402
 from srpo_jax.model.config import load_config  # noqa: E402
+from srpo_jax.model.layers import rotate, vision_rope  # noqa: E402
 from srpo_jax.model.qwen2_5_vl import bind  # noqa: E402
 
 BOUND = 1e-4
@@ -41,6 +45,11 @@ def loaded(request, tmp_path_factory):
     model = ref.make_model(request.param)
     folder = ref.save_model(model, tmp_path_factory.mktemp("hf") / request.param)
     cfg = load_config(folder, attention="xla")
+    return model, cfg, hf.load_params(folder, cfg), make_forward(cfg)
+
+
+def make_forward(cfg):
+    """-> jitted: parameters, text and images -> logits, after every layer, after every block."""
 
     def forward(params, text, vision):
         ours = bind(cfg, params)
@@ -50,7 +59,7 @@ def loaded(request, tmp_path_factory):
         x, layers = ours.text.run(x, mrope, Mask(segments, segments), lambda x, k, v: x)
         return ours.logits(ours.text.norm(x)), layers, blocks
 
-    return model, cfg, hf.load_params(folder, cfg), jax.jit(forward)
+    return jax.jit(forward)
 
 
 def text_of(inputs):
@@ -63,6 +72,11 @@ def difference(ours, theirs):
     assert ours.shape == theirs.shape
     assert np.abs(theirs).max() > 0.1
     return np.abs(np.asarray(ours) - theirs).max()
+
+
+def rms(x):
+    """Root mean square."""
+    return np.sqrt(np.mean(np.square(x)))
 
 
 def log_probs(logits, tokens):
@@ -172,6 +186,76 @@ def test_gradients_equal_torch_autograd(loaded, tmp_path):
         worst[path] = np.abs(have - want).max() / np.abs(want).max()
     path = max(worst, key=worst.get)
     assert worst[path] <= 1e-3, f"{path}: relative difference {worst[path]:.3g}"
+
+
+@pytest.fixture(scope="module")
+def halved(loaded, tmp_path_factory):
+    """The same in bfloat16, read from the same files: (torch model, config, parameters, forward).
+
+    Not ``model.bfloat16()``: that would halve the rotary frequencies too, which loading does not.
+    """
+    model, cfg = loaded[:2]
+    folder = ref.save_model(model, tmp_path_factory.mktemp("hf"))
+    half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
+    cfg = dataclasses.replace(cfg, dtype="bfloat16", param_dtype="bfloat16")
+    return half, cfg, hf.load_params(folder, cfg, dtype="bfloat16"), make_forward(cfg)
+
+
+@pytest.mark.parametrize("loaded", ["untied"], indirect=True)
+@pytest.mark.parametrize("case", ["text only", "several images"])
+def test_bfloat16_errs_as_hf_does_in_bfloat16(loaded, halved, case):
+    """Rounding cannot be told from a fault entry by entry, but its size is known from HF itself.
+
+    ``own`` is how far HF in bfloat16 is from HF in float32. We may be as far from float32, and,
+    two independent roundings, sqrt(2) as far from HF in bfloat16; 15 % on top for chance (seen: 3 %
+    more than ``own``, and less than it).
+    """
+    half, _, params, forward = halved
+    inputs = ref.make_inputs(CASES[case], tokens=TOKENS, patches=PATCHES)
+    exact, theirs = ref.run_reference(loaded[0], inputs), ref.run_reference(half, inputs)
+    logits, layers, _ = forward(params, text_of(inputs), inputs.vision)
+    real = inputs.segments > 0
+    states = {"logits": (logits, theirs.logits, exact.logits)}
+    for i, state in enumerate(zip(layers, theirs.layers, exact.layers, strict=True)):
+        states[f"layer {i}"] = state
+    for name, state in states.items():
+        ours, rounded, true = (np.asarray(x, np.float32)[real] for x in state)
+        own = rms(rounded - true)
+        assert 1e-3 < own / rms(true) < 0.1, name
+        assert rms(ours - true) <= 1.15 * own, name
+        assert rms(ours - rounded) <= 1.15 * np.sqrt(2) * own, name
+
+
+def in_jax(x):
+    """A bfloat16 tensor, the same bits."""
+    return jnp.asarray(x.float().numpy(), "bfloat16")
+
+
+def moved(ours, theirs):
+    """The share of entries that are not the same number."""
+    return float(jnp.mean(ours != in_jax(theirs)))
+
+
+@pytest.mark.parametrize("loaded", ["untied"], indirect=True)
+def test_bfloat16_positions_turn_queries_to_hfs_bits(halved):
+    """Tables in the dtype that HF casts them to: bfloat16 in the decoder, float32 in the tower."""
+    half, cfg, params, _ = halved
+    inputs = ref.make_inputs(CASES["several images"], tokens=TOKENS, patches=PATCHES)
+    text = half.config.text_config
+    x = torch.randn(2, TOKENS, text.num_attention_heads, cfg.text.head_dim).bfloat16()
+    tables = half.model.language_model.rotary_emb(x, torch.tensor(inputs.mrope).permute(1, 0, 2))
+    wanted, _ = modeling_qwen2_5_vl.apply_rotary_pos_emb(x, x, *tables, unsqueeze_dim=2)
+    rope = bind(cfg, params).text.rope(jnp.asarray(inputs.mrope))
+    assert {table.dtype for table in rope} == {jnp.dtype("bfloat16")}
+    # A cosine that is an ulp off may round the other way; tables left in float32 move 5 % of all.
+    assert moved(rotate(in_jax(x), *rope), wanted) < 1e-3
+
+    rows_columns = np.stack(np.divmod(np.arange(TOKENS, dtype=np.int32), 12), axis=-1)
+    x = torch.randn(TOKENS, cfg.vision.num_heads, cfg.vision.head_dim).bfloat16()
+    tables = half.model.visual.rotary_pos_emb(x, torch.tensor(rows_columns))
+    wanted, _ = modeling_qwen2_5_vl.apply_rotary_pos_emb_vision(x, x, *tables)
+    rope = vision_rope(jnp.asarray(rows_columns), cfg.vision.head_dim, cfg.vision.rope_theta)
+    assert moved(rotate(in_jax(x), *rope), wanted) < 1e-3
 
 
 def test_transformers_loads_what_we_write_and_we_read_both_its_layouts(loaded, tmp_path):

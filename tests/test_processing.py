@@ -251,7 +251,7 @@ def test_ids_come_from_the_files_of_the_model(hf_dir, tmp_path, processor):
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match="bare: no tokenizer.json or vocab.json; copy it"):
         Processor(tmp_path / "bare")
-    with pytest.raises(ValueError, match="no such directory"):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
         Processor(tmp_path / "nothing")
     with pytest.raises(ValueError, match="need 0 < min <= max"):
         Processor(hf_dir, min_pixels=10, max_pixels=5)

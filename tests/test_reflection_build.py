@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -25,6 +26,7 @@ from srpo_jax.reflection import settings as settings_lib
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
 from srpo_jax.reflection.write import account, tally
+from srpo_jax.remote.client import Fatal
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.verifier import Verifier
 from tools import build_reflection_data as tool
@@ -191,6 +193,30 @@ def test_a_wrong_key_stops_the_run_at_once_and_the_right_one_goes_on(
 
 
 # -------------------------------------------------------------------------- stopping and going on
+
+
+def test_a_server_that_is_not_there_is_one_line_at_the_start(world, heard, tmp_path, capfd):
+    with openai_server.Server(reflection_world.answer) as server:
+        pass
+    with pytest.raises(Fatal, match=f"policy: no server at http://127.0.0.1:{server.port}"):
+        build(*command(world, tmp_path, server.base_url))
+    warned = f"warning, of --teacher_model: teacher: no server at http://127.0.0.1:{server.port}"
+    assert warned in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("--batch", "--poll", "60")])
+def test_the_first_ctrl_c_ends_a_run_whose_server_fails(world, heard, tmp_path, more):
+    with openai_server.Server(reflection_world.answer, {"503": 1.0}) as server:
+
+        def interrupt():
+            while server.requests < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        start = time.monotonic()
+        assert build(*command(world, tmp_path, server.base_url, *more)) == tool.STOPPED
+        assert time.monotonic() - start < 20  # the breaker's pauses alone last for minutes
 
 
 def test_stopped_by_items_and_resumed_gives_the_same_data_and_pays_for_nothing_twice(

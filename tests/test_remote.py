@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from srpo_jax.remote import limits
-from srpo_jax.remote.client import Client, Endpoint, Fatal, Rejected, Reply, Request, Unavailable
+from srpo_jax.remote.client import (
+    Client,
+    Endpoint,
+    Fatal,
+    Rejected,
+    Reply,
+    Request,
+    Unavailable,
+    check_reachable,
+)
 from srpo_jax.remote.protocol import (
     IMAGE_TOKENS,
     Failure,
@@ -191,13 +200,33 @@ def test_a_transient_failure_is_tried_again(kind, counted):
     assert server.repeats == 0
 
 
-def test_a_server_that_is_not_there_is_unavailable():
+def test_a_server_that_is_not_there_at_the_start_is_fatal_and_named():
     with Server(echo) as server:
         pass
-    (error,), errors = run(server, max_retries=2)
-    assert isinstance(error, Unavailable)
-    assert errors == {"connection": 3}
-    assert "no connection" in str(error)
+    with pytest.raises(Fatal, match=rf"m: no server at http://127.0.0.1:{server.port} .*refused"):
+        run(server)
+    with pytest.raises(Fatal, match="no server at https://nowhere.invalid:443"):
+        check_reachable(Endpoint("m", "https://nowhere.invalid/v1?key=hunter2", key_env=""))
+
+
+def test_a_server_behind_a_proxy_is_left_to_the_proxy(monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    check_reachable(Endpoint("m", "https://nowhere.invalid/v1"))
+
+
+def test_a_server_that_went_away_is_unavailable_after_retries():
+    server = Server(echo).__enter__()
+
+    async def main():
+        endpoint = Endpoint("m", server.base_url, max_retries=2)
+        async with Client(endpoint, sleep=Sleeps()) as client:
+            assert (await client.complete(ask("here"))).text == "here"
+            await asyncio.to_thread(server.__exit__)
+            with pytest.raises(Unavailable, match="no connection"):
+                await client.complete(ask())
+            return client.errors
+
+    assert asyncio.run(main()) == {"connection": 3}
 
 
 @pytest.mark.parametrize("kind", ["timeout", "drip"])
@@ -323,7 +352,15 @@ def test_a_missing_key_is_fatal_except_on_this_machine(monkeypatch):
 
 @pytest.mark.parametrize(
     "url",
-    ["hunter2:8000/v1", "ftp://hunter2/v1", "http://[hunter2", "http://u:hunter2@host/v1", "http:"],
+    [
+        "hunter2:8000/v1",
+        "http://hunter2:port/v1",
+        "http://hunter2:99999",
+        "ftp://hunter2/v1",
+        "http://[hunter2",
+        "http://u:hunter2@host/v1",
+        "http:",
+    ],
 )
 def test_a_base_url_that_is_none_is_fatal_and_not_shown(url):
     with pytest.raises(Fatal, match="must look like http") as caught:
@@ -528,6 +565,30 @@ def test_a_cancelled_request_leaves_its_place_to_others():
     with Server(echo, delay=60) as server:
         reply = asyncio.run(main(server))
     assert reply.text == "second"
+
+
+def test_what_waits_is_dropped_and_what_is_sent_goes_on():
+    def answer(body):
+        if echo(body) == "fail":
+            raise HTTPError(429)
+        return "42"
+
+    async def main(server):
+        endpoint = Endpoint("m", server.base_url)
+        async with Client(endpoint, sleep=lambda seconds: asyncio.sleep(3600)) as client:
+            tasks = [asyncio.create_task(client.complete(ask("fail"))) for _ in range(3)]
+            while client.errors["429"] < 3:
+                await asyncio.sleep(0.005)
+            tasks += [asyncio.create_task(client.complete(ask(text))) for text in ("fail", "good")]
+            while server.pending < 2:
+                await asyncio.sleep(0.005)
+            client.drop_waiting()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with Server(answer, delay=0.1) as server:
+        *dropped, reply = asyncio.run(main(server))
+    assert all(isinstance(error, asyncio.CancelledError) for error in dropped)
+    assert reply.text == "42"
 
 
 # ---- the test server as a program

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from srpo_jax.model.sharding import AXES
-from srpo_jax.run import command, resume
+from srpo_jax.run import command, processes, resume
 from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, StopRequest
 from srpo_jax.run.processes import check_agreement, join, once, speakers
 from srpo_jax.run.resume import check_config
@@ -113,6 +114,36 @@ def test_distributed_settings_given_by_half_are_refused(monkeypatch):
     join(False)  # nothing asked for, nothing done
     with pytest.raises(RunError, match="give all three"):
         join(True, coordinator="localhost:1", num_processes=2)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "index", "message"),
+    [
+        ("localhost", 0, "coordinator=localhost: write HOST:PORT"),
+        ("localhost:99999", 1, "coordinator=localhost:99999: write HOST:PORT"),
+        ("localhost:8476", 2, "process_id=2: must be below num_processes=2"),
+    ],
+)
+def test_places_that_cannot_be_are_refused_before_jax_sees_them(coordinator, index, message):
+    with pytest.raises(RunError, match=message):
+        join(True, coordinator=coordinator, num_processes=2, process_id=index)
+
+
+def test_a_number_of_processes_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv("SRPO_NUM_PROCESSES", "two")
+    with pytest.raises(RunError, match="SRPO_NUM_PROCESSES=two: expected a whole number"):
+        join(True)
+
+
+def test_a_coordinator_whose_port_is_taken_or_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "MEET_SECONDS", 0.1)
+    with socket.create_server(("", 0)) as other:
+        place = f"localhost:{other.getsockname()[1]}"
+        with pytest.raises(RunError, match=rf"{place}: process 0 cannot listen .*another port"):
+            join(True, coordinator=place, num_processes=2, process_id=0)
+    with pytest.raises(RunError, match=rf"{place}: process 0 did not answer .*Connection refused"):
+        join(True, coordinator=place, num_processes=2, process_id=1)
+    assert capsys.readouterr().err.count(f"{place}: waiting for process 0") == 1
 
 
 def test_first_signal_asks_and_old_handlers_come_back():

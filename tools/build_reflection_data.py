@@ -37,6 +37,7 @@ from srpo_jax.reflection import stages
 from srpo_jax.reflection.items import Items
 from srpo_jax.reflection.store import STAGES, Store
 from srpo_jax.reflection.write import account, export, tally
+from srpo_jax.remote.client import Fatal, check_reachable
 from srpo_jax.report import reflection_page
 from tools.lib import cli
 
@@ -88,6 +89,8 @@ def build(args: argparse.Namespace) -> int:
 
         run = stages.Run(store, settings, say, policy)
         names = ("attempt", "grade", "judge", "select", "reflect")
+        if args.command == "run":
+            warn_of_servers(settings)
         try:
             for name in names if args.command == "run" else (args.command,):
                 stages.STAGES[name](run)
@@ -97,6 +100,16 @@ def build(args: argparse.Namespace) -> int:
         if args.command == "run":
             write(args, store, run.items, settings)
     return 0
+
+
+def warn_of_servers(settings: settings_lib.Settings) -> None:
+    """Say at once what would stop a later stage: no key, or a server that is not there."""
+    for who in ("judge", "teacher"):
+        try:
+            if getattr(settings, f"{who}_model"):
+                check_reachable(stages.endpoint(settings, who))
+        except Fatal as error:
+            say(f"warning, of --{who}_model: {error}")
 
 
 def write(args: argparse.Namespace, store: Store, items: Items, settings: Any) -> None:

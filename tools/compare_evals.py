@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--bootstrap", type=cli.positive, default=BOOTSTRAP, help="resamples (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (%(default)s)")
-    parser.add_argument("--output", help="also write the numbers as JSON")
+    parser.add_argument("--output", type=cli.output_file, help="also write the numbers as JSON")
     return parser
 
 

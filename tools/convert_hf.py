@@ -239,7 +239,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--hf_dir", required=True, help="HF directory to make")
     add("--reference", required=True, help="HF directory of the model that was trained")
     add("--dtype", choices=DTYPES, help="dtype to write (default: as in the checkpoint)")
-    add("--max_shard_gb", type=float, default=5.0, help="size of one safetensors file")
+    add("--max_shard_gb", type=cli.above_zero, default=5.0, help="size of one safetensors file")
     return out
 
 

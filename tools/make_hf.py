@@ -190,7 +190,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--dtype", choices=list(DTYPES), default="bfloat16")
     add("--std", type=float, default=0.02, help="of kernels and embeddings")
-    add("--max_shard_gb", type=float, default=5.0)
+    add("--max_shard_gb", type=cli.above_zero, default=5.0)
     return out
 
 

@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     judge_options.add_scoring(parser)
     parser.add_argument("--predictions", required=True, help="JSON Lines of predictions")
-    parser.add_argument("--output", required=True, help="JSON Lines to write")
+    parser.add_argument("--output", type=cli.output_file, required=True, help="JSON Lines to write")
     parser.add_argument("--report", help="also write the summary as REPORT.json and REPORT.md")
     parser.add_argument(
         "--re_extract", action="store_true", help="ignore the extractions that rows bring"

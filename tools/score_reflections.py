@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--report quality --judge_model gpt-4o",
     )
     parser.add_argument("--input", required=True, help="JSON Lines of responses")
-    parser.add_argument("--output", required=True, help="JSON Lines to write")
+    parser.add_argument("--output", type=cli.output_file, required=True, help="JSON Lines to write")
     parser.add_argument("--report", help="also write the summary as REPORT.json and REPORT.md")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
     judge_options.add_options(parser)

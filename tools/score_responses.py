@@ -8,7 +8,6 @@ total = r_format + r_acc + i_eff + i_ref + alpha * f_len.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -22,7 +21,8 @@ import numpy as np
 
 from srpo_jax.data.errors import half_character, shown
 from srpo_jax.data.files import numbered_jsonl, write_jsonl
-from srpo_jax.data.processing import token_bytes
+from srpo_jax.data.hf_folder import end_token_ids
+from srpo_jax.data.processing import load_tokenizer, token_bytes
 from srpo_jax.rewards.answers import Question, answer_problem
 from srpo_jax.rewards.grade import grade_sequences
 from srpo_jax.rewards.profiles import PAPER, PROFILES, profile_named
@@ -33,7 +33,6 @@ from srpo_jax.structs import BLOCKS
 from tools.lib import cli
 
 CHUNK = 64  # responses graded together
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--tokenizer Qwen2.5-VL-7B-Instruct --profile paper",
     )
     parser.add_argument("--input", required=True, help="JSON Lines of responses")
-    parser.add_argument("--output", required=True, help="JSON Lines to write")
+    parser.add_argument("--output", type=cli.output_file, required=True, help="JSON Lines to write")
     parser.add_argument(
         "--tokenizer", required=True, help="Hugging Face directory (or one with a tokenizer.json)"
     )
@@ -58,7 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="processes that compare answers (%(default)s)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=5.0, help="seconds for one comparison (%(default)s)"
+        "--timeout",
+        type=cli.above_zero,
+        default=5.0,
+        help="seconds for one comparison (%(default)s)",
     )
     return parser
 
@@ -87,29 +89,10 @@ def main(args: argparse.Namespace) -> None:
     _summarise(scored, verifier, args)
 
 
-def load_tokenizer(directory: str):
-    """The tokenizer of a local directory; ValueError where it holds none."""
-    from transformers import AutoTokenizer  # seconds to import: after the input was checked
-
-    names = ("tokenizer.json", "vocab.json")
-    if not any((Path(directory) / name).is_file() for name in names):
-        raise ValueError(
-            f"{directory}: no {' or '.join(names)}; --tokenizer takes a Hugging Face directory"
-        )
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
 def end_ids(tokenizer, directory: str) -> tuple[int, ...]:
     """The ids that end a completion: the tokenizer's, the chat format's, generation_config's."""
-    vocabulary = tokenizer.get_vocab()
-    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    config = Path(directory) / "generation_config.json"
-    if config.is_file():
-        eos = json.loads(config.read_text("utf-8")).get("eos_token_id") or []
-        ids |= set(eos) if isinstance(eos, list) else {eos}
-    return tuple(sorted(ids))
+    ids = {*end_token_ids(Path(directory), tokenizer.get_vocab()), tokenizer.eos_token_id}
+    return tuple(sorted(ids - {None}))
 
 
 def _checked(row: dict, origin: str) -> dict:

@@ -4,7 +4,6 @@
 directory; ``collate`` (from data/batching.py) turns what it returns into one ``Batch``.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from srpo_jax.data.batching import Encoded, Media, encode_arrays
 from srpo_jax.data.errors import RecordError, half_character, shown
+from srpo_jax.data.hf_folder import end_token_ids, local_folder, read_json, token_ids
 from srpo_jax.data.images import to_rgb
 from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS, Message
 from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds
@@ -33,19 +33,36 @@ _CONTROL = re.compile(f"{_UNESCAPED}({'|'.join(map(re.escape, CONTROL_TOKENS))})
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file as a dict, {} where it is missing; ValueError naming a file that is not JSON."""
-    if not path.is_file():
-        return {}
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a Hugging Face directory; ValueError naming what is missing or broken."""
+    found = _load(
+        AutoTokenizer.from_pretrained, local_folder(folder), ("tokenizer.json", "vocab.json")
+    )
+    if not hasattr(found, "backend_tokenizer"):
+        raise ValueError(f"{folder}: no fast tokenizer; copy tokenizer.json from the base model")
+    return found
+
+
+def _load(load: Callable[..., Any], folder: Path, names: tuple[str, ...], **options: Any) -> Any:
+    """What transformers loads from the ``names`` of a directory, of which one must be there."""
+    if not any((folder / name).is_file() for name in names):
+        raise ValueError(f"{folder}: no {' or '.join(names)}; copy it from the base model")
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        return load(folder, local_files_only=True, **options)
+    except Exception as error:  # transformers' and tokenizers' errors have no common class
+        for path in sorted(folder.glob("*.json")):
+            if not path.name.endswith(".index.json"):
+                read_json(path)  # says which file is broken
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder}: {' or '.join(names)} cannot be read ({type(error).__name__}: {said:.200}); "
+            "copy the tokenizer and preprocessor files of the base model"
+        ) from error
 
 
 def _chat_template(hf_dir: Path, tokenizer: Any) -> str:
     """The processor's template where there is one, else the tokenizer's."""
-    template = _read_json(hf_dir / "chat_template.json").get("chat_template")
+    template = read_json(hf_dir / "chat_template.json").get("chat_template")
     if template is None and (hf_dir / "chat_template.jinja").is_file():
         template = (hf_dir / "chat_template.jinja").read_text("utf-8")
     template = template or tokenizer.chat_template
@@ -70,35 +87,37 @@ class Processor:
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
     ):
-        hf_dir = Path(hf_dir)
-        if not hf_dir.is_dir():
-            raise ValueError(f"{hf_dir}: no such directory; give a Hugging Face model directory")
+        hf_dir = local_folder(hf_dir)
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(
                 f"min_pixels={min_pixels}, max_pixels={max_pixels}: need 0 < min <= max"
             )
-        for names in (("tokenizer.json", "vocab.json"), _PROCESSOR_FILES):
-            if not any((hf_dir / name).is_file() for name in names):
-                raise ValueError(f"{hf_dir}: no {' or '.join(names)}; copy it from the base model")
         self.hf_dir, self.min_pixels, self.max_pixels = hf_dir, min_pixels, max_pixels
-        self.tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+        self.tokenizer = load_tokenizer(hf_dir)
         self._backend = self.tokenizer.backend_tokenizer
         # Called from several threads: padding or truncation would be shared mutable state.
         self._backend.no_padding()
         self._backend.no_truncation()
         added = (t[1:] for t in self.tokenizer.get_added_vocab() if t.startswith("<"))
         self._escaped = re.compile(rf"{_UNESCAPED}\\<({'|'.join(map(re.escape, added))})")
-        # from_pretrained(size=...) is ignored when the file has min_pixels/max_pixels.
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(
-            hf_dir, min_pixels=min_pixels, max_pixels=max_pixels, local_files_only=True
-        )
+        # size=... would be ignored where the file has min_pixels and max_pixels.
+        pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        load = Qwen2VLImageProcessorPil.from_pretrained
+        self.image_processor = _load(load, hf_dir, _PROCESSOR_FILES, **pixels)
         self.chat_template = _chat_template(hf_dir, self.tokenizer)
         self._read_config()
 
     def _read_config(self) -> None:
         """Window size, time scale and special ids from config.json and generation_config.json."""
-        config = _read_json(self.hf_dir / "config.json")
+        config = read_json(self.hf_dir / "config.json")
         vision = config.get("vision_config", {})
+        for key in ("patch_size", "temporal_patch_size"):
+            ours = getattr(self.image_processor, key)
+            if vision.get(key, ours) not in (ours, [ours, ours]):
+                raise ValueError(
+                    f"{self.hf_dir}: {key} is {ours} in the preprocessor's file and {vision[key]} "
+                    "in config.json: they are not of the same model"
+                )
         self.geometry = VisionGeometry(
             patch_size=self.image_processor.patch_size,
             merge_size=self.image_processor.merge_size,
@@ -121,11 +140,15 @@ class Processor:
         self.forbidden_ids = tuple(ids[t] for t in VISION_MARKERS)
         time_scale = vision.get("tokens_per_second", 2)
         self.ids = VisionIds(ids[IMAGE_PAD], ids[VIDEO_PAD], time_scale, self.geometry)
-        generation = _read_json(self.hf_dir / "generation_config.json")
-        eos = generation.get("eos_token_id", [ids["<|im_end|>"], ids["<|endoftext|>"]])
-        self.eos_ids = tuple(eos) if isinstance(eos, list) else (int(eos),)
-        pad = generation.get("pad_token_id", self.tokenizer.pad_token_id)
-        self.pad_id = int(ids["<|endoftext|>"] if pad is None else pad)
+        self.eos_ids = end_token_ids(self.hf_dir, ids)
+        pad = token_ids(self.hf_dir / "generation_config.json", "pad_token_id")
+        pad += [i for i in (self.tokenizer.pad_token_id, ids["<|endoftext|>"]) if i is not None]
+        self.pad_id = pad[0]
+        if max(*self.eos_ids, self.pad_id) >= self.vocab_size:
+            raise ValueError(
+                f"{self.hf_dir}/generation_config.json: end tokens {list(self.eos_ids)} and "
+                f"padding {self.pad_id}, but the tokenizer has {self.vocab_size} tokens"
+            )
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(

@@ -1,13 +1,16 @@
 """Model configuration, read from a Hugging Face ``config.json`` in its flat or nested form."""
 
 import dataclasses
-import json
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.data.hf_folder import model_folder, read_json
+
 DTYPES = ("float32", "bfloat16", "float16")
+REMAT = ("none", "block", "dots")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +127,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("param_dtype", self.param_dtype, DTYPES)
-        _check_choice("remat", self.remat, ("none", "block", "dots"))
-        _check_choice("attention", self.attention, ("auto", "xla", "cudnn", "splash"))
+        _check_choice("remat", self.remat, REMAT)
+        _check_choice("attention", self.attention, ATTENTION)
         _require(
             self.vision.out_hidden_size == self.text.hidden_size,
             f"vision_config.out_hidden_size: {self.vision.out_hidden_size} must equal the decoder's"
@@ -141,16 +144,22 @@ class ModelConfig:
         released 32B and 72B files leave some out. Raises ValueError naming the offending key.
         """
         if "qwen2_5_vl" not in str(hf.get("model_type", "")):
-            raise ValueError(f"config.json: model_type: {hf.get('model_type')!r} is not qwen2_5_vl")
+            raise ValueError(
+                f"model_type: {hf.get('model_type')!r} is not qwen2_5_vl; give a Qwen2.5-VL model"
+            )
+        _require(
+            not hf.get("quantization_config"),
+            "quantization_config: quantised weights are not read; give the model they were made of",
+        )
         vision = hf.get("vision_config")
         if not isinstance(vision, dict):
-            raise ValueError("config.json: vision_config: missing or not a table")
+            raise ValueError("vision_config: missing or not a table")
         nested = hf.get("text_config")
         text = nested if isinstance(nested, dict) else hf
-        tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
         fields = _read(cls, {key: hf[key] for key in TOKEN_IDS if key in hf})
         fields |= {"vision": _vision_from_hf(vision), "text": _text_from_hf(text)}
-        fields["tie_word_embeddings"] = bool(tied)
+        # As in transformers, either place ties: files before version 5 have it in the inner one.
+        fields["tie_word_embeddings"] = _tied(hf) or _tied(text)
         unknown = sorted(set(overrides) - {f.name for f in dataclasses.fields(cls)})
         _require(not unknown, f"unknown model configuration keys: {', '.join(unknown)}")
         return cls(**(fields | overrides))
@@ -184,12 +193,14 @@ class ModelConfig:
 
 
 def load_config(hf_dir: str | Path, **overrides: Any) -> ModelConfig:
-    """Reads ``config.json`` of a Hugging Face directory; see ``ModelConfig.from_hf``."""
-    path = Path(hf_dir) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; hf_dir must be a Hugging Face model directory")
+    """Reads ``config.json`` of a Hugging Face directory; see ``ModelConfig.from_hf``.
+
+    Raises what `model_folder` does, and ValueError naming the offending key.
+    """
+    path = model_folder(hf_dir) / "config.json"
+    found = read_json(path)
     try:
-        return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")), **overrides)
+        return ModelConfig.from_hf(found, **overrides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -197,6 +208,13 @@ def load_config(hf_dir: str | Path, **overrides: Any) -> ModelConfig:
 # What must never stand in a text: images, videos and their markers.
 TOKEN_IDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name.endswith("_token_id"))
 _NOT_IN_HF_VISION = ("rope_theta", "rms_norm_eps")
+
+
+def _tied(table: dict[str, Any]) -> bool:
+    tied = table.get("tie_word_embeddings")
+    words = f"tie_word_embeddings: expected true or false, found {tied!r}"
+    _require(tied is None or isinstance(tied, bool), words)
+    return bool(tied)
 
 
 def _vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
@@ -215,7 +233,7 @@ def _text_from_hf(hf: dict[str, Any]) -> TextConfig:
     _check_choice("hidden_act", hf.get("hidden_act", "silu"), ("silu",))
     _require(
         not hf.get("use_sliding_window"),
-        "config.json: use_sliding_window: true is not supported; released models have false",
+        "use_sliding_window: true is not supported; released models have false",
     )
     fields = _read(TextConfig, {k: v for k, v in hf.items() if v is not None})
     if hf.get("num_key_value_heads", 0) is None:
@@ -247,7 +265,7 @@ def _read(kind: type, table: dict[str, Any], prefix: str = "") -> dict[str, Any]
             (words, fits, make), value = _KINDS[hint], table[key]
             if hint is int and isinstance(value, list) and len(set(value)) == 1:
                 value = value[0]  # transformers allows patch sizes as pairs
-            _require(fits(value), f"config.json: {prefix}{key}: expected {words}, found {value!r}")
+            _require(fits(value), f"{prefix}{key}: expected {words}, found {value!r}")
             fields[key] = make(value)
     return fields
 

@@ -8,7 +8,6 @@ indexed with, so that a process touches the shards it holds and a conversion nev
 import contextlib
 import dataclasses
 import glob
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from srpo_jax.data.files import whole
+from srpo_jax.data.hf_folder import is_lfs_pointer, read_json
 from srpo_jax.model import hf_write
 from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.hf_table import (
@@ -40,6 +40,7 @@ from srpo_jax.model.hf_table import (
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.structs import Params
 
+SHOWN = 6  # faults that a message tells
 READERS = 8  # layers of a parameter that are read at a time
 
 
@@ -124,8 +125,12 @@ def _open(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="np") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        reason = "is missing" if not file.exists() else f"is not readable as safetensors: {error}"
-        raise HFError(f"{file}: {reason}; download it again") from error
+        reason = f"is not readable as safetensors ({error}); download it again"
+        if not file.exists():
+            reason = "is missing; download it again"
+        elif is_lfs_pointer(file):
+            reason = "is a Git LFS pointer, not the file; run `git lfs pull` there"
+        raise HFError(f"{file}: {reason}") from error
 
 
 def _released_name(key: str) -> str:
@@ -137,25 +142,32 @@ def _list_files(hf_dir: Path) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files of a directory, and what its index says of them (may be empty)."""
     index = hf_dir / hf_write.INDEX_FILE
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise HFError(f"{index}: is not an index with a weight_map: {error!r}") from error
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise HFError(f"{index}: has no weight_map; download it again")
         return [hf_dir / name for name in sorted(set(weight_map.values()))], weight_map
     if (hf_dir / "model.safetensors").is_file():
         return [hf_dir / "model.safetensors"], {}
-    other = "; it holds pytorch_model.bin" if list(hf_dir.glob("pytorch_model*.bin")) else ""
+    others = sorted(
+        path.name
+        for pattern in ("pytorch_model*.bin", "*.safetensors", "*.gguf", "*.incomplete")
+        for path in hf_dir.glob(pattern)
+    )
     raise HFError(
-        f"{hf_dir}: neither model.safetensors nor {hf_write.INDEX_FILE} is there{other}; "
-        "give the directory of a Qwen2.5-VL checkpoint in safetensors"
+        f"{hf_dir}: neither model.safetensors nor {hf_write.INDEX_FILE} is there"
+        + (f"; it holds {', '.join(others[:3])}" if others else "")
+        + "; give the directory of a Qwen2.5-VL checkpoint in safetensors, or download it again"
     )
 
 
 def _scan(hf_dir: Path) -> tuple[dict[str, Stored], list[str]]:
-    """Released name -> where it stands, and what is wrong with files and index."""
+    """Released name -> where it stands, and what is wrong with the index.
+
+    HFError for files that cannot be read: what they hold is not told as missing besides.
+    """
     files, weight_map = _list_files(hf_dir)
     stored: dict[str, Stored] = {}
-    wrong, seen = [], {}
+    unreadable, wrong, seen = [], [], {}
     for path in files:
         try:
             with _open(path) as file:
@@ -166,11 +178,19 @@ def _scan(hf_dir: Path) -> tuple[dict[str, Stored], list[str]]:
                         wrong.append(f"{name}: twice, as {stored[name].key} and as {key}")
                     stored[name] = Stored(path, key, tuple(part.get_shape()), part.get_dtype())
         except HFError as error:
-            wrong.append(str(error))
+            unreadable.append(str(error))
+    if unreadable:
+        raise HFError(_listed(f"{hf_dir}: weights cannot be read", unreadable))
     for key, file_name in weight_map.items():
         if key in seen and seen[key] != file_name:
             wrong.append(f"{key}: in {seen[key]}, the index says {file_name}")
     return stored, wrong
+
+
+def _listed(head: str, faults: list[str]) -> str:
+    """One line of the first faults and how many there are."""
+    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return f"{head} ({len(faults)} faults): {'; '.join([*faults[:SHOWN], *more])}"
 
 
 def _check_names(stored: Mapping[str, Stored], cfg: ModelConfig, one_dtype: bool) -> list[str]:
@@ -210,7 +230,7 @@ def _untie(stored: dict[str, Stored], cfg: ModelConfig) -> list[str]:
             return []
     return [
         "lm_head.weight: differs from the embedding although tie_word_embeddings is true; "
-        "set it to false in config.json if the head has weights of its own"
+        "set it to false in config.json (and its text_config) if the head has weights of its own"
     ]
 
 
@@ -223,7 +243,7 @@ def open_hf(hf_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: Any = None) -
         dtype: dtype to read into; None keeps the stored one.
 
     Raises:
-        HFError: one message with every missing, superfluous, or wrongly shaped or typed tensor.
+        HFError: one message with the missing, superfluous, and wrongly shaped or typed tensors.
     """
     hf_dir = Path(hf_dir)
     if not hf_dir.is_dir():
@@ -234,8 +254,7 @@ def open_hf(hf_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: Any = None) -
     wrong += _untie(stored, cfg)
     wrong += _check_names(stored, cfg, one_dtype=dtype is None)
     if wrong:
-        lines = "\n  ".join(wrong)
-        raise HFError(f"{hf_dir} does not hold this model ({len(wrong)} faults):\n  {lines}")
+        raise HFError(_listed(f"{hf_dir} does not hold this model", wrong))
     parts: dict[str, list[Stored]] = {}
     for tensor in hf_tensors(cfg):
         parts.setdefault(tensor.row.path, []).append(stored[tensor.name])
@@ -391,7 +410,4 @@ def _check_params(params: Mapping[str, Any], cfg: ModelConfig, reference_dir: Pa
             if have != want:
                 wrong.append(f"{path}: {what} {have}, the model {want}")
     if wrong:
-        lines = "\n  ".join(wrong)
-        raise HFError(
-            f"cannot export: not one and the same model ({len(wrong)} faults):\n  {lines}"
-        )
+        raise HFError(_listed("cannot export: not one and the same model", wrong))

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from srpo_jax.data.files import write_json
+from srpo_jax.data.hf_folder import added_tokens, end_token_ids, read_json, token_ids
 from srpo_jax.model.hf_table import BLOCK_BYTES, DTYPES, Index, Progress, Tensor, assign
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -147,21 +148,20 @@ def copy_reference(reference_dir: Path, out_dir: Path, dtypes: set[np.dtype]) ->
     for name in COPIED_FILES:
         if (reference_dir / name).is_file():
             shutil.copyfile(reference_dir / name, out_dir / name)
-    config_text = (reference_dir / "config.json").read_text()
+    config_text = (reference_dir / "config.json").read_text("utf-8")
     config = json.loads(config_text)
     written = _with_dtype(config, dtypes.pop().name) if len(dtypes) == 1 else config
     if written != config:
         config_text = json.dumps(written, indent=2) + "\n"
     (out_dir / "config.json").write_text(config_text)
     generation = reference_dir / "generation_config.json"
-    text = generation.read_text() if generation.is_file() else ""
-    values = json.loads(text) if text else {}
-    eos = eos_token_ids(reference_dir)
-    if set(eos) != set(_ids(values.get("eos_token_id"))):
+    values = read_json(generation)
+    eos = end_token_ids(reference_dir, added_tokens(reference_dir))
+    if set(eos) != set(token_ids(generation, "eos_token_id")):
         values = {"pad_token_id": eos[-1], **values, "eos_token_id": list(eos)}
-        text = json.dumps(values, indent=2) + "\n"
-    if text:
-        (out_dir / "generation_config.json").write_text(text)
+        write_json(out_dir / generation.name, values)
+    elif values:
+        shutil.copyfile(generation, out_dir / generation.name)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -172,33 +172,3 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
             out[name] = out[name] | {key: dtype for key in _DTYPE_KEYS if key in out[name]}
     named = [key for key in _DTYPE_KEYS if key in out] or ["torch_dtype"]
     return out | dict.fromkeys(named, dtype)
-
-
-def eos_token_ids(hf_dir: str | os.PathLike) -> tuple[int, ...]:
-    """The ids that end a response: generation_config's, then <|im_end|> and <|endoftext|>.
-
-    The released checkpoints name both; fine-tuned ones often lose one, and generation then runs
-    past the end. Empty where neither file names any.
-    """
-    hf_dir = Path(hf_dir)
-    ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        if not ids and (hf_dir / name).is_file():
-            ids = _ids(json.loads((hf_dir / name).read_text()).get("eos_token_id"))
-    added: dict[str, int] = {}
-    if (hf_dir / "tokenizer_config.json").is_file():
-        tokens = json.loads((hf_dir / "tokenizer_config.json").read_text())
-        for key, token in tokens.get("added_tokens_decoder", {}).items():
-            added[token["content"]] = int(key)
-    if (hf_dir / "tokenizer.json").is_file():
-        tokens = json.loads((hf_dir / "tokenizer.json").read_text()).get("added_tokens", [])
-        added.update({token["content"]: int(token["id"]) for token in tokens})
-    for content in ("<|im_end|>", "<|endoftext|>"):
-        if content in added and added[content] not in ids:
-            ids.append(added[content])
-    return tuple(ids)
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    """HF writes one id as a number, several as a list."""
-    return [] if value is None else [value] if isinstance(value, int) else list(value)

@@ -31,8 +31,8 @@ class BatchDriver(Driver):
     async def _send(self, tasks: Iterable[Task]) -> int:
         self._todo = {f"{self.stage}-{task.item}-{task.trial}": task for task in tasks}
         self._away: set[str] = set()  # members of batches that are at the vendor's
-        with self._signals():
-            async with BatchClient(self.endpoint) as client:
+        async with BatchClient(self.endpoint) as client:
+            with self._signals(client):
                 # Those that an earlier run left, then new ones.
                 await self._together(client, self._opened(client))
                 for _ in range(TURNS):

@@ -12,7 +12,7 @@ from typing import Any
 from srpo_jax.data.errors import RecordError
 from srpo_jax.reflection.settings import Settings
 from srpo_jax.reflection.store import Result, Store
-from srpo_jax.remote.client import Client
+from srpo_jax.remote.client import Client, Connection
 from srpo_jax.remote.protocol import Endpoint, Rejected, Reply, Request, Unavailable
 
 PASSES = 3  # over requests that the server could not answer
@@ -113,7 +113,10 @@ class Driver:
         """Send the requests of all tasks; Incomplete where some are left. Raises Fatal."""
         self._handle = handle
         self._progress = Progress(self.stage, total, self.store.cost(), self.say)
-        left = asyncio.run(self._send(tasks))
+        try:
+            left = asyncio.run(self._send(tasks))
+        except asyncio.CancelledError:  # a signal; everything that arrived is stored
+            left = 0
         self._progress.tick(force=True)
         if self._stop:
             raise Incomplete(
@@ -121,14 +124,14 @@ class Driver:
             )
         if left:
             raise Incomplete(
-                f"{self.stage}: {left} requests could not be answered "
+                f"{self.stage}: {left} requests could not be answered by {self.endpoint.model} "
                 f"({dict(self._progress.errors)}); the same command tries them again"
             )
 
     async def _send(self, tasks: Iterable[Task]) -> int:
         """Send every task; returns how many could not be answered."""
-        with self._signals():
-            async with Client(self.endpoint) as client:
+        async with Client(self.endpoint) as client:
+            with self._signals(client):
                 left = await self._pass(client, iter(tasks))
                 for _ in range(PASSES - 1):
                     if left and not self._stop:  # the server had time to recover
@@ -208,8 +211,11 @@ class Driver:
         self._progress.errors = client.errors.copy()
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM: send nothing more and wait for what is in flight; twice: at once."""
+    def _signals(self, client: Connection) -> Iterator[None]:
+        """SIGINT and SIGTERM: send nothing more and wait for what is in flight; twice: at once.
+
+        What only waits to be sent again is dropped the first time.
+        """
         loop, caught = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
 
         def stop(name: str) -> None:
@@ -217,6 +223,7 @@ class Driver:
                 for task in asyncio.all_tasks(loop):
                     task.cancel()
             self._stop = name
+            client.drop_waiting()
             self.say(f"{name}: waiting for the requests in flight; once more to drop them")
 
         with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: no handlers

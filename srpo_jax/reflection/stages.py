@@ -395,9 +395,9 @@ def token_counter(directory: str) -> Callable[[str], int]:
     """Counts tokens with a tokenizer, or characters / 4 where none is given."""
     if not directory:
         return lambda text: -(-len(text) // 4)
-    from transformers import AutoTokenizer
+    from srpo_jax.data.processing import load_tokenizer  # transformers takes seconds to import
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = load_tokenizer(directory)
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -210,7 +210,8 @@ class BatchClient(Connection):
             error = failure.error(f"batch at {self.endpoint.model}", f" (after {attempt} tries)")
             if not isinstance(error, Unavailable) or self._clock() - start > self.patience:
                 raise error
-            await self._sleep((failure.wait or 0.0) + backoff(attempt))
+            with self.waits():
+                await self._sleep((failure.wait or 0.0) + backoff(attempt))
 
     def _result(self, line: bytes) -> tuple[str | None, Reply | Rejected | Unavailable | Fatal]:
         """(custom id, result) of one line of an output or error file; (None, ...) if unreadable."""

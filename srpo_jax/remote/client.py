@@ -16,9 +16,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import time
 from collections import Counter
-from typing import Self
+from collections.abc import Iterator
+from typing import Any, Self
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx2
@@ -39,10 +42,13 @@ from srpo_jax.remote.protocol import (
     parse_reply,
     read_key,
     request_body,
+    server_place,
 )
 
 # The names that callers need, so that they import from one place.
 __all__ = ["Client", "Endpoint", "Fatal", "Rejected", "Reply", "Request", "Unavailable"]
+
+REACH_SECONDS = 10.0  # for a connection at the start
 
 # What one HTTP request may raise. aiohttp's errors are not all translated by the transport; OSError
 # holds TimeoutError; the last two come from a body that is no JSON.
@@ -56,8 +62,29 @@ ERRORS = (
 )
 
 
+def check_reachable(endpoint: Endpoint) -> None:
+    """Fatal, with address and reason, where nobody listens at the server's address, or no key is.
+
+    For the start of a run: retries are for servers that went away, not for a wrong address.
+    """
+    read_key(endpoint)
+    scheme, host, port = server_place(endpoint)
+    if scheme in getproxies() and not proxy_bypass(host):
+        return  # the proxy knows
+    try:
+        socket.create_connection((host, port), REACH_SECONDS).close()
+    except OSError as error:
+        raise Fatal(
+            f"{endpoint.model}: no server at {scheme}://{host}:{port} "
+            f"({error.strerror or 'no answer'}); start it, or correct its base URL"
+        ) from None
+
+
 class Connection:
-    """The official client of one endpoint, quiet and without retries; an async context manager."""
+    """The official client of one endpoint, quiet and without retries; an async context manager.
+
+    Entering it raises Fatal where there is no server (`check_reachable`).
+    """
 
     def __init__(self, endpoint: Endpoint):
         """Raises Fatal where the key is missing or the base URL is none."""
@@ -65,6 +92,8 @@ class Connection:
             logging.getLogger(name).setLevel(logging.WARNING)  # they log every request
         self.endpoint = endpoint
         self._key = read_key(endpoint)
+        self._waiting: set[asyncio.Task[Any]] = set()
+        self._dropping = False
         self.openai = openai.AsyncOpenAI(
             base_url=find_base_url(endpoint),
             api_key=self._key or "none",
@@ -74,10 +103,30 @@ class Connection:
         )
 
     async def __aenter__(self) -> Self:
+        check_reachable(self.endpoint)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.openai.close()
+
+    @contextlib.contextmanager
+    def waits(self) -> Iterator[None]:
+        """While a request waits to be sent (again), ``drop_waiting`` cancels its task."""
+        if self._dropping:
+            raise asyncio.CancelledError
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            yield
+        finally:
+            self._waiting.discard(task)
+
+    def drop_waiting(self) -> None:
+        """Cancel the tasks that wait, and from now on those that would; what is sent goes on."""
+        self._dropping = True
+        for task in self._waiting:
+            task.cancel()
 
     def failure(self, error: BaseException, request: Request | None = None) -> Failure:
         """What one of ERRORS means, told from types and status alone.
@@ -136,16 +185,19 @@ class Client(Connection):
             if result.action != "retry" or max(tries, probes) > self.endpoint.max_retries:
                 raise result.error(self.endpoint.model, f" (after {tries + probes} tries)")
             if not probe:  # what the server asks for, and jitter on top
-                await self._sleep((result.wait or 0.0) + backoff(tries))
+                with self.waits():
+                    await self._sleep((result.wait or 0.0) + backoff(tries))
 
     async def _attempt(self, request: Request, content: bytes) -> tuple[Reply | Failure, bool]:
         """One HTTP request when the limits allow it, and whether it was the breaker's probe."""
         expected = estimate_tokens(request) + request.max_tokens
         while True:
-            probe = await self._breaker.enter()
+            with self.waits():
+                probe = await self._breaker.enter()
             try:
-                await self._requests.wait()
-                await self._tokens.wait(expected)
+                with self.waits():
+                    await self._requests.wait()
+                    await self._tokens.wait(expected)
                 if self._breaker.open and not probe:  # it has opened meanwhile
                     continue
                 result = await self._send(request, content)

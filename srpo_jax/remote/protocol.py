@@ -45,6 +45,7 @@ REMEDIES = {  # of a fatal error, by kind
     "unknown_parameter": "leave this option out or choose another server",
     "unsupported_value": "leave this option out or choose another model",
 }
+VENDOR = "https://api.openai.com/v1"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
@@ -292,17 +293,28 @@ def find_base_url(endpoint: Endpoint) -> str | None:
         parts = urlsplit(url)
         # aiohttp refuses a user in the address beside a key in the header.
         good = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
+        good = good and parts.port != 0  # raises where it is no number
     except ValueError:
         good = False
     if not good:  # not shown: it may hold a password
-        raise Fatal("the base URL must look like http://host:8000/v1, without user and password")
+        raise Fatal(
+            f"{endpoint.model}: the base URL must look like http://host:8000/v1, without user and "
+            "password"
+        )
     return url
+
+
+def server_place(endpoint: Endpoint) -> tuple[str, str, int]:
+    """(scheme, host, port) of the server; nothing else of an address may be shown."""
+    parts = urlsplit(find_base_url(endpoint) or VENDOR)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, parts.hostname or "", port
 
 
 def is_vendor(endpoint: Endpoint) -> bool:
     """Whether the server is OpenAI's own."""
     url = find_base_url(endpoint)
-    return url is None or urlsplit(url).hostname == "api.openai.com"
+    return url is None or urlsplit(url).hostname == urlsplit(VENDOR).hostname
 
 
 def read_key(endpoint: Endpoint) -> str:

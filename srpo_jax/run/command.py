@@ -4,6 +4,7 @@ import difflib
 import errno
 import importlib.util
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,13 @@ from srpo_jax.structs import RunError
 
 OVERRIDE = "--config."
 EXAMPLE = "configs/grpo.py:size=7b"
+_SECTION = object()
+# Type of a key -> what reads its text, and what it takes in words.
+_KINDS: dict[type, tuple[Callable[[str], Any], str]] = {
+    bool: (lambda text: {"true": True, "false": False}[text.lower()], "True or False"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+}
 
 
 def main(run: Callable[[Any, str], Any]) -> None:
@@ -26,16 +34,24 @@ def main(run: Callable[[Any, str], Any]) -> None:
 
     config = config_flags.DEFINE_config_file("config", None, "File of configs/, with arguments.")
     folder = "Folder of the run: checkpoints, logs, results."
-    workdir = flags.DEFINE_string("workdir", None, folder, required=True)
+    workdir = flags.DEFINE_string("workdir", None, folder)
     debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-    flags.mark_flag_as_required("config")
     for name in ("config", "workdir", "debug"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # for --help
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            check_arguments(argv[1:])
-            return app.parse_flags_with_usage(argv) if _asks_for_help(argv) else flags.FLAGS(argv)
+            if _asks_for_help(argv):
+                return app.parse_flags_with_usage(argv)
+            words = one_word_each(argv[1:])
+            check_arguments(words)
+            rest = flags.FLAGS([argv[0], *words])
+            for name, example in (("config", EXAMPLE), ("workdir", "runs/NAME")):
+                if not flags.FLAGS[name].value:
+                    raise RunError(f"--{name} is missing; give it as in --{name}={example}")
+            if Path(workdir.value or "").is_file():
+                raise RunError(f"--workdir={workdir.value}: is a file; give a folder")
+            return rest
         except (flags.Error, ValueError, OSError, RuntimeError) as error:
             if "--debug" in argv:
                 raise
@@ -46,7 +62,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
         logging.set_verbosity(logging.WARNING if debug.value else logging.FATAL)
         sys.unraisablehook = sys.unraisablehook if debug.value else _no_hook
         try:
-            run(config.value, workdir.value)
+            run(config.value, str(workdir.value))
         except (Exception, KeyboardInterrupt) as error:
             if debug.value:
                 raise
@@ -76,6 +92,22 @@ def _no_hook(*_: Any) -> None:
     """Through Python's own, TensorStore reports each read and write that it gave up by a page."""
 
 
+def one_word_each(words: list[str]) -> list[str]:
+    """The words of a command line with each flag's value in its word: --name=value.
+
+    Raises RunError for a word that belongs to no flag, as around a = with spaces.
+    """
+    out: list[str] = []
+    for word in words:
+        if re.match("--?[A-Za-z]", word):
+            out.append(f"--{word.lstrip('-')}")
+        elif out and "=" not in out[-1] and out[-1] != "--debug" and word != "=":
+            out[-1] += f"={word}"
+        else:
+            raise RunError(f"{word!r} belongs to no flag; write --name=value, without spaces")
+    return out
+
+
 def read_config(text: str) -> Any:
     """The ConfigDict of ``FILE[:ARGUMENTS]``, as in ``--config=configs/grpo.py:size=7b``.
 
@@ -85,7 +117,10 @@ def read_config(text: str) -> Any:
     path, _, argument = text.partition(":")
     spec = importlib.util.spec_from_file_location("config_file", path)
     if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise RunError(f"--config={text}: {path} is no file; give one of configs/, e.g. {EXAMPLE}")
+        kind = "Python file" if Path(path).is_file() else "file"
+        raise RunError(
+            f"--config={text}: {path} is no {kind}; give one of configs/, e.g. {EXAMPLE}"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -117,3 +152,22 @@ def check_arguments(words: list[str]) -> None:
             raise RunError(f"{OVERRIDE}{key}: the configuration has no such key{meant}{listed}")
         if count > 1:
             raise RunError(f"{OVERRIDE}{key}: given {count} times; give it once")
+    for word in words:
+        key, equals, text = word.removeprefix(OVERRIDE).partition("=")
+        if not word.startswith(OVERRIDE) and key.removeprefix("--") in known:
+            raise RunError(f"{key}: is a key of the configuration; write {OVERRIDE}{word[2:]}")
+        if word.startswith(OVERRIDE) and equals:
+            _check_value(key, text, known.get(key, _SECTION))
+
+
+def _check_value(key: str, text: str, default: Any) -> None:
+    """RunError unless ``text`` can stand where the configuration holds ``default``."""
+    if default is _SECTION:
+        raise RunError(
+            f"{OVERRIDE}{key}: is a section; change its keys, as {OVERRIDE}{key}.KEY=..."
+        )
+    read, takes = _KINDS.get(type(default), (str, ""))
+    try:
+        read(text)
+    except (ValueError, KeyError):
+        raise RunError(f"{OVERRIDE}{key}={text}: takes {takes}, as {default}") from None

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from srpo_jax.data.files import absolute
+from srpo_jax.data.hf_folder import ADAPTER, model_folder
 from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.learn.steps import make_encode_step
 from srpo_jax.model import hf, sharding
@@ -153,12 +154,13 @@ def load_weights(
     """
     shardings = sharding.param_specs(parts.shapes, parts.mesh, "train")
     source = source or settings.init_from
-    if source and not (absolute(source) / "config.json").is_file():
+    names = ("config.json", ADAPTER)
+    if source and not any((absolute(source) / name).is_file() for name in names):
         folder = checkpoint.find_params(source)
         return checkpoint.load_params(folder, shardings, parts.shapes, dtype), str(folder)
-    source = source or settings.hf_dir
+    source = str(model_folder(source or settings.hf_dir))
     params = hf.load_params(source, parts.model, shardings=shardings, dtype=dtype)
-    return checkpoint.own_buffers(params), str(source)
+    return checkpoint.own_buffers(params), source
 
 
 def check_export(out_dir: str, done: bool) -> bool:

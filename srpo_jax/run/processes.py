@@ -7,6 +7,11 @@ process each of them is the identity.
 import contextlib
 import json
 import os
+import signal
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +26,7 @@ from srpo_jax.model import sharding
 from srpo_jax.structs import RunError
 
 T = TypeVar("T")
+MEET_SECONDS = 300.0  # that processes wait for each other at the start, as jax does
 
 
 def join(
@@ -36,26 +42,109 @@ def join(
         process_id: which one this is; -1: SRPO_PROCESS_ID, or found by jax.
 
     Raises:
-        RunError: some of the three are given and some are not, or joining failed.
+        RunError: some of the three are given and some are not, process 0 cannot listen or cannot
+            be reached, or joining failed.
     """
     coordinator = coordinator or os.environ.get("SRPO_COORDINATOR", "")
     if not (enabled or coordinator) or jax.distributed.is_initialized():
         return
-    num_processes = num_processes or int(os.environ.get("SRPO_NUM_PROCESSES", "0"))
-    process_id = process_id if process_id >= 0 else int(os.environ.get("SRPO_PROCESS_ID", "-1"))
+    num_processes = num_processes or _from_environment("SRPO_NUM_PROCESSES", 0)
+    process_id = process_id if process_id >= 0 else _from_environment("SRPO_PROCESS_ID", -1)
     given = [bool(coordinator), num_processes > 0, process_id >= 0]
     if any(given) and not all(given):
         raise RunError(
             f"distributed: coordinator={coordinator!r}, num_processes={num_processes}, "
             f"process_id={process_id}: give all three, or none where jax finds them (TPU, SLURM)"
         )
+    if all(given):
+        _meet(coordinator, num_processes, process_id)
     try:
-        if all(given):
-            jax.distributed.initialize(coordinator, num_processes, process_id)
-        else:
-            jax.distributed.initialize()
+        with _ended_by_ctrl_c():
+            if all(given):
+                jax.distributed.initialize(coordinator, num_processes, process_id)
+            else:
+                jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"distributed: joining the other processes failed: {error}") from error
+        raise RunError(
+            f"distributed: joining the other processes failed ({error}); outside of a TPU pod, "
+            "SLURM and MPI give distributed.coordinator, num_processes and process_id"
+        ) from error
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise RunError(f"{name}={text}: expected a whole number") from None
+
+
+def _meet(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Process 0 can listen at ``coordinator`` and the others reach it; RunError where not.
+
+    jax ends the process over either, in C++ and with a page of its own.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise RunError(f"distributed.coordinator={coordinator}: write HOST:PORT, as in node0:8476")
+    if process_id >= num_processes:
+        raise RunError(
+            f"distributed.process_id={process_id}: must be below num_processes={num_processes}; "
+            "the first process is 0"
+        )
+    place = f"distributed.coordinator={coordinator}"
+    if process_id:
+        _wait_for(host.strip("[]"), int(port), place)
+        return
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise RunError(
+            f"{place}: process 0 cannot listen at port {port} of this machine "
+            f"({os.strerror(error.errno or 0)}): does another run use it? Give another port, the "
+            "same to all processes"
+        ) from None
+    if num_processes > 1:
+        _tell(f"{place}: waiting for {num_processes - 1} other processes, {MEET_SECONDS:.0f} s")
+
+
+def _wait_for(host: str, port: int, place: str) -> None:
+    """Return when process 0 listens; RunError after ``MEET_SECONDS``."""
+    end, told = time.monotonic() + MEET_SECONDS, False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+            return
+        except OSError as error:
+            reason = error.strerror or error
+        if time.monotonic() > end:
+            raise RunError(
+                f"{place}: process 0 did not answer for {MEET_SECONDS:.0f} s ({reason}): was it "
+                "started there, and is the port open between the machines?"
+            )
+        if not told:
+            _tell(f"{place}: waiting for process 0 ({reason})")
+        told = True
+        time.sleep(0.5)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process meanwhile: Python's handler would wait until C++ returns."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def say(text: str) -> None:

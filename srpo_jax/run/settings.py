@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,12 +24,13 @@ from srpo_jax.data.prompts import MESSAGES
 from srpo_jax.learn.grpo import GrpoConfig, Objective
 from srpo_jax.learn.optim import OptimConfig
 from srpo_jax.learn.steps import SftConfig
-from srpo_jax.rewards.profiles import Profile, profile_named
+from srpo_jax.model.config import ATTENTION, DTYPES, REMAT
+from srpo_jax.rewards.profiles import Profile
 from srpo_jax.rewards.terms import ALPHA
+from srpo_jax.run.typed import build
 from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import RunError
 
-T = TypeVar("T")
 R = TypeVar("R", bound="RunSettings")
 S = TypeVar("S", bound="TrainSettings")
 
@@ -304,7 +304,7 @@ def evaluate_settings(config: Any, workdir: AnyPath = "") -> EvaluateSettings:
 
 
 def _read(kind: type[R], config: Any, workdir: AnyPath) -> R:
-    settings = _checked(_build(kind, config))
+    settings = _checked(build(kind, config))
     plain = json.loads(json.dumps(config.to_dict()))
     return dataclasses.replace(settings, workdir=_folder(workdir), plain=plain)
 
@@ -314,38 +314,6 @@ def _folder(workdir: AnyPath) -> epath.Path:
     if on_bucket(workdir) and scheme != "gs":  # what Orbax writes to
         raise RunError(f"--workdir={workdir}: of buckets only gs:// is supported; mount the others")
     return epath.Path(workdir)
-
-
-def _build(kind: type[T], config: Any, prefix: str = "") -> T:
-    """The dataclass ``kind`` from a ConfigDict's keys, sections as the dataclasses they are typed.
-
-    Raises RunError for a key without a field, a field without a key, or a value that the
-    dataclass itself refuses, with the dotted key in front.
-    """
-    hints = typing.get_type_hints(kind)
-    known = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    for name in config:
-        if name not in known:
-            raise RunError(f"{prefix}{name}: no such key; is this the program's own config file?")
-    values = {}
-    for name, field in known.items():
-        if name in config:
-            value = config[name]
-            if hints[name] is Profile:
-                value = _checked_call(f"{prefix}{name}: ", profile_named, value)
-            elif dataclasses.is_dataclass(hints[name]):
-                value = _build(hints[name], value, f"{prefix}{name}.")
-            values[name] = tuple(value) if isinstance(value, list) else value
-        elif field.default is field.default_factory is dataclasses.MISSING:
-            raise RunError(f"{prefix}{name}: is missing; is this the program's own config file?")
-    return _checked_call(prefix, kind, **values)
-
-
-def _checked_call(prefix: str, make: Callable[..., T], *args: Any, **values: Any) -> T:
-    try:
-        return make(*args, **values)
-    except ValueError as error:
-        raise RunError(f"{prefix}{error}") from error
 
 
 # --- checks ----------------------------------------------------------------------------------
@@ -389,6 +357,9 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("grpo.dual_clip", lambda value: not value or value > 1, "must be above 1, or 0 (off)"),
 )
 _CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.dtype": DTYPES,
+    "model.remat": REMAT,
+    "model.attention": ATTENTION,
     "data.prompt": tuple(MESSAGES),
     "data.target": TARGETS,
     "data.mask_wrong_first": ("auto", "true", "false", True, False),

@@ -11,20 +11,36 @@ A tool's ``main`` raises ordinary exceptions whose text names the file, row or k
 
 import argparse
 import contextlib
+import difflib
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from srpo_jax.data.files import write_json, write_text
 
 PLAIN_PROGRESS_SECONDS = 10.0  # between two lines of progress where stderr is not a terminal
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says in one line what is wrong, and which option was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with 2; the page of all options is --help's."""
+        if word := re.match(r"unrecognized arguments: (--?[^\s=]+)", message):
+            options = [name for name in self._option_string_actions if name.startswith("--")]
+            near = difflib.get_close_matches(word[1], options, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def base_parser(description: str | None, example: str) -> argparse.ArgumentParser:
     """An argument parser whose ``--help`` ends with ``example``, with ``--debug`` already there."""
-    out = argparse.ArgumentParser(
+    out = Parser(
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,6 +73,8 @@ def run(
 def one_line(error: BaseException) -> str:
     """The text of an exception on one line; its type too where the text alone says little."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, RuntimeError)) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
@@ -79,6 +97,21 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
     return value
+
+
+def above_zero(text: str) -> float:
+    """``type=`` of an argument that must be a number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, is {text}")
+    return value
+
+
+def output_file(text: str) -> str:
+    """``type=`` of a file to write, so that a folder is refused before the work and not after."""
+    if not text or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file in it")
+    return text
 
 
 def write_report(path: str | os.PathLike, summary: dict, page: str) -> None:

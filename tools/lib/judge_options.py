@@ -45,7 +45,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--judge_price_out", type=_price, default=0.0, help="USD per million tokens (%(default)s)")
     add("--concurrency", type=cli.positive, default=16, help="requests in flight (%(default)s)")
     add("--requests_per_minute", type=_price, default=0.0, help="0: unlimited (%(default)s)")
-    add("--judge_timeout", type=float, default=120.0, help="seconds of one request (%(default)s)")
+    add(
+        "--judge_timeout",
+        type=cli.above_zero,
+        default=120.0,
+        help="seconds of one request (%(default)s)",
+    )
     add("--judge_retries", type=int, default=8, help="of a request that fails (%(default)s)")
 
 
@@ -58,7 +63,12 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     workers = min(4, os.cpu_count() or 1)
     text = "processes that compare expressions (%(default)s)"
     add("--workers", type=cli.positive, default=workers, help=text)
-    add("--timeout", type=float, default=5.0, help="seconds for one comparison (%(default)s)")
+    add(
+        "--timeout",
+        type=cli.above_zero,
+        default=5.0,
+        help="seconds for one comparison (%(default)s)",
+    )
 
 
 def _price(text: str) -> float:

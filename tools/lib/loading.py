@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from srpo_jax.data.batching import Encoded, collate
 from srpo_jax.data.encoders import conversation_images
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.files import numbered_jsonl
+from srpo_jax.data.hf_folder import read_json
 from srpo_jax.data.images import load_image
 from srpo_jax.data.processing import Processor
 from srpo_jax.learn.state import relayout
@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--hf_dir", required=True, help="Hugging Face Qwen2.5-VL directory")
     add("--input", required=True, help="JSON Lines to read")
-    add("--output", required=True, help="JSON Lines to write; a stopped run is continued")
+    add(
+        "--output",
+        type=cli.output_file,
+        required=True,
+        help="JSON Lines to write; a stopped run is continued",
+    )
     add("--data_root", help="folder of the images (default: that of --input)")
     add("--batch_size", type=cli.positive, default=8, help="rows at a time (%(default)s)")
     add("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 elsewhere")
@@ -87,7 +92,7 @@ def pixel_limits(hf_dir: str | Path) -> tuple[int, int]:
     Raises ValueError, naming the file and the arguments to give instead, where it has none.
     """
     path = Path(hf_dir) / "preprocessor_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path)
     size = found.get("size") or {}
     low = found.get("min_pixels", size.get("shortest_edge"))
     high = found.get("max_pixels", size.get("longest_edge"))
