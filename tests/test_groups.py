@@ -266,7 +266,7 @@ def test_a_row_tells_how_old_groups_were_and_weighs_updates_by_what_trained():
         {"loss": 1.0, "tokens": 500.0, "trained_tokens": 10.0, "skipped": 0.0},
         {"loss": 2.0, "tokens": 100.0, "trained_tokens": 30.0, "skipped": 1.0},
     ]
-    row = Stage.metrics(stage, lesson, updates)
+    row = Stage.metrics(stage, lesson, updates, [[None], [None]])
     assert row["loss"] == 1.75 and row["trained_tokens"] == 40 and row["tokens"] == 90
     assert row["skipped"] == 1 and row["updates"] == 2 and row["filter/rounds"] == 1
     assert row["filter/age_mean"] == pytest.approx(2 / 3) and row["filter/age_max"] == 1
