@@ -383,13 +383,15 @@ def test_logp_step_equals_each_sample_alone_through_the_whole_model():
         np.testing.assert_allclose(logp[p, g, :r], want, atol=1e-5)
 
 
-def test_the_last_token_of_the_longest_sample_counts_wherever_chunks_end():
-    samples = rollout()[0]
-    for longest in range(1, R + 1):  # chunks are of three tokens
+def test_the_last_token_of_a_row_counts_wherever_chunks_end():
+    samples, tokens = rollout()[0], set()
+    for longest in range(1, R + 1):  # chunks are of three tokens or fewer
         mask = samples.completion_mask & (np.arange(R) < longest)
-        cut = samples.replace(completion_mask=mask)
-        logp = logps(params(), samples=cut)
+        mask[:, 1:] &= np.arange(P)[:, None, None] % 3 > 0
+        logp = np.asarray(logps(params(), samples=samples.replace(completion_mask=mask)))
         np.testing.assert_allclose(logp, np.where(mask, old_logp(), 0), atol=1e-6)
+        tokens |= {int(n) % 3 for n in mask.reshape(M, -1).sum(1)}
+    assert tokens == {0, 1, 2}
 
 
 # --- GRPO ------------------------------------------------------------------------------------

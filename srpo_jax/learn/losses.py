@@ -73,10 +73,13 @@ def token_logps(
         nothing_BC = (targets_BC * 0).astype(jnp.float32)  # divided over devices as results are
         return nothing_BC, nothing_BC
 
+    # The outer one keeps the scan from stacking what the choice saves: the head, once per chunk.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def choose(start: jax.Array, *x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.cond(start < count, compute, leave_out, *x)
+
     def body(start, x):
-        if count is None:
-            return start, compute(*x)
-        return start + c, jax.lax.cond(start < count, compute, leave_out, *x)
+        return start + c, compute(*x) if count is None else choose(start, *x)
 
     _, (logp_NBC, entropy_NBC) = jax.lax.scan(body, jnp.int32(0), (h_NBCD, targets_NBC))
     join = lambda x: x.swapaxes(0, 1).reshape(b, n * c)[:, :t]  # noqa: E731
