@@ -33,7 +33,7 @@ from srpo_jax.data.files import absolute, write_jsonl
 from srpo_jax.data.loader import Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
-from srpo_jax.learn.lanes import Budgets, pack, pair_cost, slots_and_tokens
+from srpo_jax.learn.lanes import LaneBudgets, pack, pair_cost, slots_and_tokens
 from srpo_jax.learn.optim import Optimizer, make_optimizer, trains_vision
 from srpo_jax.learn.state import merge_params
 from srpo_jax.learn.steps import GrpoSteps, grpo_update, make_grpo_steps, make_logp_step
@@ -174,6 +174,7 @@ class Stage:
         layout = batch_layout(settings, parts.shards)
         self.update_P = layout.places(*processes.data_place(parts.mesh))
         mesh, watch = parts.mesh, parts.guard.watch
+        self.update_on_mesh = sharding.to_global(self.update_P, mesh)
         self.zeros_like = watch(
             jax.jit(jnp.zeros_like, out_shardings=sharding.batch_sharding(mesh))
         )
@@ -202,15 +203,15 @@ class Stage:
             one = self.sample_round(state, step, with_logps=True)
             lesson = Lesson(one.experience, one.local, [one], np.zeros(len(one.weight), np.int32))
         with timers("update"):
-            lengths_PG = lengths_to_learn(lesson.local, self.cfg)
-            packed = self.pack(lesson.local.batch, lengths_PG, update_P=self.update_P)
+            learned_PG = lengths_to_learn(lesson.local, self.cfg)
+            packed = self.pack(lesson.local.batch, learned_PG, update_P=self.update_P)
             state, updates = self.update(state, lesson, packed)
         with timers("write"):  # while the device is busy with the update
             self.write_rollouts(lesson.rounds, step + 1)
         with timers("update"):
             updates = jax.device_get(updates)
         metrics = self.metrics(lesson, updates, packed)
-        return Done(state, metrics, *self.work(lesson), len(updates))
+        return Done(state, metrics, *self.work(lesson, learned_PG), len(updates))
 
     def sample_round(self, state: TrainState, step: int, *, with_logps: bool) -> Round:
         """The next batch of prompts: completions, verdicts and, on the way, log-probs."""
@@ -245,9 +246,8 @@ class Stage:
     ) -> Experience:
         """Global arrays put together."""
         features = self.features_for(sampled)
-        update_P = sharding.to_global(self.update_P, self.parts.mesh)
         parts = (sampled.batch, sampled.rollout, verdict, features, *logps)
-        return Experience(*parts, update=update_P, weight=weight_P)
+        return Experience(*parts, update=self.update_on_mesh, weight=weight_P)
 
     def logps(self, state: TrainState, sampled: Sampled, *, old: bool) -> Logps:
         """Log-probs [P, G, R] under the policy before the update and under the reference.
@@ -283,7 +283,8 @@ class Stage:
         """Lanes of this process's completions: each update's, or all together (collective)."""
         budgets = self.budgets
         if update_P is None:
-            budgets = dataclasses.replace(budgets, updates=1, sharing=1)
+            together = dataclasses.replace(budgets.layout, updates=1, sharing=1)
+            budgets = dataclasses.replace(budgets, layout=together)
         held = (local.lengths, lengths_PG, budgets)
         return pack(*held, update_P=update_P, agree=processes.maxima)
 
@@ -384,11 +385,10 @@ class Stage:
             "sampling/idle_share": sum(r.sampled.idle_share for r in rounds) / len(rounds),
         }
 
-    def work(self, lesson: Lesson) -> tuple[float, float]:
+    def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""
-        lengths_PG = lengths_to_learn(lesson.local, self.cfg)
         # The update is a forward and a backward pass, log-probs are forward passes.
-        flops = 3 * self.forward_work(lesson.local.batch, lengths_PG)[1]
+        flops = 3 * self.forward_work(lesson.local.batch, learned_PG)[1]
         passes = 1 - 1 / self.cfg.updates_per_rollout + (self.reference is not None)
         flops += passes * self.forward_work(lesson.local.batch, lengths_of(lesson.local))[1]
         tokens = 0.0
@@ -419,16 +419,13 @@ class Stage:
         write_jsonl(self.settings.workdir / "rollouts" / f"{step:06d}{part}.jsonl", rows)
 
 
-def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> Budgets:
+def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> LaneBudgets:
     """What the lanes of an update are packed for."""
-    return Budgets(
-        prompts_per_row=layout.per_row,
+    return LaneBudgets(
+        layout,
         group=settings.sampling.group_size,
         prompt_tokens=settings.data.prompt_tokens,
         completion_tokens=settings.sampling.max_new_tokens,
-        micro_batches=layout.rows,
-        updates=layout.updates,
-        sharing=layout.sharing,
         pair_cost=pair_cost(model.text),
     )
 

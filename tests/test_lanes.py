@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 
-from srpo_jax.data.batching import choose_layout
+from srpo_jax.data.batching import Layout, choose_layout
 from srpo_jax.learn import lanes
-from srpo_jax.learn.lanes import Budgets, pack, round_up, slots_and_tokens
+from srpo_jax.learn.lanes import LaneBudgets, pack, round_up, slots_and_tokens
+
+
+def budgets_of(per_row, G, S, R, rows=1, updates=1, pair_cost=0.0):
+    """Of full rows: every place has its sequence."""
+    return LaneBudgets(Layout(per_row * rows, 1, rows, updates), G, S, R, pair_cost)
 
 
 def lognormal(rng, shape, mean, sigma, cap):
@@ -30,7 +35,7 @@ def test_every_wanted_token_stands_in_one_lane_once(pair_cost, blocks):
     prompts = rng.integers(1, S + 1, shards * A * per_row)
     lengths = rng.integers(0, R + 1, (len(prompts), G))
     lengths[3] = 0  # a filler
-    (packed,) = pack(prompts, lengths, Budgets(per_row, G, S, R, A, pair_cost=pair_cost))
+    (packed,) = pack(prompts, lengths, budgets_of(per_row, G, S, R, A, pair_cost=pair_cost))
     seen = set()
     for part in packed:
         assert len(part.sample) == shards * blocks
@@ -53,7 +58,7 @@ def test_rows_meet_rows_with_about_as_much_work_inside_their_update():
     # Two shards of four rows; each prompt's single completion fills so many lanes' worth.
     sizes = [[4, 1, 2, 3], [1, 4, 3, 2]]
     lengths = np.array([[[32] * n + [0] * (4 - n) for n in shard] for shard in sizes])
-    budgets = Budgets(1, 4, 8, 32, micro_batches=4, updates=2)
+    budgets = budgets_of(1, 4, 8, 32, rows=4, updates=2)
     packed = sum(pack(np.full(8, 5), lengths.reshape(8, 4), budgets), [])
     assert [part.row.tolist() for part in packed] == [[0, 1], [1, 0], [3, 2], [2, 3]]
     assert [part.sample.shape[1] for part in packed] == [4, 1, 3, 2]
@@ -62,7 +67,7 @@ def test_rows_meet_rows_with_about_as_much_work_inside_their_update():
 def test_updates_that_share_rows_take_each_its_own_prompts():
     """Four prompts in two updates on eight shards: all stand in one row of every shard."""
     layout = choose_layout(4, shards=8, most=2, updates=2)
-    budgets = Budgets(1, 2, 8, 32, layout.rows, layout.updates, layout.sharing)
+    budgets = LaneBudgets(layout, 2, 8, 32)
     update_P = layout.places()  # [0 0 1 1 -1 -1 -1 -1]
     lengths = np.full((8, 2), 20)
     lengths[1] = 0  # taught nothing
@@ -70,8 +75,8 @@ def test_updates_that_share_rows_take_each_its_own_prompts():
     for (part,), own in ((first, [0]), (second, [2, 3])):
         assert part.row.tolist() == [0] * 8
         assert np.flatnonzero((part.sample >= 0).any((1, 2))).tolist() == own
-    with pytest.raises(ValueError, match="micro_batches=3 is not divisible by updates=2"):
-        Budgets(1, 2, 8, 32, micro_batches=3, updates=2)
+    with pytest.raises(ValueError, match="rows do not divide into updates / sharing chunks"):
+        Layout(6, rows=3, updates=2)
 
 
 def test_shapes_follow_the_answers_and_not_the_budget():
@@ -79,10 +84,10 @@ def test_shapes_follow_the_answers_and_not_the_budget():
     prompts, lengths = np.full(4, 15), rng.integers(31, 34, (4, 8))
     shapes = []
     for budget in (36, 144, 288):
-        ((part,),) = pack(prompts, lengths, Budgets(4, 8, 16, budget, pair_cost=0.01))
+        ((part,),) = pack(prompts, lengths, budgets_of(4, 8, 16, budget, pair_cost=0.01))
         shapes.append((part.sample.size, part.prompt.size))
     assert shapes[0] == shapes[1] == shapes[2]
-    ((part,),) = pack(prompts, np.full((4, 8), 288), Budgets(4, 8, 16, 288))
+    ((part,),) = pack(prompts, np.full((4, 8), 288), budgets_of(4, 8, 16, 288))
     assert part.sample.size == 4 * 8 * 288  # never more than the padded arrays
 
 
@@ -91,21 +96,21 @@ def test_counts_of_lanes_lie_on_a_short_grid():
     assert counts[:10] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10] and len(counts) == 40
     assert all(n <= round_up(n) <= n * 1.125 + 1 for n in range(1, 1000))
     lengths = np.full((1, 17), 30)
-    ((part,),) = pack(np.array([4]), lengths, Budgets(1, 17, 8, 32))
+    ((part,),) = pack(np.array([4]), lengths, budgets_of(1, 17, 8, 32))
     assert part.sample.shape == (1, 17, 32)  # 18 on the grid, but there are 17 completions
 
 
 def test_nothing_to_learn_from_makes_no_micro_batch():
     lengths = np.zeros((4, 2), int)
     lengths[2] = 3
-    (packed,) = pack(np.full(4, 3), lengths, Budgets(1, 2, 4, 8, micro_batches=2))
+    (packed,) = pack(np.full(4, 3), lengths, budgets_of(1, 2, 4, 8, rows=2))
     assert packed[0] is not None and packed[1] is None  # the second shard has one row to learn from
     assert packed[0].row.tolist() == [0, 0]
-    assert pack(np.full(2, 3), lengths[:2], Budgets(1, 2, 4, 8, micro_batches=2)) == [[None, None]]
+    assert pack(np.full(2, 3), lengths[:2], budgets_of(1, 2, 4, 8, rows=2)) == [[None, None]]
 
 
 def test_processes_take_the_shapes_of_the_neediest():
-    budgets = Budgets(1, 4, 8, 64, micro_batches=2)
+    budgets = budgets_of(1, 4, 8, 64, rows=2)
     short, long = np.full((2, 4), 20), np.full((2, 4), 60)
     told = []
 
@@ -124,15 +129,15 @@ def test_processes_take_the_shapes_of_the_neediest():
 @pytest.mark.parametrize(
     ("name", "budgets", "mean", "prompt_tokens"),
     [
-        ("paper", Budgets(2, 8, 1024, 2048, 64, 8, pair_cost=6e-5), (870, 0.5), (300, 900)),
-        ("half", Budgets(2, 8, 64, 512, 2, pair_cost=1e-3), (220, 0.5), (20, 64)),
-        ("quickstart", Budgets(16, 8, 16, 36, 2, 2, pair_cost=1e-2), (32, 0.02), (15, 16)),
+        ("paper", budgets_of(2, 8, 1024, 2048, 64, 8, pair_cost=6e-5), (870, 0.5), (300, 900)),
+        ("half", budgets_of(2, 8, 64, 512, 2, pair_cost=1e-3), (220, 0.5), (20, 64)),
+        ("quickstart", budgets_of(16, 8, 16, 36, 2, 2, pair_cost=1e-2), (32, 0.02), (15, 16)),
     ],
 )
 def test_little_is_padding(name, budgets, mean, prompt_tokens):
     rng, slots, tokens = np.random.default_rng(2), 0, 0
     for _ in range(4):
-        count = budgets.prompts_per_row * budgets.micro_batches
+        count = budgets.layout.sequences
         lengths = lognormal(rng, (count, 8), *mean, budgets.completion_tokens)
         prompts = rng.integers(*prompt_tokens, count)
         one = slots_and_tokens(sum(pack(prompts, lengths, budgets), []))

@@ -25,6 +25,7 @@ from model_helpers import (
     text_hidden,
 )
 
+from srpo_jax.data.batching import Layout
 from srpo_jax.learn import lanes
 from srpo_jax.model import qwen2_5_vl
 from srpo_jax.model.attention import Mask, Sight, attention
@@ -229,7 +230,7 @@ def test_packed_completions_equal_whole_sequences_with_gradients(blocks):
     apart = encode(CFG, params, whole.vision)
     lengths = np.array([[6, 2], [1, 3], [3, 0]])  # one is left out; two lanes hold two
     mask = np.arange(R) < lengths[..., None]
-    budgets = lanes.Budgets(3, G, batch.tokens.shape[1], R, pair_cost=[1e-9, 9.0][blocks > 1])
+    budgets = lanes.LaneBudgets(Layout(3), G, batch.tokens.shape[1], R, [1e-9, 9.0][blocks > 1])
     ((packed,),) = jax.tree.map(jnp.asarray, lanes.pack(batch.lengths, lengths, budgets))
     assert packed.sample.shape == {1: (1, 3, R), 3: (3, 2, R)}[blocks]
     real = np.flatnonzero(packed.sample.reshape(-1) >= 0)
@@ -391,7 +392,7 @@ def test_one_device_and_a_mesh_of_eight_agree():
     params = random_params(cfg)
     completions = jnp.asarray(np.random.default_rng(5).integers(0, 100, (8, 2, 4)))
     lengths = np.random.default_rng(6).integers(1, 5, (8, 2))
-    budgets = lanes.Budgets(2, 2, 20, 4)
+    budgets = lanes.LaneBudgets(Layout(2), 2, 20, 4)
     ((packed,),) = lanes.pack(batch.lengths, lengths, budgets)
 
     @jax.jit

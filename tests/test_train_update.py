@@ -6,6 +6,7 @@ import pytest
 import train_helpers as helpers
 
 from srpo_jax import train_grpo
+from srpo_jax.data.batching import Layout
 from srpo_jax.learn import lanes
 from srpo_jax.learn.steps import make_logp_step
 from srpo_jax.model import hf, sharding
@@ -72,7 +73,8 @@ def logps(seen, params, experience):
     mask = np.asarray(experience.rollout.completion_mask)
     rows = sharding.num_data_shards(mesh) * cfg.micro_batches
     (P, S), (_, G, R) = experience.batch.tokens.shape, mask.shape
-    budgets = lanes.Budgets(P // rows, G, S, R, cfg.micro_batches)
+    layout = Layout(P // rows * cfg.micro_batches, rows=cfg.micro_batches)
+    budgets = lanes.LaneBudgets(layout, G, S, R)
     found = sharding.to_global(np.zeros(mask.shape, np.float32), mesh)
     (packed,) = lanes.pack(np.asarray(experience.batch.lengths), mask.sum(-1), budgets)
     for part in packed:

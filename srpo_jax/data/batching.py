@@ -238,6 +238,11 @@ class Layout:
         """P, the places of all shards."""
         return self.shards * self.rows * self.per_row
 
+    def rows_of(self, update: int) -> np.ndarray:
+        """Which rows of its shard an update takes."""
+        size = self.rows * self.sharing // self.updates
+        return update // self.sharing * size + np.arange(size)
+
     def places(self, index: int = 0, count: int = 1) -> np.ndarray:
         """The update that uses each place of process ``index`` of ``count``, int32; -1: filler.
 

@@ -13,37 +13,23 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from srpo_jax.data.batching import Layout
 from srpo_jax.model.config import TextConfig
 from srpo_jax.structs import Lanes
 
 SHORTEST_LANE = 32  # slots; below this, programs multiply and nothing is saved
-TOO_LONG = 2**30  # lanes that a layout would need whose lanes are shorter than a completion
+TOO_LONG = 2**30  # lanes that a cut would need whose lanes are shorter than a completion
 
 
 @dataclasses.dataclass(frozen=True)
-class Budgets:
-    """What a rollout may hold at most, and what weighs one layout against another."""
+class LaneBudgets:
+    """What a rollout may hold at most, and what weighs one way of cutting rows against another."""
 
-    prompts_per_row: int
+    layout: Layout  # of the batch
     group: int
     prompt_tokens: int
     completion_tokens: int
-    micro_batches: int = 1  # rows of a data shard
-    updates: int = 1  # that they are divided among, in order
-    sharing: int = 1  # updates that take the same rows, each its own prompts
     pair_cost: float = 0.0  # of a query and a key, in units of what a token costs by itself
-
-    def __post_init__(self):
-        if self.updates % self.sharing or self.micro_batches * self.sharing % self.updates:
-            raise ValueError(
-                f"micro_batches={self.micro_batches} is not divisible by updates={self.updates} / "
-                f"sharing={self.sharing}"
-            )
-
-    def rows_of(self, update: int) -> np.ndarray:
-        """Which rows of its shard an update takes, in its micro-batches."""
-        size = self.micro_batches * self.sharing // self.updates
-        return update // self.sharing * size + np.arange(size)
 
     @property
     def lane_slots(self) -> list[int]:
@@ -56,30 +42,30 @@ class Budgets:
     @property
     def block_counts(self) -> list[int]:
         """Into how many blocks a row may be cut."""
-        return [n for n in range(1, self.prompts_per_row + 1) if self.prompts_per_row % n == 0]
+        return [n for n in range(1, self.layout.per_row + 1) if self.layout.per_row % n == 0]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Blocks of a row and slots of a lane: the same for a whole rollout."""
+class Cut:
+    """How rows are cut up: the same for a whole rollout."""
 
-    blocks: int
-    slots: int
+    blocks: int  # of a row
+    slots: int  # of a lane
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Budgets of a micro-batch: what its programs are compiled for, and what a pass costs."""
 
-    layout: Layout
+    cut: Cut
     region: int  # slots of a block's prompts
     lanes: int  # of a block
 
     def cost(self, pair_cost: float) -> float:
         """Of a row, in units of what a token costs by itself."""
-        own, slots = self.lanes * self.layout.slots, self.layout.slots
+        own, slots = self.lanes * self.cut.slots, self.cut.slots
         pairs = self.region**2 + own * (self.region + slots)
-        return self.layout.blocks * (self.region + own + pair_cost * pairs) if own else 0.0
+        return self.cut.blocks * (self.region + own + pair_cost * pairs) if own else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +88,7 @@ def pair_cost(text: TextConfig) -> float:
 def pack(
     prompt_lengths_P: np.ndarray,
     lengths_PG: np.ndarray,
-    budgets: Budgets,
+    budgets: LaneBudgets,
     *,
     update_P: np.ndarray | None = None,
     agree: Callable[[np.ndarray], np.ndarray] = lambda own: own,
@@ -115,23 +101,23 @@ def pack(
     Args:
         prompt_lengths_P: tokens of each prompt.
         lengths_PG: tokens of each completion; 0: it is left out (and a prompt without any, too).
-        budgets: rows are stored shard after shard, ``micro_batches`` of each.
+        budgets: rows are stored shard after shard, ``layout.rows`` of each.
         update_P: which update takes each prompt; None: all in its rows.
         agree: elementwise maximum over all processes of an int array (collective, called once).
     """
     row_V, prompts_MVP, lengths_MVPG = _by_update(prompt_lengths_P, lengths_PG, budgets, update_P)
-    layouts = [Layout(n, slots) for n in budgets.block_counts for slots in budgets.lane_slots]
+    cuts = [Cut(n, slots) for n in budgets.block_counts for slots in budgets.lane_slots]
     fits = [
         [
-            [fit_row(*row, layout) for row in zip(*shard, strict=True)]
+            [fit_row(*row, cut) for row in zip(*shard, strict=True)]
             for shard in zip(prompts_MVP, lengths_MVPG, strict=True)
         ]
-        if lengths_MVPG.max(initial=0) <= layout.slots
+        if lengths_MVPG.max(initial=0) <= cut.slots
         else None
-        for layout in layouts
+        for cut in cuts
     ]
     needs = agree(np.stack([_needs(rows, prompts_MVP, budgets) for rows in fits]))
-    shapes = [_shapes(*pair, budgets) for pair in zip(layouts, needs, strict=True)]
+    shapes = [_shapes(*pair, budgets) for pair in zip(cuts, needs, strict=True)]
     costs = [sum(shape.cost(budgets.pair_cost) for shape in each) for each in shapes]
     best = int(np.argmin(costs))
     rows = fits[best]
@@ -141,42 +127,40 @@ def pack(
         places = [(m, int(v)) for m, v in enumerate(order_MV[:, i])]
         blocks = [(rows[m][v], prompts_MVP[m, v], lengths_MVPG[m, v]) for m, v in places]
         packed.append(_arrays(row_V[order_MV[:, i]], blocks, shape) if shape.lanes else None)
-    size = len(packed) // budgets.updates
-    return [packed[k * size : (k + 1) * size] for k in range(budgets.updates)]
+    size = len(packed) // budgets.layout.updates
+    return [packed[k * size : (k + 1) * size] for k in range(budgets.layout.updates)]
 
 
 def _by_update(
     prompt_lengths_P: np.ndarray,
     lengths_PG: np.ndarray,
-    budgets: Budgets,
+    budgets: LaneBudgets,
     update_P: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[V] the rows of all updates, one update after the other, and what each shard has in them:
     lengths of prompts [M, V, P] and of those completions that are the update's own [M, V, P, G]."""
-    row_V = np.concatenate([budgets.rows_of(k) for k in range(budgets.updates)])
-    shape = (-1, budgets.micro_batches, budgets.prompts_per_row)
+    row_V = np.concatenate([budgets.layout.rows_of(k) for k in range(budgets.layout.updates)])
+    shape = (-1, budgets.layout.rows, budgets.layout.per_row)
     prompts_MVP = np.asarray(prompt_lengths_P).reshape(shape)[:, row_V]
     lengths_MVPG = np.asarray(lengths_PG).reshape(*shape, budgets.group)[:, row_V]
     if update_P is not None:
-        of_V = np.repeat(np.arange(budgets.updates), len(row_V) // budgets.updates)
+        of_V = np.repeat(np.arange(budgets.layout.updates), len(row_V) // budgets.layout.updates)
         own_MVP = np.asarray(update_P).reshape(shape)[:, row_V] == of_V[None, :, None]
         lengths_MVPG = lengths_MVPG * own_MVP[..., None]
     return row_V, prompts_MVP, lengths_MVPG
 
 
-def fit_row(prompt_lengths_P: np.ndarray, lengths_PG: np.ndarray, layout: Layout) -> list[Block]:
+def fit_row(prompt_lengths_P: np.ndarray, lengths_PG: np.ndarray, cut: Cut) -> list[Block]:
     """Blocks of one row: its prompts evened out by their completions' tokens, lanes first-fit."""
     tokens_P = lengths_PG.sum(1)
-    members: list[list[int]] = [[] for _ in range(layout.blocks)]
-    loads, most = [0] * layout.blocks, len(tokens_P) // layout.blocks
+    members: list[list[int]] = [[] for _ in range(cut.blocks)]
+    loads, most = [0] * cut.blocks, len(tokens_P) // cut.blocks
     for p in np.argsort(-tokens_P, kind="stable").tolist():
-        b = min((b for b in range(layout.blocks) if len(members[b]) < most), key=loads.__getitem__)
+        b = min((b for b in range(cut.blocks) if len(members[b]) < most), key=loads.__getitem__)
         members[b].append(p)
         loads[b] += tokens_P[p]
     return [
-        Block(
-            [p for p in sorted(prompts) if tokens_P[p]], _lanes(prompts, lengths_PG, layout.slots)
-        )
+        Block([p for p in sorted(prompts) if tokens_P[p]], _lanes(prompts, lengths_PG, cut.slots))
         for prompts in members
     ]
 
@@ -200,7 +184,7 @@ def _lanes(prompts: list[int], lengths_PG: np.ndarray, slots: int) -> list[list[
 Rows = list[list[list[Block]]]  # of each shard, of each row that it takes, the blocks
 
 
-def _needs(rows: Rows | None, prompts_MVP: np.ndarray, budgets: Budgets) -> np.ndarray:
+def _needs(rows: Rows | None, prompts_MVP: np.ndarray, budgets: LaneBudgets) -> np.ndarray:
     """[1 + V]: slots of a region, then the lanes of each micro-batch, rows in order."""
     if rows is None:
         return np.full(1 + prompts_MVP.shape[1], TOO_LONG)
@@ -219,24 +203,24 @@ def _counts(rows: Rows) -> np.ndarray:
     return np.array([[max(len(block.lanes) for block in row) for row in shard] for shard in rows])
 
 
-def _order(rows: Rows, budgets: Budgets) -> np.ndarray:
+def _order(rows: Rows, budgets: LaneBudgets) -> np.ndarray:
     """[M, V]: which of its rows a shard gives to each micro-batch: by work, inside each update."""
     counts_MV = _counts(rows)
-    counts_MUA = counts_MV.reshape(len(rows), budgets.updates, -1)
-    start_U1 = np.arange(budgets.updates)[:, None] * counts_MUA.shape[-1]
+    counts_MUA = counts_MV.reshape(len(rows), budgets.layout.updates, -1)
+    start_U1 = np.arange(budgets.layout.updates)[:, None] * counts_MUA.shape[-1]
     return (np.argsort(-counts_MUA, axis=-1, kind="stable") + start_U1).reshape(counts_MV.shape)
 
 
-def _shapes(layout: Layout, needs: np.ndarray, budgets: Budgets) -> list[Shape]:
+def _shapes(cut: Cut, needs: np.ndarray, budgets: LaneBudgets) -> list[Shape]:
     """Of each micro-batch, rounded up to the grids."""
     if needs[0] >= TOO_LONG:
-        return [Shape(layout, TOO_LONG, 1)]
-    per_block = budgets.prompts_per_row // layout.blocks
+        return [Shape(cut, TOO_LONG, 1)]
+    per_block = budgets.layout.per_row // cut.blocks
     unit = math.ceil(budgets.prompt_tokens / 8)
     region = unit * round_up(math.ceil(needs[0] / unit))
     region = min(region, per_block * budgets.prompt_tokens)
     lanes = [min(round_up(int(n)), per_block * budgets.group) for n in needs[1:]]
-    return [Shape(layout, region, n) for n in lanes]
+    return [Shape(cut, region, n) for n in lanes]
 
 
 def round_up(n: int) -> int:
@@ -253,7 +237,7 @@ def _arrays(
     """Index arrays from (blocks, lengths of prompts, lengths of completions) of each row."""
     blocks = [(block, *lengths) for row, *lengths in rows for block in row]
     prompt, prompt_at = (np.full((len(blocks), shape.region), n, np.int32) for n in (-1, 0))
-    size = (len(blocks), shape.lanes, shape.layout.slots)
+    size = (len(blocks), shape.lanes, shape.cut.slots)
     sample, sample_at = (np.full(size, n, np.int32) for n in (-1, 0))
     for x, (block, prompt_lengths, lengths) in enumerate(blocks):
         _fill(prompt[x], prompt_at[x], block.prompts, prompt_lengths)

@@ -357,6 +357,7 @@ def _splash_lanes(lanes: list[jax.Array], region_kv: list[jax.Array], mask: Lane
         _pad_to(mask.prompt_XU, LANES, (1,), UNUSED_SEGMENT),
     ]
 
+    # eight: queries, two sets of keys and values, and who belongs together
     def local(q, k, v, region_k, region_v, lane_prompt, sample, prompt):
         cut = lambda x: x.reshape(-1, x.shape[1] // C, *x.shape[2:])  # noqa: E731
         lane_kernel = _splash_kernel(q.shape[2], q.shape[1] // C, q.shape[1] // C, 0, join=True)

@@ -343,9 +343,8 @@ class Sampler:
 
         def advance(carry: Carry) -> Carry:
             count, slots, drawn = carry
-            age_W = (
-                slots.step % window - jnp.arange(window)
-            ) % window  # steps since it was written
+            # Steps since each column was written.
+            age_W = (slots.step % window - jnp.arange(window)) % window
             own_ZJW = age_W[None, None] < slots.length[..., None]
             sight = Sight(visible_ZCS, own_ZJW, places.slot_ZCG, places.place_ZJ)
             slots, token = self._decode_token(params, prompts, slots, sight)

@@ -107,7 +107,7 @@ class Schedule:
         None where fewer than half of the shards that wait have room: all shards pay for a prefill.
         """
         prompt_Z, row_Z = np.full((2, self.shards), -1, np.int32)
-        fill = Fill(prompt_Z, row_Z, self._no_slots())
+        fill = Fill(prompt_Z, row_Z, np.zeros((self.shards, self.group), np.int32))
         waiting_Z = self.upcoming_Z < self.prompts
         for z in np.flatnonzero(waiting_Z):
             rows = set(range(self.C)) - set(self.row_ZJ[z, self.sample_ZJ[z] >= 0].tolist())
@@ -125,9 +125,6 @@ class Schedule:
             self.length_ZJ[z, slots] = 1
         self.upcoming_Z += filled_Z
         return fill
-
-    def _no_slots(self) -> np.ndarray:
-        return np.zeros((self.shards, self.group), np.int32)
 
     def places(self) -> Places[np.ndarray]:
         """Where the samples of the slots belong now."""
@@ -155,9 +152,8 @@ class Schedule:
         width = self.width if self.waiting else min(w for w in self.widths if w >= self._live())
         if width == self.width and (column_R == np.arange(self.tokens)).all():
             return None
-        slot_ZJ = np.argsort(self.sample_ZJ < 0, axis=1, kind="stable")[
-            :, :width
-        ]  # live ones first
+        live_first_ZJ = np.argsort(self.sample_ZJ < 0, axis=1, kind="stable")
+        slot_ZJ = live_first_ZJ[:, :width]
         self.width = width
         for name in ("sample_ZJ", "row_ZJ", "length_ZJ"):
             setattr(self, name, np.take_along_axis(getattr(self, name), slot_ZJ, axis=1))
