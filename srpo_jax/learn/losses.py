@@ -57,6 +57,7 @@ def token_logps(
         logp_BT, entropy_BT: float32, in nats. A forbidden target gets about -1e30, which is finite.
     """
     b, t, d = h_BTD.shape
+    wanted = t if count is None else count
     n = -(-t // max(1, min(chunk, t)))
     c = -(-t // n)
     pad = n * c - t
@@ -76,7 +77,7 @@ def token_logps(
     # The outer one keeps the scan from stacking what the choice saves: the head, once per chunk.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def choose(start: jax.Array, *x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.cond(start < count, compute, leave_out, *x)
+        return jax.lax.cond(start < wanted, compute, leave_out, *x)
 
     def body(start, x):
         return start + c, compute(*x) if count is None else choose(start, *x)
