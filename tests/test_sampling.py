@@ -248,13 +248,13 @@ def make_sampler(shape=(1, 1, 1), **changes) -> Sampler:
     return Sampler(CFG, SamplingConfig(**(BASE | changes)), mesh)
 
 
-def run(sampler, params, batch, features, keys=KEYS, *, rows=1, seed=6, step=0) -> Rollout:
+def run(sampler, params, batch, features, keys=KEYS, *, rows=1, seed=6, **options) -> Rollout:
     """Sample on the sampler's mesh; the result on the host."""
     batch, features = in_rows(batch, features, rows)
     params = for_sampling(params)
     params = jax.device_put(params, param_specs(params, sampler.mesh, "sample"))
     on_mesh = to_global((batch, features), sampler.mesh)
-    out = sampler.generate(params, *on_mesh, keys, seed=seed, step=step)
+    out = sampler.generate(params, *on_mesh, keys, **(dict(seed=seed, step=0) | options))
     return jax.tree.map(np.asarray, out)
 
 
@@ -435,6 +435,22 @@ def test_first_tokens_follow_the_model_s_probabilities(plain, params):
     logits = recomputed_logits(params, batch, features, jax.tree.map(lambda x: x[:, :1], out))
     for p in range(P):
         assert_frequencies(out.completions[p, :, 0], softmax(logits[p, 0, 0]))
+
+
+def test_samples_end_at_limits_of_their_own_and_are_the_same_until_then(params):
+    sampler = make_sampler((1, 2, 1), eos_ids=(), concurrent_rows=1)
+    limits = 1 + np.arange(P * 3).reshape(P, 3) % 8
+    whole = run(sampler, params, *make_batch(), rows=8)
+    assert whole.completion_mask.all() and not whole.finished.any()
+    out = run(sampler, params, *make_batch(), rows=8, limits_PG=limits)
+    np.testing.assert_array_equal(out.completion_mask.sum(-1), limits)
+    mask = np.arange(8) < limits[..., None]
+    np.testing.assert_array_equal(out.completions, np.where(mask, whole.completions, PAD))
+    for name in ("sample_logp", "policy_logp"):
+        kept = np.where(mask, getattr(whole, name), 0)
+        np.testing.assert_allclose(getattr(out, name), kept, atol=1e-5)
+    with pytest.raises(ValueError, match="limits: 1 to 9, not 1 to 8"):
+        run(sampler, params, *make_batch(), rows=8, limits_PG=limits + (limits == 8))
 
 
 def test_filler_prompts_get_empty_samples(plain, params):

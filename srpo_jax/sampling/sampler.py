@@ -141,7 +141,8 @@ class Sampler:
         seed: int,
         step: int,
         rows: int | None = None,
-    ) -> Rollout[jax.Array]:
+        limits_PG: np.ndarray | None = None,
+    ) -> Rollout[jax.Array]:  # eight: the work, its random numbers, and two that are mostly None
         """Sample ``group_size`` completions of every prompt of ``batch``.
 
         Args:
@@ -153,21 +154,27 @@ class Sampler:
                 sample depends neither on its neighbours nor on sizes, order or refilling.
             seed, step: non-negative integers.
             rows: M where features_MND does not tell; None means one row per data shard.
+            limits_PG: int32, this process's part: tokens at which each sample ends, in
+                [1, max_new_tokens]; None: max_new_tokens. With ``eos_ids=()`` nothing else ends it.
 
         Returns: Rollout on device, axes [P, G, R], P sharded as in the batch. Log-probs are those
         of ``logits.sample`` and 0 after the end of a sample.
 
-        Raises ValueError where P, M and the mesh do not divide.
+        Raises ValueError where P, M and the mesh do not divide, and for limits out of range.
         """
         if features_MND is not None:
             rows = features_MND.shape[0]
         schedule = self._schedule(batch.tokens.shape[0], self.shards if rows is None else rows)
         if not isinstance(keys, jax.Array):
             keys = to_global(np.asarray(keys, np.uint32), self.mesh)
+        if limits_PG is not None:
+            R, lowest, highest = self.sampling.max_new_tokens, limits_PG.min(), limits_PG.max()
+            _require(1 <= lowest <= highest <= R, f"limits: {lowest} to {highest}, not 1 to {R}")
+            limits_PG = to_global(np.asarray(limits_PG, np.int32), self.mesh)
         base = sampling_logits.base_key(seed, step)
         text = dataclasses.replace(batch, vision=None)
         with jax.set_mesh(self.mesh):
-            return self._loop((params, text, features_MND, keys, base), schedule)
+            return self._loop((params, text, features_MND, (keys, limits_PG), base), schedule)
 
     def abstract_args(
         self,
@@ -210,7 +217,7 @@ class Sampler:
         fill, places = Fill(*tables((Z,), (Z,), (Z, G))), Places(*tables((Z, J), (Z, J), (Z, C, G)))
         base = array((2,), jnp.uint32, replicated(self.mesh))
         return {
-            "prefill": (params, batch, features, array((A,), jnp.uint32), base, state, fill),
+            "prefill": (params, batch, features, (array((A,), jnp.uint32), None), base, state, fill),
             "decode_segment": (params, state[0], state[1:], places, *tables((2,))),
         }
 
@@ -277,14 +284,17 @@ class Sampler:
         params: Params,
         batch: Batch[jax.Array],
         features_MND: jax.Array | None,
-        keys_A: jax.Array,
+        own: tuple[jax.Array, jax.Array | None],
         base: jax.Array,
         state: on_device.Arrays,
         fill: Fill[jax.Array],
     ) -> on_device.Arrays:
-        """Run a prompt of every shard and put it into a row, its first tokens into slots."""
-        (batch, keys_Z), features = on_device.select(
-            self.mesh, (batch, keys_A), features_MND, fill.prompt_Z
+        """Run a prompt of every shard and put it into a row, its first tokens into slots.
+
+        ``own``: the prompts' keys [A] and the limits [A, G] of their samples (None: the budget).
+        """
+        (batch, (keys_Z, limit_ZG)), features = on_device.select(
+            self.mesh, (batch, own), features_MND, fill.prompt_Z
         )
         model = bind(self.cfg, params, "decoder")
         h_ZD, caches = model.prefill(
@@ -301,12 +311,15 @@ class Sampler:
         valid_ZG = jnp.broadcast_to(batch.valid[:, None], shape)
         finished_ZG = self._is_eos(token_ZG) | ~valid_ZG
         length_ZG = valid_ZG.astype(jnp.int32)
+        if limit_ZG is None:
+            limit_ZG = jnp.full(shape, self.sampling.max_new_tokens, jnp.int32)
         first = dict(
             keys=keys_ZG2,
             next_pos=jnp.broadcast_to(batch.next_pos[:, None], shape),
             last=token_ZG,
             length=length_ZG,
-            done=finished_ZG | (length_ZG >= self.sampling.max_new_tokens),
+            limit=limit_ZG,
+            done=finished_ZG | (length_ZG >= limit_ZG),
             finished=finished_ZG,
             sample_logp=sample_logp_ZG,
             policy_logp=policy_logp_ZG,
@@ -381,7 +394,7 @@ class Sampler:
             rings=rings,
             last=jnp.where(live_ZJ, token_ZJ, slots.last),
             length=length_ZJ,
-            done=slots.done | finished_ZJ | (length_ZJ >= self.sampling.max_new_tokens),
+            done=slots.done | finished_ZJ | (length_ZJ >= slots.limit),
             finished=finished_ZJ,
             step=slots.step + 1,
         )

@@ -42,6 +42,7 @@ class Slots(Generic[Leaf]):
     next_pos: Leaf  # [Z, J] int32 position of its first token
     last: Leaf  # [Z, J] int32 token to be fed next
     length: Leaf  # [Z, J] int32 tokens sampled, EOS included
+    limit: Leaf  # [Z, J] int32 tokens at which the sample ends without an EOS
     done: Leaf  # [Z, J] bool
     finished: Leaf  # [Z, J] bool: done by an EOS, or a filler prompt
     step: Leaf  # [] int32 tokens decoded so far, of every slot
@@ -49,7 +50,7 @@ class Slots(Generic[Leaf]):
 
 Arrays = tuple[Prompts[jax.Array], Slots[jax.Array], Rollout[jax.Array]]
 Specs = tuple[Prompts[PartitionSpec], Slots[PartitionSpec], Rollout[PartitionSpec]]
-PER_SLOT = ("keys", "next_pos", "last", "length", "done", "finished")
+PER_SLOT = ("keys", "next_pos", "last", "length", "limit", "done", "finished")
 
 
 def specs(cfg: ModelConfig, mesh: Mesh) -> Specs:
@@ -90,6 +91,7 @@ def empty(cfg: ModelConfig, pad_id: int, sizes: Sizes) -> Arrays:
         next_pos=jnp.zeros((Z, J), jnp.int32),
         last=jnp.full((Z, J), pad_id, jnp.int32),
         length=jnp.zeros((Z, J), jnp.int32),
+        limit=jnp.zeros((Z, J), jnp.int32),
         done=jnp.ones((Z, J), bool),
         finished=jnp.zeros((Z, J), bool),
         step=jnp.zeros((), jnp.int32),

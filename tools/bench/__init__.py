@@ -1,0 +1,1 @@
+"""What each phase of training costs on this machine, against the limit that binds it."""
