@@ -12,7 +12,7 @@ import jax
 
 from srpo_jax.structs import RunError
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what jax calls its event
 
 
 # --- signals ---------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class CompileGuard:
 
     def _listen(self, event: str, duration_secs: float, **info: str | int) -> None:
         # Other threads compile too (asynchronous checkpoints): those are none of the step's.
-        if event == _COMPILED and self._thread == threading.get_ident():
+        if event == COMPILED and self._thread == threading.get_ident():
             self._events.append(str(info.get("fun_name", "a function")))
 
 

@@ -108,7 +108,9 @@ class Sampler:
         )
         self._new_state = functools.partial(on_device.empty, cfg, sampling.pad_id)
         self._empty = jax.jit(self._new_state, static_argnames="sizes", out_shardings=self._layout)
-        self.prefill = jax.jit(self._prefill, donate_argnames="state", out_shardings=self._layout)
+        self.prefill: Any = jax.jit(
+            self._prefill, donate_argnames="state", out_shardings=self._layout
+        )
         self._late: dict[str, Any] = {}
 
     def decode_segment(self, width: int, window: int) -> Any:
@@ -215,9 +217,9 @@ class Sampler:
         tables = lambda *shapes: [array(s, jnp.int32, replicated(self.mesh)) for s in shapes]  # noqa: E731
         Z, C, J, G = sizes.Z, sizes.C, sizes.J, sizes.G
         fill, places = Fill(*tables((Z,), (Z,), (Z, G))), Places(*tables((Z, J), (Z, J), (Z, C, G)))
-        base = array((2,), jnp.uint32, replicated(self.mesh))
+        own, base = (array((A,), jnp.uint32), None), array((2,), jnp.uint32, replicated(self.mesh))
         return {
-            "prefill": (params, batch, features, (array((A,), jnp.uint32), None), base, state, fill),
+            "prefill": (params, batch, features, own, base, state, fill),
             "decode_segment": (params, state[0], state[1:], places, *tables((2,))),
         }
 

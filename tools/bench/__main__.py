@@ -1,83 +1,86 @@
-"""What each phase of training costs here, against the limit that binds it.
+"""What each phase of training costs here, against the limit that binds it, and beside its peers.
 
-    python -m tools.bench step --size 43m --prompts 2 --group_size 8 --max_new_tokens 64
+    python -m tools.bench step --size 43m --prompts 2 --group_size 8 --max_new_tokens 64 --peer trl
     python -m tools.bench update --size 3b --lengths lognormal:870,0.6 --json update.json
     python -m tools.bench all --preset gpu --json docs/measurements/h100.json
 
-Weights are random (``--size``) or those of ``--hf_dir``. Every line is a median after warm-up, its
-spread ((slowest - fastest) / median), work per second, FLOP/s and bytes/s of one device, the share
-of the binding limit that was reached (matrix products and memory bandwidth as ``machine`` measures
-them in the same run), padding (slots computed that no token stood in), seconds of compilation,
-programs compiled after warm-up (should be 0) and the peak memory so far. FLOPs are those of the
-needed work: recomputation is not counted. ``decode`` is a whole rollout, prefill included.
+Weights are random (--size) or those of --hf_dir. Every line is a median after warm-up: its spread
+((slowest - fastest) / median), work per second, FLOP/s and bytes/s of one device, the share of the
+limit that binds (matrix products or memory bandwidth, as `machine` finds them in the same run),
+padding (slots computed that no token stood in), seconds of compilation, programs compiled after
+warm-up (should be 0) and the most memory so far. FLOPs are those of the needed work: recomputation
+is not counted. A part that fails is told in one line, the others go on, and the exit code is 1.
 """
 
 import argparse
+import contextlib
+import functools
+import gc
 import importlib.metadata
+import os
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from srpo_jax.data.files import write_json
+from srpo_jax.data.hf_folder import local_folder
+from srpo_jax.model import hf
+from srpo_jax.rewards.verifier import Verifier
 from tools.bench import host, peers
-from tools.bench.measure import Phase, header, line, machine_limits, measure, result
+from tools.bench.measure import Limits, Phase, header, line, machine, measure
 from tools.bench.phases import PHASES, Bench
-from tools.bench.workload import SIZE_NAMES, workload
-from tools.lib import cli
+from tools.bench.workload import SHAPES, Workload, make_folder, workload
+from tools.lib import cli, loading
 
 HOST = ("load", "data", "grade")
-ALL = ("vision", "prefill", "decode", "logprobs", "update", "step")
-# One GPU of 80 GB or more: the 3B in bfloat16 at the recipe's shapes, 8 minutes with compilation.
-PRESETS: dict[str, dict[str, Any]] = {
-    "gpu": dict(
-        size="3b", dtype="bfloat16", prompts=8, group_size=8, prompt_tokens=1024,
-        max_new_tokens=512, image="36x36", lengths="lognormal:220,0.6", prompts_per_row=2,
-    ),
-    "cpu": dict(size="43m", prompts=2, group_size=8, prompt_tokens=128, max_new_tokens=64),
-}  # fmt: skip
-
-
 SMOKE = dict(
-    size="smoke", prompts=2, group_size=2, prompt_tokens=24, max_new_tokens=8, image="4x4",
+    size="smoke", prompts=2, group_size=2, prompt_tokens=32, max_new_tokens=8, image="4x4",
     repeats=1,
 )  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    names = ("jax", "jaxlib", "flax", "optax", "transformers", "torch", "trl")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+# 8 minutes at most on one GPU of 80 GB, compilation included.
+GPU = dict(
+    size="3b", dtype="bfloat16", prompts=8, group_size=8, prompt_tokens=1024, max_new_tokens=512,
+    image="36x36", lengths="lognormal:220,0.6", decode_prompts=[8, 32], repeats=3, peer="hf",
+    minutes=7.0, only=[*PHASES],
+)  # fmt: skip
+REASON_LENGTH = 300  # characters; running out of memory is told in pages
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    out = cli.base_parser(__doc__, "python -m tools.bench all --preset cpu")
+    out = cli.base_parser(__doc__, "python -m tools.bench all --size 43m --peer hf --json all.json")
     add = out.add_argument
     add("what", choices=("machine", *PHASES, *HOST, "all"))
-    add("--preset", choices=tuple(PRESETS), help="values for the options below")
-    add("--hf_dir", help="weights (and, for load, data and grade, the tokenizer)")
-    add("--size", choices=SIZE_NAMES, default="43m", help="random weights (%(default)s)")
+    add("--preset", choices=("gpu",), help="values for the options below: the 3B on one GPU")
+    add("--hf_dir", help="Hugging Face directory to measure")
+    add("--size", choices=tuple(SHAPES), default="43m", help="random weights (%(default)s)")
     add("--prompts", type=cli.positive, default=2, help="P (%(default)s)")
     add("--group_size", type=cli.positive, default=8, help="G (%(default)s)")
     add("--prompt_tokens", type=cli.positive, default=128, help="S, image included (%(default)s)")
     add("--max_new_tokens", type=cli.positive, default=64, help="R (%(default)s)")
+    add("--lengths", default="full", help="full, lognormal:MEAN,SIGMA or a file (%(default)s)")
     add("--image", default="16x16", help="patches of each prompt's image, 0x0: none (%(default)s)")
-    add("--lengths", default="full", help="full, lognormal:MEAN,SIGMA or a JSON file (%(default)s)")
-    add("--prompts_per_row", type=int, default=0, help="0: at most 2")
+    add("--prompts_per_row", type=cli.positive, help="of a micro-batch of a device (at most 2)")
+    add("--decode_prompts", type=cli.positive, nargs="+", help="all: decode with each of these P")
+    add("--only", choices=(*PHASES, *HOST), nargs="+", help="all: these parts, in their order")
     add("--tensor", type=cli.positive, default=1, help="devices that share a copy of the weights")
-    add("--dtype", help="of computation (float32 on CPU, bfloat16 elsewhere)")
-    add("--param_dtype", help="of the parameters (as --dtype)")
-    add("--records", help="for data and grade: a file of records")
+    add(
+        "--dtype",
+        choices=loading.DTYPES,
+        help="of the arithmetic (float32 on CPU, else bfloat16)",
+    )
+    add("--param_dtype", choices=loading.DTYPES, help="of the parameters (as --dtype)")
+    add("--records", help="data: a file of records, instead of made-up ones")
     add("--repeats", type=cli.positive, default=5, help="timed runs (%(default)s)")
+    add("--minutes", type=cli.above_zero, help="all: begin no part after that")
     add("--peer", choices=tuple(peers.PEERS), help="run it in turn with ours, on the same work")
-    add("--json", help="write everything there")
+    add("--peer_python", default=sys.executable, help="the Python that the peer is installed in")
+    add("--json", type=cli.output_file, help="write everything there, after each part")
     add("--smoke", action="store_true", help="one repeat of a tiny model: does it run?")
     return out
 
@@ -85,47 +88,161 @@ def make_parser() -> argparse.ArgumentParser:
 def parser_for(argv: list[str]) -> argparse.ArgumentParser:
     """The command line, with a preset's values where none was given."""
     parser = make_parser()
-    named, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS.get(named.preset or "", {}), **(SMOKE if named.smoke else {}))
+    with contextlib.suppress(SystemExit):
+        named, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+        parser.set_defaults(**(GPU if named.preset else {}), **(SMOKE if named.smoke else {}))
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    """Measure what was asked for, print a line for each phase, write the JSON."""
-    work = workload(args)
-    limits, machine = machine_limits(work.model.dtype)
-    device = jax.devices()[0].device_kind
-    print(
-        f"{jax.device_count()} x {device}: {limits.flops / 1e12:.2f} TFLOP/s in products of "
-        f"{work.model.dtype}, {limits.bytes / 1e9:.1f} GB/s"
-    )
-    found: dict[str, Any] = {"machine": machine}
-    if args.what != "machine":
-        print(f"{work.describe()}\n{header()}", flush=True)
-        names = ALL if args.what == "all" else (args.what,)
-        bench = Bench(work)
-        for name in names:
-            phase = host.phase(name, args) if name in HOST else PHASES[name](bench)
-            found[name] = show(phase, args, limits)
-            if args.peer and (args.what == name or name in peers.PEERS[args.peer]):
-                found[name]["peer"] = peers.compare(args.peer, name, phase.run, work, args)
-    if args.json:
+class Run:
+    """Parts in turn: each is printed and written when it is done."""
+
+    def __init__(self, args: argparse.Namespace, stack: contextlib.ExitStack):
+        """What lives as long as ``stack``: a folder, a peer's process, a pool of verifiers."""
+        self.args, self.stack, self.start = args, stack, time.monotonic()
+        self.place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = local_folder(args.hf_dir) if args.hf_dir else self.place / "model"
+        if not args.hf_dir:
+            make_folder(args.size, folder)
+        self.work = workload(args, folder, args.prompts)
+        self.bench = Bench(self.work)
+        self.failed: list[str] = []
+        self.found: dict[str, Any] = {}
+        self.machine = machine()
+        flops = self.machine["matmul_flops_per_s"]
+        self.limits = Limits(flops[self.work.model.dtype], self.machine["bytes_per_s"])
+
+    def parts(self) -> list[tuple[str, str, int]]:
+        """(label, phase, prompts) of what was asked for."""
+        args = self.args
+        if args.what != "all":
+            return [] if args.what == "machine" else [(args.what, args.what, args.prompts)]
+        found = []
+        for name in args.only or (*PHASES, *HOST):
+            many = args.decode_prompts if name == "decode" else None
+            for prompts in many or [args.prompts]:
+                label = f"decode_{prompts * args.group_size}" if many else name
+                found.append((label, name, prompts))
+        return found
+
+    def everything(self) -> int:
+        """All parts -> the exit code."""
+        parts, limit = self.parts(), self.args.minutes
+        for label, name, prompts in parts:
+            if limit and len(parts) > 1 and time.monotonic() - self.start > 60 * limit:
+                self.failed.append(label)
+                print(f"{label}: left out, {limit:g} minutes are over (--minutes)", flush=True)
+            else:
+                self.attempt(label, functools.partial(self.part, label, name, prompts))
+        self.save()
+        return int(bool(self.failed))
+
+    def attempt(self, label: str, run: Callable[[], None]) -> None:
+        """Run a part; where others wait, its failure is one line."""
+        try:
+            run()
+            return
+        except Exception as error:
+            if self.args.debug or self.args.what != "all":
+                raise
+            reason = cli.one_line(error)[:REASON_LENGTH]
+        self.failed.append(label)
+        print(f"{label}: failed: {reason}", flush=True)
+        self.bench = Bench(self.work)  # whose arrays may be gone
+        gc.collect()
+
+    def part(self, label: str, name: str, prompts: int) -> None:
+        """Measure one phase, and the peer's after it."""
+        phase, args = self.phase(name, prompts), self.args
+        found = self.found[label] = measure(phase, args.repeats, self.limits)
+        print(line(label, found), flush=True)
+        self.save()
+        if not args.peer or (args.what == "all" and name not in peers.PEERS[args.peer]):
+            return
+        if prompts == args.prompts:
+            self.attempt(f"{label}, {args.peer}", lambda: self.compare(found, name, phase))
+
+    def phase(self, name: str, prompts: int) -> Phase:
+        """The phase of that name, with so many prompts."""
+        if name == "load":
+            return host.load(self.work, self.weights)
+        if name == "data":
+            return host.data(self.work, self.args.records, self.place / "records")
+        if name == "grade":
+            return host.grade(self.stack.enter_context(contextlib.closing(Verifier(2))))
+        if prompts != self.work.layout.sequences:
+            other = workload(self.args, self.work.folder, prompts)
+            return PHASES[name](Bench(other, self.bench.state))
+        return PHASES[name](self.bench)
+
+    def compare(self, found: dict[str, Any], name: str, phase: Phase) -> None:
+        """Run the peer in turn with ours."""
+        args = self.args
+        if name not in peers.PEERS[args.peer]:
+            known = ", ".join(peers.PEERS[args.peer])
+            raise ValueError(f"--peer {args.peer} does {known}, not {name}")
+        found["peer"] = peers.compare(phase.run, self.peer, name, args.repeats)
+        print(peers.line(args.peer, found["peer"]), flush=True)
+        self.save()
+
+    @functools.cached_property
+    def peer(self) -> peers.Turn:
+        """The peer's process."""
+        args = (self.args.peer, self.args.peer_python, self.work, self.weights)
+        return self.stack.enter_context(peers.start(*args))
+
+    @functools.cached_property
+    def weights(self) -> Path:
+        """A complete directory of the model; random weights are written first."""
+        work, folder = self.work, self.place / "weights"
+        if work.has_weights:
+            return work.folder
+        hf.save_hf(work.params(), work.model, folder, work.folder)
+        return folder
+
+    def save(self) -> None:
+        """Write what is known by now; of one phase its values stand at the top."""
+        if not self.args.json:
+            return
         about = {
             "command": "python -m tools.bench " + " ".join(sys.argv[1:]),
-            "device": device,
+            "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
             "versions": versions(),
-            "work": work.describe(),
+            "work": describe(self.args, self.work),
+            "failed": self.failed,
         }
-        one = found.get(args.what, {})
-        write_json(args.json, {"seconds": one.get("seconds", machine["seconds"]), **about, **found})
+        phases = self.found if self.args.what == "all" else self.found.get(self.args.what, {})
+        write_json(self.args.json, {**about, "machine": self.machine, **phases})
 
 
-def show(phase: Phase, args: argparse.Namespace, limits: Any) -> dict[str, Any]:
-    """Measure one phase and print its line."""
-    found = result(phase, measure(phase.run, args.repeats), limits, jax.device_count())
-    print(line(phase.name, found), flush=True)
+def describe(args: argparse.Namespace, work: Workload) -> str:
+    """The model and its shapes in words."""
+    return f"{args.hf_dir or args.size}: {work.describe()}; lengths {args.lengths}"
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("jax", "jaxlib", "flax", "optax", "transformers", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure what was asked for, print a line for each phase, write the JSON."""
+    if args.peer:  # leave it memory of the GPU
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with contextlib.ExitStack() as stack:
+        run = Run(args, stack)
+        flops = run.machine["matmul_flops_per_s"].items()
+        products = ", ".join(f"{value / 1e12:.2f} TFLOP/s in {dtype}" for dtype, value in flops)
+        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        print(f"{device}: {products}, {run.machine['bytes_per_s'] / 1e9:.1f} GB/s")
+        if args.what != "machine":
+            print(f"{describe(args, run.work)}\n{header()}", flush=True)
+        return run.everything()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The phases that run on the host: reading weights, making batches, grading answers."""
 
-import argparse
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +7,14 @@ from pathlib import Path
 import jax
 
 from srpo_jax.data.encoders import PromptEncoder
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.loader import Loader
-from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import open_records
 from srpo_jax.data.stream import LoaderConfig
-from srpo_jax.model import hf, sharding
-from srpo_jax.model.config import load_config
-from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.verifier import Verifier
 from tools.bench.measure import Phase
-from tools.lib import loading
+from tools.bench.workload import Workload, noise
 
 # Gold, right answer and wrong answer for a number n, of the kinds that grading meets: most are
 # settled at once, the last three go to a worker.
@@ -30,71 +27,67 @@ ANSWERS: tuple[Callable[[int], tuple[str, str, str]], ...] = (
     lambda n: (f"x^2-{n * n}", f"(x-{n})(x+{n})", f"x^2+{n}"),
     lambda n: (rf"(-\infty, {n})", f"x<{n}", f"x>{n}"),
 )
-_CHECKS = 700
+CHECKS = 700
+RECORDS = 64
 
 
-def phase(name: str, args: argparse.Namespace) -> Phase:
-    """The phase of that name; ValueError where an option that it needs is missing."""
-    return {"load": load, "data": data, "grade": grade}[name](args)
-
-
-def load(args: argparse.Namespace) -> Phase:
-    """Safetensors to arrays in their shards."""
-    _require(args, "load", "hf_dir")
-    cfg = load_config(args.hf_dir)
-    files = sum(file.stat().st_size for file in Path(args.hf_dir).glob("*.safetensors"))
-    shardings = sharding.param_specs(
-        abstract_params(cfg), sharding.make_mesh(tensor=args.tensor), "train"
-    )
+def load(work: Workload, weights: Path) -> Phase:
+    """Safetensors to arrays in their shards; from memory where the system still holds the file."""
+    size = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
 
     def run() -> dict[str, jax.Array]:
-        return hf.load_params(args.hf_dir, cfg, shardings=shardings)
+        return work.with_weights(weights).params()
 
-    return Phase("load", run, unit="bytes", needed=files, bytes=files)
+    return Phase(run, "bytes", size)
 
 
-def data(args: argparse.Namespace) -> Phase:
+def data(work: Workload, records: str | None, folder: Path) -> Phase:
     """Records to batches: reading, decoding, tokenizing, padding, in this process's threads."""
-    _require(args, "data", "hf_dir", "records")
-    low, high = loading.pixel_limits(args.hf_dir)
-    processor = Processor(args.hf_dir, min_pixels=low, max_pixels=high)
-    source, encode = open_records(args.records), PromptEncoder(processor, "srpo")
+    records = records or write_records(work, folder)
+    source, encode = open_records(records), PromptEncoder(work.processor, "srpo")
+    geometry, pixels = work.processor.geometry, work.processor.max_pixels
+    windows = -(-pixels // geometry.window_size**2) * 2 + 2  # each may be cut
     config = LoaderConfig(
-        global_batch_size=args.prompts,
+        global_batch_size=work.prompts_per_row,
         rows_per_shard=1,
-        token_budget=args.prompt_tokens,
-        patch_budgets=(args.prompts * high // processor.geometry.patch_size**2 // 64 * 64 + 1024,),
-        pad_id=processor.pad_id,
-        geometry=processor.geometry,
+        token_budget=1024 + work.prompt_tokens,  # the template's system prompt
+        patch_budgets=(work.prompts_per_row * windows * geometry.window_slots,),
+        pad_id=work.processor.pad_id,
+        geometry=geometry,
         shuffle=False,
         epochs=1,
         drop_remainder=False,
-        max_bad_share=1.0,
     )
 
-    def run() -> int:
-        loader = Loader(source, encode, config)
-        return sum(len(batch.records) for batch in loader)
+    def run() -> None:
+        for _ in Loader(source, encode, config):
+            pass
 
-    return Phase("data", run, unit="records", needed=len(source))
+    return Phase(run, "records", len(source))
 
 
-def grade(args: argparse.Namespace) -> Phase:
+def write_records(work: Workload, folder: Path) -> str:
+    """A file of problems, each with an image of noise -> its path."""
+    folder.mkdir()
+    rows, images = [], noise(RECORDS, work.image, work.model.vision.patch_size)
+    for i, own in enumerate(images):
+        for image in own:
+            image.save(folder / f"{i}.png")
+        text = f"{'<image>' * len(own)}What is {i} + {i}?"
+        rows.append({"problem": text, "answer": f"{2 * i}", "images": [f"{i}.png" for _ in own]})
+    write_jsonl(folder / "records.jsonl", rows)
+    return str(folder / "records.jsonl")
+
+
+def grade(verifier: Verifier) -> Phase:
     """Answers checked by the pool, every one of them new."""
-    del args
     fresh = itertools.count(2)  # no verdict is remembered from before
 
-    def run() -> int:
-        kinds = [ANSWERS[i % len(ANSWERS)](next(fresh)) for i in range(_CHECKS)]
-        return sum(
-            verifier.check([(gold, both[i % 2], ()) for i, (gold, *both) in enumerate(kinds)])
-        )
+    def run() -> None:
+        items = []
+        for i in range(CHECKS):
+            gold, *answers = ANSWERS[i % len(ANSWERS)](next(fresh))
+            items.append((Question(gold), answers[i // len(ANSWERS) % 2]))
+        verifier.check(items)
 
-    verifier = Verifier(2)
-    return Phase("grade", run, unit="answers", needed=_CHECKS)
-
-
-def _require(args: argparse.Namespace, name: str, *options: str) -> None:
-    missing = [f"--{option}" for option in options if not getattr(args, option)]
-    if missing:
-        raise ValueError(f"{name} needs {' and '.join(missing)}")
+    return Phase(run, "answers", CHECKS)

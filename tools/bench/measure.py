@@ -5,29 +5,32 @@ import dataclasses
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+from srpo_jax.run.guard import COMPILED
+
+MACHINE_REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """Something to run again and again, and the work that one run cannot do without.
 
-    ``run`` returns the arrays to wait for. ``needed`` counts the tokens (or patches, or records)
-    that are worked on, ``slots`` those that are computed, padding included.
+    ``run`` returns the arrays to wait for.
     """
 
-    name: str
     run: Callable[[], Any]
     unit: str  # of ``needed``
-    needed: float
-    slots: float | None = None
-    flops: float = 0.0  # of the needed work, rematerialisation left out
-    bytes: float = 0.0  # that the needed work moves through a device's memory
+    needed: float  # tokens (or patches, records, ...) that one run works on
+    flops: float = 0.0  # of the needed work on all devices, rematerialisation left out
+    bytes: float = 0.0  # that the needed work moves through one device's memory
+    padding: Callable[[], float] | None = None  # share of the computed slots that nothing stood in
+    aside: Callable[[], float] = lambda: 0.0  # seconds of the last run that are not the phase's
+    parts: Callable[[], dict[str, float]] | None = None  # seconds of the last run, by what it did
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +41,6 @@ class Limits:
     bytes: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of the repeats after warm-up, and what the first run cost beside them."""
-
-    seconds: list[float]
-    compile_seconds: float
-    recompiles: int
-    peak_bytes: int
-
-
 class CompileWatch:
     """Counts the programs that are compiled, and their seconds, inside a with-block."""
 
@@ -55,7 +48,7 @@ class CompileWatch:
         self.seconds, self.programs = 0.0, 0
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == _COMPILED:
+        if event == COMPILED:
             self.seconds += duration_secs
             self.programs += 1
 
@@ -75,14 +68,41 @@ def stopwatch(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(run: Callable[[], Any], repeats: int) -> Timing:
-    """Two runs to warm up (what is donated settles with the second), then ``repeats`` timed ones."""
+def measure(phase: Phase, repeats: int, limits: Limits) -> dict[str, Any]:
+    """One phase as JSON values; ``seconds`` holds one number a repeat.
+
+    Two runs warm up (what is donated settles with the second).
+    """
     with CompileWatch() as warm:
         for _ in range(2):
-            stopwatch(run)
+            stopwatch(phase.run)
+    seconds, parts = [], []
     with CompileWatch() as later:
-        seconds = [stopwatch(run) for _ in range(repeats)]
-    return Timing(seconds, warm.seconds, later.programs, peak_bytes())
+        for _ in range(repeats):
+            seconds.append(stopwatch(phase.run) - phase.aside())
+            parts.append(phase.parts() if phase.parts else {})
+    median, flops = statistics.median(seconds), phase.flops / jax.device_count()
+    found = {
+        "seconds": seconds,
+        "median": median,
+        "spread": (max(seconds) - min(seconds)) / median,
+        "tokens_per_s": phase.needed / median,
+        "unit": phase.unit,
+        "flops_per_s": flops / median,
+        "bytes_per_s": phase.bytes / median,
+        "compile_seconds": warm.seconds,
+        "recompiles": later.programs,
+        "peak_gib": peak_bytes() / 2**30,
+    }
+    by_flops, by_bytes = flops / limits.flops, phase.bytes / limits.bytes
+    if bound := max(by_flops, by_bytes):
+        found["bound_by"] = "flops" if by_flops >= by_bytes else "bytes"
+        found["of_limit"] = bound / median
+    if phase.padding:
+        found["padding_share"] = phase.padding()
+    if phase.parts:
+        found["parts"] = {k: statistics.median(one[k] for one in parts) for k in parts[0]}
+    return found
 
 
 def peak_bytes() -> int:
@@ -93,49 +113,25 @@ def peak_bytes() -> int:
     )
 
 
-def result(phase: Phase, timing: Timing, limits: Limits, devices: int) -> dict[str, Any]:
-    """One phase as JSON values; ``seconds`` holds one number a repeat."""
-    median = statistics.median(timing.seconds)
-    by_flops = phase.flops / devices / limits.flops
-    by_bytes = phase.bytes / limits.bytes
-    bound = max(by_flops, by_bytes)
-    found = {
-        "seconds": timing.seconds,
-        "median": median,
-        "spread": (max(timing.seconds) - min(timing.seconds)) / median,
-        "tokens_per_s": phase.needed / median,
-        "unit": phase.unit,
-        "flops_per_s": phase.flops / devices / median,
-        "bytes_per_s": phase.bytes / median,
-        "compile_seconds": timing.compile_seconds,
-        "recompiles": timing.recompiles,
-        "peak_gib": timing.peak_bytes / 2**30,
-    }
-    if bound:
-        found["bound_by"] = "flops" if by_flops >= by_bytes else "bytes"
-        found["of_limit"] = bound / median
-    if phase.slots:
-        found["padding_share"] = 1 - phase.needed / phase.slots
-    return found
-
-
-COLUMNS = ("phase", "seconds", "±", "per second", "TFLOP/s", "GB/s", "of limit", "padding",
-           "compile", "again", "peak GiB")  # fmt: skip
+COLUMNS = ("seconds", "spread", "per second", "TFLOP/s", "GB/s", "of limit", "padding", "compile",
+           "again", "peak GiB")  # fmt: skip
 
 
 def header() -> str:
     """The titles of `line`."""
-    return f"{COLUMNS[0]:22}" + "".join(f"{name:>14}" for name in COLUMNS[1:])
+    return f"{'phase':12}" + "".join(f"{name:>12}" for name in COLUMNS).replace(
+        f"{'per second':>12}", f"{'per second':>26}"
+    )
 
 
 def line(name: str, found: dict[str, Any]) -> str:
-    """One phase as a line of the table."""
+    """One phase as a line of the table; below it the parts of its time."""
     limit = f"{found['of_limit']:.0%} {found['bound_by']}" if "of_limit" in found else ""
     padding = f"{found['padding_share']:.1%}" if "padding_share" in found else ""
     cells = (
         f"{found['median']:.3f}",
         f"{found['spread']:.0%}",
-        f"{found['tokens_per_s']:,.0f} {found['unit']}",
+        f"{found['tokens_per_s']:,.0f} {found['unit']:<14}".rjust(26),
         f"{found['flops_per_s'] / 1e12:.3f}",
         f"{found['bytes_per_s'] / 1e9:.1f}",
         limit,
@@ -144,28 +140,34 @@ def line(name: str, found: dict[str, Any]) -> str:
         f"{found['recompiles']}",
         f"{found['peak_gib']:.2f}",
     )
-    return f"{name:22}" + "".join(f"{cell:>14}" for cell in cells)
+    text = f"{name:12}" + "".join(f"{cell:>12}" for cell in cells)
+    if "parts" in found:
+        text += "\n  of it " + ", ".join(f"{k} {v:.3f} s" for k, v in found["parts"].items())
+    return text
 
 
-def machine_limits(dtype: str) -> tuple[Limits, dict[str, Any]]:
-    """Matrix products of ``dtype`` and copies on one device, timed; the best of five each."""
-    accelerator = jax.default_backend() != "cpu"
-    side, elements = (8192, 2**28) if accelerator else (1536, 2**25)
-    x = jax.device_put(jax.numpy.ones((side, side), dtype), jax.local_devices()[0])
-    product = jax.jit(lambda a, b: a @ b)
-    big = jax.device_put(jax.numpy.ones((elements,), "float32"), jax.local_devices()[0])
+def machine() -> dict[str, Any]:
+    """Matrix products by dtype and a copy, on one device; ``seconds`` are those of the copy."""
+    side, chain, elements = (8192, 8, 2**28) if jax.default_backend() != "cpu" else (1536, 1, 2**25)
+    device = jax.local_devices()[0]
+
+    @jax.jit
+    def products(a: jax.Array, b: jax.Array) -> jax.Array:
+        for _ in range(chain):  # what one call costs by itself does not count
+            a = a @ b
+        return a
+
+    def best(run: Callable[[], Any]) -> list[float]:
+        stopwatch(run)
+        return [stopwatch(run) for _ in range(MACHINE_REPEATS)]
+
+    flops = {}
+    for dtype in ("float32", "bfloat16"):
+        x = jax.random.normal(jax.random.key(0), (side, side), dtype) / side**0.5
+        x = jax.device_put(x, device)
+        flops[dtype] = 2 * side**3 * chain / min(best(lambda x=x: products(x, x)))
+    big = jax.device_put(jnp.ones(elements, jnp.float32), device)
     copy = jax.jit(lambda a: a + 1)
-    best = {}
-    for name, run in (("product", lambda: product(x, x)), ("copy", lambda: copy(big))):
-        best[name] = min(measure(run, 5).seconds)
-    limits = Limits(2 * side**3 / best["product"], 2 * 4 * elements / best["copy"])
-    found = {"dtype": dtype, "matmul_flops_per_s": limits.flops, "bytes_per_s": limits.bytes}
-    return limits, found | {"seconds": [best["product"]]}
-
-
-def alternating(
-    ours: Callable[[], float], theirs: Callable[[], float], repeats: int
-) -> Iterator[tuple[float, float]]:
-    """(our seconds, their seconds), run in turn, so that a machine's moods meet both."""
-    for _ in range(repeats):
-        yield ours(), theirs()
+    seconds = best(lambda: copy(big))
+    moved = 2 * big.nbytes / min(seconds)
+    return {"seconds": seconds, "matmul_flops_per_s": flops, "bytes_per_s": moved}

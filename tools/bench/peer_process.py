@@ -1,7 +1,8 @@
-"""The peer's side of `tools.bench.peers`: "go" on stdin, "seconds N" on stdout.
+"""The peer's side of `tools.bench.peers`: the name of a phase on stdin, "seconds N" on stdout.
 
-transformers generates, or TRL's GRPOTrainer makes one step of its training (images, a rollout, an
-update), each with completions of the lengths that the task names. Needs torch and, for TRL, trl.
+transformers generates, or runs forward (and backward) passes over given completions; TRL's
+GRPOTrainer makes one step of its training (images, a rollout, an update). Completions have the
+lengths that the task names. Imports nothing of this repository; needs torch and, for TRL, trl.
 """
 
 import functools
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
+    AutoTokenizer,
     LogitsProcessor,
     LogitsProcessorList,
     Qwen2_5_VLForConditionalGeneration,
@@ -22,12 +24,16 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+Task = dict[str, Any]
+ON_GPU = torch.cuda.is_available()
+TURNS = 100  # of TRL, at most
+
 
 class GivenLengths(LogitsProcessor):
-    """Ends each sample with its end token exactly where the task says."""
+    """Ends each sample with its end token exactly where the task says, and draws no image token."""
 
-    def __init__(self, lengths: list[int], eos: int):
-        self._lengths, self._eos = torch.tensor(lengths), eos
+    def __init__(self, task: Task):
+        self._lengths, self._task = torch.tensor(task["lengths"]), task
         self._start: int | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -35,9 +41,9 @@ class GivenLengths(LogitsProcessor):
             self._start = input_ids.shape[1]
         last = self._lengths.to(scores.device) == input_ids.shape[1] - self._start + 1
         scores = scores.clone()
-        scores[:, self._eos] = -torch.inf
+        scores[:, self._task["forbidden"]] = -torch.inf
         scores[last] = -torch.inf
-        scores[last, self._eos] = 0.0
+        scores[last, self._task["end"]] = 0.0
         return scores
 
 
@@ -52,155 +58,209 @@ class _NoVideos:
     model_input_names: list[str] = []
 
 
-def make_processor(task: dict[str, Any]) -> Any:
+def make_processor(task: Task) -> Any:
     """Tokenizer, image processor and chat template of the directory."""
-    from transformers import AutoTokenizer
-
-    low, high = task["pixels"]
-    folder = task["hf_dir"]
+    (low, high), folder = task["pixels"], task["hf_dir"]
     images = Qwen2VLImageProcessorPil.from_pretrained(folder, min_pixels=low, max_pixels=high)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return _Processor(images, tokenizer, _NoVideos(), chat_template=tokenizer.chat_template)
 
 
-def make_model(task: dict[str, Any]) -> Any:
-    """The same weights, on the GPU where there is one, with one end token."""
+def make_model(task: Task) -> Any:
+    """The same weights, on the GPU where there is one, with one end token; the tower is frozen."""
     dtype = getattr(torch, task["dtype"])
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(task["hf_dir"], dtype=dtype)
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end_token(task)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(task["hf_dir"], dtype=dtype)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = task["end"]
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_("visual" not in path)
+    return model.to("cuda" if ON_GPU else "cpu")
 
 
-def end_token(task: dict[str, Any]) -> int:
-    """The first end token of generation_config.json."""
-    found = json.loads((Path(task["hf_dir"]) / "generation_config.json").read_text())
-    ids = found["eos_token_id"]
-    return ids[0] if isinstance(ids, list) else ids
-
-
-def load_images(folder: Path, task: dict[str, Any]) -> list[list[Image.Image]]:
+def load_images(folder: Path, task: Task) -> list[list[Image.Image]]:
     """The images of each prompt."""
     paths = [folder / f"{p}.png" for p in range(len(task["messages"]))]
     return [[Image.open(path).convert("RGB")] if path.exists() else [] for path in paths]
 
 
-def transformers_peer(folder: Path, task: dict[str, Any]) -> None:
-    """Sample every group once per "go"."""
-    model, processor = make_model(task), make_processor(task)
-    texts = [
-        processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        for messages in task["messages"]
-    ]
-    images = load_images(folder, task)
-    inputs = processor(
-        text=texts,
-        images=[image for own in images for image in own] or None,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(model.device)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+# --- transformers -----------------------------------------------------------------------------
 
-    def run() -> None:
-        ends = GivenLengths(task["lengths"], end_token(task))
-        model.generate(
-            **inputs,
+
+class Transformers:
+    """A model, its prompts, and the phases by their names."""
+
+    def __init__(self, folder: Path, task: Task):
+        self.task, self.model = task, make_model(task)
+        self.processor, self.images = make_processor(task), load_images(folder, task)
+        self.at_once = task["group_size"]  # samples of a pass; halved until they fit
+        self.prompts = [self.inputs([p]) for p in range(len(task["messages"]))]
+        self.everything = self.inputs(range(len(task["messages"])))
+
+    def inputs(self, prompts: Any) -> Any:
+        """Arrays of some prompts, padded on the left."""
+        render = functools.partial(
+            self.processor.apply_chat_template, add_generation_prompt=True, tokenize=False
+        )
+        inputs = self.processor(
+            text=[render(self.task["messages"][p]) for p in prompts],
+            images=[image for p in prompts for image in self.images[p]] or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self.model.device)
+        inputs["mm_token_type_ids"] = self.types(inputs["input_ids"])
+        return inputs
+
+    def types(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens are an image's; without it positions are silently others."""
+        return (ids == self.model.config.image_token_id).int()
+
+    @torch.no_grad()
+    def decode(self) -> None:
+        """Sample every group."""
+        self.model.generate(
+            **self.everything,
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            num_return_sequences=task["group_size"],
-            max_new_tokens=task["max_new_tokens"],
-            logits_processor=LogitsProcessorList([ends]),
+            num_return_sequences=self.task["group_size"],
+            max_new_tokens=self.task["max_new_tokens"],
+            logits_processor=LogitsProcessorList([GivenLengths(self.task)]),
         )
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
-    with torch.no_grad():
-        while wait():
-            timed(run)
+    @torch.no_grad()
+    def logprobs(self) -> None:
+        """Log-probs of every completion."""
+        self.model.eval()
+        self.passes(lambda loss: None)
+
+    def update(self) -> None:
+        """Forward and backward pass over every completion; no optimizer."""
+        self.model.train()
+        if ON_GPU:
+            self.model.gradient_checkpointing_enable()
+        self.passes(torch.Tensor.backward)
+        self.model.zero_grad()
+
+    def passes(self, finish: Callable[[torch.Tensor], None]) -> None:
+        """Over each prompt with some of its completions at a time."""
+        G, lengths, p, g = self.task["group_size"], self.task["lengths"], 0, 0
+        while p < len(self.prompts):
+            end = min(g + self.at_once, G)
+            try:
+                finish(self.loss(self.prompts[p], lengths[p * G + g : p * G + end]))
+            except torch.OutOfMemoryError:
+                if self.at_once == 1:
+                    raise
+                self.at_once //= 2
+                torch.cuda.empty_cache()
+                continue
+            p, g = (p + 1, 0) if end == G else (p, end)
+
+    def loss(self, prompt: Any, lengths: list[int]) -> torch.Tensor:
+        """Minus the sum of the log-probs of some samples of a prompt, padded to the longest."""
+        count, longest, device = len(lengths), max(lengths), self.model.device
+        own = torch.randint(0, min(self.task["forbidden"]), (count, longest), device=device)
+        mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        ids = torch.cat([prompt["input_ids"].expand(count, -1), own], 1)
+        images = {
+            name: prompt[name].repeat(count, 1)
+            for name in ("pixel_values", "image_grid_thw")
+            if name in prompt
+        }
+        seen = torch.cat([prompt["attention_mask"].expand(count, -1), mask.int()], 1)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=seen,
+            mm_token_type_ids=self.types(ids),
+            logits_to_keep=longest + 1,
+            use_cache=False,
+            **images,
+        )
+        logits = out.logits[:, :-1].float()
+        logp = logits.gather(2, own[..., None])[..., 0] - logits.logsumexp(2)
+        return -(logp * mask).sum()
 
 
-def trl_peer(folder: Path, task: dict[str, Any]) -> None:
-    """One step of GRPOTrainer per "go"."""
+def transformers_peer(folder: Path, task: Task) -> None:
+    """The phase that is named, once a turn."""
+    peer = Transformers(folder, task)
+    for name in map(str.strip, sys.stdin):
+        start = time.perf_counter()
+        getattr(peer, name)()
+        tell(start)
+
+
+# --- TRL --------------------------------------------------------------------------------------
+
+
+def trl_peer(folder: Path, task: Task) -> None:
+    """One step of GRPOTrainer a turn."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-    model, processor = make_model(task), make_processor(task)
-    for path, parameter in model.named_parameters():
-        parameter.requires_grad_("visual" not in path)
-    model.generate = _with_lengths(model.generate, task)
+    model, rows = make_model(task), []
+    model.generate = with_lengths(model.generate, task)
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not wait():
+            if not sys.stdin.readline():
                 sys.exit(0)
             self.start = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            print(f"seconds {time.perf_counter() - self.start}", flush=True)
+            tell(self.start)
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [float(i % 2) for i in range(len(completions))]
 
-    images, rows = load_images(folder, task), []
-    for messages, own in zip(task["messages"], images, strict=True):
+    for messages, own in zip(task["messages"], load_images(folder, task), strict=True):
         text = messages[0]["content"][-1]["text"]
         row: dict[str, Any] = {"prompt": [{"role": "user", "content": text}]}
         rows.append(row | ({"image": own[0]} if own else {}))
-    samples = len(rows) * task["group_size"]
     config = GRPOConfig(
         output_dir=str(folder / "out"),
-        per_device_train_batch_size=samples,
+        per_device_train_batch_size=len(task["lengths"]),
         num_generations=task["group_size"],
         max_completion_length=task["max_new_tokens"],
-        max_steps=1000,
+        max_steps=TURNS,
         learning_rate=1e-6,
         beta=0.0,
         temperature=1.0,
         shuffle_dataset=False,
         bf16=task["dtype"] == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=torch.cuda.is_available(),
+        use_cpu=not ON_GPU,
+        gradient_checkpointing=ON_GPU,
         report_to=[],
         save_strategy="no",
         logging_steps=10**6,
         disable_tqdm=True,
     )
-    trainer = GRPOTrainer(
+    GRPOTrainer(
         model,
         reward,
         args=config,
-        train_dataset=Dataset.from_list(rows * 1000),
-        processing_class=processor,
+        train_dataset=Dataset.from_list(rows * TURNS),
+        processing_class=make_processor(task),
         callbacks=[Turns()],
-    )
-    trainer.train()
+    ).train()
 
 
-def _with_lengths(generate: Callable[..., Any], task: dict[str, Any]) -> Callable[..., Any]:
+def with_lengths(generate: Callable[..., Any], task: Task) -> Callable[..., Any]:
     """``model.generate`` whose samples end where the task says."""
 
     @functools.wraps(generate)
     def ending(*args: Any, **kwargs: Any) -> Any:
-        ends = GivenLengths(task["lengths"], end_token(task))
-        return generate(*args, **kwargs, logits_processor=LogitsProcessorList([ends]))
+        return generate(*args, **kwargs, logits_processor=LogitsProcessorList([GivenLengths(task)]))
 
     return ending
 
 
-def wait() -> bool:
-    """Whether there is another turn."""
-    return sys.stdin.readline().strip() == "go"
-
-
-def timed(run: Callable[[], None]) -> None:
-    """Run once and tell the seconds."""
-    start = time.perf_counter()
-    run()
+def tell(start: float) -> None:
+    """The seconds since then, when the device is done."""
+    if ON_GPU:
+        torch.cuda.synchronize()
     print(f"seconds {time.perf_counter() - start}", flush=True)
 
 

@@ -1,11 +1,9 @@
 """The same work by transformers or TRL, in a process of its own, in turn with ours."""
 
-import argparse
 import contextlib
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,52 +13,40 @@ from tools.bench.measure import stopwatch
 from tools.bench.workload import Workload
 
 # Peer -> the phases of ours that it does too.
-PEERS = {"hf": ("decode",), "trl": ("step",)}
+PEERS = {"hf": ("decode", "logprobs", "update"), "trl": ("step",)}
+PROGRAM = Path(__file__).with_name("peer_process.py")
+Turn = Callable[[str], float]  # lets the peer do a phase once -> its seconds
 
 
-def compare(
-    peer: str, name: str, ours: Callable[[], Any], work: Workload, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Seconds of both, run in turn after a warm-up of each, and their ratio pair by pair.
+def compare(ours: Callable[[], Any], peer: Turn, phase: str, repeats: int) -> dict[str, Any]:
+    """Seconds of both, run in turn after a warm-up of the peer, and their ratio pair by pair."""
+    peer(phase)
+    pairs = [(stopwatch(ours), peer(phase)) for _ in range(repeats)]
+    ratios = [theirs / mine for mine, theirs in pairs]
+    return {
+        "seconds": [mine for mine, _ in pairs],
+        "peer_seconds": [theirs for _, theirs in pairs],
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+    }
 
-    Raises ValueError where the peer has no such phase or no ``hf_dir`` to read the same weights
-    from, RuntimeError with the peer's last line where it fails.
-    """
-    if name not in PEERS[peer]:
-        raise ValueError(f"--peer {peer} does {', '.join(PEERS[peer])}, not {name}")
-    if not args.hf_dir:
-        raise ValueError(
-            "--peer needs --hf_dir, weights that both read: python -m tools.make_hf writes some"
-        )
-    with _process(peer, work) as theirs:
-        theirs()
-        pairs = [(stopwatch(ours), theirs()) for _ in range(args.repeats)]
-    ratios = [b / a for a, b in pairs]
-    text = ", ".join(f"{a:.2f} and {b:.2f} s ({r:.2f}x)" for (a, b), r in zip(pairs, ratios))  # noqa: B905
-    print(f"  {name}, ours and {peer} in turn: {text}; median {statistics.median(ratios):.2f}x")
-    return {"peer": peer, "pairs": pairs, "ratio": statistics.median(ratios)}
+
+def line(peer: str, found: dict[str, Any]) -> str:
+    """What `compare` found, pair by pair."""
+    pairs = zip(found["seconds"], found["peer_seconds"], found["ratios"], strict=True)
+    text = ", ".join(f"{a:.2f} | {b:.2f} s = {r:.2f}x" for a, b, r in pairs)
+    return f"  ours | {peer}: {text}; median {found['ratio']:.2f}x"
 
 
 @contextlib.contextmanager
-def _process(peer: str, work: Workload) -> Iterator[Callable[[], float]]:
-    """-> a function that lets the peer do its work once and returns its seconds."""
+def start(peer: str, python: str, work: Workload, weights: Path) -> Iterator[Turn]:
+    """A process of the peer for the block.
+
+    Its turns raise RuntimeError with the peer's last line where it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        messages, images = work.messages()
-        for p, own in enumerate(images):
-            for image in own:
-                image.save(Path(folder) / f"{p}.png")
-        pixels = (work.processor.min_pixels, work.processor.max_pixels)
-        task = {
-            "hf_dir": str(Path(work.hf_dir).resolve()),
-            "messages": messages,
-            "group_size": work.group_size,
-            "max_new_tokens": work.max_new_tokens,
-            "lengths": work.lengths_PG.reshape(-1).tolist(),
-            "dtype": work.model.dtype,
-            "pixels": pixels,
-        }
-        (Path(folder) / "task.json").write_text(json.dumps(task))
-        command = [sys.executable, "-m", "tools.bench.peer_process", peer, folder]
+        write_task(Path(folder), work, weights)
+        command = [python, str(PROGRAM), peer, folder]
         errors = Path(folder) / "errors"
         with (
             errors.open("wb") as log,
@@ -68,19 +54,47 @@ def _process(peer: str, work: Workload) -> Iterator[Callable[[], float]]:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             ) as process,
         ):
-            assert process.stdin and process.stdout
+            ask, answers = process.stdin, process.stdout
+            assert ask and answers
 
-            def once() -> float:
+            def turn(phase: str) -> float:
                 with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write("go\n")
-                    process.stdin.flush()
-                for line in process.stdout:
+                    ask.write(f"{phase}\n")
+                    ask.flush()
+                for line in answers:
                     if line.startswith("seconds "):
                         return float(line.split()[1])
-                lines = errors.read_text(errors="replace").strip().splitlines() or ["no message"]
-                raise RuntimeError(f"the peer {peer} failed: {lines[-1]}")
+                raise RuntimeError(f"the peer {peer} failed: {_reason(errors, python)}")
 
             try:
-                yield once
+                yield turn
             finally:
                 process.kill()
+
+
+def write_task(folder: Path, work: Workload, weights: Path) -> None:
+    """What the peer has to do: prompts as conversations, images as PNG, the lengths."""
+    for p, (_, own) in enumerate(work.conversations):
+        for image in own:
+            image.save(folder / f"{p}.png")
+    task = {
+        "hf_dir": str(weights.resolve()),
+        "messages": [messages for messages, _ in work.conversations],
+        "group_size": work.lengths_PG.shape[1],
+        "max_new_tokens": work.max_new_tokens,
+        "lengths": work.lengths_PG.reshape(-1).tolist(),
+        "dtype": work.model.dtype,
+        "pixels": (work.processor.min_pixels, work.processor.max_pixels),
+        "end": work.processor.eos_ids[0],
+        "forbidden": [*work.processor.eos_ids, *work.processor.forbidden_ids],
+    }
+    (folder / "task.json").write_text(json.dumps(task))
+
+
+def _reason(errors: Path, python: str) -> str:
+    """The last line that the peer wrote, and a remedy where a package is missing."""
+    lines = errors.read_text(errors="replace").strip().splitlines() or ["no message"]
+    remedy = ""
+    if lines[-1].startswith("ModuleNotFoundError"):
+        remedy = f" in {python}: install it there, or name another Python with --peer_python"
+    return lines[-1] + remedy

@@ -1,7 +1,7 @@
 """The work that is measured: a model with random or given weights, prompts with an image, lengths.
 
 Completions get the lengths that ``--lengths`` asks for by construction: the sampler is told a limit
-for each sample, and the update is given completions of just those lengths.
+for each sample and has no end token, the update is given completions of just those lengths.
 """
 
 import argparse
@@ -12,32 +12,30 @@ import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from srpo_jax.data.batching import Encoded, Media, collate, encode_arrays
+from srpo_jax.data.batching import Encoded, Layout, collate
+from srpo_jax.data.files import write_json
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.prompts import Message
-from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds
 from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params, init_params
-from srpo_jax.model.sizes import SIZES, Shape, size_config
+from srpo_jax.model.sizes import SIZES, Shape
 from srpo_jax.run.metrics import ModelFlops
 from srpo_jax.structs import Batch, Params
+from tools.demo.tokenizer import train_tokenizer, write_tokenizer
+from tools.make_hf import TOKEN_KEYS, make_config
 
-# Small models with the real vocabulary, for machines without an accelerator.
-SMALL = {
+# Small models for machines without an accelerator, two of them with the real vocabulary.
+SHAPES = {
+    "smoke": Shape(1024, 32, 48, 2, 2, 1, 48, True, 32, 2, 2, (1,)),
     "43m": Shape(151_936, 256, 688, 4, 4, 2, 512, True, 256, 4, 4, (1, 3)),
-    "smoke": Shape(151_936, 32, 48, 2, 2, 1, 48, True, 32, 2, 2, (1,)),
     "256m": Shape(151_936, 1024, 2816, 8, 8, 2, 512, True, 256, 4, 4, (1, 3)),
-}
-SIZE_NAMES = (*SMALL, *(name for name, size in SIZES.items() if size.shape))
-_WORDS = ("red", "green", "blue", "one", "two", "three", "left", "right", "big", "small")
-_WRAPPING = 32  # tokens that a chat template puts around a prompt, at most
-_PLAIN_IDS = 100_000  # token ids below are words, and none of a model's special tokens
+} | {name: size.shape for name, size in SIZES.items() if size.shape}
+WORDS = ("red", "green", "blue", "one", "two", "three", "left", "right", "big", "small")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,211 +44,190 @@ class Workload:
 
     model: ModelConfig
     mesh: Mesh
-    hf_dir: str  # weights are read from it; "": random ones
-    prompts: int  # P
-    group_size: int  # G
+    folder: Path  # Hugging Face files: all of them, or all but the weights
+    has_weights: bool  # in ``folder``; else they are random
     prompt_tokens: int  # S: budget of a prompt, which about fills it
     max_new_tokens: int  # R
     image: tuple[int, int]  # patches, rows and columns; (0, 0): no image
     lengths_PG: np.ndarray
     prompts_per_row: int
 
-    @property
-    def rows(self) -> int:
-        """M: micro-batches times data shards."""
-        return self.prompts // self.prompts_per_row
+    def with_weights(self, folder: Path) -> "Workload":
+        """The same with the weights of a directory."""
+        return dataclasses.replace(self, folder=folder, has_weights=True)
 
     @property
-    def tokens(self) -> int:
-        """Completion tokens of all samples."""
-        return int(self.lengths_PG.sum())
+    def layout(self) -> Layout:
+        """Of the prompts."""
+        shards, prompts = sharding.num_data_shards(self.mesh), len(self.lengths_PG)
+        return Layout(prompts, shards, prompts // (shards * self.prompts_per_row))
 
     @functools.cached_property
     def flops(self) -> ModelFlops:
         """FLOP counts of the model."""
-        return ModelFlops.of(
-            abstract_params(self.model), len(self.model.vision.fullatt_block_indexes)
-        )
-
-    def text_flops(self, prompt_lengths_P: np.ndarray) -> float:
-        """Forward FLOPs over every prompt once and its completions after it."""
-        return self.flops.text(prompt_lengths_P) + self.flops.text(
-            self.lengths_PG, prefix=prompt_lengths_P[:, None], head_tokens=self.tokens
-        )
+        full_blocks = len(self.model.vision.fullatt_block_indexes)
+        return ModelFlops.of(abstract_params(self.model), full_blocks)
 
     def describe(self) -> str:
         """Shapes in words."""
-        lengths = self.lengths_PG
-        image = f", image {self.image[0]}x{self.image[1]} patches" if self.image[0] else ""
+        lengths, (height, width) = self.lengths_PG, self.image
+        image = f", image {height}x{width} patches," if height else ""
+        count = sum(math.prod(x.shape) for x in abstract_params(self.model).values())
         return (
-            f"{self.prompts} prompts of {self.prompt_tokens} tokens{image} x {self.group_size} "
-            f"samples of at most {self.max_new_tokens} (mean {lengths.mean():.0f}, longest "
-            f"{lengths.max()}), {self.prompts_per_row} prompts a row, {self.model.dtype}"
+            f"{count / 1e6:,.1f} M parameters, {self.model.dtype}; {len(lengths)} prompts of at "
+            f"most {self.prompt_tokens} tokens{image} x {lengths.shape[1]} samples of at most "
+            f"{self.max_new_tokens} (mean {lengths.mean():.0f}, longest {lengths.max()}); "
+            f"{self.prompts_per_row} prompts a row"
         )
-
-    def messages(self) -> tuple[list[list[Message]], list[list[Image.Image]]]:
-        """The prompts as conversations with their images, for a model that has a tokenizer."""
-        rng, (height, width) = np.random.default_rng(0), self.image
-        side = self.model.vision.patch_size
-        conversations, images = [], []
-        for _ in range(self.prompts):
-            content: list[dict[str, str]] = []
-            own = []
-            if height:
-                pixels = rng.integers(0, 256, (height * side, width * side, 3), np.uint8)
-                own, content = [Image.fromarray(pixels)], [{"type": "image"}]
-            words = " ".join(rng.choice(_WORDS, self._words).tolist())
-            content.append({"type": "text", "text": words})
-            conversations.append([{"role": "user", "content": content}])
-            images.append(own)
-        return conversations, images
-
-    @property
-    def _words(self) -> int:
-        merged = self.image[0] * self.image[1] // self.model.vision.merge_unit
-        return max(self.prompt_tokens - merged - _WRAPPING, 1)
-
-    def encoded(self) -> list[Encoded]:
-        """The prompts: random text around one image of noise.
-
-        Through the processor of ``hf_dir`` where there is one: a peer can be given the same.
-        """
-        if self.hf_dir:
-            processor = self.processor
-            return [
-                processor.encode_prompt(messages, images)
-                for messages, images in zip(*self.messages(), strict=True)
-            ]
-        rng, vocabulary = np.random.default_rng(0), self.model.text.vocab_size
-        geometry, (height, width) = _geometry(self.model), self.image
-        ids = VisionIds(self.model.image_token_id, self.model.video_token_id, geometry=geometry)
-        merged, media = height * width // geometry.merge_unit, None
-        if merged:
-            pixels = rng.standard_normal((height * width, geometry.patch_dim), np.float32)
-            media = Media(pixels, [[1, height, width]])
-        found = []
-        for _ in range(self.prompts):
-            words = rng.integers(0, min(vocabulary, _PLAIN_IDS), self.prompt_tokens - merged)
-            tokens = [*words[:1], *[ids.image_token_id] * merged, *words[1:]]
-            found.append(encode_arrays(tokens, ids, media))
-        return found
 
     @functools.cached_property
     def processor(self) -> Processor:
-        """Of ``hf_dir``; it takes the images as they are."""
-        pixels = max(self.image[0] * self.image[1], 4) * self.model.vision.patch_size**2
-        return Processor(self.hf_dir, min_pixels=min(pixels, 3136), max_pixels=pixels)
+        """Of ``folder``; it takes the images as they are."""
+        pixels = max(math.prod(self.image), 4) * self.model.vision.patch_size**2
+        return Processor(self.folder, min_pixels=min(pixels, 3136), max_pixels=pixels)
+
+    @functools.cached_property
+    def conversations(self) -> list[tuple[list[Message], list[Image.Image]]]:
+        """The prompts, each with its images: words that about fill it, around noise."""
+        images = noise(len(self.lengths_PG), self.image, self.model.vision.patch_size)
+        rng = np.random.default_rng(0)
+
+        def prompt(words: int, own: list[Image.Image]) -> tuple[list[Message], list[Image.Image]]:
+            text = {"type": "text", "text": " ".join(rng.choice(WORDS, words).tolist())}
+            content = [*({"type": "image"} for _ in own), text]
+            return [{"role": "user", "content": content}], own
+
+        frame = self.processor.encode_prompt(*prompt(1, images[0])).num_tokens
+        if frame >= self.prompt_tokens:
+            raise ValueError(
+                f"--prompt_tokens {self.prompt_tokens}: the image and the template take {frame}"
+            )
+        return [prompt(self.prompt_tokens - frame, own) for own in images]
+
+    def encoded(self) -> list[Encoded]:
+        """The prompts as the model takes them."""
+        return [self.processor.encode_prompt(*both) for both in self.conversations]
 
     def batch(self) -> Batch[np.ndarray]:
         """The prompts as the loader hands them over."""
         samples = self.encoded()
-        slots = samples[0].num_slots * self.prompts_per_row
         return collate(
             samples,
-            rows=self.rows,
+            rows=len(samples) // self.prompts_per_row,
             tokens=self.prompt_tokens,
-            patches=slots,
+            patches=samples[0].num_slots * self.prompts_per_row,
             per_row=self.prompts_per_row,
-            pad_id=0,
-            geometry=_geometry(self.model),
+            pad_id=self.processor.pad_id,
+            geometry=self.processor.geometry,
         )
 
-    def params(self, dtype: str, layout: str = "train") -> Params:
-        """All parameters: those of ``hf_dir``, or random ones made in their shards."""
-        cfg = dataclasses.replace(self.model, param_dtype=dtype)
-        shardings = sharding.param_specs(abstract_params(cfg), self.mesh, layout)
-        if self.hf_dir:
-            return hf.load_params(self.hf_dir, cfg, shardings=shardings, dtype=dtype)
-        make = functools.partial(init_params, cfg)
+    def params(self, layout: str = "train") -> Params:
+        """All parameters: those of ``folder``, or random ones made in their shards."""
+        shardings = sharding.param_specs(abstract_params(self.model), self.mesh, layout)
+        if self.has_weights:
+            dtype = self.model.param_dtype
+            return hf.load_params(self.folder, self.model, shardings=shardings, dtype=dtype)
+        make = functools.partial(init_params, self.model)
         return jax.jit(make, out_shardings=shardings)(jax.random.key(0))
 
     def completions(self) -> tuple[np.ndarray, np.ndarray]:
         """Random tokens [P, G, R] and their mask, of the wanted lengths."""
-        shape = (self.prompts, self.group_size, self.max_new_tokens)
-        tokens = np.random.default_rng(1).integers(
-            0, min(self.model.text.vocab_size, _PLAIN_IDS), shape
-        )
         mask = np.arange(self.max_new_tokens) < self.lengths_PG[..., None]
-        return np.where(mask, tokens, 0).astype(np.int32), mask
+        words = min(self.processor.forbidden_ids)  # control tokens come after all words
+        tokens = np.random.default_rng(1).integers(0, words, mask.shape)
+        return np.where(mask, tokens, self.processor.pad_id).astype(np.int32), mask
 
 
-def _geometry(model: ModelConfig) -> VisionGeometry:
-    vision = model.vision
-    return VisionGeometry(
-        vision.patch_size,
-        vision.spatial_merge_size,
-        vision.temporal_patch_size,
-        vision.window_size,
-    )
+def noise(count: int, patches: tuple[int, int], side: int) -> list[list[Image.Image]]:
+    """One image of so many patches for each prompt; none for 0 patches."""
+    rng, (height, width) = np.random.default_rng(0), patches
+    if not height * width:
+        return [[] for _ in range(count)]
+    pixels = rng.integers(0, 256, (count, height * side, width * side, 3), np.uint8)
+    return [[Image.fromarray(one)] for one in pixels]
 
 
-def draw_lengths(text: str, prompts: int, group_size: int, limit: int) -> np.ndarray:
-    """[P, G] lengths from ``full``, ``lognormal:MEAN,SIGMA`` or a JSON file of numbers.
+def draw_lengths(text: str, shape: tuple[int, int], limit: int) -> np.ndarray:
+    """[P, G] lengths from ``full``, ``lognormal:MEAN,SIGMA`` or a file.
 
-    Log-normal ones have that mean before they are cut off at ``limit``; a file's numbers are taken
-    in turn. Raises ValueError for anything else.
+    Log-normal ones have that mean before they are cut off at ``limit``. A file holds numbers, one a
+    line or as a JSON list, or is one of training's rollouts/; they are taken in turn. Raises
+    ValueError for anything else.
     """
-    count = prompts * group_size
+    count = math.prod(shape)
+    kind, _, numbers = text.partition(":")
     if text == "full":
         lengths = np.full(count, limit)
-    elif text.startswith("lognormal:"):
+    elif kind == "lognormal":
         try:
-            mean, sigma = map(float, text.removeprefix("lognormal:").split(","))
+            mean, sigma = map(float, numbers.split(","))
+            center = math.log(mean) - sigma**2 / 2
         except ValueError:
             raise ValueError(f"--lengths {text}: write lognormal:MEAN,SIGMA") from None
-        rng = np.random.default_rng(2)
-        lengths = np.rint(rng.lognormal(math.log(mean) - sigma**2 / 2, sigma, count))
+        lengths = np.rint(np.random.default_rng(2).lognormal(center, abs(sigma), count))
     elif Path(text).is_file():
-        lengths = np.resize(np.asarray(json.loads(Path(text).read_text()), np.int64), count)
+        lengths = np.resize(read_lengths(Path(text)), count)
     else:
-        raise ValueError(f"--lengths {text}: full, lognormal:MEAN,SIGMA, or a JSON file of numbers")
-    return np.clip(lengths, 1, limit).astype(np.int32).reshape(prompts, group_size)
+        raise ValueError(f"--lengths {text}: full, lognormal:MEAN,SIGMA, or a file of numbers")
+    return np.clip(lengths, 1, limit).astype(np.int32).reshape(shape)
 
 
-def workload(args: argparse.Namespace) -> Workload:
-    """The work that the command line asks for; ValueError where sizes do not go together."""
+def read_lengths(file: Path) -> list[int]:
+    """The numbers of a file for ``draw_lengths``; ValueError where it has none."""
+    text = file.read_text("utf-8")
+    try:
+        rows = json.loads(f"[{','.join(text.split(chr(10))).strip(',')}]")
+        rows = rows[0] if rows and isinstance(rows[0], list) else rows
+        lengths = [int(row["tokens"] if isinstance(row, dict) else row) for row in rows]
+    except (ValueError, TypeError, KeyError):
+        lengths = []
+    if not lengths:
+        raise ValueError(
+            f"{file}: for --lengths it must hold numbers, one a line or as a JSON list, or rows "
+            "with tokens"
+        )
+    return lengths
+
+
+def parse_image(text: str) -> tuple[int, int]:
+    """Patches of an image from "36x36"; ValueError unless both are even (0x0: no image)."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()) or int(height) % 2 or int(width) % 2:
+        raise ValueError(f"--image {text}: ROWSxCOLUMNS of patches, both even; 0x0 for none")
+    return int(height), int(width)
+
+
+def make_folder(size: str, folder: Path) -> Path:
+    """A Hugging Face directory without weights: a config of this size, a small tokenizer."""
+    texts = [" ".join(WORDS), " " + " ".join(WORDS), "user\n", "assistant\n"] * 2
+    ids = write_tokenizer(train_tokenizer(texts), folder)
+    token_ids = {key: ids[token] for key, token in TOKEN_KEYS.items()}
+    write_json(folder / "config.json", make_config(SHAPES[size], token_ids))
+    ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    write_json(folder / "generation_config.json", ends)
+    return folder
+
+
+def workload(args: argparse.Namespace, folder: Path, prompts: int) -> Workload:
+    """``prompts`` prompts of what the command line asks for; ValueError where sizes do not go
+    together."""
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    options = {"dtype": dtype, "param_dtype": args.param_dtype or dtype}
-    if args.hf_dir:
-        model = load_config(args.hf_dir, **options)
-    elif args.size in SMALL:
-        model = SMALL[args.size].config(**options)
-    else:
-        model = size_config(args.size, **options)
     mesh = sharding.make_mesh(tensor=args.tensor)
     shards = sharding.num_data_shards(mesh)
-    per_row = args.prompts_per_row or max(1, min(2, args.prompts // shards))
-    if args.prompts % (per_row * shards):
+    per_row = args.prompts_per_row or max(1, min(2, prompts // shards))
+    if prompts % (per_row * shards):
         raise ValueError(
-            f"--prompts {args.prompts} is no multiple of data shards x --prompts_per_row = "
+            f"{prompts} prompts are no multiple of data shards x --prompts_per_row = "
             f"{shards} x {per_row}"
         )
-    height, width = (int(n) for n in args.image.split("x"))
-    merged = height * width // model.vision.merge_unit
-    if merged >= args.prompt_tokens:
-        raise ValueError(
-            f"--image {args.image} takes {merged} of --prompt_tokens {args.prompt_tokens}"
-        )
-    lengths = draw_lengths(args.lengths, args.prompts, args.group_size, args.max_new_tokens)
     return Workload(
-        model=model,
+        model=load_config(folder, dtype=dtype, param_dtype=args.param_dtype or dtype),
         mesh=mesh,
-        hf_dir=args.hf_dir or "",
-        prompts=args.prompts,
-        group_size=args.group_size,
+        folder=folder,
+        has_weights=bool(args.hf_dir),
         prompt_tokens=args.prompt_tokens,
         max_new_tokens=args.max_new_tokens,
-        image=(height, width),
-        lengths_PG=lengths,
+        image=parse_image(args.image),
+        lengths_PG=draw_lengths(args.lengths, (prompts, args.group_size), args.max_new_tokens),
         prompts_per_row=per_row,
     )
-
-
-def param_bytes(params: Params, *, text_only: bool = True) -> int:
-    """Bytes of the parameters on one device."""
-    sizes = 0
-    for path, x in params.items():
-        if text_only and path.startswith("vision/"):
-            continue
-        sizes += math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
-    return sizes
