@@ -40,6 +40,8 @@ def _joined(block: str) -> list[str]:
 def options_of(module: str, words: list[str]) -> set[str]:
     """The options that a tool takes; of the named subcommand where it has them."""
     tool = importlib.import_module(module)
+    if hasattr(tool, "__path__"):
+        tool = importlib.import_module(f"{module}.__main__")
     if hasattr(tool, "make_parser"):
         parser = tool.make_parser()
         found = set(parser._option_string_actions)

@@ -87,10 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parser_for(argv: list[str]) -> argparse.ArgumentParser:
     """The command line, with a preset's values where none was given."""
+    named = cli.Parser(add_help=False, allow_abbrev=False)
+    named.add_argument("--preset")
+    named.add_argument("--smoke", action="store_true")
+    found, _ = named.parse_known_args(argv)
     parser = make_parser()
-    with contextlib.suppress(SystemExit):
-        named, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-        parser.set_defaults(**(GPU if named.preset else {}), **(SMOKE if named.smoke else {}))
+    parser.set_defaults(**((GPU if found.preset else {}) | (SMOKE if found.smoke else {})))
     return parser
 
 

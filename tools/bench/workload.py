@@ -176,8 +176,8 @@ def read_lengths(file: Path) -> list[int]:
     """The numbers of a file for ``draw_lengths``; ValueError where it has none."""
     text = file.read_text("utf-8")
     try:
-        rows = json.loads(f"[{','.join(text.split(chr(10))).strip(',')}]")
-        rows = rows[0] if rows and isinstance(rows[0], list) else rows
+        one = text.lstrip().startswith("[")
+        rows = json.loads(text) if one else map(json.loads, text.strip().split("\n"))
         lengths = [int(row["tokens"] if isinstance(row, dict) else row) for row in rows]
     except (ValueError, TypeError, KeyError):
         lengths = []
