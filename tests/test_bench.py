@@ -174,6 +174,11 @@ def test_the_others_go_on_where_a_part_fails_and_what_is_done_is_written(
     assert stop.value.code == 1 and capsys.readouterr().err.startswith("error: RESOURCE_EXHAUSTED")
 
 
+def test_a_phase_that_the_peer_does_not_do_is_refused_before_anything_is_measured():
+    with pytest.raises(ValueError, match="--peer trl does step, not decode"):
+        bench.main(arguments("decode", "--peer=trl"))
+
+
 def test_no_part_begins_when_the_minutes_are_over(monkeypatch, capsys):
     monkeypatch.setattr(bench, "machine", lambda: MACHINE)
     words = ["all", "--smoke", "--only", "vision", "update", "--minutes=1e-9"]

@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--param_dtype", choices=loading.DTYPES, help="of the parameters (as --dtype)")
     add("--records", help="data: a file of records, instead of made-up ones")
     add("--repeats", type=cli.positive, default=5, help="timed runs (%(default)s)")
-    add("--minutes", type=cli.above_zero, help="all: begin no part after that")
+    add("--minutes", type=cli.above_zero, help="begin no part after that")
     add("--peer", choices=tuple(peers.PEERS), help="run it in turn with ours, on the same work")
     add("--peer_python", default=sys.executable, help="the Python that the peer is installed in")
     add("--json", type=cli.output_file, help="write everything there, after each part")
@@ -129,18 +129,18 @@ class Run:
 
     def everything(self) -> int:
         """All parts -> the exit code."""
-        parts, limit = self.parts(), self.args.minutes
-        for label, name, prompts in parts:
-            if limit and len(parts) > 1 and time.monotonic() - self.start > 60 * limit:
-                self.failed.append(label)
-                print(f"{label}: left out, {limit:g} minutes are over (--minutes)", flush=True)
-            else:
-                self.attempt(label, functools.partial(self.part, label, name, prompts))
+        for label, name, prompts in self.parts():
+            self.attempt(label, functools.partial(self.part, label, name, prompts))
         self.save()
         return int(bool(self.failed))
 
     def attempt(self, label: str, run: Callable[[], None]) -> None:
         """Run a part; where others wait, its failure is one line."""
+        limit = self.args.minutes
+        if limit and time.monotonic() - self.start > 60 * limit:
+            self.failed.append(label)
+            print(f"{label}: left out, {limit:g} minutes are over (--minutes)", flush=True)
+            return
         try:
             run()
             return
@@ -159,9 +159,7 @@ class Run:
         found = self.found[label] = measure(phase, args.repeats, self.limits)
         print(line(label, found), flush=True)
         self.save()
-        if not args.peer or (args.what == "all" and name not in peers.PEERS[args.peer]):
-            return
-        if prompts == args.prompts:
+        if args.peer and name in peers.PEERS[args.peer] and prompts == args.prompts:
             self.attempt(f"{label}, {args.peer}", lambda: self.compare(found, name, phase))
 
     def phase(self, name: str, prompts: int) -> Phase:
@@ -180,9 +178,6 @@ class Run:
     def compare(self, found: dict[str, Any], name: str, phase: Phase) -> None:
         """Run the peer in turn with ours."""
         args = self.args
-        if name not in peers.PEERS[args.peer]:
-            known = ", ".join(peers.PEERS[args.peer])
-            raise ValueError(f"--peer {args.peer} does {known}, not {name}")
         found["peer"] = peers.compare(phase.run, self.peer, name, args.repeats)
         print(peers.line(args.peer, found["peer"]), flush=True)
         self.save()
@@ -234,6 +229,9 @@ def versions() -> dict[str, str]:
 
 def main(args: argparse.Namespace) -> int:
     """Measure what was asked for, print a line for each phase, write the JSON."""
+    if args.peer and args.what not in (*peers.PEERS[args.peer], "all"):
+        known = ", ".join(peers.PEERS[args.peer])
+        raise ValueError(f"--peer {args.peer} does {known}, not {args.what}")
     if args.peer:  # leave it memory of the GPU
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.ExitStack() as stack:
