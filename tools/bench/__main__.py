@@ -54,6 +54,7 @@ REASON_LENGTH = 300  # characters; running out of memory is told in pages
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     out = cli.base_parser(__doc__, "python -m tools.bench all --size 43m --peer hf --json all.json")
+    out.prog = "python -m tools.bench"
     add = out.add_argument
     add("what", choices=("machine", *PHASES, *HOST, "all"))
     add("--preset", choices=("gpu",), help="values for the options below: the 3B on one GPU")
@@ -109,10 +110,10 @@ class Run:
         self.work = workload(args, folder, args.prompts)
         self.bench = Bench(self.work)
         self.failed: list[str] = []
-        self.found: dict[str, Any] = {}
-        self.machine = machine()
-        flops = self.machine["matmul_flops_per_s"]
-        self.limits = Limits(flops[self.work.model.dtype], self.machine["bytes_per_s"])
+        found = machine()
+        self.found: dict[str, Any] = {"machine": found}
+        flops = found["matmul_flops_per_s"][self.work.model.dtype]
+        self.limits = Limits(flops, found["bytes_per_s"])
 
     def parts(self) -> list[tuple[str, str, int]]:
         """(label, phase, prompts) of what was asked for."""
@@ -209,8 +210,9 @@ class Run:
             "work": describe(self.args, self.work),
             "failed": self.failed,
         }
-        phases = self.found if self.args.what == "all" else self.found.get(self.args.what, {})
-        write_json(self.args.json, {**about, "machine": self.machine, **phases})
+        only = {} if self.args.what == "all" else self.found.get(self.args.what, {})
+        phases = {"machine": self.found["machine"]} | only if only else self.found
+        write_json(self.args.json, about | phases)
 
 
 def describe(args: argparse.Namespace, work: Workload) -> str:
@@ -236,10 +238,13 @@ def main(args: argparse.Namespace) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.ExitStack() as stack:
         run = Run(args, stack)
-        flops = run.machine["matmul_flops_per_s"].items()
-        products = ", ".join(f"{value / 1e12:.2f} TFLOP/s in {dtype}" for dtype, value in flops)
+        limits = run.found["machine"]
+        products = ", ".join(
+            f"{flops / 1e12:.2f} TFLOP/s in {dtype}"
+            for dtype, flops in limits["matmul_flops_per_s"].items()
+        )
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        print(f"{device}: {products}, {run.machine['bytes_per_s'] / 1e9:.1f} GB/s")
+        print(f"{device}: {products}, {limits['bytes_per_s'] / 1e9:.1f} GB/s")
         if args.what != "machine":
             print(f"{describe(args, run.work)}\n{header()}", flush=True)
         return run.everything()
