@@ -66,7 +66,7 @@ def test_sft_loss_and_gradient_equal_a_plain_dense_cross_entropy():
     np.testing.assert_allclose(metrics["loss"], want_loss, rtol=1e-5)
     assert_close(new.opt_state, want, 1e-6)
     assert metrics["tokens"] == (batch.loss_mask * batch.valid[:, None]).sum()
-    assert metrics["sequences"] == P - 1
+    assert metrics["conversations"] == P  # one of them a filler, another one two
 
 
 def test_sft_does_not_depend_on_the_number_of_micro_batches():
