@@ -13,7 +13,7 @@ from loader_helpers import (
 )
 
 from srpo_jax.data.batching import encode_arrays
-from srpo_jax.data.packing import Packer, RowShape, cheapest, row_shapes
+from srpo_jax.data.packing import TOO_MANY, Packer, RowShape, cheapest, row_shapes
 from srpo_jax.data.vision_arrays import VisionIds
 
 # Records 0, 1, 2, 3 have 2, 18, 34 and 50 tokens, and as many windows of 64 patches.
@@ -77,8 +77,7 @@ def test_padding_is_what_the_rows_in_use_have_left_over():
     assert packed.padding_share == pytest.approx(1 - 800 / (2 * 512))
     assert packed.arrays.valid.reshape(2, 4).tolist() == [[True, False, False, False]] * 2
     shorter = next(load(source, encoder, token_budget=1600, pack=True, **settings))
-    assert shorter.arrays.tokens.shape == (8, 448)  # a quarter, and 64 tokens divide it
-    assert shorter.padding_share == pytest.approx(1 - 800 / (2 * 448))
+    assert shorter.arrays.tokens.shape == (8, 512)  # a quarter, up to a multiple of 128
 
 
 def test_rows_keep_to_their_patches_and_take_the_smallest_budget():
@@ -120,12 +119,11 @@ def test_what_fitted_one_after_the_other_is_never_refused_by_a_better_order():
 
 
 def test_the_cheapest_way_is_the_one_that_all_processes_can_go():
-    source = Numbers(4)
-    samples = [long(source[n]) for n in range(4)]  # 10 to 40 tokens
-    ways = [*Packer(shards=1, rows=4, patches=0).ways(samples, RowShape(1, 256))]
+    samples = [long(Numbers(11)[n]) for n in (7, 8, 9, 10)]  # 80, 90, 100 and 10 tokens
+    ways = [*Packer(shards=1, rows=4, patches=0).ways(samples, RowShape(1, 512))]
     assert [(way.rows, way.shape.tokens) for way in ways if way] == [
-        *((1, 256), (1, 192), (1, 128), (2, 64)),
+        *((1, 512), (1, 384), (2, 256), (3, 128)),
     ]
-    assert cheapest(ways, [1, 1, 1, 2])[0] == 2  # as many slots, fewer rows
-    assert cheapest(ways, [1, 1, 2, 4])[0] == 1  # another process needs more
-    assert cheapest([*ways[:3], None], [1, 2**30, 2**30, 2**30])[0] == 0
+    assert cheapest(ways, [1, 1, 2, 3])[0] == 1  # as many slots as in the last, in fewer rows
+    assert cheapest(ways, [1, 2, 2, 3])[0] == 3  # another process needs more rows
+    assert cheapest([*ways[:3], None], [1, TOO_MANY, TOO_MANY, TOO_MANY])[0] == 0

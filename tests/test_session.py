@@ -55,6 +55,18 @@ def evaluated(tmp_path) -> list[tuple[int, float]]:
     return [(row["step"], row["acc@2"]) for row in rows]
 
 
+@pytest.mark.usefixtures("train")
+def test_epochs_give_the_number_of_steps_packed_or_not(paths, tmp_path):
+    shares = {}
+    for pack in (True, False):
+        config = helpers.sft_config(paths, steps=0, fsdp=2, tensor=4)
+        config.data.pack, config.epochs = pack, 2
+        row = train_sft.train(config, tmp_path / str(pack))
+        assert row["finished"] and row["step"] == 2 * 40 // 8  # records, of a batch
+        shares[pack] = row["update/padding_share"]
+    assert 0 < shares[True] < shares[False] < 1
+
+
 def test_the_best_of_all_evaluations_is_kept_on_whatever_step_it_was(train, tmp_path, capsys):
     row = train(5, 1, [0.2, 0.9, 0.3, 0.4, 0.5])
     assert row["best_step"] == 2 and row["eval"] == {"acc@2": 0.5}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from srpo_jax.data.batching import Encoded, FirstFit
 
 TOO_MANY = 2**30  # rows that a shape would need which does not hold the samples
-_UNIT = 64  # tokens; what a shortened sequence is a multiple of
+_UNIT = 128  # tokens; kernels want sequences in multiples of it
 Groups = list[list[int]]  # of each sequence the samples, by their number
 
 
