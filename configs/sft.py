@@ -38,9 +38,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data.global_batch_size = 16  # R: 8 GPUs x 1 x accumulation 2
     data.prompts_per_row = common.SIZES[args.size].sequences_per_row  # at most
     data.tokens = 4096  # budget of a conversation (R: cutoff_len)
-    data.pack = False  # several conversations in one sequence; needs steps
+    # Conversations of a batch one behind the other in its sequences. An update learns from the same
+    # ones, packed or not; its cost follows their tokens, not the budget.
+    data.pack = True
     data.prompt_tokens = 1280  # budget of a prompt in the evaluation: images are smaller than in RL
-    data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048))
+    # The largest is what packed conversations with images of max_pixels have in a row, about.
+    data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 4608))
     data.shuffle = True
     data.workers = common.data_workers(args.size)
     data.max_bad_share = 0.01

@@ -81,6 +81,7 @@ def train(
             with parts.timers("update"), parts.guard.step(bucket):
                 batch = sharding.to_global(loaded.arrays, parts.mesh)
                 state, metrics = sft_step(state, batch, None)
+            metrics = metrics | {"update/padding_share": loaded.padding_share}
             return Done(state, metrics, *work(parts, loaded, trains_vision(parts.shapes, freeze)))
 
         return run.run(step, lambda: ({"data": loader.get_state()}, {}), evaluator)

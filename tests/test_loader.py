@@ -190,16 +190,13 @@ def test_a_place_among_fillers_is_found_again():
         assert_same_batches(a, b)
 
 
-def test_a_process_without_a_sequence_keeps_step_and_packing_leaves_fillers_out():
+def test_a_process_without_a_sequence_keeps_step():
     settings = {"num_shards": 4, "global_batch_size": 2, "epochs": 1}
     parts = lockstep(
         [load(Numbers(8), process_index=p, process_count=4, **settings) for p in range(4)]
     )
     assert [len(part) for part in parts] == [4] * 4
     assert [sum(map(ids_of, part), []) == [] for part in parts] == [False, False, True, True]
-    packed = next(load(Numbers(40), num_shards=3, pack=True, token_budget=10, shuffle=False,
-                          global_batch_size=2))  # fmt: skip
-    assert packed.arrays.valid.tolist() == [True, True, False] and len(packed.records) == 6
 
 
 # --- budgets ---
@@ -272,24 +269,13 @@ def test_settings_that_do_not_divide_are_refused():
         load(Numbers(0))
 
 
-def test_packing_fills_sequences_and_loses_nothing():
-    settings = {"shuffle": False, "epochs": 1, "drop_remainder": False, "pack": True}
-    loader = load(Numbers(40), global_batch_size=2, token_budget=10, **settings)
-    batches = list(loader)
-    assert sum(map(ids_of, batches), []) == [f"r{i}" for i in range(40)]
-    assert [len(b.records) for b in batches] == [6] * 6 + [4]
-    assert batches[0].arrays.segment_ids[0].tolist() == [1] * 3 + [2] * 3 + [3] * 3 + [0]
-    assert batches[0].slots.tolist() == [0, 0, 0, 1, 1, 1]
-    assert batches[6].arrays.valid.tolist() == [True, True]
-
-
 # --- resuming ---
 
 
 RESUME = {
     "plain": ({}, encode),
     "images": ({"patch_budgets": (64, 320), "token_budget": 64}, encode_with_images),
-    "pack": ({"pack": True, "token_budget": 10}, encode),
+    "pack": ({"pack": True, "patch_budgets": (64, 320), "token_budget": 64}, encode_with_images),
     "mix": ({"mix": (0.5, 0.5)}, encode),
 }
 

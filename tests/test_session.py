@@ -55,6 +55,16 @@ def evaluated(tmp_path) -> list[tuple[int, float]]:
     return [(row["step"], row["acc@2"]) for row in rows]
 
 
+@pytest.mark.usefixtures("train")
+def test_epochs_give_the_number_of_steps_of_packed_conversations(paths, tmp_path):
+    config = helpers.sft_config(paths, steps=0, fsdp=2, tensor=4)
+    config.data.global_batch_size, config.epochs = 20, 2
+    row = train_sft.train(config, tmp_path)
+    assert row["finished"] and row["step"] == 2 * 40 // 20  # records, of a batch
+    # Two of 131 or 132 tokens in 288; on each of two shards five such sequences.
+    assert 1 - 264 / 288 <= row["update/padding_share"] <= 1 - 262 / 288
+
+
 def test_the_best_of_all_evaluations_is_kept_on_whatever_step_it_was(train, tmp_path, capsys):
     row = train(5, 1, [0.2, 0.9, 0.3, 0.4, 0.5])
     assert row["best_step"] == 2 and row["eval"] == {"acc@2": 0.5}

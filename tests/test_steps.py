@@ -11,6 +11,7 @@ from step_helpers import (
     ADAM,
     BONUS,
     CFG,
+    GEOMETRY,
     GRPO,
     IMAGE,
     KL,
@@ -36,6 +37,9 @@ from step_helpers import (
     with_,
 )
 
+from srpo_jax.data.batching import Media, collate, collate_packed, encode_arrays
+from srpo_jax.data.packing import Packer, RowShape
+from srpo_jax.data.vision_arrays import VisionIds
 from srpo_jax.learn import grpo, losses, micro_batches, state
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model.qwen2_5_vl import bind
@@ -66,7 +70,7 @@ def test_sft_loss_and_gradient_equal_a_plain_dense_cross_entropy():
     np.testing.assert_allclose(metrics["loss"], want_loss, rtol=1e-5)
     assert_close(new.opt_state, want, 1e-6)
     assert metrics["tokens"] == (batch.loss_mask * batch.valid[:, None]).sum()
-    assert metrics["sequences"] == P - 1
+    assert metrics["conversations"] == P  # one of them a filler, another one two
 
 
 def test_sft_does_not_depend_on_the_number_of_micro_batches():
@@ -75,6 +79,38 @@ def test_sft_does_not_depend_on_the_number_of_micro_batches():
     new, other = sft_step(cfg)(new_state(), conversations(), features())
     assert_close(new.opt_state, whole.opt_state, 1e-6)
     np.testing.assert_allclose(other["loss"], metrics["loss"], atol=1e-6)
+
+
+def test_sft_packs_conversations_without_changing_what_is_learnt():
+    """Six conversations with images, one a sequence and packed; packed, rows of fillers are left,
+    and what stands in those is not even read."""
+    rng, samples = np.random.default_rng(5), []
+    for length, rows in ((12, 4), (5, 0), (9, 2), (7, 0), (8, 2), (11, 4)):
+        merged, grid = rows, [(1, rows, 4)] if rows else ()
+        ids = [1, *[IMAGE] * merged, *rng.integers(1, 50, length - merged - 1)]
+        pixels = rng.normal(size=(4 * merged, GEOMETRY.patch_dim)).astype(np.float32)
+        media = Media(pixels if rows else None, grid)
+        samples.append(
+            encode_arrays(
+                ids,
+                VisionIds(IMAGE, 61, geometry=GEOMETRY),
+                media,
+                loss_mask=np.arange(length) > merged + 1,
+            )
+        )
+    shapes = {"rows": 6, "patches": 64, "geometry": GEOMETRY}
+    (way, *_) = Packer(shards=1, rows=6, patches=64).ways(samples, RowShape(1, 28))
+    assert way is not None and way.rows == 2
+    packed = collate_packed([[samples[i] for i in g] for g in way.groups], tokens=28, **shapes)
+    alone = collate(samples, tokens=28, **shapes)
+    assert packed.valid.tolist() == [True] * 2 + [False] * 4 and packed.vision is not None
+    packed.vision.patches[2:] = np.nan
+    step = sft_step(SftConfig(micro_batches=6))
+    (want, expected), (got, metrics) = (step(new_state(), b, None) for b in (alone, packed))
+    assert_close(got.opt_state, want.opt_state, 1e-6)
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
+    assert metrics["conversations"] == 6
 
 
 def test_sft_reaches_the_tower_when_it_trains_and_only_then():

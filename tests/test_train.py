@@ -456,7 +456,7 @@ def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp
         train_sft.train(helpers.sft_config(paths, steps=5, **MESH), tmp_path / "guarded")
     message = str(error.value)
     assert "recompiled after warm-up" in message and "sft_step" in message
-    assert "tokens int32[8, 264]" in message and "tokens [8, 256]" in message
+    assert "tokens int32[8, 296]" in message and "tokens [8, 288]" in message
     calls.clear()
     unguarded = helpers.sft_config(paths, steps=5, **MESH)
     unguarded.compile_guard = False

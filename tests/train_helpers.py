@@ -140,7 +140,7 @@ def sft_config(paths: dict[str, str], steps: int = 2, **mesh):
     """configs/sft.py:size=tiny,mode=debug on the small data."""
     config = _small(sft.get_config("size=tiny,mode=debug"), paths)
     config.data.train = paths["train"]
-    config.data.tokens = 256
+    config.data.tokens, config.data.patch_budgets = 288, (128,)  # two conversations
     config.steps = steps
     config.mesh.update(mesh)
     return config

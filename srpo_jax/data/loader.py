@@ -19,6 +19,7 @@ from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.fields import Record
 from srpo_jax.data.files import same_content
+from srpo_jax.data.packing import TOO_MANY, Packer, Placed, RowShape, cheapest, placed_in
 from srpo_jax.data.quarantine import Quarantine
 from srpo_jax.data.records import RecordSource
 from srpo_jax.data.stream import BadItem, Item, LoaderConfig, Stream, sizes_of
@@ -26,7 +27,10 @@ from srpo_jax.structs import Batch, RunError
 
 _MIN_SEEN = 100  # records before the share of bad ones means anything
 _FALSE_ALARM = 1e-3  # chance that a run is stopped although the share is not too large
-_LOOK_AHEAD = 8  # records without room before a packed batch counts as full
+_LOOK_AHEAD = 8  # records without room, beyond two batches of them, before a run stops
+# The status of a process's batch, of which the largest counts: nobody has data left, some are
+# there, the data have ended for one of them, one of them failed.
+_NOTHING, _FILLED, _ENDED, _FAILED = range(4)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class LoadedBatch:
     records: list[Record]
     slots: np.ndarray  # [len(records)] int32
     passes: np.ndarray  # [len(records)] int32: over the data, before the one that drew the record
+    padding_share: float  # of the slots of all processes, in rows that any of them uses
 
 
 def too_many(bad: int, seen: int, share: float) -> bool:
@@ -96,9 +101,8 @@ class Loader:
         self.config, self._source = config, source
         self._stream, self._check_record = Stream(source, encode, config), check_record
         self._budgets = config.patch_budgets or (0,)
-        # The status of a batch, of which the largest counts: 0, nobody has data left; the patch
-        # budget (1, 2, ...); the data have ended for one of them; one of them failed.
-        self._ended, self._failed = len(self._budgets) + 1, len(self._budgets) + 2
+        shards = config.rows // config.rows_per_shard
+        self._packer = Packer(shards, config.rows_per_shard, self._budgets[-1])
         self._everyone = gather or (lambda own: [own])
         self._say, self._on_bad = say or (lambda text: None), on_bad or (lambda record, error: None)
         self._listed = ""  # in which files
@@ -155,8 +159,9 @@ class Loader:
         if self.config.epochs is None and self._bad_run >= own:
             raise RunError(f"all of {self.bad} records are bad{self._listed}; the last: {error}")
 
-    def _settle(self, status: int) -> int:
-        """The status of the batch over all processes, which also add up their bad records.
+    def _settle(self, status: int, **more: Any) -> tuple[int, list[dict[str, Any]]]:
+        """The status of the batch over all processes, which also add up their bad records; and what
+        each place of the data told ``more``.
 
         RunError, of every process, where these are more than ``max_bad_share`` allows. The same
         command stops there again, for its records are the same; it goes on from the last checkpoint
@@ -165,13 +170,13 @@ class Loader:
         config = self.config
         own = {"place": config.process_index, "status": status, "new": self._new}
         own |= {"seen": self.seen, "bad": self.bad, "last": self._last_error if self._new else ""}
-        everyone = self._everyone(own)
+        everyone = self._everyone(own | more)
         self._new = 0
         status = max(told["status"] for told in everyone)
-        if status == self._failed:
-            return status
         # Of processes that read the same, the first.
-        parts = {told["place"]: told for told in reversed(everyone)}.values()
+        parts = [*{told["place"]: told for told in reversed(everyone)}.values()]
+        if status == _FAILED:
+            return status, parts
         new, seen, bad = (sum(told[name] for told in parts) for name in ("new", "seen", "bad"))
         last = "".join([f"; the last: {told['last']}" for told in parts if told["last"]][-1:])
         if new:
@@ -184,12 +189,12 @@ class Loader:
                 f"{config.max_bad_share:g} and chance allow; mend them or raise it, and the same "
                 f"command goes on from the last checkpoint{last}"
             )
-        return status
+        return status, parts
 
     # --- batches ---
 
-    def _gather(self) -> tuple[list[list[Item]], int]:
-        """The items of the next batch, by sequence, and this process's status."""
+    def _gather(self) -> tuple[list[Item], int]:
+        """The items of the next batch, as many as there are to be, and this process's status."""
         config = self.config
         fit = FirstFit(
             rows=config.rows,
@@ -197,24 +202,21 @@ class Loader:
             tokens=config.token_budget,
             patches=self._budgets[-1],
             pack=config.pack,
-            usable_B=config.usable_B,
+            usable_B=None if config.pack else config.usable_B,
         )
         size, ended = int(config.usable_B.sum()), False
-        groups: list[list[Item]] = [[] for _ in config.usable_B]
-        count, skipped = 0, []
-        while count < size or (config.pack and size):
+        taken: list[tuple[int, Item]] = []  # with the place of each
+        skipped = []
+        while len(taken) < size:
             item = self._waiting.popleft() if self._waiting else self._next_good()
             if item is None:
                 ended = True
                 break
             b = fit.place(item.encoded)
             if b >= 0:
-                groups[b].append(item)
-                count += 1
+                taken.append((b, item))
                 continue
             skipped.append(item)  # no room: it goes into the next batch
-            if config.pack and len(skipped) == _LOOK_AHEAD:
-                break
             if len(skipped) > 2 * size + _LOOK_AHEAD:
                 raise RunError(
                     f"data.patch_budgets: {config.per_row} prompts a row need more than "
@@ -223,14 +225,25 @@ class Loader:
                 )
         self._waiting.extendleft(reversed(skipped))
         if ended and config.drop_remainder:
-            return groups, self._ended
+            return [], _ENDED
         if not config.pack:
-            groups = self._arrange([g[0] for g in groups if g])
-        if not count:
-            return groups, 0
-        taken_B = np.array([sum(i.encoded.num_slots for i in group) for group in groups])
-        needed = int(taken_B.reshape(-1, config.per_row).sum(axis=1).max())
-        return groups, 1 + self._budget(needed)
+            taken.sort(key=lambda pair: pair[0])
+        return [item for _, item in taken], _FILLED if taken else _NOTHING
+
+    def _ways(self, items: list[Item]) -> tuple[list[Item], list[Placed | None]]:
+        """The items, and how they may stand in the batch; None for what cannot hold them."""
+        whole = RowShape(self.config.per_row, self.config.token_budget)
+        if self.config.pack:
+            return items, [*self._packer.ways([item.encoded for item in items], whole)]
+        table, number = self._arrange(items), itertools.count()
+        items = [item for group in table for item in group]
+        groups = [[next(number) for _ in group] for group in table]
+        encoded = [item.encoded for item in items]
+        return items, [placed_in(whole, groups, encoded, self.config.rows_per_shard)]
+
+    def _needs(self, placed: Placed | None) -> tuple[int, int]:
+        """Rows of a shard, and the patch budget of each."""
+        return (TOO_MANY, 0) if placed is None else (placed.rows, self._budget(placed.patches))
 
     def _budget(self, needed: int) -> int:
         """Index of the smallest patch budget that holds ``needed`` slots."""
@@ -273,30 +286,47 @@ class Loader:
         if self._done:
             raise StopIteration
         try:
-            groups, status = self._gather()
+            items, status = self._gather()
+            items, ways = self._ways(items)
         except Exception:
             self._done = True
-            self._settle(self._failed)  # the other processes must not wait for this one
+            self._settle(_FAILED)  # the other processes must not wait for this one
             raise
-        status = self._settle(status)
-        self._done = status in (0, self._ended, self._failed)
-        if status == self._failed:
+        needs, tokens = [*map(self._needs, ways)], sum(item.encoded.num_tokens for item in items)
+        status, parts = self._settle(status, needs=needs, tokens=tokens)
+        self._done = status != _FILLED
+        if status == _FAILED:
             raise RunError("another process could not go on with its data; see its message")
         if self._done:
             raise StopIteration
+        return self._batch(items, ways, parts)
+
+    def _batch(
+        self, items: list[Item], ways: list[Placed | None], parts: list[dict[str, Any]]
+    ) -> LoadedBatch:
+        """The items as they stand in the way that costs all processes together the least."""
+        config = self.config
+        needs_KPX = np.array([told["needs"] for told in parts]).swapaxes(0, 1)
+        rows_K, budget_K = needs_KPX.max(axis=1).T.tolist()
+        best, placed = cheapest(ways, rows_K)
+        slots = rows_K[best] * config.num_shards * placed.shape.places * placed.shape.tokens
         arrays = collate_packed(
-            [[item.encoded for item in group] for group in groups],
-            rows=self.config.rows,
-            tokens=self.config.token_budget,
-            patches=self._budgets[status - 1],
-            pad_id=self.config.pad_id,
-            geometry=self.config.geometry,
+            [[items[i].encoded for i in group] for group in placed.groups],
+            rows=config.rows,
+            tokens=placed.shape.tokens,
+            patches=self._budgets[budget_K[best]],
+            pad_id=config.pad_id,
+            geometry=config.geometry,
         )
-        slots = np.repeat(np.arange(len(groups), dtype=np.int32), [len(g) for g in groups])
-        items = [item for group in groups for item in group]
+        items = [items[i] for group in placed.groups for i in group]
         places = np.array([self._stream.share(item.position) for item in items], np.int64)
-        passes = (places // len(self._source)).astype(np.int32)
-        return LoadedBatch(arrays, [item.record for item in items], slots, passes)
+        return LoadedBatch(
+            arrays,
+            [item.record for item in items],
+            np.repeat(np.arange(len(placed.groups), dtype=np.int32), [*map(len, placed.groups)]),
+            (places // len(self._source)).astype(np.int32),
+            1 - sum(told["tokens"] for told in parts) / slots,
+        )
 
     # --- resuming ---
 

@@ -39,7 +39,7 @@ class LoaderConfig:
     shuffle: bool = True
     mix: tuple[float, ...] = ()  # weights of the source's ``sizes``; (): as many as there are
     drop_remainder: bool = True  # False: fill the last batch up (evaluation)
-    pack: bool = False  # several samples in a sequence
+    pack: bool = False  # several samples in a sequence, and sequences as few and short as will do
     process_index: int = 0
     process_count: int = 1
     workers: int = 0  # processes that read and encode; 0: threads
@@ -226,8 +226,7 @@ class Stream:
     ):
         self._load, self._config = functools.partial(_load, source, encode), config
         indices = _mixed(source, config) if config.mix else _repeated(0, len(source), config)
-        # Packed batches hold as many records as fit: there is nothing to keep in step with.
-        batch = config.process_count if config.pack else config.global_batch_size
+        batch = config.global_batch_size
         self.share = Share(config.process_index, config.process_count, batch)
         if batch % config.process_count:
             own = grain.MapDataset.range(self.share.part_of(len(indices)))

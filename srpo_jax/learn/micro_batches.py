@@ -69,16 +69,22 @@ def rows_of(tree: Any, row_M: jax.Array, count: int) -> Any:
     return jax.tree.map(take, tree)
 
 
+def used_micro_batches(valid_B: jax.Array, shards: int, count: int) -> jax.Array:
+    """How many there are up to the last one in which any shard has a sequence."""
+    used_A = valid_B.reshape(shards, count, -1).any((0, 2))
+    return jnp.max(jnp.where(used_A, jnp.arange(1, count + 1), 0))
+
+
 def sum_gradients(
-    loss_fn: Callable, params: Params, indices_A: jax.Array, layout: TrainState | None
-) -> tuple[Params, Any]:
-    """Sum of the gradients of ``loss_fn(params, i)`` in float32, and its aux values, stacked."""
+    loss_fn: Callable, params: Params, count: jax.Array, layout: TrainState | None
+) -> tuple[Params, jax.Array]:
+    """Sums over i < ``count`` of the gradients of ``loss_fn(params, i)``, in float32, and of it."""
 
-    def body(total, i):
-        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, i)
-        return add_gradient(total, grads, layout), aux
+    def body(i, total):
+        loss, grads = jax.value_and_grad(loss_fn)(params, i)
+        return add_gradient(total[0], grads, layout), total[1] + loss
 
-    return jax.lax.scan(body, zero_gradient(params, layout), indices_A)
+    return jax.lax.fori_loop(0, count, body, (zero_gradient(params, layout), jnp.float32(0)))
 
 
 def zero_gradient(params: Any, layout: TrainState | None) -> Params:

@@ -12,8 +12,8 @@ Whoever keeps parameters across a step (a reference model) needs a copy of its o
 Micro-batches: the leading axis of every array is [shard, micro-batch, rest], and a micro-batch is
 one row of each shard. Losses are weighted by weights of the whole update batch (losses.py), so
 gradients are plain sums, held in float32, and the result does not depend on how many micro-batches
-there are. SFT scans over them; those of a GRPO update differ in their shapes (lanes.py), and each
-is a call of its own.
+there are. SFT loops over those that hold anything; those of a GRPO update differ in their shapes
+(lanes.py), and each is a call of its own.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ from srpo_jax.learn.micro_batches import (
     state_layout,
     sum_gradients,
     token_logps,
+    used_micro_batches,
     without_vision,
     zero_gradient,
 )
@@ -109,9 +110,10 @@ def make_sft_step(
 ) -> jax.stages.Wrapped:
     """-> ``sft_step(state, batch, features) -> (state, metrics)``; the state is donated.
 
-    ``batch`` are conversations, packed or not. ``features`` None: images (if any) are encoded
-    inside the loss, which is required when the tower trains. Metrics: ``loss`` (mean over loss
-    tokens), ``tokens`` (loss tokens), ``sequences`` and those of ``optim.apply_gradients``.
+    ``batch`` are conversations, packed or not; micro-batches of fillers at its end cost nothing.
+    ``features`` None: images (if any) are encoded inside the loss, which is required when the tower
+    trains. Metrics: ``loss`` (mean over loss tokens), ``tokens`` (loss tokens), ``conversations``
+    and those of ``optim.apply_gradients``.
     """
     shards = 1 if mesh is None else sharding.num_data_shards(mesh)
     layout = state_layout(model_cfg, optimizer, freeze, mesh)
@@ -137,15 +139,15 @@ def make_sft_step(
             )
             h_BTD = jnp.take_along_axis(h_BTD, order_BT[..., None], axis=1)
             logp_BT, _ = token_logps(model, h_BTD, targets_BT, chunk=cfg.logit_chunk, count=count)
-            loss = losses.sft_loss(logp_BT, weights)
-            return loss, loss
+            return losses.sft_loss(logp_BT, weights)
 
-        indices = jnp.arange(cfg.micro_batches)
-        grads, loss_A = sum_gradients(loss_fn, state.params, indices, layout)
+        count = used_micro_batches(batch.valid, shards, cfg.micro_batches)
+        grads, loss = sum_gradients(loss_fn, state.params, count, layout)
         state, metrics = optim.apply_gradients(state, grads, optimizer)
-        metrics["loss"] = loss_A.sum()
+        metrics["loss"] = loss
         metrics["tokens"] = jnp.sum(weights_BT != 0, dtype=jnp.float32)
-        metrics["sequences"] = jnp.sum(batch.valid, dtype=jnp.float32)
+        packed_B = batch.segment_ids.max(axis=1)  # 1, 2, ... number those of a sequence
+        metrics["conversations"] = jnp.sum(packed_B * batch.valid, dtype=jnp.float32)
         return state, metrics
 
     return jit_on_mesh(

@@ -264,8 +264,6 @@ class EvaluateSettings(RunSettings):
 def sft_settings(config: Any, workdir: AnyPath = "") -> SftSettings:
     """The settings of stage 1; RunError naming the key that is wrong."""
     settings = _read(SftSettings, config, workdir)
-    if settings.data.pack and not settings.steps:
-        raise RunError("data.pack: a packed batch holds as many records as fit; set steps")
     if not settings.steps and not settings.epochs:
         raise RunError("steps=0 and epochs=0: set one of them")
     return settings
