@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from srpo_jax.data.buckets import is_file
 from srpo_jax.run.resume import flat_config
 from srpo_jax.structs import RunError
 
@@ -49,7 +50,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
             for name, example in (("config", EXAMPLE), ("workdir", "runs/NAME")):
                 if not flags.FLAGS[name].value:
                     raise RunError(f"--{name} is missing; give it as in --{name}={example}")
-            if Path(workdir.value or "").is_file():
+            if is_file(workdir.value or ""):
                 raise RunError(f"--workdir={workdir.value}: is a file; give a folder")
             return rest
         except (flags.Error, ValueError, OSError, RuntimeError) as error:

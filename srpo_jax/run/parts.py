@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from srpo_jax.data.buckets import holds_something, located
 from srpo_jax.data.files import absolute
-from srpo_jax.data.hf_folder import ADAPTER, model_folder
+from srpo_jax.data.hf_folder import ADAPTER, how_to_get, model_folder, read_json
 from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.learn.steps import make_encode_step
 from srpo_jax.model import hf, sharding
@@ -153,7 +152,10 @@ def load_weights(
         --workdir was named, so that a restart finds the same weights while that run goes on.
     """
     shardings = sharding.param_specs(parts.shapes, parts.mesh, "train")
-    source = source or settings.init_from
+    key, source = "" if source else "init_from=", source or settings.init_from
+    if source and not absolute(source).exists():
+        wanted = "a checkpoint, the --workdir of a run, or a Hugging Face model directory"
+        raise RunError(f"{key}{source}: no such directory{how_to_get(source, wanted)}")
     names = ("config.json", ADAPTER)
     if source and not any((absolute(source) / name).is_file() for name in names):
         folder = checkpoint.find_params(source)
@@ -167,8 +169,7 @@ def check_export(out_dir: str, done: bool) -> bool:
     """Whether an export is to be written; RunError before hours of training where it could not."""
     if not out_dir:
         return False
-    path = Path(out_dir)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if holds_something(out_dir):
         if done:
             return False
         raise RunError(
@@ -179,6 +180,6 @@ def check_export(out_dir: str, done: bool) -> bool:
 
 def export(params: Params, parts: Parts, hf_dir: str, out_dir: str) -> None:
     """Write a Hugging Face directory, in the dtype that ``hf_dir``'s config.json names."""
-    described = json.loads((Path(hf_dir) / "config.json").read_text())
+    described = read_json(located(hf_dir) / "config.json")
     dtype = described.get("dtype") or described.get("torch_dtype")
     hf.save_hf(params, parts.model, out_dir, hf_dir, dtype=dtype, agree=processes.maximum)
