@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from srpo_jax import imported
 from srpo_jax.data.buckets import is_file
 from srpo_jax.run.resume import flat_config
 from srpo_jax.structs import RunError
@@ -30,6 +31,7 @@ _KINDS: dict[type, tuple[Callable[[str], Any], str]] = {
 
 def main(run: Callable[[Any, str], Any]) -> None:
     """--config, --workdir, --debug; exit code 0 only on success, 130 on Ctrl-C."""
+    imported()
     from absl import app, flags, logging  # noqa: PLC0415  (flags exist only in a program)
     from ml_collections import config_flags  # noqa: PLC0415
 
