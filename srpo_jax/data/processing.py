@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -154,12 +155,18 @@ class Processor:
             )
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"{self.hf_dir}: the chat template cannot be used ({type(error).__name__}: {error}); "
+                "copy chat_template.json from the base model"
+            ) from error
 
     def images_to_arrays(
         self, images: Sequence[Image.Image], origin: str = ""

@@ -174,6 +174,8 @@ def open_records(
         raise FileNotFoundError(f"data_root {data_root}: no such directory")
     readers, roots, sizes = [], [], []
     for source in [path] if os.path.exists(path) else path.split(","):
+        if not source.strip():
+            raise ValueError(f"{path!r}: nothing is named between two commas; remove one")
         opened = _open_source(source.strip())
         for reader, folder in opened:
             readers.append(reader)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from srpo_jax.data.buckets import holds_something, located
+from srpo_jax.data.buckets import holds_something, is_file, located, on_bucket
 from srpo_jax.data.files import absolute
 from srpo_jax.data.hf_folder import ADAPTER, how_to_get, model_folder, read_json
 from srpo_jax.data.processing import Processor, token_bytes
@@ -105,6 +105,8 @@ def start(settings: RunSettings) -> Parts:
     processes.join(spread.enabled, spread.coordinator, spread.num_processes, spread.process_id)
     if settings.compilation_cache_dir:  # compiled programs are kept there for later runs
         folder = absolute(settings.compilation_cache_dir)
+        if is_file(folder):
+            raise RunError(f"compilation_cache_dir={folder}: is a file; give a folder")
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if not settings.hf_dir:
         raise RunError(
@@ -175,6 +177,9 @@ def check_export(out_dir: str, done: bool) -> bool:
         raise RunError(
             f"export_hf_dir={out_dir} exists and is not an empty directory; choose another one"
         )
+    above = [] if on_bucket(out_dir) else located(out_dir).parents
+    for file in filter(is_file, above):
+        raise RunError(f"export_hf_dir={out_dir}: {file} is a file; choose another one")
     return True
 
 
