@@ -163,9 +163,10 @@ class Processor:
                 add_generation_prompt=generation_prompt,
             )
         except TemplateError as error:
+            said = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{self.hf_dir}: the chat template cannot be used ({type(error).__name__}: {error}); "
-                "copy chat_template.json from the base model"
+                f"{self.hf_dir}: the chat template cannot be used ({said}); copy "
+                "chat_template.json from the base model"
             ) from error
 
     def images_to_arrays(
