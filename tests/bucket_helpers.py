@@ -8,6 +8,8 @@ from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from srpo_jax.data import buckets, hf_folder
+
 
 class _Objects(LocalFileSystem):
     """Objects are written at once and whole; folders come with what is in them."""
@@ -46,5 +48,7 @@ def mount(monkeypatch, root: Path) -> str:
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", _Backend(root))
     monkeypatch.setattr(tensorstore_utils, "_normalize_path", on_disk)
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
+    monkeypatch.setattr(buckets, "LIBRARIES", ("fsspec",))
+    hf_folder.small_files.cache_clear()
     (root / "bucket").mkdir(parents=True, exist_ok=True)
     return "gs://bucket"

@@ -124,6 +124,18 @@ def test_processes_add_up_their_bad_records_and_stop_together():
     assert str(first) == str(second) and re.search(r"\d of 1\d\d records are bad", str(first))
 
 
+def test_processes_that_read_the_same_rows_count_their_bad_records_once():
+    told = []
+    settings = {"shuffle": False, "epochs": 1, "say": told.append, "max_bad_share": 0.001}
+    source = Numbers(240, bad=tuple(range(1, 240, 20)))
+    with pytest.raises(RunError) as alone:
+        list(load(source, **settings))
+    said, told[:] = [*told], []
+    partners = lockstep([load(source, **settings) for _ in range(2)])  # one place, two processes
+    assert [str(error) for error in partners] == [str(alone.value)] * 2
+    assert told == [line for line in said for _ in range(2)]
+
+
 def test_new_bad_records_are_told_once_a_batch(tmp_path):
     told, path = [], tmp_path / "q.jsonl"
     source = Numbers(12, bad=(1, 2, 9))

@@ -86,7 +86,14 @@ def test_a_problem_that_was_not_asked_is_wrong_whatever_a_rule_reads_in_an_empty
     ]
     unread = sampled(None, None, "", reason="not JSON") | {"origin": "f:2"}
     rows = [sampled(None, r"\boxed{7}"), unread]
-    assert len(score_rows("mathvista", [problem], rows, "official_rule")[0]) == 1
+    scored, summaries = score_rows("mathvista", [problem], rows, "official_rule")
+    assert [row["origin"] for row in scored] == ["f:1", "f:2"]
+    assert not scored[1]["final_correct"] and scored[1]["categories"] == {}
+    assert scored[1]["no_answer"] == "not JSON"
+    for summary in summaries.values():  # in the denominator, but nobody knows of which group
+        assert summary["total"] == 2 and summary["unread_rows"] == 1
+        assert {c["total"] for t in summary["tables"].values() for c in t.values()} <= {1}
+        assert summary["accuracy"] == 50 * summary["correct"]
 
 
 # --------------------------------------------------------------------------------- real sampling

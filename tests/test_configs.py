@@ -300,11 +300,13 @@ def test_another_programs_config_is_refused_by_key():
         grpo_settings(config)
 
 
-def test_what_is_read_from_disks_is_not_sought_on_a_bucket():
+def test_of_buckets_only_those_that_can_be_reached_are_taken():
     config = sft.get_config("size=tiny")
     assert str(sft_settings(config, "gs://bucket/run").workdir) == "gs://bucket/run"
     with pytest.raises(RunError, match="of buckets only gs:// is supported"):
         sft_settings(config, "s3://bucket/run")
-    config.hf_dir = "gs://bucket/hf"
-    with pytest.raises(RunError, match="hf_dir=gs://bucket/hf: must lie on a disk: copy it"):
+    config.hf_dir, config.data.train = "gs://bucket/hf", "gs://bucket/a.jsonl,gs://bucket/b.jsonl"
+    sft_settings(config)
+    config.data.train = "gs://bucket/a.jsonl,s3://bucket/b.jsonl"
+    with pytest.raises(RunError, match="data.train=gs://.*: of buckets only gs:// is supported"):
         sft_settings(config)

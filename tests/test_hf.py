@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from srpo_jax.model import hf, hf_table, hf_write, sharding
+from srpo_jax.model import hf, hf_files, hf_table, hf_write, sharding
 from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import Shape, size_config
@@ -272,7 +272,7 @@ def test_of_many_faults_the_first_are_told_and_the_rest_counted(tmp_path):
     write_tiny(tmp_path / "hf")
     with pytest.raises(ValueError, match=r"\((\d+) faults\): .*; and \d+ more$") as error:
         hf.load_params(tmp_path / "hf", ModelConfig.from_hf(tiny_config(layers=9)))
-    assert str(error.value).count(";") == hf.SHOWN and "\n" not in str(error.value)
+    assert str(error.value).count(";") == hf_files.SHOWN and "\n" not in str(error.value)
 
 
 def test_directories_without_weights_are_explained(tmp_path):

@@ -102,6 +102,13 @@ def test_a_file_that_is_missing_or_broken_is_named(folder, spoil, message):
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("template", ["{% for x", "{{ messages.nothing.at.all }}"])
+def test_a_chat_template_that_cannot_be_used_is_named_with_its_folder(folder, template):
+    write(folder / "chat_template.json", chat_template=template)
+    with pytest.raises(ValueError, match=f"{folder}: the chat template cannot be used .*; copy"):
+        Processor(folder).encode_prompt([{"role": "user", "content": "?"}], [])
+
+
 def test_end_tokens_are_those_that_are_named_and_the_chat_formats_own(folder):
     known = load_tokenizer(folder).get_vocab()
     end, text = known["<|im_end|>"], known["<|endoftext|>"]

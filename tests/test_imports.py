@@ -50,9 +50,11 @@ CORE = {"jax", "flax", "optax", "numpy"}
 RECORDS = {"grain", "tensorflow_datasets", "pyarrow", "array_record", "absl"}
 THIRD_PARTY = {
     "structs": CORE,
-    "data": {"numpy", "etils", "PIL", "transformers", "tokenizers"} | RECORDS,
+    "data": {"numpy", "etils", "PIL", "transformers", "tokenizers", "jinja2"} | RECORDS,
     "model": CORE,
-    "model.hf": CORE | {"safetensors"},
+    "model.hf_write": CORE | {"etils"},
+    "model.hf_files": CORE | {"safetensors", "etils"},
+    "model.hf": CORE | {"etils"},
     "sampling": CORE,
     "rewards": {"numpy", "sympy"},
     "rewards.terms": CORE,

@@ -12,7 +12,22 @@ from srpo_jax.model.sizes import size_config
 from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import RunError
 from tools import plan
-from tools.lib import recipes
+from tools.lib import recipes, topologies
+
+
+@pytest.mark.parametrize("text", ["8", "1,8", "1,8,1,1", "1,,8", "1,8,x", "-2,1,1", "1x8x1", ""])
+def test_a_mesh_is_three_numbers_in_a_named_order(text, capsys):
+    words = ["--config=configs/grpo.py", "--topology=cuda:h100:1x8"]
+    assert plan.make_parser().parse_args([*words, "--mesh=-1,8,1"]).mesh == (-1, 8, 1)
+    with pytest.raises(SystemExit):
+        plan.make_parser().parse_args([*words, f"--mesh={text}"])
+    assert f"--mesh: {text!r} must be data,fsdp,tensor, as in 1,8,1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cuda:h100:8", "cuda:h100:1x8x1", "cuda:h100", "tpu:v5p", "h100"])
+def test_a_topology_that_is_none_is_told_with_those_that_are(name):
+    with pytest.raises(ValueError, match=f"unknown topology '{name}'; known: .*HOSTSxGPUS"):
+        topologies.describe(name)
 
 
 def parameters(dtype: str, part: str = "") -> int:

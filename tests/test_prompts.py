@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from srpo_jax.data.encoders import SftEncoder, conversation_images, sft_response
@@ -174,6 +175,13 @@ def test_only_wrong_first_attempts_are_masked():
         record = _record(**REFLECTION, first_correct=first_correct)
         assert SftEncoder(Spy(), mask_wrong_first=True)(record) is expected
         assert SftEncoder(Spy(), mask_wrong_first=False)(record) is False
+    for first_correct in ("no", "wrong", 2, [False]):
+        record = _record(**REFLECTION, first_correct=first_correct)
+        with pytest.raises(RecordError, match="first_correct is .*; write true or false"):
+            SftEncoder(Spy(), mask_wrong_first=True)(record)
+    for first_correct, expected in (("FALSE", True), ("0", True), ("True", False), (np.nan, False)):
+        record = _record(**REFLECTION, first_correct=first_correct)
+        assert SftEncoder(Spy(), mask_wrong_first=True)(record) is expected
 
 
 def test_conversation_images_in_order(tmp_path):

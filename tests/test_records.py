@@ -158,6 +158,8 @@ def test_a_pattern_opens_several_files_each_with_its_own_root(tmp_path):
     assert load_image(source[1].images[0]).size == (30, 30)
     assert load_image(source[2].images[0]).size == (40, 40)
     assert source[3].origin == f"{tmp_path}/b/d.jsonl:2"
+    with pytest.raises(ValueError, match="nothing is named between two commas; remove one"):
+        open_records(f"{tmp_path}/b/d.jsonl,")
 
 
 def test_fingerprint_follows_the_data(tmp_path):

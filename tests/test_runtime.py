@@ -146,6 +146,25 @@ def test_a_coordinator_whose_port_is_taken_or_that_is_not_there_is_one_line(monk
     assert capsys.readouterr().err.count(f"{place}: waiting for process 0") == 1
 
 
+def test_a_port_that_is_taken_is_one_line_under_slurm_too(monkeypatch):
+    nodes = {"SLURM_JOB_ID": "4099", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "node[1-2]"}
+    for name, value in nodes.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "")
+    monkeypatch.delenv("JAX_COORDINATOR_PORT")
+    begun = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *args: begun.append(args))
+    join(True)
+    assert begun == [()] and os.environ["JAX_COORDINATOR_PORT"] == "61443"  # as jax has it
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", port)
+        with pytest.raises(RunError, match=f"SLURM, JAX_COORDINATOR_PORT={port}: process 0 cannot"):
+            join(True)
+        monkeypatch.setenv("SLURM_PROCID", "1")
+        join(True)
+
+
 def test_first_signal_asks_and_old_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     said = []

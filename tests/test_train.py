@@ -490,7 +490,10 @@ def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp
         ),
         ({"sampling.temperature": 0.0}, "temperature 0"),
         ({"mesh.tensor": 3}, "does not fit 8 devices"),
-        ({"init_from": "nowhere"}, "nowhere: no checkpoint here"),
+        ({"init_from": "nowhere"}, "init_from=nowhere: no such directory; give a checkpoint"),
+        ({"init_from": "Qwen/Qwen2.5-VL-7B-Instruct"}, "hf download Qwen/Qwen2.5-VL-7B-Instruct"),
+        ({"export_hf_dir": f"{__file__}/hf"}, "export_hf_dir=.*test_train.py is a file; choose"),
+        ({"compilation_cache_dir": __file__}, "compilation_cache_dir=.*: is a file; give a folder"),
         ({"export_hf_dir": str(ROOT)}, "exists and is not an empty directory"),
     ],
 )

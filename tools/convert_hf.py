@@ -10,11 +10,9 @@ import argparse
 import asyncio
 import dataclasses
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave accelerators alone
@@ -26,6 +24,9 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import future
 
+from srpo_jax.data.buckets import AnyPath, located
+from srpo_jax.data.files import absolute
+from srpo_jax.data.hf_folder import read_json
 from srpo_jax.model import hf
 from srpo_jax.model.config import load_config
 from srpo_jax.run import checkpoint
@@ -100,7 +101,7 @@ def chunks(leaf: hf.HFLeaf) -> Iterator[tuple[slice, ...]]:
 
 
 def import_hf(
-    hf_dir: str | Path, out: str | Path, *, dtype: str | None = None, progress: hf.Progress
+    hf_dir: AnyPath, out: AnyPath, *, dtype: str | None = None, progress: hf.Progress
 ) -> None:
     """HF directory -> parameter checkpoint; `srpo_jax.run.checkpoint.load_params` reads it.
 
@@ -113,9 +114,9 @@ def import_hf(
     Raises:
         ValueError: the directory does not hold the model of its config.json, or ``out`` exists.
     """
-    out = Path(out).resolve()
-    if out.exists():
-        raise ValueError(f"{out}: exists; give --out a new name, or remove it")
+    target = absolute(out)
+    if target.exists():
+        raise ValueError(f"{target}: exists; give --out a new name, or remove it")
     leaves = hf.open_hf(hf_dir, load_config(hf_dir), dtype=dtype)
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -123,7 +124,7 @@ def import_hf(
     )
     record = {
         "format": checkpoint.FORMAT,
-        "config": json.loads((Path(hf_dir) / "config.json").read_text()),
+        "config": read_json(located(hf_dir) / "config.json"),
         "processes": 1,
     }
     handler = ocp.CompositeCheckpointHandler(
@@ -132,7 +133,7 @@ def import_hf(
     )
     with ocp.Checkpointer(handler) as writer:
         params, meta = ocp.args.PyTreeSave(leaves), ocp.args.JsonSave(record)
-        writer.save(out, args=ocp.args.Composite(params=params, meta=meta))
+        writer.save(target, args=ocp.args.Composite(params=params, meta=meta))
 
 
 # --- export ----------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class StoredLeaf:
         return self.store[index].read().result()
 
 
-def open_checkpoint(path: str | Path) -> dict[str, StoredLeaf]:
+def open_checkpoint(path: AnyPath) -> dict[str, StoredLeaf]:
     """The parameters of a checkpoint, as leaves that read what they are indexed with.
 
     Raises:
@@ -180,9 +181,9 @@ def open_checkpoint(path: str | Path) -> dict[str, StoredLeaf]:
 
 
 def export_hf(
-    path: str | Path,
-    hf_dir: str | Path,
-    reference: str | Path,
+    path: AnyPath,
+    hf_dir: AnyPath,
+    reference: AnyPath,
     *,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,

@@ -349,21 +349,28 @@ def main(args: argparse.Namespace) -> None:
     """Compile every program of the recipe for the topology and print the table."""
     config = recipes.read(args)
     topology = describe(args.topology)
-    if args.mesh:
-        sizes = [int(n) for n in args.mesh.split(",")]
-    else:
-        sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    sizes = args.mesh or (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     mesh = sharding.make_mesh(*sizes, devices=topology.devices)
     print(f"{args.config} on a mesh of {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}")
-    lowerings = programs(read_recipe(config, mesh))
+    lowerings = [*programs(read_recipe(config, mesh))]
     if args.only:
-        names = args.only.split(",")
-        lowerings = (lowering for lowering in lowerings if lowering[0] in names)
-    if not report(compile_programs(lowerings), topology):
+        names, known = args.only.split(","), [name for name, *_ in lowerings]
+        for name in set(names) - {*known}:
+            raise ValueError(f"--only={args.only}: no program {name!r}; of {', '.join(known)}")
+        lowerings = [lowering for lowering in lowerings if lowering[0] in names]
+    if not report(compile_programs(iter(lowerings)), topology):
         raise RuntimeError(
             "a program does not fit: more devices, a larger mesh.fsdp or mesh.tensor, fewer "
             "data.prompts_per_row, a smaller sampling.concurrent_rows, or bfloat16 parameters"
         )
+
+
+def mesh_sizes(text: str) -> tuple[int, ...]:
+    """``type=`` of --mesh: "1,8,1" -> (1, 8, 1)."""
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size == "-1" or size.isdecimal() for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} must be data,fsdp,tensor, as in 1,8,1")
+    return tuple(map(int, sizes))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -371,7 +378,7 @@ def make_parser() -> argparse.ArgumentParser:
     example = "python -m tools.plan --config=configs/grpo.py:size=7b --topology=cuda:h100:1x8"
     parser = recipes.make_parser(__doc__, example)
     parser.add_argument("--topology", required=True, help="tpu:KIND:AxBxC or cuda:KIND:HOSTSxGPUS")
-    parser.add_argument("--mesh", default="", help="data,fsdp,tensor instead of the config's")
+    parser.add_argument("--mesh", type=mesh_sizes, help="data,fsdp,tensor instead of the config's")
     parser.add_argument("--only", default="", help="names of programs, separated by commas")
     return parser
 

@@ -62,7 +62,8 @@ def score_rows(
         judge: for the mode JUDGE.
 
     Returns:
-        ``rows`` with ``first_correct`` and ``final_correct`` of this mode, ``extraction`` and
+        ``rows``, those of problems that cannot be read as the last,
+        with ``first_correct`` and ``final_correct`` of this mode, ``extraction`` and
         ``prediction`` of the final answer, ``no_answer`` and ``categories`` (groups by table)
         where there are any; and {"first", "final"}: the summaries of ``scoring.accuracies``.
 
@@ -70,7 +71,9 @@ def score_rows(
         ValueError naming the problem that is not in ``source``, or whose row lacks a field.
     """
     records = _by_origin(source)
-    # A problem that cannot even be read has no fields to score by; `complete` tells.
+    # A problem that cannot even be read has no fields to score by: it is wrong, in no group.
+    unread = [row for row in rows if "reason" in row and row["origin"] not in records]
+    problems = len({row["origin"] for row in rows})
     rows = [row for row in rows if "reason" not in row or row["origin"] in records]
     lost = next((row["origin"] for row in rows if row["origin"] not in records), None)
     if lost is not None:
@@ -88,8 +91,14 @@ def score_rows(
         new |= {"first_correct": bool(first["correct"]), "final_correct": bool(final["correct"])}
         shown = ("extraction", "prediction", "no_answer", "no_judgement")
         out.append(new | {key: final[key] for key in shown if key in final})
-    summaries = {which: scoring.accuracies(name, mode, found) for which, found in scored.items()}
-    problems = len({row["origin"] for row in rows})
+    out += [
+        dict(row, benchmark=name, mode=mode, categories={}, no_answer=row["reason"])
+        for row in unread
+    ]
+    summaries = {
+        which: scoring.accuracies(name, mode, found, unread=len(unread))
+        for which, found in scored.items()
+    }
     for summary in summaries.values():  # several samples of a problem are one problem
         summary["complete"] = benchmark.counts.get(problems)
     return out, summaries

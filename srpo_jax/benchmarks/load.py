@@ -10,11 +10,11 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.common import Benchmark, Form, Row, RowError, choices, first
+from srpo_jax.data.buckets import expand, folder_of, located, read_bytes
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.fields import Columns, Record, to_record
 from srpo_jax.data.files import read_jsonl
@@ -91,8 +91,8 @@ def scoring_row(record: Record, response: str) -> Row:
 def _files(path: str | os.PathLike) -> list[str]:
     """The files behind a path, sorted; ValueError where there are none."""
     text = os.fspath(path)
-    pattern = os.path.join(glob.escape(text), "*.parquet") if os.path.isdir(text) else text
-    found = [text] if os.path.isfile(text) else sorted(glob.glob(pattern))
+    pattern = os.path.join(glob.escape(text), "*.parquet") if located(text).is_dir() else text
+    found = expand(pattern)
     if not found:
         raise ValueError(f"{path}: no such file, or no .parquet file in this folder")
     return found
@@ -121,7 +121,7 @@ class _Json:
     @staticmethod
     def _read_json(path: str) -> Any:
         try:
-            data = json.loads(Path(path).read_text("utf-8-sig"))
+            data = json.loads(read_bytes(path))
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
         if not isinstance(data, dict):
@@ -149,7 +149,7 @@ def _check_columns(benchmark: Benchmark, reader: "Parquet | _Json") -> None:
 
 def _image_root(form: Form, readers: "list[Parquet | _Json]") -> str:
     """The folder of the first file, or the one above it if the first image is there."""
-    folder = Path(readers[0].path).resolve().parent
+    folder = located(folder_of(readers[0].path))
     if not len(readers[0]):
         return str(folder)
     images = _images(form, readers[0].read(0)[0])

@@ -138,22 +138,26 @@ def _strict(benchmark: Benchmark, rows: Sequence[Row], pool: Verifier | None) ->
 # --------------------------------------------------------------------------------------- summary
 
 
-def accuracies(benchmark: str, mode: str, scored: Sequence[Row]) -> dict[str, Any]:
+def accuracies(
+    benchmark: str, mode: str, scored: Sequence[Row], *, unread: int = 0
+) -> dict[str, Any]:
     """Counts and accuracies (percent) over all rows and over the groups of the official tables.
 
-    A row without an answer counts as wrong. Where the official rule would draw one,
-    ``expected_if_drawn`` is the accuracy that this gives on average.
+    ``unread`` further ones could not even be read: wrong in the whole, but in no group, since
+    nobody knows theirs. A row without an answer counts as wrong. Where the official rule would draw
+    one, ``expected_if_drawn`` is the accuracy that this gives on average.
     """
     one = BENCHMARKS[benchmark]
     summary: dict[str, Any] = {"benchmark": benchmark, "mode": mode}
-    summary |= _counts(scored)
-    summary["complete"] = one.counts.get(len(scored))
+    summary |= _counts(scored, unread)
+    summary["complete"] = one.counts.get(len(scored) + unread)
+    summary |= {"unread_rows": unread} if unread else {}
     for key in REMARKS:
         summary[f"{key}_rows"] = sum(key in row for row in scored)
     drawn = [row for row in scored if one.draws and row.get("no_answer") == one.draws]
     if drawn:
         right = summary["correct"] + sum(1 / len(choices(row)) for row in drawn)
-        summary["expected_if_drawn"] = round(100 * right / len(scored), 2)
+        summary["expected_if_drawn"] = round(100 * right / (len(scored) + unread), 2)
     summary["tables"] = _tables(one, scored)
     return summary | (one.measures.entries(scored) if one.measures else {})
 
@@ -173,10 +177,10 @@ def _tables(benchmark: Benchmark, scored: Sequence[Row]) -> dict[str, dict[str, 
     return tables
 
 
-def _counts(rows: Sequence[Row]) -> dict[str, float]:
-    correct = sum(bool(row["correct"]) for row in rows)
-    accuracy = round(100 * correct / len(rows), 2) if rows else 0.0
-    return {"correct": correct, "total": len(rows), "accuracy": accuracy}
+def _counts(rows: Sequence[Row], unread: int = 0) -> dict[str, float]:
+    correct, total = sum(bool(row["correct"]) for row in rows), len(rows) + unread
+    accuracy = round(100 * correct / total, 2) if total else 0.0
+    return {"correct": correct, "total": total, "accuracy": accuracy}
 
 
 def markdown(summary: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from srpo_jax.data.batching import Encoded
-from srpo_jax.data.errors import RecordError
+from srpo_jax.data.errors import RecordError, shown
 from srpo_jax.data.fields import Record, image_ref
 from srpo_jax.data.images import ImageRef, load_image
 from srpo_jax.data.processing import Processor
@@ -102,10 +102,23 @@ class SftEncoder:
     def __call__(self, record: Record) -> Encoded:
         response = sft_response(record, self.target)
         messages = _messages(record, "plain" if self.target == "plain" else "srpo")
-        wrong = record.extra.get("first_correct") in (False, 0, "false", "False")
+        masks = self.mask_wrong_first and self.target != "plain"
         return self.processor.encode_conversation(
             [*messages, {"role": "assistant", "content": response}],
             [load_image(ref) for ref in record.images],
-            mask_first_attempt=self.mask_wrong_first and wrong and self.target != "plain",
+            mask_first_attempt=masks and _first_is_wrong(record),
             origin=record.origin,
         )
+
+
+def _first_is_wrong(record: Record) -> bool:
+    """What the record says of its first attempt; RecordError where it says neither yes nor no."""
+    value = record.extra.get("first_correct")
+    said = "" if value is None or value != value else str(value).strip().lower()
+    if said not in _FIRST_IS_WRONG:
+        raise RecordError(record.origin, f"first_correct is {shown(value)}", "write true or false")
+    return _FIRST_IS_WRONG[said]
+
+
+_FIRST_IS_WRONG = {"": False} | dict.fromkeys(("true", "1", "1.0"), False)
+_FIRST_IS_WRONG |= dict.fromkeys(("false", "0", "0.0"), True)

@@ -1,13 +1,14 @@
 """Files on disk or on a bucket: read line by line, written whole or growing, known by a sample.
 
-A path is local or ``gs://...``; what happens to buckets goes through ``etils.epath``. Two things
-differ there. An object cannot be renamed in place, but it appears only when its upload is complete,
-so that a file is whole as well; a folder is not: its files appear one by one. And an object cannot
-grow: `Growing` sends it again, whole.
+A path is local or ``gs://...``; what happens to buckets goes through ``etils.epath``
+(data/buckets.py). Two things differ there. An object cannot be renamed in place, but it appears
+only when its upload is complete, so that a file is whole as well; a folder is not: its files appear
+one by one. And an object cannot grow: `Growing` sends it again, whole.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -15,28 +16,36 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from srpo_jax.data.buckets import (
+    AnyPath,
+    answering,
+    holds_something,
+    located,
+    on_bucket,
+    open_bytes,
+    reader,
+    size_of,
+)
 from srpo_jax.data.errors import RecordError, shown
 
 Row = Mapping[str, Any]
-AnyPath = str | os.PathLike[str]
 
 SEND_SECONDS = 30.0  # at least, between two uploads of a file that grows
 
 
-def on_bucket(path: AnyPath) -> bool:
-    """Whether a path is none of this machine's disks."""
-    return "://" in os.fspath(path)
-
-
 def absolute(path: AnyPath) -> epath.Path:
-    """The path from the root, ``~`` filled in; one on a bucket as it is."""
+    """The path from the root, ``~`` filled in; one on a bucket as it is.
+
+    Raises what `located` does.
+    """
     text = os.fspath(path)
-    return epath.Path(text if on_bucket(text) else os.path.abspath(os.path.expanduser(text)))
+    return located(text if on_bucket(text) else os.path.abspath(os.path.expanduser(text)))
 
 
 def parse_json(line: bytes, origin: str) -> dict[str, Any]:
@@ -65,7 +74,7 @@ def numbered_jsonl(
     with ``path:line`` for a line that is no JSON object; ``skip_broken`` passes over such lines, as
     a log has them where its program was killed.
     """
-    with epath.Path(path).open("rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -129,19 +138,20 @@ def whole(path: AnyPath) -> Iterator[Path]:
 def send(source: Path, path: AnyPath) -> None:
     """Copy a local file, or the files of a folder, to a bucket.
 
-    FileExistsError for a folder where there is something already.
+    FileExistsError for a folder where there is something already, BucketError where it fails.
     """
-    target = epath.Path(path)
+    target = located(path)
     if source.is_dir():
-        if target.exists() and any(target.iterdir()):
+        if holds_something(target):
             raise FileExistsError(f"{path} exists and is not an empty directory")
         for part in sorted(source.rglob("*")):
             if part.is_file():
                 send(part, target / part.relative_to(source).as_posix())
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as file, target.open("wb") as out:
-        shutil.copyfileobj(file, out)
+    with answering(path), open(source, "rb") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as out:
+            shutil.copyfileobj(file, out, 1 << 20)
 
 
 def write_text(path: AnyPath, text: str) -> None:
@@ -193,7 +203,7 @@ class Growing:
             folder = self._copies.enter_context(tempfile.TemporaryDirectory())
             self.local = Path(folder) / self.local.name
             if epath.Path(path).exists():
-                with epath.Path(path).open("rb") as file, open(self.local, "wb") as out:
+                with open_bytes(path) as file, open(self.local, "wb") as out:
                     shutil.copyfileobj(file, out)
         self.local.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.local, "a+b", buffering=0)
@@ -314,15 +324,16 @@ def content_hash(paths: Iterable[AnyPath]) -> str:
     """
     digest, block, count = hashlib.blake2b(digest_size=8), 4096, 64
     for path in paths:
-        with epath.Path(path).open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(size.to_bytes(8, "little"))
-            last = max(0, size - block)
-            starts = (last * i // (count - 1) for i in range(count))
-            whole_file = size <= block * count
-            for start in range(0, size, block) if whole_file else starts:
-                file.seek(start)
-                digest.update(file.read(block))
+        read, size = reader(path), size_of(path)
+        digest.update(size.to_bytes(8, "little"))
+        if size <= block * count:
+            digest.update(read(0, size))
+            continue
+        starts = [(size - block) * i // (count - 1) for i in range(count)]
+        with ThreadPoolExecutor(16) as pool:  # each is a request, which takes its time
+            run = pool.map if on_bucket(path) else map
+            for data in run(read, starts, itertools.repeat(block)):
+                digest.update(data)
     return digest.hexdigest()
 
 

@@ -2,12 +2,15 @@
 
 import io
 import os
+import posixpath
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from srpo_jax.data.buckets import Ranges, on_bucket, reader
 from srpo_jax.data.errors import RecordError, shown
 
 # More pixels than this are refused before anything is decoded (a 2 kB file can claim billions);
@@ -39,8 +42,37 @@ class ImageRef:
     data: bytes | None = field(default=None, repr=False)
 
 
-def resolve_path(ref: ImageRef) -> str:
-    """The real path of a file image; RecordError where it is missing or leaves the data root.
+def image_bytes(ref: ImageRef) -> bytes:
+    """The bytes of an image; RecordError where its file is missing or leaves the data root.
+
+    BucketError where a bucket does not answer: that is no fault of the record.
+    """
+    if ref.data is not None:
+        return ref.data
+    path, name = _located(ref), shown(ref.path, 120)
+    try:
+        size, read = _open(path)
+        if size is not None and size <= MAX_IMAGE_BYTES:
+            return read(0, size)
+    except OSError as error:
+        reason = f"image {name} cannot be read ({error.strerror or 'no such file'})"
+        raise RecordError(ref.origin, reason, f"is it in {ref.root}?") from None
+    if size is None:
+        raise RecordError(ref.origin, f"image {name} is not a regular file")
+    raise RecordError(ref.origin, f"image {name} has {size} bytes", "shrink it")
+
+
+def _open(path: str) -> tuple[int | None, Callable[[int, int], bytes]]:
+    """Bytes of a file (None: it is none, but a pipe, which would block for ever), and a reader."""
+    if on_bucket(path):
+        file = Ranges(path)
+        return file.size, file.at
+    status = os.stat(path)
+    return status.st_size if stat.S_ISREG(status.st_mode) else None, reader(path)
+
+
+def _located(ref: ImageRef) -> str:
+    """The real path of a file image, inside of the data root; RecordError where it is not.
 
     Symbolic links are followed first, so that neither ``..`` nor a link leads out.
     """
@@ -51,25 +83,18 @@ def resolve_path(ref: ImageRef) -> str:
         raise RecordError(ref.origin, f"image path {name} holds a zero byte")
     if ref.path.startswith(("http://", "https://")):
         raise RecordError(ref.origin, f"image {name} is a URL", "download it first")
-    root = os.path.realpath(ref.root)
-    path = os.path.realpath(os.path.join(root, ref.path))
-    if os.path.commonpath([root, path]) != root:
+    # On a bucket there are no links; "gs://" stands for the root above all buckets.
+    start, real = ("gs://", posixpath.normpath) if on_bucket(ref.root) else ("", os.path.realpath)
+    root = real(f"/{ref.root.removeprefix(start)}" if start else ref.root)
+    given = ref.path.replace(start, "/", 1) if start else ref.path
+    path = real(posixpath.join(root, given))
+    if posixpath.commonpath([root, path]) != root or (on_bucket(ref.path) and not start):
         raise RecordError(
             ref.origin,
             f"image path {name} leads out of the data root {ref.root}",
             "move the image there, or set data.root (of a tool: --data_root) to a folder of both",
         )
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise RecordError(
-            ref.origin, f"image {name} cannot be read ({error.strerror})", f"is it in {root}?"
-        ) from None
-    if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
-        raise RecordError(ref.origin, f"image {name} is not a regular file")
-    if status.st_size > MAX_IMAGE_BYTES:
-        raise RecordError(ref.origin, f"image {name} has {status.st_size} bytes", "shrink it")
-    return path
+    return start + path[1:] if start else path
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -96,12 +121,8 @@ def load_image(ref: ImageRef, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     RecordError for a path outside the root, a missing, corrupt, truncated or empty file, an
     unknown format, and more than ``max_pixels`` pixels (checked before decoding).
     """
-    name = shown(ref.path, 120) if ref.path else "bytes"
+    name, data = shown(ref.path, 120) if ref.path else "bytes", image_bytes(ref)
     try:
-        data = ref.data
-        if data is None:
-            with open(resolve_path(ref), "rb") as file:
-                data = file.read()
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:

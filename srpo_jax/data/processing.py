@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -17,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from srpo_jax.data.batching import Encoded, Media, encode_arrays
 from srpo_jax.data.errors import RecordError, half_character, shown
-from srpo_jax.data.hf_folder import end_token_ids, local_folder, read_json, token_ids
+from srpo_jax.data.hf_folder import end_token_ids, hf_folder, read_json, small_files, token_ids
 from srpo_jax.data.images import to_rgb
 from srpo_jax.data.prompts import CONTROL_TOKENS, IMAGE_PAD, VIDEO_PAD, VISION_MARKERS, Message
 from srpo_jax.data.vision_arrays import VisionGeometry, VisionIds
@@ -36,19 +38,21 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a Hugging Face directory; ValueError naming what is missing or broken."""
     found = _load(
-        AutoTokenizer.from_pretrained, local_folder(folder), ("tokenizer.json", "vocab.json")
+        AutoTokenizer.from_pretrained, hf_folder(folder), ("tokenizer.json", "vocab.json")
     )
     if not hasattr(found, "backend_tokenizer"):
         raise ValueError(f"{folder}: no fast tokenizer; copy tokenizer.json from the base model")
     return found
 
 
-def _load(load: Callable[..., Any], folder: Path, names: tuple[str, ...], **options: Any) -> Any:
+def _load(
+    load: Callable[..., Any], folder: epath.Path, names: tuple[str, ...], **options: Any
+) -> Any:
     """What transformers loads from the ``names`` of a directory, of which one must be there."""
     if not any((folder / name).is_file() for name in names):
         raise ValueError(f"{folder}: no {' or '.join(names)}; copy it from the base model")
     try:
-        return load(folder, local_files_only=True, **options)
+        return load(small_files(folder), local_files_only=True, **options)
     except Exception as error:  # transformers' and tokenizers' errors have no common class
         for path in sorted(folder.glob("*.json")):
             if not path.name.endswith(".index.json"):
@@ -60,11 +64,11 @@ def _load(load: Callable[..., Any], folder: Path, names: tuple[str, ...], **opti
         ) from error
 
 
-def _chat_template(hf_dir: Path, tokenizer: Any) -> str:
+def _chat_template(hf_dir: epath.Path, tokenizer: Any) -> str:
     """The processor's template where there is one, else the tokenizer's."""
     template = read_json(hf_dir / "chat_template.json").get("chat_template")
     if template is None and (hf_dir / "chat_template.jinja").is_file():
-        template = (hf_dir / "chat_template.jinja").read_text("utf-8")
+        template = (hf_dir / "chat_template.jinja").read_text()
     template = template or tokenizer.chat_template
     if not isinstance(template, str):
         raise ValueError(
@@ -87,12 +91,12 @@ class Processor:
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
     ):
-        hf_dir = local_folder(hf_dir)
+        folder = hf_folder(hf_dir)
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(
                 f"min_pixels={min_pixels}, max_pixels={max_pixels}: need 0 < min <= max"
             )
-        self.hf_dir, self.min_pixels, self.max_pixels = hf_dir, min_pixels, max_pixels
+        self.hf_dir, self.min_pixels, self.max_pixels = folder, min_pixels, max_pixels
         self.tokenizer = load_tokenizer(hf_dir)
         self._backend = self.tokenizer.backend_tokenizer
         # Called from several threads: padding or truncation would be shared mutable state.
@@ -103,8 +107,8 @@ class Processor:
         # size=... would be ignored where the file has min_pixels and max_pixels.
         pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         load = Qwen2VLImageProcessorPil.from_pretrained
-        self.image_processor = _load(load, hf_dir, _PROCESSOR_FILES, **pixels)
-        self.chat_template = _chat_template(hf_dir, self.tokenizer)
+        self.image_processor = _load(load, folder, _PROCESSOR_FILES, **pixels)
+        self.chat_template = _chat_template(folder, self.tokenizer)
         self._read_config()
 
     def _read_config(self) -> None:
@@ -151,12 +155,19 @@ class Processor:
             )
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        except TemplateError as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{self.hf_dir}: the chat template cannot be used ({said}); copy "
+                "chat_template.json from the base model"
+            ) from error
 
     def images_to_arrays(
         self, images: Sequence[Image.Image], origin: str = ""

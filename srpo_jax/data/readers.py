@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from srpo_jax.data import buckets
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.files import parse_json
 
@@ -54,9 +55,9 @@ class _Jsonl:
     """Lines of a JSONL file by their byte offsets; blank lines are no records."""
 
     def __init__(self, path: str):
-        self.path = path
+        self.path, self._read = path, buckets.reader(path)
         table, position = array("q"), 0
-        with open(path, "rb") as file:
+        with buckets.open_bytes(path) as file:
             for row, line in enumerate(file, start=1):
                 if line.strip():
                     table.extend((position, len(line), row))
@@ -69,12 +70,8 @@ class _Jsonl:
 
     def read(self, index: int) -> tuple[dict[str, Any], str]:
         start, length, row = self.table[index].tolist()
-        # Opened for each read: works in any thread and in any worker process.
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            line = file.read(length)
         origin = f"{self.path}:{row}"
-        return parse_json(line, origin), origin
+        return parse_json(self._read(start, length), origin), origin
 
 
 def _single_precision(schema: Any) -> set[str]:
@@ -89,15 +86,18 @@ class Parquet:
     def __init__(self, path: str):
         import pyarrow.parquet as pq
 
-        self.path = path
+        self.path, remote = path, buckets.on_bucket(path)
+        file = buckets.Ranges(path) if remote else path
         try:
-            self._file = pq.ParquetFile(path, memory_map=True)
+            self._file = pq.ParquetFile(file, memory_map=not remote, pre_buffer=remote)
+        except buckets.BucketError:
+            raise
         except Exception as error:  # pyarrow's own error classes
             raise ValueError(f"{path}: not a parquet file ({error})") from None
         table = self._file.metadata
         sizes = (table.row_group(g).num_rows for g in range(table.num_row_groups))
         self.ends = list(itertools.accumulate(sizes))
-        self.num_bytes = os.path.getsize(path)
+        self.num_bytes = buckets.size_of(path)
         self._cache, self._lock = OrderedDict(), threading.Lock()
 
     def __reduce__(self) -> tuple:
@@ -133,6 +133,8 @@ class Parquet:
                 value = fields[name]
                 fields[name] = [*map(_double, value)] if isinstance(value, list) else _double(value)
             return fields, origin
+        except buckets.BucketError:
+            raise
         except Exception as error:  # a damaged page, or text that is not UTF-8
             raise RecordError(origin, f"cannot be read ({error})") from None
 
@@ -176,9 +178,18 @@ class _ArrayRecord:
         return _parse_example(data, origin), origin
 
 
+def _on_disk(path: str, title: str) -> None:
+    if buckets.on_bucket(path):
+        raise ValueError(
+            f"{title}: ArrayRecord files are read from disks only: copy it (gcloud storage cp -r), "
+            "or give .jsonl or .parquet"
+        )
+
+
 def _open_array_record(path: str) -> _ArrayRecord:
     import grain
 
+    _on_disk(path, path)
     try:
         raw = grain.sources.ArrayRecordDataSource([path])
     except Exception as error:  # array_record raises RuntimeError or ValueError by version
@@ -194,6 +205,7 @@ def open_tfds(path: str) -> tuple[_ArrayRecord, str] | None:
     match = _TFDS.fullmatch(path)
     if match is None or os.path.exists(path):
         return None
+    _on_disk(match["dir"], path)
     import tensorflow_datasets as tfds
 
     name, split = match["name"], match["split"] or "train"

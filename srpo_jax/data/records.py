@@ -5,7 +5,6 @@ One record is read when it is asked for (readers.py), and images stay undecoded 
 """
 
 import base64
-import glob
 import itertools
 import json
 import os
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from srpo_jax.data.buckets import expand, folder_of, is_file, located
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.fields import OWN, ColumnError, Columns, Contents, Record, contents, to_record
 from srpo_jax.data.files import content_hash, whole
@@ -170,10 +170,12 @@ def open_records(
         FileNotFoundError, ValueError: naming what is missing, has no records, or another format.
     """
     path = os.fspath(path)
-    if data_root and not os.path.isdir(data_root):
+    if data_root and not located(data_root).is_dir():
         raise FileNotFoundError(f"data_root {data_root}: no such directory")
     readers, roots, sizes = [], [], []
     for source in [path] if os.path.exists(path) else path.split(","):
+        if not source.strip():
+            raise ValueError(f"{path!r}: nothing is named between two commas; remove one")
         opened = _open_source(source.strip())
         for reader, folder in opened:
             readers.append(reader)
@@ -187,18 +189,18 @@ def _open_source(source: str) -> list[tuple[Reader, str]]:
     data_set = open_tfds(source)
     if data_set is not None:
         return [data_set]
-    files = [source] if os.path.exists(source) else sorted(glob.glob(source))
+    files = expand(source)
     if not files:
         raise FileNotFoundError(f"{source}: no such file")
     opened = []
     for file in files:
         suffix = Path(file).suffix.partition("-")[0]  # data.array_record-00000-of-00002
-        if suffix not in OPENERS or not os.path.isfile(file):
+        if suffix not in OPENERS or not is_file(file):
             raise ValueError(f"{file}: records are read from files {', '.join(OPENERS)}")
         reader = OPENERS[suffix](file)
         if not len(reader):
             raise ValueError(f"{file}: holds no records; remove it, or leave it out")
-        opened.append((reader, os.path.dirname(os.path.abspath(file))))
+        opened.append((reader, folder_of(file)))
     return opened
 
 

@@ -3,9 +3,9 @@
 import dataclasses
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from srpo_jax.data.buckets import AnyPath
 from srpo_jax.data.hf_folder import model_folder, read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -192,7 +192,7 @@ class ModelConfig:
         }
 
 
-def load_config(hf_dir: str | Path, **overrides: Any) -> ModelConfig:
+def load_config(hf_dir: AnyPath, **overrides: Any) -> ModelConfig:
     """Reads ``config.json`` of a Hugging Face directory; see ``ModelConfig.from_hf``.
 
     Raises what `model_folder` does, and ValueError naming the offending key.

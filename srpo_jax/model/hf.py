@@ -7,11 +7,11 @@ indexed with, so that a process touches the shards it holds and a conversion nev
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import math
-import os
-import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from etils import epath
 
-from srpo_jax.data.files import whole
-from srpo_jax.data.hf_folder import is_lfs_pointer, read_json
+from srpo_jax.data.buckets import AnyPath, holds_something, located, on_bucket
+from srpo_jax.data.files import send, whole
 from srpo_jax.model import hf_write
 from srpo_jax.model.config import ModelConfig, load_config
+from srpo_jax.model.hf_files import Stored, listed, scan
 from srpo_jax.model.hf_table import (
     BLOCK_BYTES,
     DTYPES,
@@ -40,23 +41,8 @@ from srpo_jax.model.hf_table import (
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.structs import Params
 
-SHOWN = 6  # faults that a message tells
+BEGUN = "EXPORT_IS_NOT_COMPLETE"  # beside what an export sent to a bucket so far
 READERS = 8  # layers of a parameter that are read at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where a tensor stands: the file, its name there, its shape and its safetensors dtype."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read(self, index: Index) -> np.ndarray:
-        """A slice. The file is closed again, so that what was mapped does not stay resident."""
-        with _open(self.file) as file:
-            return file.get_slice(self.key)[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +55,7 @@ class HFLeaf:
     layers: tuple[Stored, ...]  # one for each layer, or the only one
 
     def __getitem__(self, index: Index) -> np.ndarray:
-        ranges = [range(n)[i] for n, i in zip(self.shape, index, strict=True)]
+        ranges = _ranges(self.shape, index)
         out = np.empty([len(r) for r in ranges], self.dtype)
         if not self.row.stacked:
             assign(out, _read_layer(self.row, self.shape, self.layers[0], ranges))
@@ -83,6 +69,11 @@ class HFLeaf:
         with ThreadPoolExecutor(max(1, min(READERS, len(out)))) as pool:
             list(pool.map(read, range(len(out))))
         return out
+
+
+def _ranges(shape: tuple[int, ...], index: Index) -> list[range]:
+    """What an index takes of each axis."""
+    return [range(n)[i] for n, i in zip(shape, index, strict=True)]
 
 
 def _read_layer(
@@ -117,80 +108,6 @@ def _read_runs(
         return read(at)
     parts = [_read_runs(read, runs[1:], (*at, run)) for run in runs[0]]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=len(at))
-
-
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="np") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        reason = f"is not readable as safetensors ({error}); download it again"
-        if not file.exists():
-            reason = "is missing; download it again"
-        elif is_lfs_pointer(file):
-            reason = "is a Git LFS pointer, not the file; run `git lfs pull` there"
-        raise HFError(f"{file}: {reason}") from error
-
-
-def _released_name(key: str) -> str:
-    """The name in the released layout of a tensor in either layout."""
-    return re.sub(r"^model\.(?=visual\.)|(?<=^model\.)language_model\.", "", key)
-
-
-def _list_files(hf_dir: Path) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files of a directory, and what its index says of them (may be empty)."""
-    index = hf_dir / hf_write.INDEX_FILE
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise HFError(f"{index}: has no weight_map; download it again")
-        return [hf_dir / name for name in sorted(set(weight_map.values()))], weight_map
-    if (hf_dir / "model.safetensors").is_file():
-        return [hf_dir / "model.safetensors"], {}
-    others = sorted(
-        path.name
-        for pattern in ("pytorch_model*.bin", "*.safetensors", "*.gguf", "*.incomplete")
-        for path in hf_dir.glob(pattern)
-    )
-    raise HFError(
-        f"{hf_dir}: neither model.safetensors nor {hf_write.INDEX_FILE} is there"
-        + (f"; it holds {', '.join(others[:3])}" if others else "")
-        + "; give the directory of a Qwen2.5-VL checkpoint in safetensors, or download it again"
-    )
-
-
-def _scan(hf_dir: Path) -> tuple[dict[str, Stored], list[str]]:
-    """Released name -> where it stands, and what is wrong with the index.
-
-    HFError for files that cannot be read: what they hold is not told as missing besides.
-    """
-    files, weight_map = _list_files(hf_dir)
-    stored: dict[str, Stored] = {}
-    unreadable, wrong, seen = [], [], {}
-    for path in files:
-        try:
-            with _open(path) as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    seen[key], name = path.name, _released_name(key)
-                    if name in stored:
-                        wrong.append(f"{name}: twice, as {stored[name].key} and as {key}")
-                    stored[name] = Stored(path, key, tuple(part.get_shape()), part.get_dtype())
-        except HFError as error:
-            unreadable.append(str(error))
-    if unreadable:
-        raise HFError(_listed(f"{hf_dir}: weights cannot be read", unreadable))
-    for key, file_name in weight_map.items():
-        if key in seen and seen[key] != file_name:
-            wrong.append(f"{key}: in {seen[key]}, the index says {file_name}")
-    return stored, wrong
-
-
-def _listed(head: str, faults: list[str]) -> str:
-    """One line of the first faults and how many there are."""
-    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    return f"{head} ({len(faults)} faults): {'; '.join([*faults[:SHOWN], *more])}"
 
 
 def _check_names(stored: Mapping[str, Stored], cfg: ModelConfig, one_dtype: bool) -> list[str]:
@@ -234,7 +151,7 @@ def _untie(stored: dict[str, Stored], cfg: ModelConfig) -> list[str]:
     ]
 
 
-def open_hf(hf_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: Any = None) -> dict[str, HFLeaf]:
+def open_hf(hf_dir: AnyPath, cfg: ModelConfig, *, dtype: Any = None) -> dict[str, HFLeaf]:
     """The parameters of an HF directory, as leaves that read what they are indexed with.
 
     Args:
@@ -245,16 +162,16 @@ def open_hf(hf_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: Any = None) -
     Raises:
         HFError: one message with the missing, superfluous, and wrongly shaped or typed tensors.
     """
-    hf_dir = Path(hf_dir)
+    hf_dir = located(hf_dir)
     if not hf_dir.is_dir():
         raise HFError(f"{hf_dir}: no such directory")
-    stored, wrong = _scan(hf_dir)
+    stored, wrong = scan(hf_dir)
     # Older files carry this buffer; transformers ignores it as well.
     stored = {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
     wrong += _untie(stored, cfg)
     wrong += _check_names(stored, cfg, one_dtype=dtype is None)
     if wrong:
-        raise HFError(_listed(f"{hf_dir} does not hold this model", wrong))
+        raise HFError(listed(f"{hf_dir} does not hold this model", wrong))
     parts: dict[str, list[Stored]] = {}
     for tensor in hf_tensors(cfg):
         parts.setdefault(tensor.row.path, []).append(stored[tensor.name])
@@ -271,7 +188,7 @@ def open_hf(hf_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: Any = None) -
 
 
 def load_params(
-    hf_dir: str | os.PathLike,
+    hf_dir: AnyPath,
     cfg: ModelConfig,
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
@@ -300,14 +217,24 @@ def load_params(
 
 
 def _place(leaf: HFLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
-    """One sharded parameter; devices of this process that hold the same slice share one read."""
-    read: dict[tuple, np.ndarray] = {}
+    """One sharded parameter; what the devices of this process hold is read once."""
+    slices = {
+        tuple((r.start, r.stop) for r in _ranges(leaf.shape, index))
+        for index in sharding.addressable_devices_indices_map(leaf.shape).values()
+        if index is not None
+    }
+    ends = [
+        (min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*slices, strict=True)
+    ]
+    # They are one block, as meshes are laid out; where they are not, each is read for itself.
+    sizes = [math.prod(b - a for a, b in one) for one in (ends, *slices)]
+    block = leaf[tuple(slice(a, b) for a, b in ends)] if sizes[0] == sum(sizes[1:]) else None
 
     def slice_of(index: Index) -> np.ndarray:
-        key = tuple(range(n)[i] for n, i in zip(leaf.shape, index, strict=True))
-        if key not in read:
-            read[key] = leaf[index]
-        return read[key]
+        if block is None:
+            return leaf[index]
+        wanted = zip(_ranges(leaf.shape, index), ends, strict=True)
+        return block[tuple(slice(r.start - a, r.stop - a) for r, (a, _) in wanted)]
 
     # jax's type lets the index be None, which it is for devices of other processes only.
     return jax.make_array_from_callback(
@@ -323,8 +250,8 @@ def _place(leaf: HFLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
 def save_hf(
     params: Mapping[str, Any],
     cfg: ModelConfig,
-    out_dir: str | os.PathLike,
-    reference_dir: str | os.PathLike,
+    out_dir: AnyPath,
+    reference_dir: AnyPath,
     *,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -334,7 +261,8 @@ def save_hf(
     """Write a directory that transformers and vLLM load, in the released layout.
 
     Collective: with several processes all call it, and the first one writes. At no time is more
-    than one block of one tensor on the host. A temporary directory is renamed when it is complete.
+    than one block of one tensor on the host. A temporary directory is renamed when it is complete;
+    to a bucket go files one by one (and none lies on the disk longer), config.json as the last.
 
     Args:
         params: path -> jax array (sharded or not), numpy array, or anything with ``shape``,
@@ -354,7 +282,8 @@ def save_hf(
         if jax.process_count() > 1:
             raise ValueError("save_hf on several processes needs agree")
         agree = int
-    out_dir, reference_dir = Path(out_dir).resolve(), Path(reference_dir)
+    reference_dir, remote = located(reference_dir), on_bucket(out_dir)
+    target = located(out_dir if remote else Path(out_dir).resolve())
     _check_params(params, cfg, reference_dir)
     dtypes = {k: np.dtype(p.dtype if dtype is None else dtype) for k, p in params.items()}
     odd = sorted({str(d) for d in dtypes.values()} - {str(d) for d in DTYPES.values()})
@@ -362,19 +291,20 @@ def save_hf(
         raise HFError(f"cannot write dtype {', '.join(odd)}: give one of {', '.join(DTYPES)}")
     files = hf_write.plan(hf_tensors(cfg), dtypes, max_shard_bytes)
     writes = jax.process_index() == 0
+    new_folder = _new_objects if remote else _new_folder
     with contextlib.ExitStack() as stack:
-        partial = _begin(lambda: stack.enter_context(_new_folder(out_dir)), writes, agree)
-        hf_write.write_files(files, params, dtypes, partial, progress)
+        partial = _begin(lambda: stack.enter_context(new_folder(target)), writes, agree)
+        complete = functools.partial(_move, target) if remote else None
+        hf_write.write_files(files, params, dtypes, partial, progress, complete)
         if partial:
             hf_write.copy_reference(reference_dir, partial, set(dtypes.values()))
     agree(0)  # nobody goes on before all is written
 
 
 @contextlib.contextmanager
-def _new_folder(out_dir: Path) -> Iterator[Path]:
+def _new_folder(out_dir: epath.Path) -> Iterator[Path]:
     """The temporary directory that becomes ``out_dir``; HFError where there is something."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise HFError(f"{out_dir}: exists and is not an empty directory; choose another one")
+    _refuse_other(out_dir)
     for left in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)  # a killed export leaves gigabytes
     with whole(out_dir) as partial:
@@ -382,12 +312,46 @@ def _new_folder(out_dir: Path) -> Iterator[Path]:
         yield partial
 
 
+@contextlib.contextmanager
+def _new_objects(out_dir: epath.Path) -> Iterator[Path]:
+    """A temporary directory whose files go to ``out_dir`` on a bucket; HFError as above.
+
+    ``BEGUN`` lies there meanwhile. What a killed export left is removed by the next one.
+    """
+    begun = out_dir / BEGUN
+    if begun.exists():
+        out_dir.rmtree()
+    _refuse_other(out_dir)
+    begun.write_text("An export to this folder is not complete.\n")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            for file in sorted(Path(folder).iterdir(), key=lambda f: f.name == "config.json"):
+                _move(out_dir, file)
+        begun.unlink()
+    except BaseException:
+        with contextlib.suppress(Exception):  # what went wrong before is told
+            out_dir.rmtree()
+        raise
+
+
+def _refuse_other(out_dir: epath.Path) -> None:
+    if holds_something(out_dir):
+        raise HFError(f"{out_dir}: exists and is not an empty directory; choose another one")
+
+
+def _move(out_dir: epath.Path, file: Path) -> None:
+    """Send a complete file to a bucket: none of them stays on the disk until the last is there."""
+    send(file, out_dir / file.name)
+    file.unlink()
+
+
 def _begin(make: Callable[[], Path], writes: bool, agree: Callable[[int], int]) -> Path | None:
     """What ``make`` returns where this process writes; if it fails, no process waits for it."""
     made = error = None
     try:
         made = make() if writes else None
-    except (OSError, HFError) as caught:
+    except Exception as caught:
         error = caught
     if agree(int(error is not None)) and error is None:
         raise HFError("the process that writes could not begin; its error tells why")
@@ -396,7 +360,7 @@ def _begin(make: Callable[[], Path], writes: bool, agree: Callable[[int], int]) 
     return made
 
 
-def _check_params(params: Mapping[str, Any], cfg: ModelConfig, reference_dir: Path) -> None:
+def _check_params(params: Mapping[str, Any], cfg: ModelConfig, reference_dir: epath.Path) -> None:
     """One error for every difference between the parameters, ``cfg`` and the reference."""
     described = abstract_params(load_config(reference_dir))
     wanted, ours, theirs = (
@@ -410,4 +374,4 @@ def _check_params(params: Mapping[str, Any], cfg: ModelConfig, reference_dir: Pa
             if have != want:
                 wrong.append(f"{path}: {what} {have}, the model {want}")
     if wrong:
-        raise HFError(_listed("cannot export: not one and the same model", wrong))
+        raise HFError(listed("cannot export: not one and the same model", wrong))

@@ -4,15 +4,16 @@ import contextlib
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from srpo_jax.data.buckets import read_bytes
 from srpo_jax.data.files import write_json
 from srpo_jax.data.hf_folder import added_tokens, end_token_ids, read_json, token_ids
 from srpo_jax.model.hf_table import BLOCK_BYTES, DTYPES, Index, Progress, Tensor, assign
@@ -52,8 +53,12 @@ def write_files(
     dtypes: Mapping[str, np.dtype],
     folder: Path | None,
     progress: Progress | None,
+    complete: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write (first process) or only help to gather (``folder`` None) every file."""
+    """Write (first process) or only help to gather (``folder`` None) every file.
+
+    ``complete`` is called with each that is written.
+    """
     done, total = 0, sum(_nbytes(t, dtypes) for tensors in files.values() for t in tensors)
     for name, tensors in files.items():
         with open(folder / name, "wb") if folder else contextlib.nullcontext() as out:
@@ -68,6 +73,8 @@ def write_files(
                 done += _nbytes(tensor, dtypes)
                 if progress:
                     progress(tensor.name, done, total)
+        if folder and complete:
+            complete(folder / name)
     if folder and len(files) > 1:
         weight_map = {t.name: name for name, tensors in files.items() for t in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -143,12 +150,12 @@ def _slicer(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
 # --- the files beside the weights ------------------------------------------------------------
 
 
-def copy_reference(reference_dir: Path, out_dir: Path, dtypes: set[np.dtype]) -> None:
+def copy_reference(reference_dir: epath.Path, out_dir: Path, dtypes: set[np.dtype]) -> None:
     """Copy what belongs to a checkpoint beside its weights, with dtype and EOS ids set right."""
     for name in COPIED_FILES:
         if (reference_dir / name).is_file():
-            shutil.copyfile(reference_dir / name, out_dir / name)
-    config_text = (reference_dir / "config.json").read_text("utf-8")
+            (out_dir / name).write_bytes(read_bytes(reference_dir / name))
+    config_text = read_bytes(reference_dir / "config.json").decode()
     config = json.loads(config_text)
     written = _with_dtype(config, dtypes.pop().name) if len(dtypes) == 1 else config
     if written != config:
@@ -161,7 +168,7 @@ def copy_reference(reference_dir: Path, out_dir: Path, dtypes: set[np.dtype]) ->
         values = {"pad_token_id": eos[-1], **values, "eos_token_id": list(eos)}
         write_json(out_dir / generation.name, values)
     elif values:
-        shutil.copyfile(generation, out_dir / generation.name)
+        (out_dir / generation.name).write_bytes(read_bytes(generation))
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

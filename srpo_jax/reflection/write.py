@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from srpo_jax import __version__
 from srpo_jax.data.fields import Record
 from srpo_jax.data.files import jsonl_writer, numbered_jsonl, whole, write_json, write_text
-from srpo_jax.data.images import ImageRef, resolve_path
+from srpo_jax.data.images import ImageRef, image_bytes
 from srpo_jax.data.records import write_array_record
 from srpo_jax.reflection import teach
 from srpo_jax.reflection.items import Items
@@ -102,7 +102,7 @@ def copy_image(ref: ImageRef, folder: Path) -> str:
 
     Copies beside the data set make it complete: it can be moved, and needs no data root.
     """
-    data = _image_bytes(ref)
+    data = image_bytes(ref)
     suffix = Path(ref.path).suffix.lower() if ref.path else ""
     suffix = suffix if suffix[1:].isalnum() else ".img"
     name = hashlib.sha256(data).hexdigest()[:32] + suffix
@@ -115,13 +115,9 @@ def copy_image(ref: ImageRef, folder: Path) -> str:
 
 def split_of(record: Record, validation_share: float, seed: int) -> str:
     """train or validation, by the first image's bytes: an image stands in one split only."""
-    data = _image_bytes(record.images[0]) if record.images else record.question.encode()
+    data = image_bytes(record.images[0]) if record.images else record.question.encode()
     digest = hashlib.sha256(f"{seed}:split:".encode() + data).digest()
     return SPLITS[int.from_bytes(digest[:8]) < validation_share * 2**64]
-
-
-def _image_bytes(ref: ImageRef) -> bytes:
-    return Path(resolve_path(ref)).read_bytes() if ref.data is None else ref.data
 
 
 def _array_record(out: Path, target: str, split: str) -> None:

@@ -25,6 +25,8 @@ NONE = "–"
 QUALMS = {
     "no_answer_rows": "{} completions have no {} answer by rule and count as wrong",
     "drawn_rows": "{} {} answers were drawn at random with the official seed",
+    "unread_rows": "{} {} answers are to problems that could not be read: wrong in the whole, and "
+    "left out of its groups",
     "gold_problem_rows": "{} golds cannot be graded; their {} answers count as wrong",
 }
 

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import jax
 
+from srpo_jax import imported
+from srpo_jax.data.buckets import is_file
 from srpo_jax.run.resume import flat_config
 from srpo_jax.structs import RunError
 
@@ -29,6 +31,7 @@ _KINDS: dict[type, tuple[Callable[[str], Any], str]] = {
 
 def main(run: Callable[[Any, str], Any]) -> None:
     """--config, --workdir, --debug; exit code 0 only on success, 130 on Ctrl-C."""
+    imported()
     from absl import app, flags, logging  # noqa: PLC0415  (flags exist only in a program)
     from ml_collections import config_flags  # noqa: PLC0415
 
@@ -49,7 +52,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
             for name, example in (("config", EXAMPLE), ("workdir", "runs/NAME")):
                 if not flags.FLAGS[name].value:
                     raise RunError(f"--{name} is missing; give it as in --{name}={example}")
-            if Path(workdir.value or "").is_file():
+            if is_file(workdir.value or ""):
                 raise RunError(f"--workdir={workdir.value}: is a file; give a folder")
             return rest
         except (flags.Error, ValueError, OSError, RuntimeError) as error:

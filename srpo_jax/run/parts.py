@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from srpo_jax.data.buckets import holds_something, is_file, located, on_bucket
 from srpo_jax.data.files import absolute
-from srpo_jax.data.hf_folder import ADAPTER, model_folder
+from srpo_jax.data.hf_folder import ADAPTER, how_to_get, model_folder, read_json
 from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.learn.steps import make_encode_step
 from srpo_jax.model import hf, sharding
@@ -106,6 +105,8 @@ def start(settings: RunSettings) -> Parts:
     processes.join(spread.enabled, spread.coordinator, spread.num_processes, spread.process_id)
     if settings.compilation_cache_dir:  # compiled programs are kept there for later runs
         folder = absolute(settings.compilation_cache_dir)
+        if is_file(folder):
+            raise RunError(f"compilation_cache_dir={folder}: is a file; give a folder")
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if not settings.hf_dir:
         raise RunError(
@@ -153,7 +154,10 @@ def load_weights(
         --workdir was named, so that a restart finds the same weights while that run goes on.
     """
     shardings = sharding.param_specs(parts.shapes, parts.mesh, "train")
-    source = source or settings.init_from
+    key, source = "" if source else "init_from=", source or settings.init_from
+    if source and not absolute(source).exists():
+        wanted = "a checkpoint, the --workdir of a run, or a Hugging Face model directory"
+        raise RunError(f"{key}{source}: no such directory{how_to_get(source, wanted)}")
     names = ("config.json", ADAPTER)
     if source and not any((absolute(source) / name).is_file() for name in names):
         folder = checkpoint.find_params(source)
@@ -167,18 +171,20 @@ def check_export(out_dir: str, done: bool) -> bool:
     """Whether an export is to be written; RunError before hours of training where it could not."""
     if not out_dir:
         return False
-    path = Path(out_dir)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if holds_something(out_dir):
         if done:
             return False
         raise RunError(
             f"export_hf_dir={out_dir} exists and is not an empty directory; choose another one"
         )
+    above = [] if on_bucket(out_dir) else located(out_dir).parents
+    for file in filter(is_file, above):
+        raise RunError(f"export_hf_dir={out_dir}: {file} is a file; choose another one")
     return True
 
 
 def export(params: Params, parts: Parts, hf_dir: str, out_dir: str) -> None:
     """Write a Hugging Face directory, in the dtype that ``hf_dir``'s config.json names."""
-    described = json.loads((Path(hf_dir) / "config.json").read_text())
+    described = read_json(located(hf_dir) / "config.json")
     dtype = described.get("dtype") or described.get("torch_dtype")
     hf.save_hf(params, parts.model, out_dir, hf_dir, dtype=dtype, agree=processes.maximum)

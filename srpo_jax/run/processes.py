@@ -58,6 +58,8 @@ def join(
         )
     if all(given):
         _meet(coordinator, num_processes, process_id)
+    else:
+        _check_slurm_port()
     try:
         with _ended_by_ctrl_c():
             if all(given):
@@ -96,18 +98,36 @@ def _meet(coordinator: str, num_processes: int, process_id: int) -> None:
     if process_id:
         _wait_for(host.strip("[]"), int(port), place)
         return
+    _check_free(int(port), place)
+    if num_processes > 1:
+        _tell(f"{place}: waiting for {num_processes - 1} other processes, {MEET_SECONDS:.0f} s")
+
+
+def _check_slurm_port() -> None:
+    """Under SLURM, of which jax finds all by itself: process 0 can listen at the job's port.
+
+    The port is the one that jax derives from the job, set for it in its own variable.
+    """
+    told = [os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "PROCID", "STEP_NODELIST")]
+    if not all(told) or not told[0].isdecimal() or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        return
+    port = os.environ.setdefault("JAX_COORDINATOR_PORT", str(61_440 + int(told[0]) % 4_096))
+    if told[1] == "0" and port.isdecimal():
+        _check_free(int(port), f"SLURM, JAX_COORDINATOR_PORT={port}")
+
+
+def _check_free(port: int, place: str) -> None:
+    """RunError, naming the setting ``place``, unless this process can listen at ``port``."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
     except OSError as error:
         raise RunError(
             f"{place}: process 0 cannot listen at port {port} of this machine "
             f"({os.strerror(error.errno or 0)}): does another run use it? Give another port, the "
             "same to all processes"
         ) from None
-    if num_processes > 1:
-        _tell(f"{place}: waiting for {num_processes - 1} other processes, {MEET_SECONDS:.0f} s")
 
 
 def _wait_for(host: str, port: int, place: str) -> None:

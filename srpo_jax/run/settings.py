@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -345,9 +346,9 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must lie between 0 and 1",
     ),
     (
-        "hf_dir export_hf_dir data.train data.root eval.file",
-        lambda value: not on_bucket(value) or value.startswith("tfds:"),
-        "must lie on a disk: copy it (gcloud storage cp -r), or mount the bucket",
+        "hf_dir init_from export_hf_dir data.train data.root eval.file",
+        lambda value: set(re.findall(r"(\w+)://", value)) <= {"gs"},
+        "of buckets only gs:// is supported; mount the others",
     ),
     ("seed", lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32"),
     ("grpo.entropy_coef", math.isfinite, "must be a number"),

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from srpo_jax import imported
 from srpo_jax.data.files import write_json, write_text
 
 PLAIN_PROGRESS_SECONDS = 10.0  # between two lines of progress where stderr is not a terminal
@@ -56,6 +57,7 @@ def run(
     argv: list[str] | None = None,
 ) -> None:
     """Parse ``argv``, call ``main`` and exit: 0 on success, 1 on an error, 130 on Ctrl-C."""
+    imported()
     args = arguments.parse_args(argv)
     try:
         code = main(args)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from srpo_jax.data.batching import Encoded, collate
+from srpo_jax.data.buckets import AnyPath, located
 from srpo_jax.data.encoders import conversation_images
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.files import numbered_jsonl
@@ -86,12 +87,12 @@ def load_model(args: argparse.Namespace, *, for_sampling: bool = False) -> Model
     return Model(cfg, params, mesh, processor, decoder)
 
 
-def pixel_limits(hf_dir: str | Path) -> tuple[int, int]:
+def pixel_limits(hf_dir: AnyPath) -> tuple[int, int]:
     """(min_pixels, max_pixels) of a directory's preprocessor_config.json, in either of its forms.
 
     Raises ValueError, naming the file and the arguments to give instead, where it has none.
     """
-    path = Path(hf_dir) / "preprocessor_config.json"
+    path = located(hf_dir) / "preprocessor_config.json"
     found = read_json(path)
     size = found.get("size") or {}
     low = found.get("min_pixels", size.get("shortest_edge"))

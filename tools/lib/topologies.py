@@ -5,6 +5,7 @@
 """
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +102,7 @@ def describe(name: str) -> Topology:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         options = {"topology_name": f"{kind}:{shape}"}
         memory = TPU_MEMORY_GIB[kind]
-    elif platform == "cuda" and kind in _GPUS and shape:
+    elif platform == "cuda" and kind in _GPUS and re.fullmatch(r"\d+x\d+", shape):
         hosts, gpus = (int(n) for n in shape.split("x"))
         options = {"target_config": _target_config(_GPUS[kind]), "topology": f"1x{hosts}x{gpus}"}
         memory = _GPUS[kind].memory_bytes / GIB
