@@ -2,11 +2,17 @@
 
     python -m tools.plan --config=configs/grpo.py:size=7b --topology=tpu:v5p:2x2x2
     python -m tools.plan --config=configs/sft.py:size=7b --topology=cuda:h100:1x8 --mesh=1,8,1
+    python -m tools.plan --config=configs/grpo.py:size=7b --topology=cuda:h100:1x8 --estimate
 
 Prints, for each program (vision encode, prefill, decode segment, log-probs, one micro-batch of an
 update and its end), the memory per device and whether it fits. "beside" is what the run holds while
 the program runs although it is no argument of it: the optimizer's moments while sampling, for
 instance. Exit code 0 only if everything compiles and fits.
+
+Then an ESTIMATE of a step's time by phase (tools/lib/step_time.py, tools/lib/roofline.py). Useful
+FLOPs are those of training's MFU; executed ones are counted from shapes, padding, recomputation and
+masked pairs included; bytes are weights, inputs and results of products, caches and logits. What
+devices exchange is read from the compiled programs, times the trips of their loops.
 """
 
 import argparse
@@ -32,7 +38,7 @@ from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.run.metrics import peak_flops
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig
 from srpo_jax.structs import Batch, Experience, Lanes, Rollout, Verdict, VisionInputs
-from tools.lib import recipes
+from tools.lib import cli, recipes
 from tools.lib.assumed import parse_lengths
 from tools.lib.collectives import collective_bytes
 from tools.lib.planned import Recipe, read_recipe
@@ -260,8 +266,8 @@ def compile_programs(lowerings: Iterator[Lowering]) -> Iterator[Program]:
     for name, lower, beside in lowerings:
         start = time.perf_counter()
         compiled = lower().compile()
-        taken, exchanged = time.perf_counter() - start, collective_bytes(compiled.as_text())
-        yield Program(name, memory_gib(compiled), taken, beside / 2**30, exchanged)
+        taken, text = time.perf_counter() - start, compiled.as_text() or ""
+        yield Program(name, memory_gib(compiled), taken, beside / 2**30, collective_bytes(text))
 
 
 def report(compiled: Iterator[Program], topology: Topology) -> tuple[bool, dict[str, float]]:
@@ -285,22 +291,17 @@ def report_time(
     recipe: Recipe, topology: Topology, exchanged: dict[str, float], args: argparse.Namespace
 ) -> None:
     """Prints the estimate of a step's time, with the rates that it rests on."""
-    lengths, prompts = (
-        text and parse_lengths(text) for text in (args.lengths, args.prompt_lengths)
-    )
     peak = peak_flops(topology.devices[0].device_kind)
     assert peak, "every topology's devices are in the table"
-    moving = args.bandwidth_efficiency
-    rates = Rates(
-        peak * args.matmul_efficiency, topology.bandwidth * moving, topology.links * moving
-    )
-    counted = "collectives as compiled" if exchanged else "no collectives but relayout's"
+    computing, moving = args.matmul_efficiency, args.bandwidth_efficiency
+    rates = Rates(peak * computing, topology.bandwidth * moving, topology.links * moving)
+    counted = "collectives as compiled" if exchanged else "without collectives but relayout's"
     print(
-        f"\nESTIMATE of a step, not a measurement ({counted}; per device, of data sheets: "
-        f"{args.matmul_efficiency:.0%} of {peak / 1e12:.0f} TFLOP/s, {moving:.0%} of "
-        f"{topology.bandwidth / 1e9:.0f} GB/s in memory and {topology.links / 1e9:.0f} GB/s by links)"
+        f"\nESTIMATE of a step, not a measurement: {counted}, nothing of the host; of a device's\n"
+        f"{peak / 1e12:.0f} TFLOP/s {computing:.0%}, of its {topology.bandwidth / 1e9:.0f} GB/s of "
+        f"memory and {topology.links / 1e9:.0f} GB/s to other devices {moving:.0%}"
     )
-    found = with_links(estimate(recipe, *asked), exchanged)
+    found = with_links(estimate(recipe, args.lengths, args.prompt_lengths), exchanged)
     print(*table(found, rates, peak, len(topology.devices)), sep="\n")
 
 
@@ -343,14 +344,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mesh", default="", help="data,fsdp,tensor instead of the config's")
     parser.add_argument("--only", default="", help="names of programs, separated by commas")
     parser.add_argument("--estimate", action="store_true", help="only the time: compile nothing")
-    lengths = "full or lognormal:MEAN,SIGMA, cut off at the budget; default: as the paper's recipe"
-    parser.add_argument(
-        "--lengths", default="", help=f"of completions (or conversations): {lengths}"
-    )
-    parser.add_argument("--prompt_lengths", default="", help="of prompts, likewise")
-    for of, share in (("matmul", 0.4), ("bandwidth", 0.6)):
-        name = f"--{of}_efficiency"
-        parser.add_argument(name, type=float, default=share, help="reached share of the peak")
+    told = "full or lognormal:MEAN,SIGMA, cut off at the budget; default: as in the paper's recipe"
+    add = functools.partial(parser.add_argument, type=parse_lengths)
+    add("--lengths", help=f"of completions (SFT: of conversations): {told}")
+    add("--prompt_lengths", help="of prompts, likewise")
+    add = functools.partial(parser.add_argument, type=cli.share, help="of the peak (%(default)s)")
+    add("--matmul_efficiency", default=0.4)
+    add("--bandwidth_efficiency", default=0.6)
     return parser
 
 

@@ -1,5 +1,6 @@
 """What a step is assumed to hold before there is a run: lengths, and how they are sampled."""
 
+import argparse
 import dataclasses
 import math
 import re
@@ -29,14 +30,14 @@ class Lengths:
 
 
 def parse_lengths(text: str) -> Lengths:
-    """ "full" or "lognormal:MEAN,SIGMA"; ValueError saying so."""
+    """``type=`` of an argument: "full" or "lognormal:MEAN,SIGMA"."""
     if text == "full":
         return Lengths()
     number = r"(\d+(?:\.\d*)?|\.\d+)"
     found = re.fullmatch(rf"lognormal:{number},{number}", text)
     if not found or not float(found[1]):
-        raise ValueError(
-            f"lengths {text!r}: write full or lognormal:MEAN,SIGMA (lognormal:870,0.5)"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither full nor lognormal:MEAN,SIGMA (such as lognormal:870,0.5)"
         )
     return Lengths(float(found[1]), float(found[2]))
 

@@ -65,7 +65,7 @@ class Phase:
 
     def seconds(self, rates: Rates) -> tuple[float, str]:
         """Of all its calls, and what binds for most of that time."""
-        by_limit = dict.fromkeys(LIMITS, 0.0)
+        by_limit: dict[str, float] = dict.fromkeys(LIMITS, 0.0)
         for piece in self.pieces:
             seconds, limit = piece.seconds(rates)
             by_limit[limit] += seconds

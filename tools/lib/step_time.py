@@ -233,6 +233,6 @@ def table(found: Estimate, rates: Rates, peak: float, devices: int) -> Iterator[
     useful = sum(phase.useful for phase in found.phases)
     read, written = (tokens / total / devices for tokens in (found.tokens, found.written))
     yield (
-        f"a step: {total:.1f} s, MFU {useful / devices / total / peak:.1%}, {read:,.0f} tokens/s per "
-        f"device, a prompt counted with each of its samples; {written:,.0f} without prompts"
+        f"a step: {total:.1f} s, MFU {useful / devices / total / peak:.1%}, {read:,.0f} tokens/s a "
+        f"device (a prompt counts with each of its samples; {written:,.0f} without prompts)"
     )
