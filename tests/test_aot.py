@@ -44,7 +44,7 @@ def test_the_7b_recipe_compiles_and_fits_eight_devices(recipe, programs, topolog
         topology.partition(":")[0],
         *("-m", "tools.plan", f"--config=configs/{recipe}.py:size=7b", f"--topology={topology}"),
     )
-    lines = [line.split() for line in table.splitlines()]
+    lines = [line.split() for line in table.partition("ESTIMATE")[0].splitlines()]
     fits = {words[0]: words[6] for words in lines if len(words) > 6 and words[0] in programs}
     assert fits == dict.fromkeys(programs, "yes"), table
 
@@ -141,3 +141,36 @@ def test_decode_writes_no_copy_of_a_weight_matrix_or_a_cache(topology, tmp_path)
         program = (tmp_path / window).read_text()
         assert not large_results(program, least)
         assert large_results(program, least // 512)  # the logits, say
+
+
+HEAD = """
+import jax, jax.numpy as jnp, pathlib, types
+from srpo_jax.learn.micro_batches import token_logps
+from srpo_jax.model.sharding import batch_sharding, make_mesh, param_specs
+from tools.lib.topologies import describe
+
+mesh = make_mesh(1, 8, 1, devices=describe("{topology}").devices)
+def loss(head, h, targets, count):
+    model = types.SimpleNamespace(head_kernel=lambda: head)
+    logp, _ = token_logps(model, h, targets, count=count, chunk=512)
+    return logp.sum()
+def array(shape, dtype, sharding=batch_sharding(mesh)):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+head = jax.ShapeDtypeStruct((1024, 152064), jnp.float32)
+lies = param_specs({{"text/lm_head/kernel": head}}, mesh)["text/lm_head/kernel"]
+args = (array(head.shape, head.dtype, lies), array((8, 2048, 1024), jnp.bfloat16))
+args += (array((8, 2048), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
+with jax.set_mesh(mesh):
+    compiled = jax.jit(jax.grad(loss), out_shardings=lies).lower(*args).compile()
+pathlib.Path("{folder}", "program").write_text(compiled.as_text())
+"""
+
+
+@pytest.mark.parametrize("topology", ["tpu:v5p:2x2x2", "cuda:h100:1x8"])
+def test_the_head_is_collected_in_bfloat16_and_its_gradient_reduced_to_parts(topology, tmp_path):
+    _run(topology.partition(":")[0], "-c", HEAD.format(topology=topology, folder=tmp_path))
+    program = (tmp_path / "program").read_text()
+    whole, kinds = r"(\w+)\[1024,152064\]", "all-gather|all-reduce|reduce-scatter"
+    moved = re.findall(rf"= [^=]*?{whole}[^=]*? ({kinds})(?:-start)?\(", program)
+    assert ("bf16", "all-gather") in moved
+    assert not {("f32", "all-gather"), ("f32", "all-reduce")} & set(moved)

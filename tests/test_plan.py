@@ -13,6 +13,7 @@ from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import RunError
 from tools import plan
 from tools.lib import recipes, topologies
+from tools.lib.planned import Recipe, Shapes, read_recipe
 
 
 @pytest.mark.parametrize("text", ["8", "1,8", "1,8,1,1", "1,,8", "1,8,x", "-2,1,1", "1x8x1", ""])
@@ -38,11 +39,11 @@ def parameters(dtype: str, part: str = "") -> int:
 
 def programs(mesh, *, kl_coef: float = 0.0, param_dtype: str = "float32") -> dict[str, int]:
     """Program -> bytes held beside it, of the 3B with a small batch."""
-    shapes = plan.Shapes(sequences=8, tokens=64, rows=8, patches=64)
+    shapes = Shapes(sequences=8, tokens=64, rows=8, patches=64)
     model = size_config("3b", dtype="bfloat16", param_dtype=param_dtype)
     step = GrpoConfig(kl_coef=kl_coef)
     sampling = SamplingConfig(max_new_tokens=8, group_size=2, segment=8)
-    recipe = plan.Recipe(model, mesh, shapes, optim.OptimConfig(), step, sampling)
+    recipe = Recipe(model, mesh, shapes, optim.OptimConfig(), step, sampling)
     return {name: beside for name, _, beside in plan.programs(recipe)}
 
 
@@ -90,7 +91,7 @@ def test_a_reference_is_held_all_the_time():
 def test_settings_are_read_as_in_training_and_what_cannot_run_is_refused():
     config = recipe.get_config("size=7b")
     mesh = sharding.make_mesh(1, 8, 1)
-    names = [name for name, _, _ in plan.programs(plan.read_recipe(config, mesh))]
+    names = [name for name, _, _ in plan.programs(read_recipe(config, mesh))]
     assert names == ["encode", "prefill", "decode_segment", "logp_step", "accumulate", "apply"]
     config.update_from_flattened_dict(
         {
@@ -106,4 +107,4 @@ def test_settings_are_read_as_in_training_and_what_cannot_run_is_refused():
     assert tuple(config.data.patch_budgets) == (64, 128)
     config.grpo.updates_per_rollout = 3
     with pytest.raises(RunError, match="=3 must divide data.global_batch_size=128: .*rollout=2$"):
-        plan.read_recipe(config, mesh)
+        read_recipe(config, mesh)

@@ -393,8 +393,8 @@ def test_log_probs_equal_those_of_the_training_pass(params, rows, change):
 
 def keep_schedules(sampler) -> list[Schedule]:
     """The schedules of the rollouts to come."""
-    kept, make = [], sampler._schedule
-    sampler._schedule = lambda *sizes: kept.append(make(*sizes)) or kept[-1]
+    kept, make = [], sampler.schedule
+    sampler.schedule = lambda *sizes: kept.append(make(*sizes)) or kept[-1]
     return kept
 
 

@@ -218,11 +218,8 @@ def test_a_layer_s_matrices_are_collected_once_in_each_pass():
     assert sorted(collected["forward"]) == sorted(collected["backward"]) == sizes
 
 
-def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
-    mesh = sharding.make_mesh(2, 2, 2)
-    rows = sharding.batch_sharding(mesh)
-    h_BTD, head_DV = jnp.ones((8, 32, 16)), jnp.ones((16, 64))
-    targets_BT = jnp.zeros((8, 32), jnp.int32)
+def head_gradient(mesh, targets_BT, head_DV):
+    """The jitted gradient of the log-probs by hidden states and head, which lies as in training."""
 
     def loss(h, head):
         model = types.SimpleNamespace(head_kernel=lambda: head)
@@ -233,8 +230,14 @@ def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
             return logp_BT.sum()
 
     head_layout = sharding.param_specs({"text/lm_head/kernel": head_DV}, mesh)
-    layouts = (rows, head_layout["text/lm_head/kernel"])
-    grads = jax.jit(jax.grad(loss, (0, 1)), in_shardings=layouts, out_shardings=layouts)
+    layouts = (sharding.batch_sharding(mesh), head_layout["text/lm_head/kernel"])
+    return jax.jit(jax.grad(loss, (0, 1)), in_shardings=layouts, out_shardings=layouts)
+
+
+def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
+    h_BTD, head_DV = jnp.ones((8, 32, 16)), jnp.ones((16, 64))
+    targets_BT = jnp.zeros((8, 32), jnp.int32)
+    grads = head_gradient(sharding.make_mesh(2, 2, 2), targets_BT, head_DV)
     program = grads.lower(h_BTD, head_DV).compile().as_text()
     computation, inside = "", []
     for line in program.splitlines():
@@ -246,6 +249,25 @@ def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
     assert max(inside) < head_DV.size // 2  # the gradient of a device's half of the head is not
     want = jax.grad(lambda head: losses.token_logps(h_BTD, targets_BT, head)[0].sum())(head_DV)
     np.testing.assert_allclose(grads(h_BTD, head_DV)[1], want, rtol=1e-5)
+
+
+def test_the_head_is_collected_in_the_dtype_of_its_products_and_learns_in_its_own():
+    rng = np.random.default_rng(0)
+    h_BTD = jnp.asarray(rng.normal(size=(8, 32, 16)), jnp.bfloat16)
+    head_DV = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
+    targets_BT = jnp.asarray(rng.integers(0, 64, (8, 32)), jnp.int32)
+    grads = head_gradient(sharding.make_mesh(1, 8, 1), targets_BT, head_DV)
+    lowered = grads.lower(h_BTD, head_DV)
+    assert re.search(r"all_gather.*tensor<16x64xbf16>", lowered.as_text())
+    # (CPUs compute bfloat16, and so exchange it, in float32.)
+    program = lowered.compile().as_text()
+    assert len(re.findall(r"= \w+\[16,64\]\S* all-gather\(", program)) == 1
+    assert re.search(r"= f32\[2,64\]\S* reduce-scatter\(", program)  # of the gradient
+    got = grads(h_BTD, head_DV)[1]
+    assert got.dtype == jnp.float32
+    want = jax.grad(lambda head: losses.token_logps(h_BTD, targets_BT, head)[0].sum())(head_DV)
+    # Each device rounds the products of its own tokens to bfloat16.
+    np.testing.assert_allclose(got, want, atol=0.02 * float(jnp.abs(want).max()))
 
 
 def test_a_random_state_is_made_in_its_shards():

@@ -2,11 +2,17 @@
 
     python -m tools.plan --config=configs/grpo.py:size=7b --topology=tpu:v5p:2x2x2
     python -m tools.plan --config=configs/sft.py:size=7b --topology=cuda:h100:1x8 --mesh=1,8,1
+    python -m tools.plan --config=configs/grpo.py:size=7b --topology=cuda:h100:1x8 --estimate
 
 Prints, for each program (vision encode, prefill, decode segment, log-probs, one micro-batch of an
 update and its end), the memory per device and whether it fits. "beside" is what the run holds while
 the program runs although it is no argument of it: the optimizer's moments while sampling, for
 instance. Exit code 0 only if everything compiles and fits.
+
+Then an ESTIMATE of a step's time by phase (tools/lib/step_time.py, tools/lib/roofline.py). Useful
+FLOPs are those of training's MFU; executed ones are counted from shapes, padding, recomputation and
+masked pairs included; bytes are weights, inputs and results of products, caches and logits. What
+devices exchange is read from the compiled programs, times the trips of their loops.
 """
 
 import argparse
@@ -26,50 +32,22 @@ from jax.sharding import Mesh
 
 from srpo_jax.learn import optim, steps
 from srpo_jax.learn.grpo import GrpoConfig
-from srpo_jax.learn.state import FREEZE_VISION, abstract_state, state_shardings
+from srpo_jax.learn.state import abstract_state, state_shardings
 from srpo_jax.model import sharding
-from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
-from srpo_jax.model.sizes import size_config
-from srpo_jax.run.settings import (
-    GrpoSettings,
-    batch_layout,
-    fit_rows,
-    grpo_config,
-    grpo_settings,
-    sft_config,
-    sft_settings,
-)
-from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
+from srpo_jax.run.metrics import peak_flops
+from srpo_jax.sampling.sampler import Sampler, SamplingConfig
 from srpo_jax.structs import Batch, Experience, Lanes, Rollout, Verdict, VisionInputs
-from tools.lib import recipes
+from tools.lib import cli, recipes
+from tools.lib.assumed import parse_lengths
+from tools.lib.collectives import collective_bytes
+from tools.lib.planned import Recipe, read_recipe
+from tools.lib.roofline import Rates
+from tools.lib.step_time import estimate, table, with_links
 from tools.lib.topologies import Topology, describe, memory_gib
 
 # Share of a device's memory that a program may plan with; the rest is the run-time's own.
 USABLE = 0.92
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Budgets of one update: what the loader would hand to the steps."""
-
-    sequences: int  # P prompts, or SFT conversations, over all devices, fillers included
-    tokens: int  # S, or T for SFT
-    rows: int  # M
-    patches: int  # N of each row
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A run as its programs see it. G and R are those of ``sampling``, which SFT has not."""
-
-    model: ModelConfig
-    mesh: Mesh
-    shapes: Shapes
-    optimizer: optim.OptimConfig
-    step: steps.SftConfig | GrpoConfig
-    sampling: SamplingConfig | None = None
-    freeze: tuple[str, ...] = FREEZE_VISION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +58,7 @@ class Program:
     memory: dict[str, float]
     seconds: float
     beside: float  # GiB that the run holds meanwhile
+    exchanged: float  # bytes of a call's collectives, per device
 
     @property
     def total(self) -> float:
@@ -286,55 +265,44 @@ def compile_programs(lowerings: Iterator[Lowering]) -> Iterator[Program]:
     """Compiles one program after the other and reads its memory."""
     for name, lower, beside in lowerings:
         start = time.perf_counter()
-        memory = memory_gib(lower().compile())
-        yield Program(name, memory, time.perf_counter() - start, beside / 2**30)
+        compiled = lower().compile()
+        taken, text = time.perf_counter() - start, compiled.as_text() or ""
+        yield Program(name, memory_gib(compiled), taken, beside / 2**30, collective_bytes(text))
 
 
-def report(compiled: Iterator[Program], topology: Topology) -> bool:
-    """Prints one line per program; True if each fits its device."""
+def report(compiled: Iterator[Program], topology: Topology) -> tuple[bool, dict[str, float]]:
+    """Prints one line per program; whether each fits its device, and what its calls exchange."""
     budget = topology.memory_gib * USABLE
     print(f"{topology.name}: {len(topology.devices)} devices, {budget:.1f} GiB usable on each")
     columns = ("arguments", "outputs", "temporaries")
     head = f"{'program':16}" + "".join(f" {c:>11}" for c in (*columns, "beside", "total"))
     print(f"{head}  fits  compiled in")
-    fits = True
+    fits, exchanged = True, {}
     for p in compiled:
         good = p.total <= budget
-        fits &= good
+        fits, exchanged[p.name] = fits and good, p.exchanged
         numbers = (*(p.memory[c] for c in columns), p.beside, p.total)
         cells = "".join(f" {number:11.2f}" for number in numbers)
         print(f"{p.name:16}{cells}  {'yes' if good else 'NO':4}  {p.seconds:.0f} s", flush=True)
-    return fits
+    return fits, exchanged
 
 
-# --- from a recipe's configuration -------------------------------------------------------------
-
-
-def read_recipe(config: Any, mesh: Mesh) -> Recipe:
-    """The run that `train_sft` or `train_grpo` would start with this configuration.
-
-    Shapes are those of the largest patch budget. Raises RunError where the updates of a rollout
-    cannot be equal, ValueError for a size that is not a released one.
-    """
-    reinforce = "grpo" in config
-    settings = grpo_settings(config) if reinforce else sft_settings(config)
-    model = size_config(settings.size, **dataclasses.asdict(settings.model))
-    shards = sharding.num_data_shards(mesh)
-    settings = fit_rows(settings, shards, model.vision.window_slots)
-    data, layout = settings.data, batch_layout(settings, shards)
-    forbidden, sampling = vision_token_ids(model), None
-    if isinstance(settings, GrpoSettings):
-        step, tokens = grpo_config(settings, shards, forbidden), data.prompt_tokens
-        sampling = dataclasses.replace(settings.sampling, forbidden_ids=forbidden)
-    else:
-        step, tokens = sft_config(settings, shards), settings.data.tokens
-    shapes = Shapes(
-        sequences=layout.size,
-        tokens=tokens,
-        rows=layout.rows * shards,
-        patches=max(data.patch_budgets),
+def report_time(
+    recipe: Recipe, topology: Topology, exchanged: dict[str, float], args: argparse.Namespace
+) -> None:
+    """Prints the estimate of a step's time, with the rates that it rests on."""
+    peak = peak_flops(topology.devices[0].device_kind)
+    assert peak, "every topology's devices are in the table"
+    computing, moving = args.matmul_efficiency, args.bandwidth_efficiency
+    rates = Rates(peak * computing, topology.bandwidth * moving, topology.links * moving)
+    counted = "collectives as compiled" if exchanged else "without collectives but relayout's"
+    print(
+        f"\nESTIMATE of a step, not a measurement: {counted}, nothing of the host; of a device's\n"
+        f"{peak / 1e12:.0f} TFLOP/s {computing:.0%}, of its {topology.bandwidth / 1e9:.0f} GB/s of "
+        f"memory and {topology.links / 1e9:.0f} GB/s to other devices {moving:.0%}"
     )
-    return Recipe(model, mesh, shapes, settings.optim, step, sampling, settings.freeze)
+    found = with_links(estimate(recipe, args.lengths, args.prompt_lengths), exchanged)
+    print(*table(found, rates, peak, len(topology.devices)), sep="\n")
 
 
 def programs(recipe: Recipe) -> Iterator[Lowering]:
@@ -352,13 +320,17 @@ def main(args: argparse.Namespace) -> None:
     sizes = args.mesh or (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     mesh = sharding.make_mesh(*sizes, devices=topology.devices)
     print(f"{args.config} on a mesh of {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}")
-    lowerings = [*programs(read_recipe(config, mesh))]
-    if args.only:
-        names, known = args.only.split(","), [name for name, *_ in lowerings]
-        for name in set(names) - {*known}:
-            raise ValueError(f"--only={args.only}: no program {name!r}; of {', '.join(known)}")
-        lowerings = [lowering for lowering in lowerings if lowering[0] in names]
-    if not report(compile_programs(iter(lowerings)), topology):
+    recipe, fits, exchanged = read_recipe(config, mesh), True, {}
+    if not args.estimate:
+        lowerings = [*programs(recipe)]
+        if args.only:
+            names, known = args.only.split(","), [name for name, *_ in lowerings]
+            for name in set(names) - {*known}:
+                raise ValueError(f"--only={args.only}: no program {name!r}; of {', '.join(known)}")
+            lowerings = [lowering for lowering in lowerings if lowering[0] in names]
+        fits, exchanged = report(compile_programs(iter(lowerings)), topology)
+    report_time(recipe, topology, exchanged, args)
+    if not fits:
         raise RuntimeError(
             "a program does not fit: more devices, a larger mesh.fsdp or mesh.tensor, fewer "
             "data.prompts_per_row, a smaller sampling.concurrent_rows, or bfloat16 parameters"
@@ -380,6 +352,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--topology", required=True, help="tpu:KIND:AxBxC or cuda:KIND:HOSTSxGPUS")
     parser.add_argument("--mesh", type=mesh_sizes, help="data,fsdp,tensor instead of the config's")
     parser.add_argument("--only", default="", help="names of programs, separated by commas")
+    parser.add_argument("--estimate", action="store_true", help="only the time: compile nothing")
+    told = "full or lognormal:MEAN,SIGMA, cut off at the budget; default: as in the paper's recipe"
+    add = functools.partial(parser.add_argument, type=parse_lengths)
+    add("--lengths", help=f"of completions (SFT: of conversations): {told}")
+    add("--prompt_lengths", help="of prompts, likewise")
+    add = functools.partial(parser.add_argument, type=cli.share, help="of the peak (%(default)s)")
+    add("--matmul_efficiency", default=0.4)
+    add("--bandwidth_efficiency", default=0.6)
     return parser
 
 

@@ -35,7 +35,8 @@ def token_logps(
     chunk: int = 128,
     count: jax.Array | None = None,
     entropy_grad: bool = False,
-) -> tuple[jax.Array, jax.Array]:  # eight: three arrays, and switches that are each off by default
+    cast_DV: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # nine: three arrays, and switches that are each off by default
     """Log-probability of each target and entropy of each position, without a [B, T, V] array.
 
     A scan over chunks of the time axis (the batch axis may be sharded, the time axis is not) whose
@@ -44,14 +45,16 @@ def token_logps(
     Args:
         h_BTD: final hidden states; position t predicts ``targets_BT[:, t]``.
         targets_BT: int token ids.
-        head_DV: output embedding. It is cast to the dtype of ``h_BTD`` inside the scan, so that its
-            gradient is summed over the chunks in the dtype in which it comes in.
+        head_DV: output embedding. The products take it in the dtype of ``h_BTD``; its gradient is
+            summed over the chunks in its own.
         temperature: logits are divided by it, as the sampler does.
         forbidden_ids: tokens that the sampler cannot draw; their probability is 0.
         chunk: positions per chunk; chunks are evened out, the last one is padded.
         count: int32 scalar: nothing is wanted of the positions from here on. Chunks beyond it are
             left out, forward and backward; their results are 0.
         entropy_grad: let gradients flow through the entropy (needed for an entropy bonus only).
+        cast_DV: the head in the dtype of ``h_BTD``, where the caller has it; nothing else of
+            ``head_DV`` is then read than where its gradient goes.
 
     Returns:
         logp_BT, entropy_BT: float32, in nats. A forbidden target gets about -1e30, which is finite.
@@ -64,9 +67,15 @@ def token_logps(
     h_NBCD = jnp.pad(h_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, n, c, d).swapaxes(0, 1)
     targets_NBC = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, n, c).swapaxes(0, 1)
 
+    # Cast once: inside the scan the whole head would be read, cast and written for every chunk.
+    if cast_DV is None:
+        cast_DV = head_DV.astype(h_BTD.dtype)
+    cast_DV = jax.lax.stop_gradient(cast_DV)
+
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def compute(h_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = _chunk_logits(h_BCD, head_DV, temperature, forbidden_ids)
+        head = _with_gradient_to(cast_DV, head_DV)
+        logits = _chunk_logits(h_BCD, head, temperature, forbidden_ids)
         logp, entropy = _logp_and_entropy(logits, targets_BC)
         return logp, entropy if entropy_grad else jax.lax.stop_gradient(entropy)
 
@@ -87,13 +96,23 @@ def token_logps(
     return join(logp_NBC), join(entropy_NBC)
 
 
+@jax.custom_vjp
+def _with_gradient_to(cast: jax.Array, x: jax.Array) -> jax.Array:
+    """``cast``, which is ``x`` in another dtype; its gradient goes to ``x``, in ``x``'s own."""
+    return cast
+
+
+_with_gradient_to.defvjp(
+    lambda cast, x: (cast, x[:0]),  # of x only the dtype
+    lambda x, gradient: (None, gradient.astype(x.dtype)),
+)
+
+
 def _chunk_logits(
     h_BCD: jax.Array, head_DV: jax.Array, temperature: float, forbidden_ids: tuple[int, ...]
 ) -> jax.Array:
     """float32 logits [B, C, V] of one chunk, divided by the temperature, forbidden ids cut out."""
-    logits = jnp.einsum(
-        "bcd,dv->bcv", h_BCD, head_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("bcd,dv->bcv", h_BCD, head_DV, preferred_element_type=jnp.float32)
     if temperature != 1.0:
         logits = logits / temperature
     if forbidden_ids:

@@ -20,6 +20,7 @@ from srpo_jax.data.files import AnyPath, Growing, on_bucket, read_jsonl, write_t
 # Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
 # The first match counts, so longer names stand before those they contain.
 PEAK_FLOPS = (
+    ("TPU7x", 2307e12 / 2),  # half a chip
     ("TPU v6 lite", 918e12),
     ("TPU v6e", 918e12),
     ("TPU v5 lite", 197e12),

@@ -166,7 +166,7 @@ class Sampler:
         """
         if features_MND is not None:
             rows = features_MND.shape[0]
-        schedule = self._schedule(batch.tokens.shape[0], self.shards if rows is None else rows)
+        schedule = self.schedule(batch.tokens.shape[0], self.shards if rows is None else rows)
         if not isinstance(keys, jax.Array):
             keys = to_global(np.asarray(keys, np.uint32), self.mesh)
         if limits_PG is not None:
@@ -194,7 +194,7 @@ class Sampler:
             prompts, prompt_tokens, rows, merged_tokens: P, S, M and N/4 (None: text only).
         """
         A, S = prompts, prompt_tokens
-        sizes, along_rows = self._sizes(self._schedule(A, rows), S), batch_sharding(self.mesh)
+        sizes, along_rows = self._sizes(self.schedule(A, rows), S), batch_sharding(self.mesh)
 
         def array(shape: tuple[int, ...], dtype: Any, sharding: Any = along_rows) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -223,7 +223,7 @@ class Sampler:
             "decode_segment": (params, state[0], state[1:], places, *tables((2,))),
         }
 
-    def _schedule(self, prompts: int, rows: int) -> Schedule:
+    def schedule(self, prompts: int, rows: int) -> Schedule:
         """Of a batch; ValueError where it does not divide."""
         _require(
             rows % self.shards == 0 and prompts % rows == 0,

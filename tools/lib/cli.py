@@ -109,6 +109,14 @@ def above_zero(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """``type=`` of an argument that must be a number above 0, at most 1."""
+    value = above_zero(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be at most 1, is {text}")
+    return value
+
+
 def output_file(text: str) -> str:
     """``type=`` of a file to write, so that a folder is refused before the work and not after."""
     if not text or Path(text).is_dir():

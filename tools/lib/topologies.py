@@ -21,16 +21,34 @@ class Topology:
 
     name: str
     devices: tuple[Any, ...]  # jax device descriptions, host after host
-    memory_gib: float  # usable memory of one device
+    memory_gib: float  # of one device
+    bandwidth: float  # bytes/s of one device's memory
+    links: float  # bytes/s that one device sends to others
 
 
-# Memory of one device in GiB as its vendor gives it, TPU: per chip.
-TPU_MEMORY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
+@dataclass(frozen=True)
+class _Chip:
+    """A TPU chip by its data sheet (docs.cloud.google.com/tpu/docs)."""
+
+    memory_gib: int
+    bandwidth: float  # bytes a second
+    links: float  # bytes a second, all links, one direction
+    devices: int = 1
+    options: tuple[tuple[str, str], ...] = ()
+
+
+_CHIPS = {
+    "v4": _Chip(32, 1228e9, 300e9, 1, (("chip_config_name", "megacore"),)),
+    "v5e": _Chip(16, 819e9, 200e9),
+    "v5p": _Chip(95, 2765e9, 600e9),
+    "v6e": _Chip(32, 1640e9, 400e9),
+    "tpu7x": _Chip(192, 7380e9, 600e9, 2),
+}
 
 
 @dataclass(frozen=True)
 class _Gpu:
-    """What XLA's GPU compiler asks about a device (GpuTargetConfigProto)."""
+    """What XLA's GPU compiler asks about a device (GpuTargetConfigProto), and its links."""
 
     name: str
     memory_bytes: int
@@ -41,15 +59,17 @@ class _Gpu:
     accelerated: bool
     clock_ghz: float
     l2_bytes: int
+    nvlink: float  # bytes a second, one direction (NVIDIA's data sheet gives both)
+    network: float  # bytes a second of the network card beside each GPU of a DGX
 
 
 _GPUS = {
     "a100": _Gpu("NVIDIA A100-SXM4-80GB", 85_094_825_984, 2.0e12, 108, 167_936, (8, 0), False, 1.41,
-                 41_943_040),
+                 41_943_040, 300e9, 25e9),
     "h100": _Gpu("NVIDIA H100 80GB HBM3", 84_930_068_480, 3.35e12, 132, 233_472, (9, 0), True, 1.98,
-                 52_428_800),
+                 52_428_800, 450e9, 50e9),
     "h200": _Gpu("NVIDIA H200", 151_397_597_184, 4.8e12, 132, 233_472, (9, 0), True, 1.98,
-                 52_428_800),
+                 52_428_800, 450e9, 50e9),
 }  # fmt: skip
 
 
@@ -98,16 +118,20 @@ def describe(name: str) -> Topology:
 
     platform, _, rest = name.partition(":")
     kind, _, shape = rest.partition(":")
-    if platform == "tpu" and kind in TPU_MEMORY_GIB and shape:
+    if platform == "tpu" and kind in _CHIPS and shape:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        options = {"topology_name": f"{kind}:{shape}"}
-        memory = TPU_MEMORY_GIB[kind]
+        chip = _CHIPS[kind]
+        options = {"topology_name": f"{kind}:{shape}", **dict(chip.options)}
+        parts = (chip.memory_gib, chip.bandwidth, chip.links)
+        device = [part / chip.devices for part in parts]
     elif platform == "cuda" and kind in _GPUS and re.fullmatch(r"\d+x\d+", shape):
-        hosts, gpus = (int(n) for n in shape.split("x"))
-        options = {"target_config": _target_config(_GPUS[kind]), "topology": f"1x{hosts}x{gpus}"}
-        memory = _GPUS[kind].memory_bytes / GIB
+        gpu, (hosts, gpus) = _GPUS[kind], (int(n) for n in shape.split("x"))
+        options = {"target_config": _target_config(gpu), "topology": f"1x{hosts}x{gpus}"}
+        # What passes between hosts takes all their cards and is spread inside by NVLink.
+        links = gpu.nvlink if hosts == 1 else min(gpu.nvlink, gpus * gpu.network)
+        device = [gpu.memory_bytes / GIB, gpu.bandwidth, links]
     else:
-        known = [f"tpu:{k}:AxB" for k in TPU_MEMORY_GIB] + [f"cuda:{k}:HOSTSxGPUS" for k in _GPUS]
+        known = [f"tpu:{k}:AxB" for k in _CHIPS] + [f"cuda:{k}:HOSTSxGPUS" for k in _GPUS]
         raise ValueError(f"unknown topology {name!r}; known: {', '.join(known)}")
     try:
         found = topologies.get_topology_desc(platform=platform, **options)
@@ -117,7 +141,7 @@ def describe(name: str) -> Topology:
             "pip install -r requirements-aot.txt; "
             "pip install --no-deps -r requirements-aot-nodeps.txt"
         ) from error
-    return Topology(name, tuple(found.devices), memory)
+    return Topology(name, tuple(found.devices), *device)
 
 
 def memory_gib(compiled: jax.stages.Compiled) -> dict[str, float]:
