@@ -182,7 +182,13 @@ class Stage:
         self.score_step = watch(make_score_step(cfg, mesh))
         update = make_grpo_steps(parts.model, cfg, optimizer, freeze=settings.freeze, mesh=mesh)
         self.grpo_steps = GrpoSteps(*map(watch, update))
-        self.budgets = lane_budgets(settings, layout, parts.model)
+        self.budgets = lane_budgets(
+            # Images that are encoded inside the update stay on their shard, and so do prompts.
+            settings,
+            layout,
+            parts.model,
+            spread=parts.shards > 1 and not self.trains_vision,
+        )
         self.generator = Generator(
             parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision
         )
@@ -286,7 +292,13 @@ class Stage:
             together = dataclasses.replace(budgets.layout, updates=1, sharing=1)
             budgets = dataclasses.replace(budgets, layout=together)
         held = (local.lengths, lengths_PG, budgets)
-        return pack(*held, update_P=update_P, agree=processes.maxima)
+        mesh = self.parts.mesh
+        return pack(
+            *held,
+            update_P=update_P,
+            everyone=functools.partial(processes.all_rows, mesh=mesh),
+            place=processes.data_place(mesh),
+        )
 
     def on_mesh(self, packed: list[Lanes | None]) -> Iterator[Lanes]:
         """The micro-batches that hold anything, as global arrays."""
@@ -419,7 +431,9 @@ class Stage:
         write_jsonl(self.settings.workdir / "rollouts" / f"{step:06d}{part}.jsonl", rows)
 
 
-def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> LaneBudgets:
+def lane_budgets(
+    settings: GrpoSettings, layout: Layout, model: ModelConfig, *, spread: bool = False
+) -> LaneBudgets:
     """What the lanes of an update are packed for."""
     return LaneBudgets(
         layout,
@@ -427,6 +441,7 @@ def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> 
         prompt_tokens=settings.data.prompt_tokens,
         completion_tokens=settings.sampling.max_new_tokens,
         pair_cost=pair_cost(model.text),
+        spread=spread,
     )
 
 
