@@ -200,7 +200,8 @@ def test_encode_and_logps_on_two_shards_of_two_micro_batches(spread):
 
 
 def test_a_layer_s_matrices_are_collected_once_in_each_pass():
-    """Once forward and once backward, for prompts and completions together."""
+    """Once forward and once backward, for prompts and completions together. Of what is dealt out
+    anew to the shards, images are the largest that moves."""
     mesh = sharding.make_mesh(1, 8, 1)
     cfg = with_(GRPO, micro_batches=1)
     batch, samples, verdict = repeated((prompts(), *rollout()), 8)
@@ -210,16 +211,17 @@ def test_a_layer_s_matrices_are_collected_once_in_each_pass():
     now = state.abstract_state(CFG, RECORD)
     ((lanes_of_all,),) = packed(cfg, batch, samples, shards=8, spread=True)
     lowered = parts.accumulate.lower(total, now, experience, ready, lanes_of_all)
-    computation, collected = "", {"forward": [], "backward": []}
+    computation, collected = "", {"forward": [], "backward": [], "before": []}
     for line in lowered.compile().as_text().splitlines():
         computation = line if line.endswith("{") else computation
-        found = re.search(r"= f32\[([\d,]+)\]\S* all-gather\(", line)
-        if found and not computation.startswith("ENTRY"):
+        if found := re.search(r"= f32\[([\d,]+)\]\S* all-gather\(", line):
             which = "backward" if "transpose(jvp" in line else "forward"
+            which = "before" if computation.startswith("ENTRY") else which
             collected[which].append(math.prod(int(n) for n in found[1].split(",")))
     layer = [x for path, x in now.params.items() if re.match("text/layers/.*kernel", path)]
     sizes = sorted(x.size // CFG.text.num_hidden_layers for x in layer)
     assert sorted(collected["forward"]) == sorted(collected["backward"]) == sizes
+    assert max(collected["before"]) == experience.features.size
 
 
 def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
