@@ -44,7 +44,7 @@ from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
 from srpo_jax.run.checkpoint import FOLDER, own_buffers, save_params
 from srpo_jax.run.command import main
-from srpo_jax.run.feed import Encode, bucket_of, open_training
+from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
 from srpo_jax.run.metrics import merge_metrics
 from srpo_jax.run.parts import Parts, load_weights, start
 from srpo_jax.run.pool import Pool, informative
@@ -168,7 +168,7 @@ class Stage:
         reference: Params | None,
     ):
         self.settings, self.parts, self.cfg = settings, parts, cfg
-        self.loader, self.pool, self.reference = loader, pool, reference
+        self.loader, self.pool, self.reference = Ahead(loader), pool, reference
         self.trains_vision = trains_vision(parts.shapes, settings.freeze)
         # [P] of this process: the update that each place belongs to; -1: filler.
         layout = batch_layout(settings, parts.shards)
@@ -212,8 +212,12 @@ class Stage:
             learned_PG = lengths_to_learn(lesson.local, self.cfg)
             packed = self.pack(lesson.local.batch, learned_PG, update_P=self.update_P)
             state, updates = self.update(state, lesson, packed)
-        with timers("write"):  # while the device is busy with the update
+        # While the device is busy with the update:
+        with timers("write", behind=updates):
             self.write_rollouts(lesson.rounds, step + 1)
+        if step + 1 < self.settings.steps:
+            with timers("data", behind=updates):
+                self.loader.draw()
         with timers("update"):
             updates = jax.device_get(updates)
         metrics = self.metrics(lesson, updates, packed)
@@ -235,7 +239,7 @@ class Stage:
             logps = (None, None)
             if with_logps:
                 logps = self.logps(state, sampled, old=self.cfg.updates_per_rollout > 1)
-            with timers("grade"):
+            with timers("grade", behind=logps):
                 graded = self.generator.grade(sampled)
             with timers("logp"):
                 jax.block_until_ready(logps)
