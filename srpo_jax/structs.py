@@ -137,6 +137,9 @@ class Lanes(Generic[Leaf]):
     prompt_at: Leaf  # [X, U] int32: which token of that prompt
     sample: Leaf  # [X, C, T] int32: the slot's completion, prompt * G + g in its row; -1 in padding
     sample_at: Leaf  # [X, C, T] int32: which token of that completion
+    # [M, Q] int32: the Q prompts that stand on each shard, counted over the rows of all shards that
+    # take part; ``prompt`` and ``sample`` then count among them. None: its own row's.
+    pick: Leaf | None = None
 
 
 @flax.struct.dataclass

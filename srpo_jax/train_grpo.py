@@ -44,7 +44,7 @@ from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
 from srpo_jax.run.checkpoint import FOLDER, own_buffers, save_params
 from srpo_jax.run.command import main
-from srpo_jax.run.feed import Encode, bucket_of, open_training
+from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
 from srpo_jax.run.metrics import merge_metrics
 from srpo_jax.run.parts import Parts, load_weights, start
 from srpo_jax.run.pool import Pool, informative
@@ -168,7 +168,7 @@ class Stage:
         reference: Params | None,
     ):
         self.settings, self.parts, self.cfg = settings, parts, cfg
-        self.loader, self.pool, self.reference = loader, pool, reference
+        self.loader, self.pool, self.reference = Ahead(loader), pool, reference
         self.trains_vision = trains_vision(parts.shapes, settings.freeze)
         # [P] of this process: the update that each place belongs to; -1: filler.
         layout = batch_layout(settings, parts.shards)
@@ -182,7 +182,13 @@ class Stage:
         self.score_step = watch(make_score_step(cfg, mesh))
         update = make_grpo_steps(parts.model, cfg, optimizer, freeze=settings.freeze, mesh=mesh)
         self.grpo_steps = GrpoSteps(*map(watch, update))
-        self.budgets = lane_budgets(settings, layout, parts.model)
+        self.budgets = lane_budgets(
+            # Images that are encoded inside the update stay on their shard, and so do prompts.
+            settings,
+            layout,
+            parts.model,
+            spread=parts.shards > 1 and not self.trains_vision,
+        )
         self.generator = Generator(
             parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision
         )
@@ -206,8 +212,12 @@ class Stage:
             learned_PG = lengths_to_learn(lesson.local, self.cfg)
             packed = self.pack(lesson.local.batch, learned_PG, update_P=self.update_P)
             state, updates = self.update(state, lesson, packed)
-        with timers("write"):  # while the device is busy with the update
+        # While the device is busy with the update:
+        with timers("write", behind=updates):
             self.write_rollouts(lesson.rounds, step + 1)
+        if step + 1 < self.settings.steps:
+            with timers("data", behind=updates):
+                self.loader.draw()
         with timers("update"):
             updates = jax.device_get(updates)
         metrics = self.metrics(lesson, updates, packed)
@@ -229,7 +239,7 @@ class Stage:
             logps = (None, None)
             if with_logps:
                 logps = self.logps(state, sampled, old=self.cfg.updates_per_rollout > 1)
-            with timers("grade"):
+            with timers("grade", behind=logps):
                 graded = self.generator.grade(sampled)
             with timers("logp"):
                 jax.block_until_ready(logps)
@@ -286,7 +296,13 @@ class Stage:
             together = dataclasses.replace(budgets.layout, updates=1, sharing=1)
             budgets = dataclasses.replace(budgets, layout=together)
         held = (local.lengths, lengths_PG, budgets)
-        return pack(*held, update_P=update_P, agree=processes.maxima)
+        mesh = self.parts.mesh
+        return pack(
+            *held,
+            update_P=update_P,
+            everyone=functools.partial(processes.all_rows, mesh=mesh),
+            place=processes.data_place(mesh),
+        )
 
     def on_mesh(self, packed: list[Lanes | None]) -> Iterator[Lanes]:
         """The micro-batches that hold anything, as global arrays."""
@@ -419,7 +435,9 @@ class Stage:
         write_jsonl(self.settings.workdir / "rollouts" / f"{step:06d}{part}.jsonl", rows)
 
 
-def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> LaneBudgets:
+def lane_budgets(
+    settings: GrpoSettings, layout: Layout, model: ModelConfig, *, spread: bool = False
+) -> LaneBudgets:
     """What the lanes of an update are packed for."""
     return LaneBudgets(
         layout,
@@ -427,6 +445,7 @@ def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> 
         prompt_tokens=settings.data.prompt_tokens,
         completion_tokens=settings.sampling.max_new_tokens,
         pair_cost=pair_cost(model.text),
+        spread=spread,
     )
 
 

@@ -191,14 +191,14 @@ def update_of(cfg, shards=1, prompts=P):
     return np.tile(np.repeat(np.arange(cfg.updates_per_rollout), each), shards)
 
 
-def packed(cfg, batch, samples, weight=None, shards=1):
+def packed(cfg, batch, samples, weight=None, shards=1, spread=False):
     """The lanes of every micro-batch of every update, of samples that have a weight."""
     shown = np.asarray(batch.valid if weight is None else batch.valid & (weight != 0))
     lengths = np.asarray(samples.completion_mask).sum(-1) * shown[:, None]
     per_row = len(batch.lengths) // (shards * cfg.micro_batches)
     rows = cfg.micro_batches
     layout = Layout(per_row * rows, rows=rows, updates=cfg.updates_per_rollout)
-    return lanes.pack(batch.lengths, lengths, lanes.LaneBudgets(layout, G, S, R))
+    return lanes.pack(batch.lengths, lengths, lanes.LaneBudgets(layout, G, S, R, spread=spread))
 
 
 @functools.cache

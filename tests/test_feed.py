@@ -4,7 +4,7 @@ import pytest
 from data_helpers import write_jsonl
 
 from configs import sft
-from srpo_jax.run.feed import open_source
+from srpo_jax.run.feed import Ahead, open_source
 from srpo_jax.run.settings import sft_settings
 from srpo_jax.structs import RunError
 
@@ -34,3 +34,32 @@ def test_content_that_would_be_lost_stops_a_run_at_its_start(tmp_path):
         open_source("eval.file", str(path), data())
     with pytest.raises(RunError, match="data.train is empty: pass --config.data.train=FILE"):
         open_source("data.train", "", data())
+
+
+class Counting:
+    """A loader of the numbers 1, 2, 3, and then an error."""
+
+    place = 0
+
+    def __next__(self):
+        if self.place == 3:
+            raise RunError("too many are bad")
+        self.place += 1
+        return self.place
+
+    def get_state(self):
+        return {"position": self.place}
+
+
+def test_a_batch_drawn_early_changes_neither_order_nor_the_place_that_is_saved():
+    ahead = Ahead(Counting())
+    ahead.draw()
+    ahead.draw()  # still the first one
+    assert ahead.get_state() == {"position": 0}
+    assert [next(ahead), next(ahead)] == [1, 2] and ahead.get_state() == {"position": 2}
+    ahead.draw()
+    assert ahead.get_state() == {"position": 2} and next(ahead) == 3
+    ahead.draw()  # what is wrong belongs to the step that needs the batch
+    assert ahead.get_state() == {"position": 3}
+    with pytest.raises(RunError, match="too many are bad"):
+        next(ahead)

@@ -128,6 +128,27 @@ def test_rows_go_to_a_bucket(tmp_path, monkeypatch):
     assert [(row["run"], row["step"]) for row in rows] == [(1, 1), (2, 2)]
 
 
+class Pending:
+    """An array that the device still computes, or no longer."""
+
+    def __init__(self, ready):
+        self.is_ready = lambda: ready
+
+
+def test_timers_tell_what_the_device_hides():
+    timers = Timers()
+    for phase, ready in (("grade", False), ("write", True)):
+        with timers(phase, behind=(Pending(True), {"x": Pending(ready)}, None)):
+            pass
+    with timers("data", behind=(None, None)):  # nothing was asked for
+        pass
+    spent = timers.take()
+    assert spent["hidden/grade"] == spent["time/grade"] > 0 and spent["hidden/write"] == 0
+    assert set(spent) == {
+        *("time/grade", "hidden/grade", "time/write", "hidden/write", "time/data", "time/step")
+    }
+
+
 def test_timers_add_up_a_phase_and_start_anew():
     timers = Timers()
     for _ in range(2):

@@ -87,7 +87,8 @@ def sft_runs(mesh, rows, shards):
 
 
 def grpo_runs(mesh, rows, shards):
-    """Likewise; the mesh has the rows of a shard in another order, and several in a block."""
+    """Likewise; the mesh has the rows of a shard in another order, and several in a block; on some
+    meshes completions change shards."""
     ref = np.asarray(old_logp()) - 0.1
     experience = Experience(prompts(), *rollout(), np.asarray(features()), ref_logp=ref)
     experience = repeated(experience, rows)
@@ -95,7 +96,8 @@ def grpo_runs(mesh, rows, shards):
     one = grpo_steps(cfg, ADAM)
     cfg_many = with_(KL, micro_batches=rows // shards)
     many = grpo_steps(cfg_many, ADAM, mesh=mesh)
-    (every,) = packed(cfg_many, experience.batch, experience.rollout, shards=shards)
+    held = (experience.batch, experience.rollout)
+    (every,) = packed(cfg_many, *held, shards=shards, spread=shards % 4 == 0)
     on_mesh = sharding.to_global((experience, every), mesh)
     return (
         lambda now: one_update(one, cfg, now, experience),
@@ -179,7 +181,8 @@ def test_rows_are_shard_major():
     assert micro_batches.rows_of(x, jnp.array([1, 0]), 2).tolist() == [2, 3, 4, 5]
 
 
-def test_encode_and_logps_on_two_shards_of_two_micro_batches():
+@pytest.mark.parametrize("spread", [False, True])
+def test_encode_and_logps_on_two_shards_of_two_micro_batches(spread):
     mesh = sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])
     placed = jax.device_put(params(), sharding.param_specs(params(), mesh))
     batch, samples = sharding.to_global((prompts(), rollout()[0]), mesh)
@@ -189,14 +192,16 @@ def test_encode_and_logps_on_two_shards_of_two_micro_batches():
     step = steps.make_logp_step(CFG, cfg, mesh=mesh)
     logp = sharding.to_global(np.zeros((P, G, R), np.float32), mesh)
     everyone = prompts().replace(valid=np.ones(P, bool))
-    for part in sharding.to_global(packed(cfg, everyone, rollout()[0], shards=2)[0], mesh):
+    (every,) = packed(cfg, everyone, rollout()[0], shards=2, spread=spread)
+    for part in sharding.to_global(every, mesh):
         logp = step(logp, placed, batch, samples, feats, part)
     np.testing.assert_allclose(logp, old_logp(), atol=1e-5)
     assert logp.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
 
 
 def test_a_layer_s_matrices_are_collected_once_in_each_pass():
-    """Once forward and once backward, for prompts and completions together."""
+    """Once forward and once backward, for prompts and completions together. Of what is dealt out
+    anew to the shards, images are the largest that moves."""
     mesh = sharding.make_mesh(1, 8, 1)
     cfg = with_(GRPO, micro_batches=1)
     batch, samples, verdict = repeated((prompts(), *rollout()), 8)
@@ -204,18 +209,19 @@ def test_a_layer_s_matrices_are_collected_once_in_each_pass():
     parts = steps.make_grpo_steps(CFG, cfg, RECORD, mesh=mesh)
     ready, total = parts.prepare.eval_shape(experience, 0)
     now = state.abstract_state(CFG, RECORD)
-    ((lanes_of_all,),) = packed(cfg, batch, samples, shards=8)
+    ((lanes_of_all,),) = packed(cfg, batch, samples, shards=8, spread=True)
     lowered = parts.accumulate.lower(total, now, experience, ready, lanes_of_all)
-    computation, collected = "", {"forward": [], "backward": []}
+    computation, collected = "", {"forward": [], "backward": [], "before": []}
     for line in lowered.compile().as_text().splitlines():
         computation = line if line.endswith("{") else computation
-        found = re.search(r"= f32\[([\d,]+)\]\S* all-gather\(", line)
-        if found and not computation.startswith("ENTRY"):
+        if found := re.search(r"= f32\[([\d,]+)\]\S* all-gather\(", line):
             which = "backward" if "transpose(jvp" in line else "forward"
+            which = "before" if computation.startswith("ENTRY") else which
             collected[which].append(math.prod(int(n) for n in found[1].split(",")))
     layer = [x for path, x in now.params.items() if re.match("text/layers/.*kernel", path)]
     sizes = sorted(x.size // CFG.text.num_hidden_layers for x in layer)
     assert sorted(collected["forward"]) == sorted(collected["backward"]) == sizes
+    assert max(collected["before"]) == experience.features.size
 
 
 def head_gradient(mesh, targets_BT, head_DV):

@@ -103,13 +103,15 @@ def test_updates_take_turns_with_the_micro_batches(seen):
     taken = {0: set(), 1: set()}
     for experience, (number, packed), _ in seen["updates"]:
         taken[number] |= {row for part in packed for row in np.asarray(part.row).tolist()}
-        # Nothing of the filter's and no filler is computed.
+        # Nothing of the filter's and no filler is computed; all else is, on any shard.
         weight = np.asarray(experience.weight) * np.asarray(experience.batch.valid)
         by_row = weight.reshape(-1, seen["cfg"].micro_batches, len(weight) // (4 * UPDATES * size))
         for part in packed:
-            held = [set(block.ravel()) - {-1} for block in np.asarray(part.prompt)]
-            for shard, (row, prompts) in enumerate(zip(np.asarray(part.row), held, strict=True)):
-                assert prompts == set(np.flatnonzero(by_row[shard, row]))
+            row, pick = np.asarray(part.row), np.asarray(part.pick)
+            held = zip(pick, np.asarray(part.prompt).reshape(len(pick), -1), strict=True)
+            prompts = {int(own[p]) for own, block in held for p in block if p >= 0}
+            weights = by_row[np.arange(len(row)), row].reshape(-1)
+            assert prompts == set(np.flatnonzero(weights).tolist())
     assert len(seen["updates"]) > STEPS
     assert taken == {0: set(range(size)), 1: set(range(size, 2 * size))}
 

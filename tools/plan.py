@@ -144,12 +144,14 @@ def abstract_experience(recipe: Recipe, step: GrpoConfig, sampling: SamplingConf
 
 
 def abstract_lanes(recipe: Recipe, sampling: SamplingConfig) -> Lanes:
-    """A micro-batch whose completions all fill their budget: the largest there is."""
+    """A micro-batch whose completions all fill their budget: the largest there is; on several
+    shards these deal prompts out among them."""
     array, shapes = _over_rows(recipe.mesh), recipe.shapes
     M, per_row = sharding.num_data_shards(recipe.mesh), shapes.sequences // shapes.rows
     prompt = array((M, per_row * shapes.tokens))
     sample = array((M, per_row * sampling.group_size, sampling.max_new_tokens))
-    return Lanes(array((M,)), prompt, prompt, sample, sample)
+    pick = array((M, per_row + 1)) if M > 1 else None
+    return Lanes(array((M,)), prompt, prompt, sample, sample, pick)
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:

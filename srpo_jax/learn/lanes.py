@@ -2,13 +2,18 @@
 
 A pass costs what its slots cost, whether tokens stand in them or not. So the completions of a row
 are laid one behind the other into lanes, longest first, each into the first lane with room for it
-(first-fit decreasing). Shapes come from short lists, because each of them is a program of its own;
-all data shards run the same program at the same time, so each shard's rows are ordered by their
-work, and the shapes are what the neediest shard needs.
+(first-fit decreasing). Shapes come from short lists, because each of them is a program of its own.
+
+All data shards run the same program at the same time, so a micro-batch costs what its neediest
+shard needs. Each shard's rows are therefore ordered by their work, and, where the budgets allow it
+(``spread``), the completions of a micro-batch are dealt out anew to its shards: whole prompts, or
+single completions with a copy of their prompt.
 """
 
 import dataclasses
+import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -18,7 +23,7 @@ from srpo_jax.model.config import TextConfig
 from srpo_jax.structs import Lanes
 
 SHORTEST_LANE = 32  # slots; below this, programs multiply and nothing is saved
-TOO_LONG = 2**30  # lanes that a cut would need whose lanes are shorter than a completion
+LONGEST_LANE = 8  # times the longest completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +35,35 @@ class LaneBudgets:
     prompt_tokens: int
     completion_tokens: int
     pair_cost: float = 0.0  # of a query and a key, in units of what a token costs by itself
+    spread: bool = False  # completions may change shards inside their micro-batch
 
-    @property
-    def lane_slots(self) -> list[int]:
-        """Lengths that lanes may have: the budget, half of it, a quarter of it, ..."""
-        slots = [self.completion_tokens]
-        while math.ceil(slots[0] / 2) >= SHORTEST_LANE:
-            slots.insert(0, math.ceil(slots[0] / 2))
-        return slots
+    def lane_slots(self, longest: int) -> list[int]:
+        """Lengths that lanes of completions of at most ``longest`` tokens may have: just that; the
+        budget, half as much again, and halves and doubles of both."""
+        least = max(longest, SHORTEST_LANE)
+        found, most = [round_up(least, parts=8)], LONGEST_LANE * least
+        for slots in (self.completion_tokens, math.ceil(1.5 * self.completion_tokens)):
+            while slots * 2 <= most:
+                slots *= 2
+            while slots >= least:
+                found.append(slots)
+                slots = math.ceil(slots / 2)
+        return sorted({min(self.completion_tokens, found[0]), *found[1:]})
 
     @property
     def block_counts(self) -> list[int]:
         """Into how many blocks a row may be cut."""
         return [n for n in range(1, self.layout.per_row + 1) if self.layout.per_row % n == 0]
+
+    def places(self, blocks: int) -> int:
+        """Prompts of a block at most, one of which may be there for some of its completions."""
+        return self.layout.per_row // blocks + self.spread
+
+    def holds(self, shape: "Shape") -> bool:
+        """Whether a pass takes no more memory than one over completions that fill their budget."""
+        row = self.layout.per_row
+        full = Shape(Cut(1, self.completion_tokens), row * self.prompt_tokens, row * self.group)
+        return shape.pairs <= full.pairs and shape.cost(0) <= full.cost(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +82,39 @@ class Shape:
     region: int  # slots of a block's prompts
     lanes: int  # of a block
 
+    @property
+    def pairs(self) -> int:
+        """Queries and keys of a row that are looked at."""
+        own, slots = self.lanes * self.cut.slots, self.cut.slots
+        return self.cut.blocks * (self.region**2 + own * (self.region + slots))
+
     def cost(self, pair_cost: float) -> float:
         """Of a row, in units of what a token costs by itself."""
-        own, slots = self.lanes * self.cut.slots, self.cut.slots
-        pairs = self.region**2 + own * (self.region + slots)
-        return self.cut.blocks * (self.region + own + pair_cost * pairs) if own else 0.0
+        slots = self.cut.blocks * (self.region + self.lanes * self.cut.slots)
+        return slots + pair_cost * self.pairs if self.lanes else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """Prompts of a row, and their completions (prompt * G + g) lane by lane."""
+class Held:
+    """What stands in the rows of a micro-batch, one row of each of M shards."""
 
-    prompts: list[int]
-    lanes: list[list[int]]
+    row_M: np.ndarray
+    prompt_lengths_P: np.ndarray  # row after row
+    lengths_PG: np.ndarray  # 0: not taken
+
+    @functools.cached_property
+    def length_S(self) -> list[int]:
+        """Tokens of completion prompt * G + g."""
+        return self.lengths_PG.reshape(-1).tolist()
+
+    @property
+    def load_P(self) -> np.ndarray:
+        """Tokens of each prompt and its completions; 0 where none is taken."""
+        tokens_P = self.lengths_PG.sum(1)
+        return np.where(tokens_P > 0, tokens_P + self.prompt_lengths_P, 0)
+
+
+Dealt = list[list[int]]  # of each block of a micro-batch, the completions (prompt * G + g)
 
 
 def pair_cost(text: TextConfig) -> float:
@@ -91,166 +132,227 @@ def pack(
     budgets: LaneBudgets,
     *,
     update_P: np.ndarray | None = None,
-    agree: Callable[[np.ndarray], np.ndarray] = lambda own: own,
+    everyone: Callable[[np.ndarray], np.ndarray] = lambda own: own,
+    place: tuple[int, int] = (0, 1),
 ) -> list[list[Lanes[np.ndarray] | None]]:
-    """The lanes of each update's micro-batches, for this process's rows; None where no shard has a
-    completion.
+    """The lanes of each update's micro-batches, for this process's shards; None where no shard has
+    a completion.
 
     A micro-batch takes one row of each shard; rows change places inside their update only.
 
     Args:
-        prompt_lengths_P: tokens of each prompt.
+        prompt_lengths_P: tokens of each prompt of this process.
         lengths_PG: tokens of each completion; 0: it is left out (and a prompt without any, too).
         budgets: rows are stored shard after shard, ``layout.rows`` of each.
         update_P: which update takes each prompt; None: all in its rows.
-        agree: elementwise maximum over all processes of an int array (collective, called once).
+        everyone: rows of an array -> those of all processes, one after the other (collective).
+        place: (index, count) of this process among those.
     """
-    row_V, prompts_MVP, lengths_MVPG = _by_update(prompt_lengths_P, lengths_PG, budgets, update_P)
-    cuts = [Cut(n, slots) for n in budgets.block_counts for slots in budgets.lane_slots]
-    fits = [
-        [
-            [fit_row(*row, cut) for row in zip(*shard, strict=True)]
-            for shard in zip(prompts_MVP, lengths_MVPG, strict=True)
-        ]
-        if lengths_MVPG.max(initial=0) <= cut.slots
-        else None
-        for cut in cuts
-    ]
-    needs = agree(np.stack([_needs(rows, prompts_MVP, budgets) for rows in fits]))
-    shapes = [_shapes(*pair, budgets) for pair in zip(cuts, needs, strict=True)]
-    costs = [sum(shape.cost(budgets.pair_cost) for shape in each) for each in shapes]
-    best = int(np.argmin(costs))
-    rows = fits[best]
-    assert rows is not None, "the budget itself holds every completion"
-    order_MV, packed = _order(rows, budgets), []
-    for i, shape in enumerate(shapes[best]):
-        places = [(m, int(v)) for m, v in enumerate(order_MV[:, i])]
-        blocks = [(rows[m][v], prompts_MVP[m, v], lengths_MVPG[m, v]) for m, v in places]
-        packed.append(_arrays(row_V[order_MV[:, i]], blocks, shape) if shape.lanes else None)
+    of_P = np.zeros_like(prompt_lengths_P) if update_P is None else update_P
+    table = everyone(np.column_stack([prompt_lengths_P, of_P, lengths_PG]).astype(np.int32))
+    batches = _micro_batches(table, budgets, by_update=update_P is not None)
+    # Shards that share their work are alike, and so are their micro-batches: each may take its own
+    # shape. Others would take a new one each time.
+    alike = [[held] for held in batches] if budgets.spread else [batches]
+    packed = []
+    for some in alike:
+        for held, shape, dealt in zip(some, *_cheapest(some, budgets), strict=True):
+            packed.append(_arrays(held, dealt, shape, budgets, place) if shape.lanes else None)
     size = len(packed) // budgets.layout.updates
     return [packed[k * size : (k + 1) * size] for k in range(budgets.layout.updates)]
 
 
-def _by_update(
-    prompt_lengths_P: np.ndarray,
-    lengths_PG: np.ndarray,
-    budgets: LaneBudgets,
-    update_P: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[V] the rows of all updates, one update after the other, and what each shard has in them:
-    lengths of prompts [M, V, P] and of those completions that are the update's own [M, V, P, G]."""
-    row_V = np.concatenate([budgets.layout.rows_of(k) for k in range(budgets.layout.updates)])
-    shape = (-1, budgets.layout.rows, budgets.layout.per_row)
-    prompts_MVP = np.asarray(prompt_lengths_P).reshape(shape)[:, row_V]
-    lengths_MVPG = np.asarray(lengths_PG).reshape(*shape, budgets.group)[:, row_V]
-    if update_P is not None:
-        of_V = np.repeat(np.arange(budgets.layout.updates), len(row_V) // budgets.layout.updates)
-        own_MVP = np.asarray(update_P).reshape(shape)[:, row_V] == of_V[None, :, None]
-        lengths_MVPG = lengths_MVPG * own_MVP[..., None]
-    return row_V, prompts_MVP, lengths_MVPG
+def _cheapest(batches: list[Held], budgets: LaneBudgets) -> tuple[list[Shape], list[Dealt]]:
+    """Of all ways to cut and deal out: the shapes of these micro-batches, and what stands where."""
+    longest = max(int(held.lengths_PG.max()) for held in batches)
+    best, shapes, dealt = math.inf, [], []
+    for blocks in budgets.block_counts:
+        for way in zip(*[_deal(held, blocks, budgets) for held in batches], strict=True):
+            for slots in budgets.lane_slots(longest):
+                cut, found = Cut(blocks, slots), []
+                for count in (_least_lanes, _lane_count):  # what cannot be cheaper is not packed
+                    found = _shapes(cut, batches, way, budgets, count)
+                    cost = sum(shape.cost(budgets.pair_cost) for shape in found)
+                    if cost >= best or not all(map(budgets.holds, found)):
+                        break
+                else:
+                    best, shapes, dealt = cost, found, [*way]
+    return shapes, dealt
 
 
-def fit_row(prompt_lengths_P: np.ndarray, lengths_PG: np.ndarray, cut: Cut) -> list[Block]:
-    """Blocks of one row: its prompts evened out by their completions' tokens, lanes first-fit."""
-    tokens_P = lengths_PG.sum(1)
-    members: list[list[int]] = [[] for _ in range(cut.blocks)]
-    loads, most = [0] * cut.blocks, len(tokens_P) // cut.blocks
-    for p in np.argsort(-tokens_P, kind="stable").tolist():
-        b = min((b for b in range(cut.blocks) if len(members[b]) < most), key=loads.__getitem__)
-        members[b].append(p)
-        loads[b] += tokens_P[p]
+def _micro_batches(table: np.ndarray, budgets: LaneBudgets, *, by_update: bool) -> list[Held]:
+    """Of all updates, one after the other. Inside an update a shard's rows come in the order of
+    their work. ``table`` has of each prompt its tokens, its update, its completions' tokens."""
+    layout = budgets.layout
+    row_V = np.concatenate([layout.rows_of(k) for k in range(layout.updates)])
+    own_MVPX = table.reshape(-1, layout.rows, layout.per_row, table.shape[1])[:, row_V]
+    lengths_MVPG, size = own_MVPX[..., 2:], len(row_V) // layout.updates
+    if by_update:
+        of_V = np.repeat(np.arange(layout.updates), size)
+        lengths_MVPG = lengths_MVPG * (own_MVPX[..., 1] == of_V[:, None])[..., None]
+    work_MUA = lengths_MVPG.sum((2, 3)).reshape(-1, layout.updates, size)
+    order_MUA = np.argsort(-work_MUA, axis=-1, kind="stable")
+    order_MV = (order_MUA + np.arange(layout.updates)[:, None] * size).reshape(-1, len(row_V))
+    every_M = np.arange(len(order_MV))
     return [
-        Block([p for p in sorted(prompts) if tokens_P[p]], _lanes(prompts, lengths_PG, cut.slots))
-        for prompts in members
+        Held(
+            row_V[order_M].astype(np.int32),
+            own_MVPX[every_M, order_M, :, 0].reshape(-1),
+            lengths_MVPG[every_M, order_M].reshape(-1, budgets.group),
+        )
+        for order_M in order_MV.T
     ]
 
 
-def _lanes(prompts: list[int], lengths_PG: np.ndarray, slots: int) -> list[list[int]]:
-    """First-fit decreasing of the completions of some prompts."""
-    G = lengths_PG.shape[1]
-    samples = np.concatenate([p * G + np.arange(G) for p in sorted(prompts)])
-    lengths = lengths_PG.reshape(-1)[samples]
+def _deal(held: Held, blocks: int, budgets: LaneBudgets) -> list[Dealt]:
+    """Ways to deal the completions of a micro-batch out to the blocks of its shards."""
+    load_P, per_row = held.load_P, budgets.layout.per_row
+    if not budgets.spread:
+        first_M = range(0, len(load_P), per_row)
+        rows = [(p, even_out(load_P[p : p + per_row], blocks)) for p in first_M]
+        prompts_X = [[first + p for p in block] for first, row in rows for block in row]
+        return [[_samples(held, prompts) for prompts in prompts_X]]
+    whole = even_out(load_P, len(held.row_M) * blocks)
+    dealt = [_samples(held, prompts) for prompts in whole]
+    return [dealt, _split(held, dealt, budgets.places(blocks))]
+
+
+def even_out(load_P: np.ndarray, blocks: int) -> list[list[int]]:
+    """As many prompts for each block, their loads evened out: the largest first, each to the block
+    that has least."""
+    members: list[list[int]] = [[] for _ in range(blocks)]
+    loads, most = [0] * blocks, len(load_P) // blocks
+    for p in np.argsort(-load_P, kind="stable").tolist():
+        b = min((b for b in range(blocks) if len(members[b]) < most), key=loads.__getitem__)
+        members[b].append(p)
+        loads[b] += int(load_P[p])
+    return members
+
+
+def _samples(held: Held, prompts: list[int]) -> list[int]:
+    """The completions that are taken of some prompts."""
+    G = held.lengths_PG.shape[1]
+    return [p * G + g for p in sorted(prompts) for g in np.flatnonzero(held.lengths_PG[p]).tolist()]
+
+
+def _split(held: Held, dealt: Dealt, most: int) -> Dealt:
+    """Completions leave the block with most tokens for the one with least, as long as that lowers
+    the larger of the two; a block has ``most`` prompts at most."""
+    G, length_S = held.lengths_PG.shape[1], held.length_S
+    of_prompt = held.prompt_lengths_P.tolist()
+    blocks, counts = [list(samples) for samples in dealt], []
+    for samples in blocks:
+        counts.append(Counter(s // G for s in samples))
+    loads = [
+        sum(length_S[s] for s in samples) + sum(of_prompt[p] for p in count)
+        for samples, count in zip(blocks, counts, strict=True)
+    ]
+    while True:
+        full, bare = loads.index(max(loads)), loads.index(min(loads))
+        best, moving, change = loads[full], -1, (0, 0)
+        for s in blocks[full]:
+            p = s // G
+            if len(counts[bare]) == most and p not in counts[bare]:
+                continue
+            less = length_S[s] + (of_prompt[p] if counts[full][p] == 1 else 0)
+            more = length_S[s] + (0 if p in counts[bare] else of_prompt[p])
+            if max(loads[full] - less, loads[bare] + more) < best:
+                best = max(loads[full] - less, loads[bare] + more)
+                moving, change = s, (less, more)
+        if moving < 0:
+            return [sorted(samples) for samples in blocks]
+        blocks[full].remove(moving)
+        blocks[bare].append(moving)
+        counts[full] -= Counter([moving // G])
+        counts[bare][moving // G] += 1
+        loads[full] -= change[0]
+        loads[bare] += change[1]
+
+
+def _lanes(samples: list[int], length_S: list[int], slots: int) -> list[list[int]]:
+    """First-fit decreasing of some completions."""
     lanes: list[list[int]] = []
-    room = np.full(len(samples), slots)
-    for i in np.argsort(-lengths, kind="stable"):
-        if lengths[i]:
-            lane = int(np.argmax(room >= lengths[i]))
-            lanes += [[]] if lane == len(lanes) else []
-            lanes[lane].append(int(samples[i]))
-            room[lane] -= lengths[i]
+    rooms: list[int] = []
+    for s in sorted(samples, key=lambda s: -length_S[s]):
+        lane = next((i for i, room in enumerate(rooms) if room >= length_S[s]), len(lanes))
+        if lane == len(lanes):
+            lanes.append([])
+            rooms.append(slots)
+        lanes[lane].append(s)
+        rooms[lane] -= length_S[s]
     return lanes
 
 
-Rows = list[list[list[Block]]]  # of each shard, of each row that it takes, the blocks
+def _lane_count(samples: list[int], length_S: list[int], slots: int) -> int:
+    return len(_lanes(samples, length_S, slots))
 
 
-def _needs(rows: Rows | None, prompts_MVP: np.ndarray, budgets: LaneBudgets) -> np.ndarray:
-    """[1 + V]: slots of a region, then the lanes of each micro-batch, rows in order."""
-    if rows is None:
-        return np.full(1 + prompts_MVP.shape[1], TOO_LONG)
-    regions = [
-        int(lengths_P[block.prompts].sum())
-        for shard, lengths_VP in zip(rows, prompts_MVP, strict=True)
-        for row, lengths_P in zip(shard, lengths_VP, strict=True)
-        for block in row
-    ]
-    ordered = np.take_along_axis(_counts(rows), _order(rows, budgets), axis=1)
-    return np.array([max(regions), *ordered.max(0)])
+def _least_lanes(samples: list[int], length_S: list[int], slots: int) -> int:
+    """Fewer cannot hold them."""
+    return math.ceil(sum(length_S[s] for s in samples) / slots)
 
 
-def _counts(rows: Rows) -> np.ndarray:
-    """[M, V] lanes that each row wants of each of its blocks."""
-    return np.array([[max(len(block.lanes) for block in row) for row in shard] for shard in rows])
-
-
-def _order(rows: Rows, budgets: LaneBudgets) -> np.ndarray:
-    """[M, V]: which of its rows a shard gives to each micro-batch: by work, inside each update."""
-    counts_MV = _counts(rows)
-    counts_MUA = counts_MV.reshape(len(rows), budgets.layout.updates, -1)
-    start_U1 = np.arange(budgets.layout.updates)[:, None] * counts_MUA.shape[-1]
-    return (np.argsort(-counts_MUA, axis=-1, kind="stable") + start_U1).reshape(counts_MV.shape)
-
-
-def _shapes(cut: Cut, needs: np.ndarray, budgets: LaneBudgets) -> list[Shape]:
-    """Of each micro-batch, rounded up to the grids."""
-    if needs[0] >= TOO_LONG:
-        return [Shape(cut, TOO_LONG, 1)]
-    per_block = budgets.layout.per_row // cut.blocks
+def _shapes(
+    cut: Cut,
+    batches: list[Held],
+    way: Iterable[Dealt],
+    budgets: LaneBudgets,
+    count: Callable[[list[int], list[int], int], int],
+) -> list[Shape]:
+    """Of each micro-batch: what its neediest block takes, rounded up to the grids."""
+    G, lanes, tokens = budgets.group, [], 0
+    for held, dealt in zip(batches, way, strict=True):
+        lanes.append(max(count(samples, held.length_S, cut.slots) for samples in dealt))
+        prompts = ([*{s // G for s in samples}] for samples in dealt)
+        tokens = max(tokens, *(int(held.prompt_lengths_P[own].sum()) for own in prompts), 0)
+    # Whole prompts that fill their budget end at it; a copy may come on top.
+    usual, most = budgets.layout.per_row // cut.blocks, budgets.places(cut.blocks)
     unit = math.ceil(budgets.prompt_tokens / 8)
-    region = unit * round_up(math.ceil(needs[0] / unit))
-    region = min(region, per_block * budgets.prompt_tokens)
-    lanes = [min(round_up(int(n)), per_block * budgets.group) for n in needs[1:]]
-    return [Shape(cut, region, n) for n in lanes]
+    region = unit * round_up(math.ceil(tokens / unit))
+    ends = [n * budgets.prompt_tokens for n in (usual, most)]
+    region = min([region, *(end for end in ends if end >= tokens)])
+    ends = [n * G for n in (usual, most)]
+    return [Shape(cut, region, min([round_up(n), *(e for e in ends if e >= n)])) for n in lanes]
 
 
-def round_up(n: int) -> int:
-    """``n`` up to 8, above that the next number on a grid with steps of about an eighth."""
-    step = 2 ** max(0, n.bit_length() - 4)
+def round_up(n: int, parts: int = 8) -> int:
+    """``n`` up to ``parts``, above that the next number on a grid with about as many steps to an
+    octave (a power of two)."""
+    step = 2 ** max(0, n.bit_length() - parts.bit_length())
     return -(-n // step) * step
 
 
 def _arrays(
-    row_M: np.ndarray,
-    rows: list[tuple[list[Block], np.ndarray, np.ndarray]],
-    shape: Shape,
+    held: Held, dealt: Dealt, shape: Shape, budgets: LaneBudgets, place: tuple[int, int]
 ) -> Lanes[np.ndarray]:
-    """Index arrays from (blocks, lengths of prompts, lengths of completions) of each row."""
-    blocks = [(block, *lengths) for row, *lengths in rows for block in row]
-    prompt, prompt_at = (np.full((len(blocks), shape.region), n, np.int32) for n in (-1, 0))
-    size = (len(blocks), shape.lanes, shape.cut.slots)
+    """Index arrays of the shards that process ``place`` (index, count) holds."""
+    G, blocks, per_row = budgets.group, shape.cut.blocks, budgets.layout.per_row
+    most, shards = budgets.places(blocks), len(held.row_M) // place[1]
+    pick = np.zeros((shards, blocks * most), np.int32)
+    prompt, prompt_at = (np.full((shards * blocks, shape.region), n, np.int32) for n in (-1, 0))
+    size = (shards * blocks, shape.lanes, shape.cut.slots)
     sample, sample_at = (np.full(size, n, np.int32) for n in (-1, 0))
-    for x, (block, prompt_lengths, lengths) in enumerate(blocks):
-        _fill(prompt[x], prompt_at[x], block.prompts, prompt_lengths)
-        for c, lane in enumerate(block.lanes):
-            _fill(sample[x, c], sample_at[x, c], lane, lengths.ravel())
-    return Lanes(row_M.astype(np.int32), prompt, prompt_at, sample, sample_at)
+    first, length_S = place[0] * shards, held.length_S
+    for x in range(shards * blocks):
+        samples, (m, b) = dealt[first * blocks + x], divmod(x, blocks)
+        prompts = sorted({s // G for s in samples})
+        at = {p: p - (first + m) * per_row for p in prompts}
+        if budgets.spread:
+            at = {p: b * most + i for i, p in enumerate(prompts)}
+            pick[m, list(at.values())] = prompts
+        _fill(prompt[x], prompt_at[x], [(at[p], held.prompt_lengths_P[p]) for p in prompts])
+        for c, lane in enumerate(_lanes(samples, length_S, shape.cut.slots)):
+            items = [(at[s // G] * G + s % G, length_S[s]) for s in lane]
+            _fill(sample[x, c], sample_at[x, c], items)
+    row_M = held.row_M[first : first + shards]
+    return Lanes(row_M, prompt, prompt_at, sample, sample_at, pick if budgets.spread else None)
 
 
-def _fill(which: np.ndarray, at: np.ndarray, items: list[int], lengths: np.ndarray) -> None:
-    """Lays ``items`` one behind the other."""
+def _fill(which: np.ndarray, at: np.ndarray, items: list[tuple[int, int]]) -> None:
+    """Lays (item, tokens) one behind the other."""
     start = 0
-    for item in items:
-        end = start + int(lengths[item])
+    for item, tokens in items:
+        end = start + int(tokens)
         which[start:end], at[start:end] = item, np.arange(end - start)
         start = end
 

@@ -69,6 +69,32 @@ def rows_of(tree: Any, row_M: jax.Array, count: int) -> Any:
     return jax.tree.map(take, tree)
 
 
+def dealt_out(
+    batch: Batch, features_MND: jax.Array | None, rest: Any, pick_MQ: jax.Array
+) -> tuple[Batch, jax.Array | None, Any]:
+    """A micro-batch with the prompts that ``Lanes.pick`` names: [M * Q, ...] of arrays [P, ...].
+
+    Every device collects what stands in all of its rows, and takes its own part. Features become
+    [1, M * N/4, D], those of all rows, where ``vision_src`` then counts.
+    """
+
+    def whole(x):
+        return shard(x, *(None,) * x.ndim)
+
+    def take(x):
+        x = jnp.take(whole(x), pick_MQ.reshape(-1), axis=0, mode="clip")
+        return shard(x, "batch", *(None,) * (x.ndim - 1))
+
+    if features_MND is not None:
+        merged, per_row = features_MND.shape[1], len(batch.valid) // len(pick_MQ)
+        first_P1 = jnp.arange(len(batch.valid))[:, None] // per_row * merged
+        source_PS = jnp.where(batch.vision_src >= 0, batch.vision_src + first_P1, -1)
+        batch = dataclasses.replace(batch, vision_src=source_PS)
+        features_MND = whole(features_MND.reshape(1, -1, features_MND.shape[2]))
+    batch, rest = jax.tree.map(take, (batch, rest))
+    return batch, features_MND, rest
+
+
 def used_micro_batches(valid_B: jax.Array, shards: int, count: int) -> jax.Array:
     """How many there are up to the last one in which any shard has a sequence."""
     used_A = valid_B.reshape(shards, count, -1).any((0, 2))

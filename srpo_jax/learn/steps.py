@@ -31,6 +31,7 @@ from srpo_jax.learn import grpo, losses, optim
 from srpo_jax.learn.grpo import GrpoConfig, Prepared, Tokens
 from srpo_jax.learn.micro_batches import (
     add_gradient,
+    dealt_out,
     jit_on_mesh,
     join_micro_batches,
     micro_batch,
@@ -61,6 +62,8 @@ from srpo_jax.structs import (
     TrainState,
     VisionInputs,
 )
+
+Data = tuple[Batch, jax.Array | None, Any]  # prompts, image features, what else there is of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +179,15 @@ def make_logp_step(
         features_MND: jax.Array | None,
         lanes: Lanes,
     ) -> jax.Array:  # six: a buffer, and what a micro-batch is made of
-        data = (without_vision(batch, features_MND), rollout, features_MND)
-        own = rows_of(data, lanes.row, cfg.micro_batches)
-        model = bind(model_cfg, params)
+        data = (without_vision(batch, features_MND), features_MND, rollout)
+        own, model = _own_part(data, lanes, cfg), bind(model_cfg, params)
         logp_MY, _, picked = _lane_logps(model, cfg, own, lanes, lanes.sample >= 0)
         G, R = logp_PGR.shape[1:]
-        at_MY = jnp.where(picked.wanted_MY, picked.index(R), jnp.iinfo(jnp.int32).max)
         buffer = logp_PGR.reshape(len(lanes.row), cfg.micro_batches, -1)
+        at_MY = jnp.where(picked.wanted_MY, picked.index(R), jnp.iinfo(jnp.int32).max)
+        if lanes.pick is not None:
+            per_row = len(logp_PGR) // (len(lanes.row) * cfg.micro_batches)
+            at_MY, logp_MY = _to_owners(lanes.pick, picked, logp_MY, (G, R), per_row)
         write = lambda x, row, at, new: x.at[row, at].set(new, mode="drop")  # noqa: E731
         buffer = jax.vmap(write)(buffer, lanes.row, at_MY, logp_MY)
         return shard(buffer.reshape(-1, G, R), "batch", None, None)
@@ -238,28 +243,24 @@ def make_grpo_steps(
     ) -> Total:
         _check_features(state.params, experience.features)
         batch = without_vision(experience.batch, experience.features)
-        own, adv_PG, weight_PG, on_policy_P = rows_of(
-            (
-                dataclasses.replace(experience, batch=batch),
-                *(ready.adv_PG, ready.weight_PG, ready.on_policy_P),
-            ),
-            lanes.row,
-            cfg.micro_batches,
-        )
+        old = (experience.old_logp, experience.carried, ready.on_policy_P)
+        rest = (experience.rollout, ready.adv_PG, ready.weight_PG, experience.ref_logp, old)
+        batch, features, rest = _own_part((batch, experience.features, rest), lanes, cfg)
+        rollout, adv_PG, weight_PG, ref_logp, (old_logp, carried_P, on_policy_P) = rest
         weight_XCT = take_in_rows(weight_PG.reshape(-1), lanes.sample, len(lanes.row))
         wanted_XCT = (lanes.sample >= 0) & (weight_XCT != 0)
 
         def loss_fn(params: Params):
             model = bind(model_cfg, {**state.frozen, **params})
-            data = (own.batch, own.rollout, own.features)
+            data = (batch, features, rollout)
             logp, entropy, picked = _lane_logps(model, cfg, data, lanes, wanted_XCT)
             tokens = Tokens(
                 adv=picked.of_samples(adv_PG),
                 weight=jnp.where(picked.wanted_MY, picked.of_samples(weight_PG), 0.0),
-                sample_logp=picked.of_tokens(own.rollout.sample_logp),
-                policy_logp=picked.of_tokens(own.rollout.policy_logp),
-                old_logp=_old_logp(own, on_policy_P, picked, logp),
-                ref_logp=picked.of_tokens(own.ref_logp) if cfg.needs_reference else None,
+                sample_logp=picked.of_tokens(rollout.sample_logp),
+                policy_logp=picked.of_tokens(rollout.policy_logp),
+                old_logp=_old_logp(rollout, old_logp, carried_P, on_policy_P, picked, logp),
+                ref_logp=picked.of_tokens(ref_logp) if cfg.needs_reference else None,
             )
             return grpo.policy_loss(cfg, logp, entropy, tokens)
 
@@ -319,19 +320,25 @@ class Picked:
         return take_in_rows(x_PGR.reshape(-1), self.index(x_PGR.shape[2]), len(self.sample_MY))
 
 
+def _own_part(data: Data, lanes: Lanes, cfg: GrpoConfig) -> Data:
+    """Of a whole batch (prompts, features, what else there is of them) a micro-batch's part."""
+    rows: Data = rows_of(data, lanes.row, cfg.micro_batches)
+    return rows if lanes.pick is None else dealt_out(*rows, lanes.pick)
+
+
 def _lane_logps(
     model: Qwen2_5_VL,
     cfg: GrpoConfig,
-    data: tuple[Batch, Rollout, jax.Array | None],
+    data: tuple[Batch, jax.Array | None, Rollout],
     lanes: Lanes,
     wanted_XCT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Picked]:
     """Log-probs and entropies [M, Y] of one micro-batch's wanted tokens, and which these are.
 
-    ``data``: its prompts, its rollout, its image features (None: its images are encoded here). The
+    ``data``: its prompts, its image features (None: its images are encoded here), its rollout. The
     head sees the wanted tokens only: they come first, and the rest is left out.
     """
-    batch, rollout, features_MND = data
+    batch, features_MND, rollout = data
     M, (P, G, _) = len(lanes.row), rollout.completions.shape
     if features_MND is None and batch.vision is not None:
         features_MND = model.encode_images(batch.vision)
@@ -360,16 +367,36 @@ def _lane_logps(
     return logp_MY, entropy_MY, picked
 
 
+def _to_owners(
+    pick_MQ: jax.Array, picked: Picked, logp_MY: jax.Array, shape: tuple[int, int], per_row: int
+) -> tuple[jax.Array, jax.Array]:
+    """[M, A], A = M * Y: where each token of a micro-batch stands in each shard's own row, out of
+    range where it is another's; and the log-probs. ``shape``: (G, R)."""
+    (G, R), M = shape, len(pick_MQ)
+    prompt_MY = jnp.take_along_axis(pick_MQ, jnp.maximum(picked.sample_MY, 0) // G, axis=1)
+    at_MY = (prompt_MY % per_row * G + picked.sample_MY % G) * R + picked.at_MY
+    owner_MY = jnp.where(picked.wanted_MY, prompt_MY // per_row, -1)
+    # All log-probs on every device: few bytes, beside a layer's weights.
+    own_1A, at_1A, logp_1A = (x.reshape(1, -1) for x in (owner_MY, at_MY, logp_MY))
+    at_MA = jnp.where(own_1A == jnp.arange(M)[:, None], at_1A, jnp.iinfo(jnp.int32).max)
+    return at_MA, jnp.broadcast_to(logp_1A, at_MA.shape)
+
+
 def _old_logp(
-    own: Experience, on_policy_P: jax.Array, picked: Picked, logp_MY: jax.Array
+    rollout: Rollout,
+    old_PGR: jax.Array | None,
+    carried_P: jax.Array | None,
+    on_policy_P: jax.Array,
+    picked: Picked,
+    logp_MY: jax.Array,
 ) -> jax.Array | None:
     """[M, Y] log-probs of the policy that sampled; None where that is the one that is updated."""
-    if own.old_logp is None and own.carried is None:
+    if old_PGR is None and carried_P is None:
         return None
-    rollout, G = own.rollout, own.rollout.finished.shape[1]
-    old_MY = picked.of_tokens(rollout.policy_logp if own.old_logp is None else own.old_logp)
-    if own.carried is not None:
-        carried_MY = picked.of_samples(jnp.repeat(own.carried, G))
+    G = rollout.finished.shape[1]
+    old_MY = picked.of_tokens(rollout.policy_logp if old_PGR is None else old_PGR)
+    if carried_P is not None:
+        carried_MY = picked.of_samples(jnp.repeat(carried_P, G))
         old_MY = jnp.where(carried_MY, picked.of_tokens(rollout.policy_logp), old_MY)
     on_policy_MY = picked.of_samples(jnp.repeat(on_policy_P, G))
     return jnp.where(on_policy_MY, jax.lax.stop_gradient(logp_MY), old_MY)

@@ -155,6 +155,35 @@ def open_loader(
     )
 
 
+class Ahead:
+    """A loader whose next batch may be drawn early, while the device is busy. Nothing else changes:
+    until the batch is taken, `get_state` is the place before it, and an error waits as well."""
+
+    def __init__(self, loader: Loader):
+        self._loader = loader
+        self._drawn: LoadedBatch | Exception | None = None
+        self._before: dict[str, Any] = {}
+
+    def draw(self) -> None:
+        """Have the next batch ready (collective)."""
+        if self._drawn is None:
+            self._before = self._loader.get_state()
+            try:
+                self._drawn = next(self._loader)
+            except Exception as error:  # it belongs to the step that takes the batch
+                self._drawn = error
+
+    def __next__(self) -> LoadedBatch:
+        drawn, self._drawn = self._drawn, None
+        if isinstance(drawn, Exception):
+            raise drawn
+        return next(self._loader) if drawn is None else drawn
+
+    def get_state(self) -> dict[str, Any]:
+        """The place right after the last batch that was taken."""
+        return self._loader.get_state() if self._drawn is None else self._before
+
+
 class Subset:
     """Some records of a source, by index."""
 

@@ -249,13 +249,25 @@ class Timers:
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time of the with-block to ``phase``."""
+    def __call__(self, phase: str, behind: Any = None) -> Iterator[None]:
+        """Add the time of the with-block to ``phase``.
+
+        Work of the host that costs nothing is told too, as ``hidden/<phase>``: that in a block at
+        whose end the device still computes ``behind``, arrays that were asked for before it.
+        """
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._spent[phase] = self._spent.get(phase, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self._add(f"time/{phase}", spent)
+            leaves = [x for x in jax.tree.leaves(behind) if hasattr(x, "is_ready")]
+            if leaves:
+                busy = not all(x.is_ready() for x in leaves)
+                self._add(f"hidden/{phase}", spent if busy else 0.0)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._spent[name] = self._spent.get(name, 0.0) + seconds
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
@@ -267,10 +279,10 @@ class Timers:
             self._start += time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """Seconds by ``time/<phase>``, and ``time/step`` since the last call; starts anew."""
+        """Seconds by ``time/<phase>`` and ``hidden/<phase>``, and ``time/step`` since the last
+        call; starts anew."""
         now = time.perf_counter()
-        spent = {f"time/{name}": seconds for name, seconds in self._spent.items()}
-        spent["time/step"] = now - self._start
+        spent = self._spent | {"time/step": now - self._start}
         self._spent, self._start = {}, now
         return spent
 

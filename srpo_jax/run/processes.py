@@ -293,9 +293,14 @@ def speaks(mesh: Mesh) -> bool:
     return jax.process_index() in speakers(mesh)
 
 
-def once(held: Sequence[T], mesh: Mesh) -> list[T]:
+def once(held: Sequence[T] | np.ndarray, mesh: Mesh) -> list[T]:
     """Of what all processes hold (`gather`): one for each place of `data_place`, in their order."""
     return [held[process] for process in speakers(mesh)]
+
+
+def all_rows(own: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Rows of this process's part of an array -> those of all parts, in the order of shards."""
+    return np.concatenate(once(_gather(own), mesh))
 
 
 def from_speaker(make: Callable[[], T], mesh: Mesh) -> T:
