@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 _NEGATIONS = {"not", "no", "never", "without", "hardly", "cannot"}
+# May stand between a negation and the word that it turns over.
+_BRIDGES = {
+    *("a", "an", "any", "the", "this", "that", "is", "be", "find", "see", "spot", "contain"),
+    *("entirely", "completely", "fully", "quite", "really"),
+}
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,8 @@ class Words:
 def stated(text: str, words: Words) -> int:
     """1 where ``text`` says right, -1 where it says wrong, 0 where it says neither, or both.
 
-    A negation right before a word turns it over ("not correct", "no error"); between them "a",
-    "an", "any", "the" and the like of three letters at most may stand. Both at once is no
-    statement, so that nothing is won by saying everything.
+    A negation before a word turns it over ("not correct", "no error", "cannot find an error").
+    Both at once is no statement, so that nothing is won by saying everything.
     """
     found = {verdict for verdict in _statements(text.lower(), words)}
     return found.pop() if len(found) == 1 else 0
@@ -46,9 +50,9 @@ def _negates(token: str, known: Collection[str], after: list[str]) -> int:
     """How many tokens further the word stands that ``token`` turns over; 0: it turns none over."""
     if token not in _NEGATIONS and not token.endswith(("n't", "n’t")):
         return 0
-    for ahead, word in enumerate(after[:2], start=1):
+    for ahead, word in enumerate(after[:3], start=1):
         if word in known:
             return ahead
-        if len(word) > 3:
+        if word not in _BRIDGES:
             return 0
     return 0
