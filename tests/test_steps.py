@@ -237,7 +237,7 @@ def padded_way(cfg=ALL_TERMS):
         adv, rest, weight = (
             x[..., None] * mask for x in (ready.adv_PG, ready.rest_adv_PG, ready.weight_PG)
         )
-        adv = jnp.where(jnp.arange(R) < ready.first_end_PG[..., None], adv, rest)
+        adv = jnp.where(jnp.arange(R)[None, None] < ready.first_end_PG[..., None], adv, rest)
         logps = (samples.sample_logp, samples.policy_logp, old, experience.ref_logp)
         number = jnp.broadcast_to(jnp.arange(G)[None, :, None], (P, G, R)).reshape(P, -1)
         flat = lambda x: x.reshape(P, -1)  # noqa: E731
@@ -422,7 +422,7 @@ def test_several_updates_per_rollout_are_those_of_their_rows_alone():
         assert_close(got, want, 1e-6)
         for name in alone:
             np.testing.assert_allclose(metrics[name], alone[name], atol=2e-6, err_msg=name)
-    with pytest.raises(ValueError, match="needs old_logp"):
+    with pytest.raises(ValueError, match="need old_logp"):
         run_grpo(cfg)
 
 
