@@ -136,6 +136,12 @@ def add_sampling(config: ConfigDict) -> ConfigDict:
     return sampling
 
 
+def add_words(reward: ConfigDict) -> None:
+    """Words with which a reflection states its verdict on the first answer."""
+    reward.right_words = ("correct", "accurate", "yes", "ok")
+    reward.wrong_words = ("incorrect", "inaccurate", "wrong", "mistaken", "mistake", "error")
+
+
 def add_grading(config: ConfigDict) -> None:
     """Worker processes that compare answers."""
     config.grading = grading = ConfigDict()

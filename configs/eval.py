@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.reward = reward = ConfigDict()
     reward.profile = "paper"  # whose format rules hold
+    common.add_words(reward)
     config.bootstrap = 1000  # resamples for the 95 % intervals
 
     config.data = data = ConfigDict()

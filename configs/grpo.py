@@ -48,8 +48,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sampling.temperature = 1.0  # (P 4.1)
 
     config.reward = reward = ConfigDict()
-    reward.profile = "paper"  # or "openrlhf", "verl_fixed", "grpo"
+    reward.profile = "paper"  # or "openrlhf", "verl_fixed", "grpo", "balanced"
     reward.alpha = 0.1  # weight of the length term (P 3.2, table 6)
+    reward.verdict = 0.0  # weight of +-1 for what a reflection says of the first answer; 0: none
+    common.add_words(reward)
+    reward.overlong = 0.0  # weight of DAPO's penalty, which sets in overlong_buffer tokens before
+    reward.overlong_buffer = 0  # sampling.max_new_tokens; 0: none
 
     config.filter = groups = ConfigDict()
     groups.low = 0.1  # groups whose mean correctness of the final answer lies outside
@@ -61,16 +65,27 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.grpo = update = ConfigDict()
     update.updates_per_rollout = 8  # R: 1024 samples in updates of 128
     update.adv_eps = 1e-6  # added to the group's std (R has 1e-9)
-    update.scale_by_std = True  # P equation 3
+    update.epochs = 1  # passes over a rollout
+    update.advantage = "group"  # P equation 3; or "centred", "rloo", "batch_std"
+    update.normalise_terms = False  # each reward term by itself before they are added up (GDPO)
+    # "segments": the first round is paid by its own terms, what comes after by the others against
+    # samples whose first answer was as right.
+    update.credit = "whole"
+    update.objective = "clip"  # P equation 2; or "gspo", "cispo", "sapo"
+    update.sapo_positive = 1.0  # temperatures of "sapo" by the sign of the advantage
+    update.sapo_negative = 1.05
     update.clip_low = 0.2  # R: eps_clip, symmetric
     update.clip_high = 0.2
     update.dual_clip = 3.0  # R caps the ratio at 3
     update.kl_coef = 0.0  # R: init_kl_coef 0; P has a coefficient but no number
-    update.kl_kind = "k3"  # P B.3
+    update.kl_kind = "k3"  # P B.3; or "k1", "k2", "k3+" (its value, the gradient of k2)
+    update.kl_in_reward = False  # True: taken off each sample's reward instead
     update.entropy_coef = 0.0
     update.aggregation = "sequence"  # mean over tokens, then over sequences (R)
     update.mask_truncated = False
     update.tis_cap = 0.0  # cap of the weight against the sampler's probabilities; 0: off
+    update.tis_floor = 0.0  # above 0: weights outside [floor, cap] become 0 (IcePop)
+    update.tis_level = "token"  # or "sequence": one weight for a sample
     update.logit_chunk = 1024  # tokens of a row whose logits exist at a time
 
     config.optim = optim = ConfigDict()

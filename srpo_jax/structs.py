@@ -91,7 +91,10 @@ class Verdict(Generic[Leaf]):
     has_second: Leaf  # [P, G] bool, the blocks that the second round needs (profile's rule)
     format_ok: Leaf  # [P, G] bool, the template holds (profile's rule)
     reflection_ok: Leaf  # [P, G] bool, I_ref's condition
+    reflection_new: Leaf  # [P, G] bool, a reflection that says more than the first thought
+    stated: Leaf  # [P, G] int32, what the reflection says of the first answer: right 1, wrong -1
     first_tokens: Leaf  # [P, G] int32 length of the first response (think 1 + answer 1), no tags
+    first_end: Leaf  # [P, G] int32 tokens to the end of the first answer block; without one: all
     total_tokens: Leaf  # [P, G] int32 whole completion with tags, without EOS
     block_tokens: Leaf  # [P, G, 5] int32 tokens of each block in BLOCKS, 0 where missing
 

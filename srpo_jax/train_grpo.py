@@ -98,9 +98,7 @@ def train(
         evaluator = None
         if settings.eval.file:
             evaluator = Evaluator(settings, parts, settings.reward.profile, encode)
-        optimizer = make_optimizer(
-            settings.optim, settings.steps * cfg.updates_per_rollout, settings.seed
-        )
+        optimizer = make_optimizer(settings.optim, settings.steps * cfg.updates, settings.seed)
         run = Session(settings, parts, optimizer, settings.steps, SHOWN)
         if note := truncation_note(settings):
             processes.say(note)
@@ -238,7 +236,7 @@ class Stage:
             # Dispatched before grading: the host checks answers while the device computes.
             logps = (None, None)
             if with_logps:
-                logps = self.logps(state, sampled, old=self.cfg.updates_per_rollout > 1)
+                logps = self.logps(state, sampled, old=self.cfg.updates > 1)
             with timers("grade", behind=logps):
                 graded = self.generator.grade(sampled)
             with timers("logp"):
@@ -279,7 +277,9 @@ class Stage:
             return logp_PGR
 
         valid_P = np.asarray(sampled.local.valid)
-        old_logp = under(merge_params(state), valid_P & (self.update_P > 0)) if old else None
+        # In later passes over the rollout no prompt's policy is the one that is updated.
+        later_P = (self.update_P > 0) | (self.cfg.epochs > 1)
+        old_logp = under(merge_params(state), valid_P & later_P) if old else None
         ref_logp = None
         if self.reference is not None:
             ref_logp = under(merge_params(state, self.reference), valid_P)
@@ -327,7 +327,7 @@ class Stage:
         local, done = lesson.local.batch, []
         around = functools.partial(self.guard_lanes, local)
         with self.parts.guard.step(f"update, {bucket_of(local)}"):
-            for k, own in enumerate(packed):
+            for k, own in enumerate(packed * self.cfg.epochs):
                 if any(own):
                     args = (state, lesson.experience, self.on_mesh(own), k)
                     state, metrics = grpo_update(self.grpo_steps, *args, around=around)
@@ -355,7 +355,7 @@ class Stage:
             nobody = np.zeros(0, np.int32)
             sampled = Sampled((), nobody, local.batch, batch, features, rollout)
             with parts.timers("logp"):
-                logps = self.logps(state, sampled, old=self.cfg.updates_per_rollout > 1)
+                logps = self.logps(state, sampled, old=self.cfg.updates > 1)
                 jax.block_until_ready(logps)
         experience = self.experience(sampled, verdict, logps, weight_P)
         experience = dataclasses.replace(experience, carried=carried_P)
@@ -404,8 +404,10 @@ class Stage:
     def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""
         # The update is a forward and a backward pass, log-probs are forward passes.
-        flops = 3 * self.forward_work(lesson.local.batch, learned_PG)[1]
-        passes = 1 - 1 / self.cfg.updates_per_rollout + (self.reference is not None)
+        flops = 3 * self.cfg.epochs * self.forward_work(lesson.local.batch, learned_PG)[1]
+        own = 0 if self.cfg.epochs > 1 else 1 / self.cfg.updates_per_rollout
+        passes = 1 - own if self.cfg.updates > 1 else 0
+        passes += self.reference is not None
         flops += passes * self.forward_work(lesson.local.batch, lengths_of(lesson.local))[1]
         tokens = 0.0
         for one in lesson.rounds:

@@ -118,7 +118,7 @@ def test_evaluated_by_sympy_more_functions_have_values():
     ],
 )  # fmt: skip
 def test_work_is_bounded(text):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(LatexError):
         latex_value(text)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10

@@ -168,9 +168,9 @@ def test_the_tables_are_levels_subjects_and_both():
     ids=["tower", "boxes", "capital boxes", "long", "braces", "brackets", "fractions", "phrases"],
 )
 def test_pathological_responses_are_wrong_and_cheap(response):
-    start = time.monotonic()
+    start = time.process_time()
     assert not right("5", response)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_the_official_results_of_a_real_model_are_reproduced():

@@ -150,11 +150,11 @@ def test_the_tables_are_the_official_keys():
 
 
 def test_long_extractions_are_cheap():
-    start = time.monotonic()
+    start = time.process_time()
     assert outcome(choice_row("x" * 10**6)).prediction == "cat"
     assert outcome(choice_row("bird " * 200_000)).prediction == "bird"
     assert outcome(number_row("integer", "9" * 10**6)).prediction is None
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_published_results_are_reproduced_where_the_official_code_still_gives_them():

@@ -34,6 +34,9 @@ def verdict(final_PG: np.ndarray) -> Verdict:
     return Verdict(
         final_correct=final_PG,
         reflection_ok=final_PG,
+        reflection_new=final_PG,
+        stated=numbers,
+        first_end=numbers,
         first_tokens=numbers,
         total_tokens=numbers + 1,
         block_tokens=np.zeros((*final_PG.shape, 5), np.int32),

@@ -10,6 +10,7 @@ import pytest
 
 from srpo_jax.learn import grpo
 from srpo_jax.learn.grpo import GrpoConfig, Tokens
+from srpo_jax.learn.objectives import Samples
 from srpo_jax.structs import Batch, Experience, Rollout, Verdict
 
 P, G, R = 2, 2, 4
@@ -37,7 +38,10 @@ def _verdict(first, final):
         has_second=yes,
         format_ok=jnp.array([[True, False], [True, True]]),
         reflection_ok=yes,
+        reflection_new=yes,
+        stated=jnp.zeros((P, G), jnp.int32),
         first_tokens=jnp.full((P, G), 10, jnp.int32),
+        first_end=jnp.full((P, G), 2, jnp.int32),
         total_tokens=jnp.full((P, G), 20, jnp.int32),
         block_tokens=jnp.arange(P * G * 5, dtype=jnp.int32).reshape(P, G, 5),
     )
@@ -65,7 +69,10 @@ def _tokens(ready, rollout, old=None, ref=None):
     """What the loss reads, unpacked: [P, G, R]."""
     spread = lambda x: jnp.where(rollout.completion_mask, x[..., None], 0.0)  # noqa: E731
     logps = (rollout.sample_logp, rollout.policy_logp, old, ref)
-    return Tokens(spread(ready.adv_PG), spread(ready.weight_PG), *logps)
+    number = jnp.arange(ready.adv_PG.size).reshape(ready.adv_PG.shape)
+    of_token = jnp.broadcast_to(number[..., None], rollout.completion_mask.shape)
+    samples = Samples(of_token, rollout.completion_mask, number.size)
+    return Tokens(spread(ready.adv_PG), spread(ready.weight_PG), *logps, samples)
 
 
 BOTH = jnp.ones(P, bool)
@@ -107,7 +114,11 @@ def test_the_policy_itself_is_the_old_one_in_the_first_update_but_for_carried_gr
 def test_an_update_weighs_its_own_prompts_only():
     experience = _experience(update=jnp.array([1, 0]))
     for update, own in ((0, [[0, 0], [1, 3]]), (1, [[4, 2], [0, 0]])):
-        ready = grpo.prepare(GrpoConfig(aggregation="token"), experience, update)
+        cfg = GrpoConfig(aggregation="token", updates_per_rollout=2, epochs=2)
+        ready = grpo.prepare(cfg, experience, update)
+        again = grpo.prepare(cfg, experience, update + 2)
+        np.testing.assert_array_equal(ready.weight_PG, again.weight_PG)
+        assert not again.on_policy_P.any()
         np.testing.assert_allclose(_weights(ready) * np.sum(own), own, rtol=1e-6)
         assert ready.metrics["samples"] == G
 
@@ -194,7 +205,7 @@ def test_micro_batches_add_up_to_the_metrics_of_the_whole():
 def test_rollout_metrics_count_first_and_final_answers():
     cfg = GrpoConfig()
     rollout = _rollout()
-    terms = cfg.profile.terms(VERDICT, cfg.alpha)
+    terms = grpo.reward_terms(cfg, VERDICT)
     got = grpo.rollout_metrics(terms, VERDICT, rollout, BOTH)
     # first 1 0 0 0, final 1 1 0 1: two of three wrong first answers are mended, none harmed.
     want = {
@@ -231,7 +242,7 @@ def test_rollout_metrics_ignore_fillers():
     rollout = _rollout()
     verdict = _verdict([[0, 0], [1, 0]], [[0, 0], [0, 0]])
     verdict = verdict.replace(format_ok=jnp.ones((P, G), bool))
-    terms = GrpoConfig().profile.terms(verdict, GrpoConfig().alpha)
+    terms = grpo.reward_terms(GrpoConfig(), verdict)
     got = grpo.rollout_metrics(terms, verdict, rollout, jnp.array([False, True]))
     assert got["samples"] == 2 and got["accuracy/first"] == 0.5 and got["tokens"] == 4
     assert got["harm/count"] == 1 and got["harm/of"] == 1 and got["fix/of"] == 1

@@ -11,23 +11,34 @@ import pytest
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.grade import grade, grade_sequences
 from srpo_jax.rewards.profiles import (
+    BALANCED,
     GRPO,
+    MIN_REFLECTION,
     OPENRLHF,
     PAPER,
     PROFILES,
     VERL_FIXED,
+    Parts,
     Profile,
     profile_named,
 )
 from srpo_jax.rewards.template import FormatRule, TokenText
-from srpo_jax.rewards.terms import ALPHA, RewardTerms, add_up, length_factor
+from srpo_jax.rewards.terms import (
+    ALPHA,
+    TERMS,
+    add_up,
+    excess_factor,
+    length_factor,
+    overlong,
+    stated_rightly,
+)
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import Verdict
 
 OUTCOMES = {"rr": (True, True), "wr": (False, True), "rw": (True, False), "ww": (False, False)}
 
 
-def verdict(outcome: str, *, first_tokens=10, total_tokens=1000, **flags) -> Verdict:
+def verdict(outcome: str, *, first_tokens=10, total_tokens=1000, stated=0, **flags) -> Verdict:
     """A [1, 1] verdict; everything holds unless a flag says otherwise, f_len is 0 by default."""
     first, final = OUTCOMES[outcome]
     flags = {
@@ -35,23 +46,23 @@ def verdict(outcome: str, *, first_tokens=10, total_tokens=1000, **flags) -> Ver
         "has_second": True,
         "format_ok": True,
         "reflection_ok": True,
+        "reflection_new": True,
         "first_correct": first,
         "final_correct": final,
     } | flags
     return Verdict(
         **{name: np.array([[value]]) for name, value in flags.items()},
+        stated=np.array([[stated]], np.int32),
         first_tokens=np.array([[first_tokens]], np.int32),
+        first_end=np.array([[first_tokens]], np.int32),
         total_tokens=np.array([[total_tokens]], np.int32),
-        block_tokens=np.zeros((1, 1, 5), np.int32),
+        block_tokens=np.array([[[0, 0, total_tokens, 0, 0]]], np.int32),
     )
 
 
 def terms(v: Verdict, profile: Profile, alpha: float = ALPHA) -> tuple[float, ...]:
-    out = profile.terms(v, alpha)
-    return tuple(
-        round(float(getattr(out, name)[0, 0]), 4)
-        for name in ("r_format", "r_acc", "i_eff", "i_ref", "f_len", "total")
-    )
+    out = profile.rewards(v, alpha)
+    return tuple(round(float(x[0, 0]), 4) for x in (*out.parts.values(), out.total))
 
 
 TOTALS = {  # spec 3.2, without f_len
@@ -59,6 +70,7 @@ TOTALS = {  # spec 3.2, without f_len
     OPENRLHF: (1.25, 1.50, 0.75, 0.50),
     VERL_FIXED: (0.625, 0.75, 0.125, 0.25),
     GRPO: (1.5, 1.5, 0.5, 0.5),
+    BALANCED: (1.75, 1.25, 1.0, 0.75),
 }
 
 
@@ -160,18 +172,49 @@ def test_terms_add_up_in_float32_for_any_shape_under_jit(profile):
     rng = np.random.default_rng(0)
     v = Verdict(
         **dict(zip(names, flags, strict=True)),
+        reflection_new=flags[0],
+        stated=np.zeros((8, 8), np.int32),
         first_tokens=rng.integers(0, 100, (8, 8)).astype(np.int32),
+        first_end=np.zeros((8, 8), np.int32),
         total_tokens=rng.integers(0, 300, (8, 8)).astype(np.int32),
         block_tokens=np.zeros((8, 8, 5), np.int32),
     )
-    out = jax.jit(profile.terms)(v, ALPHA)
-    for name in RewardTerms.__dataclass_fields__:
-        value = getattr(out, name)
+    out = jax.jit(profile.rewards)(v)
+    for name, value in {**out.parts, "total": out.total}.items():
         assert value.shape == (8, 8) and value.dtype == jnp.float32, name
-    added = out.r_format + out.r_acc + out.i_eff + out.i_ref + 0.1 * out.f_len
+    added = sum(out.parts[name] for name in TERMS[:-1]) + 0.1 * out.parts["f_len"]
     np.testing.assert_allclose(added, out.total, atol=1e-6)
-    one = profile.terms(jax.tree.map(lambda x: x[3, 5], v), ALPHA)  # no leading axes
+    one = profile.rewards(jax.tree.map(lambda x: x[3, 5], v))  # no leading axes
     assert one.total.shape == () and float(one.total) == pytest.approx(float(out.total[3, 5]))
+
+
+def test_balanced_pays_a_kept_answer_as_a_mended_one_and_a_lost_one_least_of_its_equals():
+    totals = dict(zip(OUTCOMES, TOTALS[BALANCED], strict=True))
+    assert totals["wr"] <= totals["rr"]
+    assert totals["rw"] < totals["ww"] + 0.5  # what its first answer is worth
+    for kind in ("short", "old"):
+        blocks = np.array([[[9, 1, MIN_REFLECTION - (kind == "short"), 9, 1]]], np.int32)
+        v = verdict("rr", reflection_new=kind != "old").replace(block_tokens=blocks)
+        assert BALANCED.terms(v)["i_ref"] == 0.0
+    v = verdict("rr").replace(block_tokens=np.array([[[9, 1, 4, 5, 1]]], np.int32))
+    assert BALANCED.terms(v)["i_ref"] == 0.25 and BALANCED.terms(v)["f_len"] == 1.0
+    long = verdict("rr").replace(block_tokens=np.array([[[9, 1, 4, 10, 1]]], np.int32))
+    np.testing.assert_allclose(BALANCED.terms(long)["f_len"], np.exp(-1.0), rtol=1e-6)
+    lost = verdict("rw").replace(block_tokens=v.block_tokens)
+    assert BALANCED.terms(lost)["f_len"] == 0.0
+
+
+def test_terms_beside_the_profile_s_by_hand():
+    for first, stated, value in ((True, 1, 1), (True, -1, -1), (False, -1, 1), (False, 0, 0)):
+        v = verdict("rr" if first else "ww", stated=stated)
+        assert stated_rightly(v) == value
+    assert stated_rightly(verdict("ww", stated=-1, has_first=False)) == 0
+    np.testing.assert_allclose(overlong(np.array([80, 85, 90, 100]), 90, 10), [0, -0.5, -1, -1])
+    np.testing.assert_allclose(
+        excess_factor(np.array([0, 10, 15, 9]), np.array([10, 10, 10, 0])), [1, 1, np.exp(-1), 0]
+    )
+    with pytest.raises(ValueError, match=r"weights of \['f_length'\], but the terms are .*'f_len'"):
+        add_up({"r_acc": np.ones(2)}, {"f_length": 0.5})
 
 
 def test_an_unknown_profile_is_refused():
@@ -203,7 +246,8 @@ def score(verifier, text: str, gold: str, profile: Profile):
         [list(text.encode())], [Question(gold)], token_text=BYTES,
         verifier=verifier, profile=profile,
     )  # fmt: skip
-    return jax.tree.map(lambda x: float(x[0]), profile.terms(found, ALPHA))
+    out = profile.rewards(found)
+    return {name: float(x[0]) for name, x in {**out.parts, "total": out.total}.items()}
 
 
 ROUND = "<think>a</think><answer>2</answer>"
@@ -235,8 +279,10 @@ MEASURED = {
 def test_openrlhf_reproduces_the_measured_cases(verifier, name):
     text, accuracy, r_format = MEASURED[name]
     found = score(verifier, text, "2", OPENRLHF)
-    assert (found.r_acc, found.r_format) == (accuracy, r_format)
-    assert found.total == pytest.approx(accuracy + r_format, abs=1e-3)  # f_len is next to nothing
+    assert (found["r_acc"], found["r_format"]) == (accuracy, r_format)
+    assert found["total"] == pytest.approx(
+        accuracy + r_format, abs=1e-3
+    )  # f_len is next to nothing
 
 
 # Spec 3.3's defects of the answer check, each with the accuracy that is RIGHT (measured: comment).
@@ -265,7 +311,7 @@ MENDED = {
 @pytest.mark.parametrize("name", MENDED)
 def test_openrlhf_answer_check_is_right_where_the_authors_is_not(verifier, name):
     gold, answer1, answer2, accuracy = MENDED[name]
-    assert score(verifier, respond(answer1, answer2), gold, OPENRLHF).r_acc == accuracy
+    assert score(verifier, respond(answer1, answer2), gold, OPENRLHF)["r_acc"] == accuracy
 
 
 VERL = {  # boxes anywhere, in tags or not; accuracy / 2
@@ -280,7 +326,7 @@ VERL = {  # boxes anywhere, in tags or not; accuracy / 2
 @pytest.mark.parametrize("name", VERL)
 def test_verl_reads_the_first_and_last_box(verifier, name):
     text, accuracy = VERL[name]
-    assert score(verifier, text, "2", VERL_FIXED).r_acc == accuracy
+    assert score(verifier, text, "2", VERL_FIXED)["r_acc"] == accuracy
 
 
 def test_a_lone_box_stands_for_both_answers_of_verl(verifier):
@@ -295,8 +341,8 @@ def test_a_lone_box_stands_for_both_answers_of_verl(verifier):
 
 def test_verl_format_ignores_white_space_around_brackets_and_slashes(verifier):
     spaced = respond().replace("</", " < / ").replace(">", " > ")
-    assert score(verifier, spaced, "2", VERL_FIXED).r_format == 0.25
-    assert score(verifier, spaced, "2", PAPER).total == 0.0
+    assert score(verifier, spaced, "2", VERL_FIXED)["r_format"] == 0.25
+    assert score(verifier, spaced, "2", PAPER)["total"] == 0.0
 
 
 def test_grade_keeps_prompts_and_samples_in_their_places(verifier):
@@ -322,12 +368,12 @@ def test_grade_keeps_prompts_and_samples_in_their_places(verifier):
     assert details[2]["first_answer"] is None
     start, end = details[3]["spans"]["second_answer"]
     assert texts[1][1][start:end] == "A"
-    totals = PAPER.terms(found, 0.0).total.tolist()
+    totals = PAPER.rewards(found, 0.0).total.tolist()
     assert totals == [[1.5, 1.25], [0.0, 1.25]]
 
 
-def final_only(v: Verdict, alpha: float) -> RewardTerms:
-    return add_up(alpha, r_acc=jnp.where(v.final_correct, 2.0, 0.0))
+def final_only(v: Verdict) -> Parts:
+    return {"r_acc": jnp.where(v.final_correct, 2.0, 0.0)}
 
 
 def test_a_profile_of_ones_own_is_one_of_the_four_with_parts_replaced(verifier):
@@ -340,8 +386,8 @@ def test_a_profile_of_ones_own_is_one_of_the_four_with_parts_replaced(verifier):
         token_text=BYTES, verifier=verifier, profile=mine,
     )  # fmt: skip
     assert found.format_ok.tolist() == [True, False]
-    assert mine.terms(found, 0.1).total.tolist() == [2.0, 0.0]
-    assert score(verifier, alone, "2", PAPER).r_format == 0.0
+    assert mine.rewards(found).total.tolist() == [2.0, 0.0]
+    assert score(verifier, alone, "2", PAPER)["r_format"] == 0.0
 
 
 def test_grade_refuses_questions_that_do_not_match_the_prompts(verifier):

@@ -41,6 +41,7 @@ from srpo_jax.data.batching import Media, collate, collate_packed, encode_arrays
 from srpo_jax.data.packing import Packer, RowShape
 from srpo_jax.data.vision_arrays import VisionIds
 from srpo_jax.learn import grpo, losses, micro_batches, state
+from srpo_jax.learn.objectives import Samples
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.rewards.profiles import PAPER
@@ -220,7 +221,7 @@ def naive_grpo_loss(trained, ref, reward):
 def test_grpo_loss_and_gradient_equal_a_naive_one():
     shift = 0.3 * jnp.sin(jnp.arange(P * G * R, dtype=jnp.float32)).reshape(P, G, R)
     ref = old_logp() + shift
-    reward = np.asarray(PAPER.terms(rollout()[1], 0.1).total)
+    reward = np.asarray(PAPER.rewards(rollout()[1]).total)
     naive = jax.jit(jax.value_and_grad(lambda trained: naive_grpo_loss(trained, ref, reward)))
     want_loss, want = naive(new_state().params)
     got, metrics = run_grpo(BONUS, ref=ref)
@@ -241,9 +242,15 @@ ALL_TERMS = with_(
 )
 
 
+# What looks at a sample as a whole, and at where its first round ends.
+OF_SAMPLES = with_(
+    ALL_TERMS, objective="gspo", credit="segments", tis_level="sequence", tis_floor=0.1
+)
+
+
 @functools.cache
-def padded_way():
-    """The loss of `ALL_TERMS`, and its gradient, where each sample is a padded sequence."""
+def padded_way(cfg=ALL_TERMS):
+    """The loss of ``cfg``, and its gradient, where each sample is a padded sequence."""
 
     def loss(trained, experience, ready):
         samples, (P, G, R) = experience.rollout, experience.rollout.completions.shape
@@ -255,24 +262,30 @@ def padded_way():
             h,
             samples.completions.reshape(P * G, R),
             model.head_kernel(),
-            temperature=ALL_TERMS.temperature,
-            forbidden_ids=ALL_TERMS.forbidden_ids,
+            temperature=cfg.temperature,
+            forbidden_ids=cfg.forbidden_ids,
             entropy_grad=True,
         )
         logp, entropy = logp.reshape(P, G, R), entropy.reshape(P, G, R)
         of_prompt = lambda x: x[:, None, None]  # noqa: E731
         old = jnp.where(of_prompt(experience.carried), samples.policy_logp, experience.old_logp)
         old = jnp.where(of_prompt(ready.on_policy_P), jax.lax.stop_gradient(logp), old)
-        adv, weight = (x[..., None] * mask for x in (ready.adv_PG, ready.weight_PG))
+        adv, rest, weight = (
+            x[..., None] * mask for x in (ready.adv_PG, ready.rest_adv_PG, ready.weight_PG)
+        )
+        adv = jnp.where(jnp.arange(R)[None, None] < ready.first_end_PG[..., None], adv, rest)
         logps = (samples.sample_logp, samples.policy_logp, old, experience.ref_logp)
-        return grpo.policy_loss(ALL_TERMS, logp, entropy, grpo.Tokens(adv, weight, *logps))
+        number = jnp.broadcast_to(jnp.arange(G)[None, :, None], (P, G, R)).reshape(P, -1)
+        flat = lambda x: x.reshape(P, -1)  # noqa: E731
+        counted = flat(weight) != 0
+        tokens = grpo.Tokens(*map(flat, (adv, weight, *logps)), Samples(number, counted, G))
+        return grpo.policy_loss(cfg, flat(logp), flat(entropy), tokens)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-@pytest.mark.parametrize("update", [0, 1])
-def test_lanes_compute_what_padded_sequences_compute(update):
-    """Every aggregation, with each term in force, groups of weight 0, older policies, a filler."""
+def eventful():
+    """Groups of weight 0, older policies, log-probs that all differ, a filler."""
     noise = np.random.default_rng(8).normal(size=(3, P, G, R)).astype(np.float32) * 0.2
     samples, verdict = rollout()
     near, far, ref = np.asarray(old_logp())[None] + noise
@@ -280,7 +293,13 @@ def test_lanes_compute_what_padded_sequences_compute(update):
     weight = np.array([1, 0.5, 0, 1, 1, 1, 1, 2], np.float32)
     carried = np.arange(P) % 3 == 1
     taken = update_of(ALL_TERMS)
-    every = Experience(prompts(), samples, verdict, features(), near, ref, carried, taken, weight)
+    return Experience(prompts(), samples, verdict, features(), near, ref, carried, taken, weight)
+
+
+@pytest.mark.parametrize("update", [0, 1])
+def test_lanes_compute_what_padded_sequences_compute(update):
+    """Every aggregation, with each term in force, groups of weight 0, older policies, a filler."""
+    every = eventful()
     for mode in ("sequence", "token", "constant"):
         cfg = with_(ALL_TERMS, aggregation=mode)
         # Which tokens weigh how much is settled before the first micro-batch.
@@ -294,6 +313,20 @@ def test_lanes_compute_what_padded_sequences_compute(update):
             np.testing.assert_allclose(metrics[name], value, atol=1e-5, err_msg=name)
         assert np.abs(want["text/lm_head/kernel"]).max() > 1e-3
         assert metrics["ratio/max"] > 1.01
+
+
+def test_lanes_know_the_samples_whose_tokens_they_hold():
+    """A ratio of whole samples, and advantages by segments of them."""
+    every = eventful()
+    new, metrics = one_update(grpo_steps(OF_SAMPLES), OF_SAMPLES, new_state(), every, 1)
+    ready = grpo.prepare(OF_SAMPLES, every, 1)
+    (loss, aux), want = padded_way(OF_SAMPLES)(new_state().params, every, ready)
+    assert_close(new.opt_state, want, 1e-5)
+    np.testing.assert_allclose(metrics["loss"], loss, atol=1e-5)
+    for name, value in grpo.update_metrics(aux, ready.tokens).items():
+        np.testing.assert_allclose(metrics[name], value, atol=1e-5, err_msg=name)
+    assert (np.asarray(ready.adv_PG) != np.asarray(ready.rest_adv_PG)).any()
+    assert 1.001 < metrics["ratio/max"] and np.abs(want["text/lm_head/kernel"]).max() > 1e-3
 
 
 def test_grpo_does_not_depend_on_the_number_of_micro_batches():
@@ -425,7 +458,7 @@ def test_several_updates_per_rollout_are_those_of_their_rows_alone():
         assert_close(got, want, 1e-6)
         for name in alone:
             np.testing.assert_allclose(metrics[name], alone[name], atol=2e-6, err_msg=name)
-    with pytest.raises(ValueError, match="needs old_logp"):
+    with pytest.raises(ValueError, match="need old_logp"):
         run_grpo(cfg)
 
 

@@ -148,8 +148,9 @@ FORMAT_CASES = {
 @pytest.mark.parametrize("name", FORMAT_CASES)
 def test_format_rule_of_each_profile(name):
     text, *expected = FORMAT_CASES[name]
-    names = [profile.name for profile in PROFILES]
-    found = [int(parse(text, profile).format_ok) for profile in PROFILES]
+    profiles = [profile for profile in PROFILES if profile.name != "balanced"]  # the paper's rules
+    names = [profile.name for profile in profiles]
+    found = [int(parse(text, profile).format_ok) for profile in profiles]
     assert dict(zip(names, found, strict=True)) == dict(zip(names, expected, strict=True))
 
 
@@ -286,3 +287,28 @@ def test_a_million_hostile_characters_take_linear_time(name):
         parse_response(completion, profile.template)
         # Quadratic work on this length takes minutes; linear about half a second.
         assert time.process_time() - start < 10
+
+
+def test_the_first_round_ends_with_the_token_that_closes_the_first_answer():
+    text = respond(before=" ")
+    end = text.index("</answer>") + len("</answer>")
+    assert parse(text).first_end == end
+    cut = "<think>abc</think><answer>4"
+    assert parse(cut).first_end == len(cut)
+    # A token that goes on into the reflection's tag belongs to the round that it closes.
+    data = text.encode()
+    straddling = Completion(data, np.array([0, end - 3, end + 4, len(data)]))
+    assert parse_response(straddling, PAPER.template).first_end == 2
+
+
+@pytest.mark.parametrize(
+    "think,reflection,new",
+    [
+        ("a b c", "a b c", False),
+        ("a b c", " b  c", False),
+        ("a b c", "b d", True),
+        ("a", "", False),
+    ],
+)
+def test_a_reflection_that_stands_in_the_first_thought_is_not_new(think, reflection, new):
+    assert parse(respond(think1=think, reflection=reflection)).reflection_new == new

@@ -26,7 +26,6 @@ from srpo_jax.learn.steps import make_sft_step
 from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import load_config
 from srpo_jax.rewards.profiles import PAPER
-from srpo_jax.rewards.terms import add_up
 from srpo_jax.run import checkpoint, rollout, session
 from srpo_jax.run.feed import open_training
 from srpo_jax.run.metrics import read_rows, to_plain
@@ -311,8 +310,8 @@ def test_a_profile_of_ones_own_rewards_the_training(paths, tmp_path, monkeypatch
     config = helpers.grpo_config(paths, steps=1, **MESH)
     config.compilation_cache_dir = paths["cache"]
 
-    def brief(verdict, alpha):
-        return add_up(alpha, r_acc=1.0 / verdict.total_tokens)
+    def brief(verdict):
+        return {"r_acc": 1.0 / verdict.total_tokens}
 
     mine = dataclasses.replace(PAPER, name="brief", terms=brief)
     row = train_grpo.train(config, tmp_path, profile=mine)

@@ -176,7 +176,10 @@ def fake_grade(completions_PGR, completion_mask_PGR, *_, **__):
         has_second=np.ones_like(bits[0]),
         format_ok=bits[2],
         reflection_ok=bits[3],
+        reflection_new=bits[4],
+        stated=np.where(bits[5], 1, -1).astype(np.int32),
         first_tokens=np.maximum(length // 2, 1),
+        first_end=np.maximum(length // 2, 1),
         total_tokens=length,
         block_tokens=np.zeros((*length.shape, 5), np.int32),
     )

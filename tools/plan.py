@@ -129,14 +129,15 @@ def abstract_experience(recipe: Recipe, step: GrpoConfig, sampling: SamplingConf
         policy_logp=logp,
     )
     fields = {f.name: array((P, G), jnp.bool_) for f in dataclasses.fields(Verdict)}
-    fields |= {name: array((P, G)) for name in ("first_tokens", "total_tokens")}
+    numbers = ("stated", "first_tokens", "first_end", "total_tokens")
+    fields |= {name: array((P, G)) for name in numbers}
     fields["block_tokens"] = array((P, G, 5))
     return Experience(
         batch=dataclasses.replace(abstract_batch(recipe), vision=None),
         rollout=rollout,
         verdict=Verdict(**fields),
         features=array((shapes.rows, merged, width), dtype),
-        old_logp=logp if step.updates_per_rollout > 1 else None,
+        old_logp=logp if step.updates > 1 else None,
         ref_logp=logp if step.needs_reference else None,
         update=array((P,)) if step.updates_per_rollout > 1 else None,
         weight=array((P,), jnp.float32),

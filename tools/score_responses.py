@@ -128,7 +128,7 @@ def _score(
     verdict, details = grade_sequences(
         ids, questions, token_text=token_text, verifier=verifier, profile=profile
     )
-    terms = jax.tree.map(np.asarray, profile.terms(verdict, args.alpha))
+    terms = jax.tree.map(np.asarray, profile.rewards(verdict, args.alpha))
     scored = []
     for i, row in enumerate(rows):
         out = dict(row)
@@ -136,8 +136,8 @@ def _score(
             out[name] = details[i][name]
         for name in ("first_correct", "final_correct", "format_ok"):
             out[name] = bool(getattr(verdict, name)[i])
-        for name in ("r_format", "r_acc", "i_eff", "i_ref", "f_len", "total"):
-            out[name] = round(float(getattr(terms, name)[i]), 6)
+        for name, values in {**terms.parts, "total": terms.total}.items():
+            out[name] = round(float(values[i]), 6)
         out["reflection_ok"] = bool(verdict.reflection_ok[i])
         out["block_tokens"] = dict(zip(BLOCKS, verdict.block_tokens[i].tolist(), strict=True))
         out["first_tokens"] = int(verdict.first_tokens[i])

@@ -11,9 +11,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from srpo_jax.learn import losses
+from srpo_jax.learn import losses, objectives
+from srpo_jax.learn.advantages import AdvantageKind, Credit, advantages, has_signal, of_terms
+from srpo_jax.learn.objectives import KlKind, Level, ObjectiveKind, Samples
 from srpo_jax.rewards.profiles import PAPER, Profile
-from srpo_jax.rewards.terms import ALPHA, RewardTerms
+from srpo_jax.rewards.terms import (
+    ALPHA,
+    RewardTerms,
+    add_up,
+    overlong,
+    right_answers,
+    stated_rightly,
+)
 from srpo_jax.structs import BLOCKS, Experience, Leaf, Rollout, Verdict
 
 
@@ -22,24 +31,39 @@ class Objective:
     """What is optimised, and in how many updates: the keys of ``config.grpo``."""
 
     updates_per_rollout: int = 1  # splits the prompts among this many updates
+    epochs: int = 1  # passes over a rollout, each of that many updates
+    advantage: AdvantageKind = "group"
     adv_eps: float = 1e-6
-    scale_by_std: bool = True
+    normalise_terms: bool = False  # each reward term by itself, then their sum over the update
+    # "segments": the first round is paid by its own terms, what comes after by the others.
+    credit: Credit = "whole"
+    objective: ObjectiveKind = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    dual_clip: float | None = None  # 0 or None: off
+    dual_clip: float | None = None  # of "clip" and "gspo"; 0 or None: off
+    sapo_positive: float = 1.0
+    sapo_negative: float = 1.05
     kl_coef: float = 0.0  # 0: no reference model is needed
-    kl_kind: losses.KlKind = "k3"
+    kl_kind: KlKind = "k3"
+    kl_in_reward: bool = False  # taken off each sample's reward (k1) instead of added to the loss
     entropy_coef: float = 0.0
     aggregation: losses.Aggregation = "sequence"
     mask_truncated: bool = False  # samples cut off by the budget get no gradient
     # Cap of the importance weight against the sampler's log-probs; 0 or None: off.
     tis_cap: float | None = None
+    tis_floor: float | None = None  # weights outside [floor, cap] become 0; 0 or None: they do not
+    tis_level: Level = "token"
     logit_chunk: int = 1024  # tokens of a row whose logits exist at a time
 
     @property
     def needs_reference(self) -> bool:
         """Whether ``ref_logp`` must be given to the step."""
         return self.kl_coef != 0
+
+    @property
+    def updates(self) -> int:
+        """How many updates a rollout is used for."""
+        return self.updates_per_rollout * self.epochs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +72,9 @@ class GrpoConfig(Objective):
 
     micro_batches: int = 1  # rows of a data shard; gradients are summed over them
     profile: Profile = PAPER
-    alpha: float = ALPHA  # weight of f_len
+    # Weights of reward terms that are not 1; those of "verdict" and "overlong" bring the term in.
+    weights: tuple[tuple[str, float], ...] = (("f_len", ALPHA),)
+    overlong_buffer: int = 0  # tokens before the cap in which "overlong" sets in
     temperature: float = 1.0
     forbidden_ids: tuple[int, ...] = ()
     length_cap: int | None = None  # completion token limit, for aggregation "constant"
@@ -56,8 +82,10 @@ class GrpoConfig(Objective):
     def __post_init__(self):
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} has no log-probs; use one above 0")
-        if self.micro_batches < 1 or self.updates_per_rollout < 1:
-            raise ValueError("micro_batches and updates_per_rollout must be at least 1")
+        if min(self.micro_batches, self.updates_per_rollout, self.epochs) < 1:
+            raise ValueError("micro_batches, updates_per_rollout and epochs must be at least 1")
+        if dict(self.weights).get("overlong") and not (self.length_cap and self.overlong_buffer):
+            raise ValueError("the term 'overlong' needs overlong_buffer and length_cap, in tokens")
         if self.aggregation == "constant" and not self.length_cap:
             raise ValueError("aggregation='constant' needs length_cap, the completion token limit")
 
@@ -66,7 +94,9 @@ class GrpoConfig(Objective):
 class Prepared(Generic[Leaf]):
     """What the loss needs of each sample, from the whole update batch; and what it was like."""
 
-    adv_PG: Leaf  # [P, G] float32
+    adv_PG: Leaf  # [P, G] float32, of the first round's tokens
+    rest_adv_PG: Leaf  # [P, G] float32, of all tokens after it
+    first_end_PG: Leaf  # [P, G] int32: where it ends
     weight_PG: Leaf  # [P, G] float32 of ``losses.token_weights``; 0: no gradient
     on_policy_P: Leaf  # [P] bool: the policy itself, as of now, is the old one
     tokens: Leaf  # [] float32 number of tokens with a weight, at least 1
@@ -83,19 +113,26 @@ class Tokens:
     policy_logp: jax.Array  # of the policy that sampled, untruncated
     old_logp: jax.Array | None  # None: the policy that is differentiated
     ref_logp: jax.Array | None
+    samples: Samples
 
 
 def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0) -> Prepared:
     """Rewards, advantages and token weights of update number ``update``, of its valid prompts."""
     rollout, include_P = experience.rollout, experience.batch.valid
     if experience.update is not None:
-        include_P = include_P & (experience.update == update)
-    terms = cfg.profile.terms(experience.verdict, cfg.alpha)
-    adv_PG = losses.group_advantages(terms.total, eps=cfg.adv_eps, scale_by_std=cfg.scale_by_std)
+        include_P = include_P & (experience.update == update % cfg.updates_per_rollout)
+    terms = reward_terms(cfg, experience.verdict)
     weight_P = include_P.astype(jnp.float32)
     if experience.weight is not None:
         weight_P = weight_P * experience.weight.astype(jnp.float32)
-    weight_PG = jnp.broadcast_to(weight_P[:, None], adv_PG.shape)
+    weight_PG = jnp.broadcast_to(weight_P[:, None], terms.total.shape)
+    penalty_PG = None
+    if cfg.kl_in_reward and experience.ref_logp is not None:
+        d_PGR = jnp.where(rollout.completion_mask, rollout.policy_logp - experience.ref_logp, 0.0)
+        penalty_PG = -cfg.kl_coef * d_PGR.sum(-1)
+    adv_PG, rest_adv_PG = credited(
+        cfg, terms, experience.verdict, counted_PG=weight_PG != 0, penalty_PG=penalty_PG
+    )
     if cfg.mask_truncated:
         weight_PG = jnp.where(rollout.finished, weight_PG, 0.0)
     length_PG = rollout.completion_mask.sum(-1)
@@ -111,11 +148,63 @@ def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0
         on_policy_P &= ~experience.carried
     return Prepared(
         adv_PG=adv_PG,
+        rest_adv_PG=rest_adv_PG,
+        first_end_PG=jnp.asarray(experience.verdict.first_end),
         weight_PG=weight_PG,
         on_policy_P=on_policy_P,
         tokens=jnp.maximum(counted, 1.0),
         metrics=rollout_metrics(terms, experience.verdict, rollout, include_P),
     )
+
+
+def reward_terms(cfg: GrpoConfig, verdict: Verdict) -> RewardTerms:
+    """The profile's terms and those of ``cfg.weights`` beside them, of the verdict's shape."""
+    parts, weights = cfg.profile.terms(verdict), dict(cfg.weights)
+    if weights.get("verdict"):
+        parts["verdict"] = stated_rightly(verdict)
+    if weights.get("overlong") and cfg.length_cap:
+        parts["overlong"] = overlong(verdict.total_tokens, cfg.length_cap, cfg.overlong_buffer)
+    return add_up(
+        parts, {name: weight for name, weight in weights.items() if weight or name in parts}
+    )
+
+
+def credited(
+    cfg: GrpoConfig,
+    terms: RewardTerms,
+    verdict: Verdict,
+    *,
+    counted_PG: jax.Array,
+    penalty_PG: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Advantages [P, G] of the tokens of the first round, and of those after it.
+
+    With ``credit="whole"`` they are the same. With "segments" the profile's ``first_terms`` pay the
+    first round and the others what comes after, each normalised by itself; the latter's baseline is
+    the mean of the samples whose first answer was as right or wrong, since that was settled before.
+    ``penalty_PG`` is one more term, of weight 1.
+    """
+    weights = dict(cfg.weights)
+    parts = {name: (weights.get(name, 1.0), term) for name, term in terms.parts.items()}
+    if penalty_PG is not None:
+        parts["kl"] = (1.0, penalty_PG)
+
+    def score(names: set[str], alike_PG: jax.Array | None) -> jax.Array:
+        held = [part for name, part in parts.items() if name in names]
+        scale = {"eps": cfg.adv_eps, "counted_PG": counted_PG, "alike_PG": alike_PG}
+        if cfg.normalise_terms:
+            return of_terms(held, **scale)
+        reward_PG = sum((weight * term for weight, term in held), jnp.zeros(counted_PG.shape))
+        if names == set(parts) and penalty_PG is None:
+            reward_PG = terms.total
+        return advantages(reward_PG, cfg.advantage, **scale)
+
+    if cfg.credit == "whole":
+        whole_PG = score(set(parts), None)
+        return whole_PG, whole_PG
+    first = set(cfg.profile.first_terms)
+    as_right_PG = right_answers(verdict)[0]
+    return score(first or set(parts), None), score(set(parts) - first, as_right_PG)
 
 
 def policy_loss(
@@ -131,28 +220,27 @@ def policy_loss(
     old, weight = tokens.old_logp, tokens.weight
     if old is None:
         old = jax.lax.stop_gradient(logp)
-    objective, stats = losses.clipped_objective(
-        logp,
-        old,
-        tokens.adv,
-        clip_low=cfg.clip_low,
-        clip_high=cfg.clip_high,
-        dual_clip=cfg.dual_clip or None,
-    )
+    objective, ratio, held_back = _objective(cfg, logp, old, tokens)
     logp_diff = jnp.abs(old - tokens.policy_logp)
-    ratio = stats.pop("ratio")
     per_token = {"ratio/mean": ratio, "entropy": entropy, "sampler/logp_diff_mean": logp_diff}
-    per_token |= {name.replace("_", "/"): value for name, value in stats.items()}
+    per_token |= {name.replace("_", "/"): value for name, value in held_back.items()}
     if cfg.tis_cap:
-        tis = losses.truncated_importance_weight(old, tokens.sample_logp, cfg.tis_cap)
+        tis = objectives.importance_weight(
+            old,
+            tokens.sample_logp,
+            cap=cfg.tis_cap,
+            floor=cfg.tis_floor or None,
+            samples=tokens.samples if cfg.tis_level == "sequence" else None,
+        )
         objective = objective * tis
         per_token["sampler/tis_weight"] = tis
     parts = {"loss/policy": losses.aggregate(objective, weight)}
     loss = parts["loss/policy"]
     if tokens.ref_logp is not None:
-        per_token["kl"] = losses.kl_estimate(logp, tokens.ref_logp, cfg.kl_kind)
+        per_token["kl"] = objectives.kl_estimate(logp, tokens.ref_logp, cfg.kl_kind)
         parts["loss/kl"] = losses.aggregate(per_token["kl"], weight)
-        loss = loss + cfg.kl_coef * parts["loss/kl"]
+        if not cfg.kl_in_reward:
+            loss = loss + cfg.kl_coef * parts["loss/kl"]
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * losses.aggregate(entropy, weight)
     counted = weight != 0
@@ -168,6 +256,31 @@ def policy_loss(
     return loss, jax.lax.stop_gradient(aux)
 
 
+def _objective(
+    cfg: GrpoConfig, logp: jax.Array, old: jax.Array, tokens: Tokens
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """The policy-gradient loss of each token, its ratio, and where a bound holds back the gradient
+    (float32, without a gradient)."""
+    adv, ratio, held_back = tokens.adv, objectives.ratio_of(logp, old), {}
+    if cfg.objective in ("clip", "gspo"):
+        if cfg.objective == "gspo":
+            ratio = objectives.sequence_ratio(logp, old, tokens.samples)
+        bounds = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
+        loss, held_back = objectives.clipped_loss(
+            ratio, adv, **bounds, dual_clip=cfg.dual_clip or None
+        )
+    elif cfg.objective == "cispo":
+        loss, held_back = objectives.cispo_loss(ratio, logp, adv, cfg.clip_high)
+    elif cfg.objective == "sapo":
+        loss = objectives.sapo_loss(
+            ratio, adv, positive=cfg.sapo_positive, negative=cfg.sapo_negative
+        )
+    else:
+        raise ValueError(f"objective must be clip, gspo, cispo or sapo, not {cfg.objective!r}")
+    held_back = {name: value.astype(jnp.float32) for name, value in held_back.items()}
+    return loss, jax.lax.stop_gradient(ratio), jax.lax.stop_gradient(held_back)
+
+
 Aux = dict[str, dict[str, jax.Array]]  # of ``policy_loss``
 
 
@@ -179,9 +292,10 @@ def join_aux(one: Aux, other: Aux) -> Aux:
 
 def no_aux(cfg: GrpoConfig) -> Aux:
     """Of no token at all."""
-    nothing = jnp.zeros((1,), jnp.float32)
+    nothing = jnp.zeros((1, 1), jnp.float32)
     ref_logp = nothing if cfg.needs_reference else None
-    tokens = Tokens(*(nothing,) * 4, old_logp=None, ref_logp=ref_logp)
+    samples = Samples(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), bool), number=1)
+    tokens = Tokens(*(nothing,) * 4, old_logp=None, ref_logp=ref_logp, samples=samples)
     return policy_loss(cfg, nothing, nothing, tokens)[1]
 
 
@@ -219,7 +333,7 @@ def rollout_metrics(
     reward_mean = mean(terms.total)
     spread_PG = jnp.square(terms.total - terms.total.mean(1, keepdims=True))
     group_std_P = jnp.sqrt(spread_PG.sum(1) / max(1, terms.total.shape[1] - 1))
-    signal_P = losses.has_signal(terms.total).astype(jnp.float32)
+    signal_P = has_signal(terms.total).astype(jnp.float32)
     metrics = {
         "reward/mean": reward_mean,
         "reward/std": jnp.sqrt(mean(jnp.square(terms.total - reward_mean))),
@@ -238,8 +352,8 @@ def rollout_metrics(
         "samples": include_PG.sum(),
         "tokens": total(length_PG),
     }
-    for name in ("r_format", "r_acc", "i_eff", "i_ref", "f_len"):
-        metrics[f"reward/{name}"] = mean(getattr(terms, name))
+    for name, term in terms.parts.items():
+        metrics[f"reward/{name}"] = mean(term)
     for i, block in enumerate(BLOCKS):
         metrics[f"block_tokens/{block}"] = mean(verdict.block_tokens[..., i])
     return metrics

@@ -1,4 +1,4 @@
-"""Losses as pure functions of arrays: log-probs, advantages, KL, clipped objective, weights.
+"""Log-probs of tokens, and the weights with which they stand in a loss, as functions of arrays.
 
 The loss of an update is ONE weighted sum over tokens, ``sum(weights_BT * x_BT)``. ``token_weights``
 computes the weights from the masks of the WHOLE update batch, so that the sum over micro-batches,
@@ -13,12 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KlKind = Literal["k1", "k2", "k3"]
 Aggregation = Literal["sequence", "token", "constant"]
-
-# Log-ratios are clamped to +-20 before exp: e**20 is far outside any clip range, and a token whose
-# probability collapsed must not turn the loss into inf or NaN.
-MAX_LOG_RATIO = 20.0
 
 # Logit of a forbidden token. Finite, because 0 * (-inf) is NaN where a forbidden id stands in a
 # masked position; exp(-1e30 - max) is exactly 0 all the same.
@@ -132,99 +127,6 @@ def _logp_and_entropy(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax
     picked = jnp.sum(jnp.where(ids == targets_BC[..., None], shifted, 0.0), -1)
     log_total = jnp.log(total)
     return picked - log_total, log_total - jnp.sum(exp * shifted, -1) / total
-
-
-def group_advantages(
-    reward_PG: jax.Array, *, eps: float = 1e-6, scale_by_std: bool = True
-) -> jax.Array:
-    """GRPO advantages ``(r - mean) / (std + eps)`` over each group [P, G].
-
-    DeepSeekMath (arXiv 2402.03300) section 4.1.2; SRPO equation 3. ``std`` is the unbiased sample
-    standard deviation. ``scale_by_std=False`` leaves ``r - mean`` (Dr. GRPO, arXiv 2503.20783).
-    A group of equal rewards gets exactly 0, and so does a group of one sample. A small ``eps``
-    makes a group that differs by 1e-3 in a minor term count as much as one that differs by 1.
-    """
-    reward_PG = reward_PG.astype(jnp.float32)
-    centred = reward_PG - reward_PG.mean(1, keepdims=True)
-    if scale_by_std:
-        var = jnp.sum(jnp.square(centred), 1, keepdims=True) / max(1, reward_PG.shape[1] - 1)
-        centred = centred / (jnp.sqrt(var) + eps)
-    # The rounded mean of equal numbers need not be that number: compare instead of trusting it.
-    return jnp.where(has_signal(reward_PG)[:, None], centred, 0.0)
-
-
-def has_signal(reward_PG: jax.Array) -> jax.Array:
-    """Whether the rewards of each group differ at all, [P] bool."""
-    return reward_PG.max(1) > reward_PG.min(1)
-
-
-def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: KlKind = "k3") -> jax.Array:
-    """Per-token estimate of KL(policy || reference) from samples of the policy (Schulman, 2020).
-
-    With ``d = ref_logp - logp`` clamped to +-20 (no gradient beyond):
-        k1 = -d             unbiased, may be negative; its GRADIENT has expectation 0 in a loss
-        k2 = d**2 / 2       biased; its gradient is that of the KL
-        k3 = exp(d) - 1 - d unbiased, never negative (GRPO's choice)
-    Each is 0 where policy and reference agree, and adding it to the loss pulls the policy towards
-    the reference.
-    """
-    d = jnp.clip(ref_logp - logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if kind == "k1":
-        return -d
-    if kind == "k2":
-        return 0.5 * jnp.square(d)
-    if kind == "k3":
-        return jnp.expm1(d) - d
-    raise ValueError(f"kl kind must be k1, k2 or k3, not {kind!r}")
-
-
-def clipped_objective(
-    logp: jax.Array,
-    old_logp: jax.Array,
-    advantage: jax.Array,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy-gradient LOSS per token (to be minimised), and what to log about it.
-
-    ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)`` with ``rho = exp(logp - old_logp)``
-    (PPO, arXiv 1707.06347 equation 7; SRPO equation 2; separate bounds as in DAPO, arXiv
-    2503.14476). ``dual_clip=c`` bounds the objective below by ``c A`` where A < 0 (arXiv
-    1912.09729), so that a huge ratio cannot dominate.
-
-    Returns:
-        loss like ``logp``; dict of ``ratio`` and of the 0/1 arrays ``clip_low``, ``clip_high`` and
-        ``clip_dual``, 1 where that bound holds back the gradient.
-    """
-    ratio = jnp.exp(jnp.clip(logp - old_logp, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    objective = jnp.minimum(
-        ratio * advantage, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage
-    )
-    dual = jnp.zeros_like(objective, bool)
-    if dual_clip is not None:
-        dual = (advantage < 0) & (ratio > dual_clip)
-        objective = jnp.where(dual, dual_clip * advantage, objective)
-    stats = {
-        "ratio": ratio,
-        "clip_low": (advantage < 0) & (ratio < 1.0 - clip_low),
-        "clip_high": (advantage > 0) & (ratio > 1.0 + clip_high),
-        "clip_dual": dual,
-    }
-    return -objective, {k: jax.lax.stop_gradient(v.astype(jnp.float32)) for k, v in stats.items()}
-
-
-def truncated_importance_weight(
-    old_logp: jax.Array, sample_logp: jax.Array, cap: float
-) -> jax.Array:
-    """``min(pi_trainer / pi_sampler, cap)`` per token, no gradient (TIS).
-
-    Corrects for a sampler whose probabilities differ from the trainer's (other kernels, other
-    precision, top-p); the cap bounds the variance.
-    """
-    d = jnp.clip(old_logp - sample_logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(d), cap))
 
 
 def token_weights(

@@ -47,6 +47,7 @@ from srpo_jax.learn.micro_batches import (
     without_vision,
     zero_gradient,
 )
+from srpo_jax.learn.objectives import Samples
 from srpo_jax.learn.optim import Optimizer
 from srpo_jax.learn.state import FREEZE_VISION, abstract_state
 from srpo_jax.model import sharding
@@ -243,10 +244,11 @@ def make_grpo_steps(
     ) -> Total:
         _check_features(state.params, experience.features)
         batch = without_vision(experience.batch, experience.features)
-        old = (experience.old_logp, experience.carried, ready.on_policy_P)
-        rest = (experience.rollout, ready.adv_PG, ready.weight_PG, experience.ref_logp, old)
+        old = (experience.old_logp, experience.carried)
+        rest = (experience.rollout, _by_sample(ready), experience.ref_logp, old)
         batch, features, rest = _own_part((batch, experience.features, rest), lanes, cfg)
-        rollout, adv_PG, weight_PG, ref_logp, (old_logp, carried_P, on_policy_P) = rest
+        rollout, of_sample, ref_logp, (old_logp, carried_P) = rest
+        weight_PG, on_policy_PG = of_sample["weight"], of_sample["on_policy"]
         weight_XCT = take_in_rows(weight_PG.reshape(-1), lanes.sample, len(lanes.row))
         wanted_XCT = (lanes.sample >= 0) & (weight_XCT != 0)
 
@@ -254,13 +256,18 @@ def make_grpo_steps(
             model = bind(model_cfg, {**state.frozen, **params})
             data = (batch, features, rollout)
             logp, entropy, picked = _lane_logps(model, cfg, data, lanes, wanted_XCT)
+            after_MY = picked.at_MY >= picked.of_samples(of_sample["first_end"])
+            adv, later = (picked.of_samples(of_sample[name]) for name in ("adv", "rest_adv"))
             tokens = Tokens(
-                adv=picked.of_samples(adv_PG),
+                adv=jnp.where(after_MY, later, adv) if cfg.credit == "segments" else adv,
                 weight=jnp.where(picked.wanted_MY, picked.of_samples(weight_PG), 0.0),
                 sample_logp=picked.of_tokens(rollout.sample_logp),
                 policy_logp=picked.of_tokens(rollout.policy_logp),
-                old_logp=_old_logp(rollout, old_logp, carried_P, on_policy_P, picked, logp),
+                old_logp=_old_logp(rollout, old_logp, carried_P, on_policy_PG, picked, logp),
                 ref_logp=picked.of_tokens(ref_logp) if cfg.needs_reference else None,
+                samples=Samples(
+                    picked.sample_MY, picked.wanted_MY, weight_PG.size // len(lanes.row)
+                ),
             )
             return grpo.policy_loss(cfg, logp, entropy, tokens)
 
@@ -273,7 +280,7 @@ def make_grpo_steps(
         return state, metrics | grpo.update_metrics(total.aux, ready.tokens) | ready.metrics
 
     rows, one = rows_layout(mesh), replicated(mesh)
-    ready = Prepared(adv_PG=rows, weight_PG=rows, on_policy_P=rows, tokens=one, metrics=one)
+    ready = Prepared(*(rows,) * 5, tokens=one, metrics=one)
     total = Total(None if layout is None else layout.params, one)
     return GrpoSteps(
         jit_on_mesh(prepare, mesh, (rows, one), (ready, total)),
@@ -386,7 +393,7 @@ def _old_logp(
     rollout: Rollout,
     old_PGR: jax.Array | None,
     carried_P: jax.Array | None,
-    on_policy_P: jax.Array,
+    on_policy_PG: jax.Array,
     picked: Picked,
     logp_MY: jax.Array,
 ) -> jax.Array | None:
@@ -398,8 +405,20 @@ def _old_logp(
     if carried_P is not None:
         carried_MY = picked.of_samples(jnp.repeat(carried_P, G))
         old_MY = jnp.where(carried_MY, picked.of_tokens(rollout.policy_logp), old_MY)
-    on_policy_MY = picked.of_samples(jnp.repeat(on_policy_P, G))
+    on_policy_MY = picked.of_samples(on_policy_PG)
     return jnp.where(on_policy_MY, jax.lax.stop_gradient(logp_MY), old_MY)
+
+
+def _by_sample(ready: Prepared) -> dict[str, jax.Array]:
+    """What is known of each sample [P, G]."""
+    on_policy_PG = jnp.broadcast_to(ready.on_policy_P[:, None], ready.adv_PG.shape)
+    return {
+        "adv": ready.adv_PG,
+        "rest_adv": ready.rest_adv_PG,
+        "first_end": ready.first_end_PG,
+        "weight": ready.weight_PG,
+        "on_policy": on_policy_PG,
+    }
 
 
 def _check_features(trained: Params, features_MND: jax.Array | None) -> None:
@@ -414,8 +433,8 @@ def _check_experience(cfg: GrpoConfig, experience: Experience) -> None:
     if cfg.needs_reference and experience.ref_logp is None:
         raise ValueError(f"kl_coef={cfg.kl_coef} needs ref_logp; compute it with logp_step")
     held = (experience.old_logp, experience.update)
-    if cfg.updates_per_rollout > 1 and any(x is None for x in held):
+    if cfg.updates > 1 and any(x is None for x in held[: 1 + (cfg.updates_per_rollout > 1)]):
         raise ValueError(
-            f"updates_per_rollout={cfg.updates_per_rollout} needs old_logp, from logp_step before "
-            "the first update, and the update that takes each prompt"
+            f"{cfg.updates} updates of a rollout need old_logp, from logp_step before the first "
+            "update, and the update that takes each prompt"
         )

@@ -7,6 +7,7 @@ import numpy as np
 
 from srpo_jax.rewards.answers import Question, extract_answer
 from srpo_jax.rewards.profiles import PAPER, Answers, Profile
+from srpo_jax.rewards.stated import stated
 from srpo_jax.rewards.template import Completion, ParsedResponse, TokenText, parse_response
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS, Verdict
@@ -80,11 +81,21 @@ def grade_sequences(
         has_second=np.array([found.has_second for found in answers], bool),
         format_ok=column("format_ok", bool),
         reflection_ok=column("reflection_ok", bool),
+        reflection_new=column("reflection_new", bool),
+        stated=np.array(
+            [_stated(*pair, profile) for pair in zip(completions, parsed, strict=True)], np.int32
+        ),
         first_tokens=column("first_tokens", np.int32),
+        first_end=column("first_end", np.int32),
         total_tokens=column("total_tokens", np.int32),
         block_tokens=column("block_tokens", np.int32).reshape(len(parsed), len(BLOCKS)),
     )
     return verdict, [_details(*sample) for sample in zip(completions, parsed, answers, strict=True)]
+
+
+def _stated(completion: Completion, response: ParsedResponse, profile: Profile) -> int:
+    span = response.spans["reflection"]
+    return 0 if span is None else stated(completion.decode(span), profile.words)
 
 
 def _details(completion: Completion, response: ParsedResponse, answers: Answers) -> dict[str, Any]:

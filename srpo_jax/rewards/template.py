@@ -171,8 +171,10 @@ class ParsedResponse:
     spans: dict[str, Span | None]  # by the names in BLOCKS
     format_ok: bool
     reflection_ok: bool
+    reflection_new: bool
     has_second: bool
     first_tokens: int
+    first_end: int
     total_tokens: int
     block_tokens: tuple[int, ...]  # [5] in the order of BLOCKS
 
@@ -187,7 +189,7 @@ def parse_response(completion: Completion, rules: TemplateRules) -> ParsedRespon
     reflections = [b for b in blocks if b.kind == "reflection"]
     slots = _assign_slots(thinks, answers, reflections)
     spans = {name: _strip(text, block.content) if block else None for name, block in slots.items()}
-    rounds = rules.rounds(thinks, answers)
+    rounds, first = rules.rounds(thinks, answers), slots["first_answer"]
 
     def tokens(span: Span | None) -> int:
         start, end = completion.token_span(span)
@@ -197,8 +199,10 @@ def parse_response(completion: Completion, rules: TemplateRules) -> ParsedRespon
         spans=spans,
         format_ok=rules.format_ok(text, tags),
         reflection_ok=_reflection_ok(text, answers, reflections),
+        reflection_new=_is_new(text, spans["reflection"], spans["first_think"]),
         has_second=rounds.has_second,
         first_tokens=sum(tokens(_strip(text, block.content)) for block in rounds.first),
+        first_end=completion.token_span((0, first.end if first else len(text)))[1],
         total_tokens=len(completion.offsets) - 1,
         block_tokens=tuple(tokens(spans[name]) for name in BLOCKS),
     )
@@ -259,6 +263,14 @@ def _reflection_ok(text: bytes, answers: list[Block], reflections: list[Block]) 
     block = reflections[0]
     between = answers[0].end <= block.start and block.end <= answers[-1].start
     return between and not _is_blank(text, block.content)
+
+
+def _is_new(text: bytes, reflection: Span | None, thought: Span | None) -> bool:
+    """Whether there is a reflection that does not stand in the first thought, blanks aside."""
+    if reflection is None:
+        return False
+    words = lambda span: b" ".join(text[slice(*span)].split())  # noqa: E731
+    return words(reflection) not in words(thought or (0, 0))
 
 
 def _strip(text: bytes, span: Span) -> Span:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from srpo_jax.data.fields import Record
 from srpo_jax.data.loader import LoadedBatch
-from srpo_jax.learn import grpo, losses
+from srpo_jax.learn import grpo
 from srpo_jax.learn.state import relayout
 from srpo_jax.model import sharding
 from srpo_jax.rewards.answers import Question, tolerance_of
@@ -150,18 +151,17 @@ class Round:
 
 
 def make_score_step(cfg: grpo.GrpoConfig, mesh: Mesh) -> Callable[..., Any]:
-    """-> ``score_step(verdict, rollout, valid) -> (terms, adv_PG, metrics)`` of all samples.
+    """-> ``score_step(verdict, rollout, valid) -> (terms, advantages, metrics)`` of all samples.
 
     The same functions as in the update's ``prepare``, for the rollout files and for metrics that do
     not depend on which groups the update takes.
     """
 
     def score_step(verdict: Verdict, rollout: Rollout, valid_P: jax.Array):
-        terms = cfg.profile.terms(verdict, cfg.alpha)
-        adv_PG = losses.group_advantages(
-            terms.total, eps=cfg.adv_eps, scale_by_std=cfg.scale_by_std
-        )
-        return terms, adv_PG, grpo.rollout_metrics(terms, verdict, rollout, valid_P)
+        terms = grpo.reward_terms(cfg, verdict)
+        counted_PG = jnp.broadcast_to(valid_P[:, None], terms.total.shape)
+        advantages = grpo.credited(cfg, terms, verdict, counted_PG=counted_PG)
+        return terms, advantages, grpo.rollout_metrics(terms, verdict, rollout, valid_P)
 
     rows, one = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(score_step, out_shardings=(rows, rows, one))
@@ -192,7 +192,7 @@ def graded_samples(
 
 def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
     """The rows of rollouts/ of one round."""
-    terms, adv_PG = processes.to_local(one.scores[:2])
+    terms, (adv_PG, rest_adv_PG) = processes.to_local(one.scores[:2])
     verdict, rollout = one.graded.verdict, one.graded.rollout
     return [
         {"step": step, "round": number}
@@ -202,8 +202,10 @@ def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
             "finished": bool(rollout.finished[at]),
             "block_tokens": dict(zip(BLOCKS, verdict.block_tokens[at].tolist(), strict=True)),
             "reflection_ok": bool(verdict.reflection_ok[at]),
-            **{name: float(values[at]) for name, values in vars(terms).items()},
+            **{name: float(values[at]) for name, values in terms.parts.items()},
+            "total": float(terms.total[at]),
             "advantage": float(adv_PG[at]),
+            "rest_advantage": float(rest_adv_PG[at]),
             "weight": float(one.weight[at[0]]),
         }
         for _, at, detail, row in graded_samples(one.sampled, one.graded)

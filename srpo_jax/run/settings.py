@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from etils import epath
 
@@ -22,11 +22,15 @@ from srpo_jax.data.encoders import TARGETS
 from srpo_jax.data.fields import Columns
 from srpo_jax.data.files import AnyPath, on_bucket
 from srpo_jax.data.prompts import MESSAGES
+from srpo_jax.learn.advantages import AdvantageKind, Credit
 from srpo_jax.learn.grpo import GrpoConfig, Objective
+from srpo_jax.learn.losses import Aggregation
+from srpo_jax.learn.objectives import KlKind, Level, ObjectiveKind
 from srpo_jax.learn.optim import OptimConfig
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model.config import ATTENTION, DTYPES, REMAT
 from srpo_jax.rewards.profiles import Profile
+from srpo_jax.rewards.stated import Words
 from srpo_jax.rewards.terms import ALPHA
 from srpo_jax.run.typed import build
 from srpo_jax.sampling.sampler import SamplingConfig
@@ -79,10 +83,27 @@ class GradingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings:
-    """Which profile, and the weight of its length term."""
+    """Which profile, and the weights of the terms that have one."""
 
     profile: Profile
-    alpha: float = ALPHA
+    right_words: tuple[str, ...]
+    wrong_words: tuple[str, ...]
+    alpha: float = ALPHA  # of f_len
+    verdict: float = 0.0
+    overlong: float = 0.0
+    overlong_buffer: int = 0
+
+    def __post_init__(self):
+        words = Words(self.right_words, self.wrong_words)
+        object.__setattr__(self, "profile", dataclasses.replace(self.profile, words=words))
+        if self.overlong and not self.overlong_buffer:
+            raise ValueError(f"overlong={self.overlong}: set overlong_buffer, in tokens")
+
+    @property
+    def weights(self) -> tuple[tuple[str, float], ...]:
+        """As `GrpoConfig` takes them."""
+        given = {"f_len": self.alpha, "verdict": self.verdict, "overlong": self.overlong}
+        return tuple((name, w) for name, w in given.items() if w or name == "f_len")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +343,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
         "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
+        "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor "
         "grpo.tis_cap grpo.kl_coef grpo.adv_eps filter.max_age eval.temperature",
         lambda value: value is None or 0 <= value < math.inf,
         "must not be negative or infinite",
@@ -329,13 +351,14 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "data.global_batch_size data.prompts_per_row data.prompt_tokens data.tokens min_pixels "
         "eval.batch_size eval.samples checkpoint.keep log.every filter.max_rounds logit_chunk "
-        "grpo.logit_chunk grpo.updates_per_rollout grading.workers optim.max_skipped",
+        "grpo.logit_chunk grpo.updates_per_rollout grpo.epochs grading.workers optim.max_skipped",
         lambda value: value >= 1,
         "must be at least 1",
     ),
     ("data.mix", lambda value: all(weight > 0 for weight in value), "weights must be above 0"),
     (
-        "grading.timeout optim.eps optim.grad_clip grpo.clip_low grpo.clip_high",
+        "grading.timeout optim.eps optim.grad_clip grpo.clip_low grpo.clip_high "
+        "grpo.sapo_positive grpo.sapo_negative",
         lambda value: value is None or value > 0,
         "must be above 0",
     ),
@@ -366,8 +389,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "optim.schedule": ("cosine", "constant"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
-    "grpo.kl_kind": ("k1", "k2", "k3"),
-    "grpo.aggregation": ("sequence", "token", "constant"),
+    "grpo.kl_kind": get_args(KlKind),
+    "grpo.aggregation": get_args(Aggregation),
+    "grpo.advantage": get_args(AdvantageKind),
+    "grpo.credit": get_args(Credit),
+    "grpo.objective": get_args(ObjectiveKind),
+    "grpo.tis_level": get_args(Level),
 }
 
 
@@ -450,7 +477,8 @@ def grpo_config(settings: GrpoSettings, shards: int, forbidden_ids: tuple[int, .
         **vars(settings.grpo),
         micro_batches=layout.rows,
         profile=settings.reward.profile,
-        alpha=settings.reward.alpha,
+        weights=settings.reward.weights,
+        overlong_buffer=settings.reward.overlong_buffer,
         temperature=settings.sampling.temperature,
         forbidden_ids=forbidden_ids,
         length_cap=settings.sampling.max_new_tokens,
