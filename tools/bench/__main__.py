@@ -27,8 +27,8 @@ from typing import Any
 
 import jax
 
-from srpo_jax.data.files import write_json
-from srpo_jax.data.hf_folder import local_folder
+from srpo_jax.data.files import on_bucket, write_json
+from srpo_jax.data.hf_folder import hf_folder
 from srpo_jax.model import hf
 from srpo_jax.rewards.verifier import Verifier
 from tools.bench import host, peers
@@ -104,7 +104,9 @@ class Run:
         """What lives as long as ``stack``: a folder, a peer's process, a pool of verifiers."""
         self.args, self.stack, self.start = args, stack, time.monotonic()
         self.place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder = local_folder(args.hf_dir) if args.hf_dir else self.place / "model"
+        if on_bucket(args.hf_dir or ""):
+            raise ValueError(f"--hf_dir {args.hf_dir}: must lie on a disk, for peers read it, too")
+        folder = Path(hf_folder(args.hf_dir)) if args.hf_dir else self.place / "model"
         if not args.hf_dir:
             make_folder(args.size, folder)
         self.work = workload(args, folder, args.prompts)

@@ -76,13 +76,13 @@ def _grpo(
     packed = list(itertools.chain(*pack(prompts_P, lengths_PG, budgets, update_P=update_P)))
     together = dataclasses.replace(layout, updates=1, sharing=1)
     together = dataclasses.replace(budgets, layout=together)
-    before = [update_P > 0] if step.updates_per_rollout > 1 else []
+    before = [(update_P > 0) | (step.epochs > 1) & (update_P >= 0)] if step.updates > 1 else []
     before += [update_P >= 0] if step.needs_reference else []
     logps = [pack(prompts_P, lengths_PG * some[:, None], together)[0] for some in before]
 
     of_layers = cost.flops.text(prompts_P)
     rest = cost.flops.text(lengths_PG, prompts_P[:, None], head_tokens=lengths_PG.sum())
-    passes = 1 - 1 / step.updates_per_rollout + step.needs_reference
+    passes = sum(some.sum() for some in before) / max((update_P >= 0).sum(), 1)
     lanes = lambda held, passes: tuple(_of_lanes(cost, step, x, passes) for x in held if x)  # noqa: E731
     phases = [
         _encode(recipe, cost, prompts_P),
@@ -91,8 +91,12 @@ def _grpo(
         Phase("decode_segment", rest, _decode(cost, sampled, cached)),
         Phase("move", 0.0, _moves(cost, sampled, budget[0])),
         Phase("logp_step", passes * (of_layers + rest), lanes(itertools.chain(*logps), Passes())),
-        Phase("accumulate", 3 * (of_layers + rest), lanes(packed, _training(recipe))),
-        Phase("apply", 0.0, (_times(step.updates_per_rollout, _apply(recipe)),)),
+        Phase(
+            "accumulate",
+            3 * step.epochs * (of_layers + rest),
+            lanes(packed * step.epochs, _training(recipe)),
+        ),
+        Phase("apply", 0.0, (_times(step.updates, _apply(recipe)),)),
     ]
     slots, tokens = slots_and_tokens(packed)
     valid = update_P >= 0
