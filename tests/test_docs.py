@@ -89,6 +89,7 @@ def test_a_shown_command_has_its_options_and_keys(module, words):
 def test_readme_has_a_row_for_every_tool():
     table = (ROOT / "README.md").read_text("utf-8").partition("## Tools")[2].partition("\n## ")[0]
     programs = {path.stem for path in (ROOT / "tools").glob("[!_]*.py")}
+    programs |= {path.parent.name for path in (ROOT / "tools").glob("*/__main__.py")}
     assert set(re.findall(r"^\| `python -m tools\.(\w+)", table, re.MULTILINE)) == programs
 
 
