@@ -1,18 +1,18 @@
 """SFT's conversations one behind the other: the same batches in fewer slots."""
 
+import numpy as np
 import pytest
 from loader_helpers import (
     Numbers,
     assert_same_batches,
     budget_of,
-    encode,
     encode_with_images,
     ids_of,
     load,
     lockstep,
 )
 
-from srpo_jax.data.batching import encode_arrays
+from srpo_jax.data.batching import Media, encode_arrays
 from srpo_jax.data.packing import TOO_MANY, Packer, RowShape, cheapest, row_shapes
 from srpo_jax.data.vision_arrays import VisionIds
 
@@ -95,15 +95,40 @@ def test_rows_keep_to_their_patches_and_take_the_smallest_budget():
 
 
 def test_what_cannot_be_packed_stands_as_it_came():
-    settings = {"token_budget": 5, "patch_budgets": (), "global_batch_size": 4}
+    def uneven(record):
+        return encode_arrays([1] * (6 + int(record.answer) % 5), VisionIds(-1, -2))
+
+    settings = {"token_budget": 11, "global_batch_size": 4, "epochs": 2}
     for plain, packed in zip(
-        load(Numbers(12), encode, epochs=2, **settings),
-        load(Numbers(12), encode, epochs=2, pack=True, **settings),
+        load(Numbers(12), uneven, **settings),
+        load(Numbers(12), uneven, pack=True, **settings),
         strict=True,
     ):
         assert_same_batches(plain, packed)
         assert (plain.slots == packed.slots).all()
-        assert plain.padding_share == packed.padding_share == pytest.approx(0.4)
+        assert plain.padding_share == packed.padding_share > 0
+
+
+def test_the_largest_conversations_are_placed_first():
+    samples = [encode_arrays([1] * n, VisionIds(-1, -2)) for n in (40, 50, 88, 78)]
+    (way,) = Packer(shards=1, rows=4, patches=0).ways(samples, RowShape(1, 128))
+    assert way is not None and way.rows == 2 and way.groups[:2] == [[0, 2], [1, 3]]
+
+
+def test_processes_take_the_rows_that_the_neediest_of_them_needs():
+    def uneven(record):  # process 1 has the long ones, with four windows each
+        long = int(record.answer) % 2
+        ids = [1] * (20 + 116 * long) + [90] * 64 * long
+        media = Media(np.zeros((256, 1176), np.float32), [[1, 16, 16]]) if long else None
+        return encode_arrays(ids, VisionIds(90, 91), media)
+
+    settings = {"num_shards": 2, "rows_per_shard": 4, "global_batch_size": 8, "shuffle": False}
+    settings |= {"token_budget": 512, "patch_budgets": (64, 512), "epochs": 1, "pack": True}
+    for (batch,) in lockstep(
+        [load(Numbers(8), uneven, process_index=p, process_count=2, **settings) for p in range(2)]
+    ):
+        assert batch.arrays.tokens.shape == (4, 512) and budget_of(batch) == 512
+        assert batch.padding_share == pytest.approx(1 - 4 * (20 + 200) / (2 * 2 * 512))
 
 
 def test_what_fitted_one_after_the_other_is_never_refused_by_a_better_order():

@@ -105,7 +105,7 @@ def test_sft_packs_conversations_without_changing_what_is_learnt():
     packed = collate_packed([[samples[i] for i in g] for g in way.groups], tokens=28, **shapes)
     alone = collate(samples, tokens=28, **shapes)
     assert packed.valid.tolist() == [True] * 2 + [False] * 4 and packed.vision is not None
-    packed.vision.patches[2:] = np.nan
+    packed.vision.patches[2:], packed.vision_src[2:] = np.nan, 0
     step = sft_step(SftConfig(micro_batches=6))
     (want, expected), (got, metrics) = (step(new_state(), b, None) for b in (alone, packed))
     assert_close(got.opt_state, want.opt_state, 1e-6)

@@ -202,7 +202,7 @@ class Loader:
             tokens=config.token_budget,
             patches=self._budgets[-1],
             pack=config.pack,
-            usable_B=None if config.pack else config.usable_B,
+            usable_B=None if config.pack else config.usable_B,  # packed, they stand anywhere
         )
         size, ended = int(config.usable_B.sum()), False
         taken: list[tuple[int, Item]] = []  # with the place of each
