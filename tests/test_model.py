@@ -28,8 +28,9 @@ from model_helpers import (
 from srpo_jax.data.batching import Layout
 from srpo_jax.learn import lanes
 from srpo_jax.model import qwen2_5_vl
-from srpo_jax.model.attention import Mask, Sight, attention
+from srpo_jax.model.attention import Sight, attention
 from srpo_jax.model.layers import RMSNorm, SwiGLU, rotate, text_mrope
+from srpo_jax.model.masks import Mask
 from srpo_jax.model.qwen2_5_vl import (
     abstract_params,
     bind,
