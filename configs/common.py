@@ -79,6 +79,7 @@ def base(size: str) -> ConfigDict:
 
     config.compilation_cache_dir = ""  # where compiled programs are kept for later runs
     config.compile_guard = True  # a recompilation after warm-up stops the run
+    config.compiler_defaults = True  # of docs/compiler_flags.md, where the environment is silent
     return config
 
 

@@ -31,6 +31,7 @@ from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import size_config
+from srpo_jax.run import compiler
 from srpo_jax.run.settings import (
     GrpoSettings,
     batch_layout,
@@ -46,7 +47,7 @@ from tools.lib import recipes
 from tools.lib.topologies import Topology, describe, memory_gib
 
 # Share of a device's memory that a program may plan with; the rest is the run-time's own.
-USABLE = 0.92
+USABLE = compiler.MEMORY_SHARE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +349,11 @@ def programs(recipe: Recipe) -> Iterator[Lowering]:
 def main(args: argparse.Namespace) -> None:
     """Compile every program of the recipe for the topology and print the table."""
     config = recipes.read(args)
+    if config.compiler_defaults:
+        compiler.prepare()
     topology = describe(args.topology)
+    if config.compiler_defaults:
+        compiler.tune(topology.devices[0].platform, len(topology.devices))
     if args.mesh:
         sizes = [int(n) for n in args.mesh.split(",")]
     else:

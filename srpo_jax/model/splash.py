@@ -1,7 +1,7 @@
 """Splash attention on TPUs (anywhere else it is interpreted, for tests)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,22 +14,39 @@ from srpo_jax.model.layers import partition_spec
 from srpo_jax.model.masks import UNUSED_SEGMENT, LaneMask, Mask, pad_to, target_platform
 
 LANES = 128  # the kernel wants lengths and head widths in multiples of this
+# Queries and keys that a step of the kernel holds: the more, the fewer of them are read again. The
+# float32 logits of a step, [queries, COMPUTED keys], have to find room in the core's memory too.
+LARGEST_BLOCK, COMPUTED = 2048, (512, 256, LANES)
+SMALLEST_CAUSAL = 512  # below, steps are too short
+
+
+def block_size(n: int, causal: bool) -> int:
+    """Into blocks of how many a length of ``n`` is cut (and padded to a multiple of).
+
+    Blocks above a diagonal are skipped as a whole: four a side leave 5/8 of the work, one all.
+    """
+    limit = min(LARGEST_BLOCK, max(SMALLEST_CAUSAL, n // 4)) if causal else LARGEST_BLOCK
+    unit = LANES if n <= LANES else 2 * LANES
+    return -(-n // (-(-n // limit) * unit)) * unit
 
 
 def attend(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, mask: Mask) -> jax.Array:
-    """TPU splash attention, on each device's own sequences and heads; interpreted elsewhere."""
+    """Splash attention, on each device's own sequences and heads."""
     T, E = q_BTHE.shape[1], q_BTHE.shape[3]
     q_BTHE = q_BTHE * jnp.asarray(E**-0.5, q_BTHE.dtype)
     k_BSKE, v_BSKE = _repeat_kv_for_mesh(q_BTHE, k_BSKE, v_BSKE)
-    qkv = [pad_to(x, LANES, (1, 3)) for x in (q_BTHE, k_BSKE, v_BSKE)]
+    blocks = [block_size(n, mask.causal) for n in (T, k_BSKE.shape[1])]
+    padded = lambda x, block: pad_to(pad_to(x, block, (1,)), LANES, (3,))  # noqa: E731
+    qkv = [padded(q_BTHE, blocks[0]), *(padded(x, blocks[1]) for x in (k_BSKE, v_BSKE))]
+    segments = (mask.q_segments_BT, mask.kv_segments_BS)
     ids = [
-        pad_to(s.astype(jnp.int32), LANES, (1,), UNUSED_SEGMENT)
-        for s in (mask.q_segments_BT, mask.kv_segments_BS)
+        pad_to(x.astype(jnp.int32), block, (1,), UNUSED_SEGMENT)
+        for x, block in zip(segments, blocks, strict=True)
     ]
 
     def local(q, k, v, q_segments, kv_segments):
         offset = mask.q_offset if mask.causal else None
-        kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[1], offset)
+        kernel = _kernel(q.shape[2], (q.shape[1], k.shape[1]), blocks, offset)
         segments = splash.SegmentIds(q_segments, kv_segments)
         # The kernel's own type says that it might return its log-sum-exp too.
         out: Any = jax.vmap(kernel)(_by_head(q), _by_head(k), _by_head(v), segments)
@@ -66,28 +83,31 @@ def attend_lanes(lanes: list[jax.Array], region_kv: list[jax.Array], mask: LaneM
     region = _repeat_kv_for_mesh(q, region_kv[0], region_kv[1])
     own = _repeat_kv_for_mesh(q, lanes[1], lanes[2])
 
-    def padded(x: jax.Array, axes: tuple[int, ...], value: int = 0) -> jax.Array:
+    block, region_block = block_size(T, True), block_size(mask.prompt_XU.shape[1], False)
+    slots = T + -T % block  # of a padded lane; for the region's keys it may be one block
+    region_blocks = (slots if slots <= LARGEST_BLOCK else block, region_block)
+
+    def padded(x: jax.Array, value: int = 0) -> jax.Array:
         """Each lane by itself; they then lie one behind the other again."""
-        x = pad_to(x.reshape(X, C, T, *x.shape[2:]), LANES, axes, value)
+        x = pad_to(x.reshape(X, C, T, *x.shape[2:]), block, (2,), value)
         return x.reshape(X, -1, *x.shape[3:])
 
-    by_head = [
-        *(padded(x, (2, 4)) for x in (q, *own)),
-        *(pad_to(x, LANES, (1, 3)) for x in region),
-    ]
+    by_head = [*map(padded, (q, *own)), *(pad_to(x, region_block, (1,)) for x in region)]
+    by_head = [pad_to(x, LANES, (3,)) for x in by_head]
     ids = [
         *(
-            padded(x.reshape(X, -1), (2,), UNUSED_SEGMENT)
+            padded(x.reshape(X, -1), UNUSED_SEGMENT)
             for x in (mask.lane_prompt_XCT, mask.sample_XCT)
         ),
-        pad_to(mask.prompt_XU, LANES, (1,), UNUSED_SEGMENT),
+        pad_to(mask.prompt_XU, region_block, (1,), UNUSED_SEGMENT),
     ]
 
     # eight: queries, two sets of keys and values, and who belongs together
     def local(q, k, v, region_k, region_v, lane_prompt, sample, prompt):
         cut = lambda x: x.reshape(-1, x.shape[1] // C, *x.shape[2:])  # noqa: E731
-        lane_kernel = _splash_kernel(q.shape[2], q.shape[1] // C, q.shape[1] // C, 0, join=True)
-        region_kernel = _splash_kernel(q.shape[2], q.shape[1], region_k.shape[1], None, join=True)
+        lane_kernel = _kernel(q.shape[2], (slots, slots), (block, block), 0, join=True)
+        lengths = (q.shape[1], region_k.shape[1])
+        region_kernel = _kernel(q.shape[2], lengths, region_blocks, None, join=True)
         segments = (
             splash.SegmentIds(lane_prompt, prompt),
             splash.SegmentIds(cut(sample), cut(sample)),
@@ -160,30 +180,37 @@ def _splash_backward(kernel: Any, q: Any, kv: Any, ids: Any, joint: Any) -> Any:
     return jax.vmap(backward)(q, k, v, ids, out, total, d_out)
 
 
-def _splash_kernel(
-    heads: int, T: int, S: int, offset: int | None, join: bool = False
+def _kernel(
+    heads: int,
+    lengths: tuple[int, int],
+    blocks: Sequence[int],
+    offset: int | None,
+    join: bool = False,
 ) -> splash.SplashAttentionKernel:
-    """The kernel for these lengths; its block mask is computed on the host at trace time.
+    """The kernel for these lengths, and blocks, of queries and keys; its block mask is computed on
+    the host at trace time.
 
     Causal with the first query at ``offset``, unless that is None. ``join``: it gives its
     log-sum-exp too.
     """
     if offset is not None:
-        block_mask = splash_mask.CausalMask((T, S), offset=offset)
+        block_mask = splash_mask.CausalMask(lengths, offset=offset)
     else:
-        block_mask = splash_mask.FullMask((T, S))
-    block_q, block_kv = (next(b for b in (512, 256, LANES) if n % b == 0) for n in (T, S))
-    blocks = splash.BlockSizes(
+        block_mask = splash_mask.FullMask(lengths)
+    block_q, block_kv = blocks
+    computed = next(n for n in COMPUTED if block_kv % n == 0)
+    sizes = splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
+        block_kv_compute=computed,
         block_q_dkv=block_q,
         block_kv_dkv=block_kv,
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
+        block_kv_dkv_compute=computed,
+        use_fused_bwd_kernel=True,  # five products instead of seven
     )
     return splash.make_splash_mha(
         splash_mask.MultiHeadMask([block_mask] * heads),
-        block_sizes=blocks,
+        block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
         save_residuals=join,

@@ -210,6 +210,7 @@ class RunSettings:
     distributed: DistributedSettings
     compilation_cache_dir: str
     compile_guard: bool
+    compiler_defaults: bool
     grading: GradingSettings
     sampling: SamplingConfig  # without token ids: those come with the model
     eval: EvalSettings
