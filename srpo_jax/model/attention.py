@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from srpo_jax.model import cudnn, splash
-from srpo_jax.model.layers import local_shape
+from srpo_jax.model.layers import local_shape, target_platform
 from srpo_jax.model.masks import (
     UNUSED_SEGMENT,
     LaneMask,
     Mask,
     mask_ids,
-    target_platform,
     visible,
 )
 

@@ -1,4 +1,4 @@
-"""Who sees whom in an attention, as segments; and the platform that a program is traced for."""
+"""Who sees whom in an attention, told by segments."""
 
 import dataclasses
 
@@ -59,9 +59,3 @@ def pad_to(x: jax.Array, multiple: int, axes: tuple[int, ...], value: int = 0) -
     """Pads ``axes`` at their end to a multiple of ``multiple``."""
     pads = [(0, -n % multiple if i in axes else 0) for i, n in enumerate(x.shape)]
     return jnp.pad(x, pads, constant_values=value)
-
-
-def target_platform() -> str:
-    """Platform of the mesh's devices (also ahead of time), else of the default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()

@@ -10,8 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 
-from srpo_jax.model.layers import partition_spec
-from srpo_jax.model.masks import UNUSED_SEGMENT, LaneMask, Mask, pad_to, target_platform
+from srpo_jax.model.layers import partition_spec, target_platform
+from srpo_jax.model.masks import UNUSED_SEGMENT, LaneMask, Mask, pad_to
 
 LANES = 128  # the kernel wants lengths and head widths in multiples of this
 # Queries and keys that a step of the kernel holds: the more, the fewer of them are read again. The
