@@ -63,6 +63,7 @@ def base(size: str) -> ConfigDict:
     config.model = model = ConfigDict()
     model.dtype = "float32" if size == "tiny" else "bfloat16"  # matrix products (R: bf16)
     model.param_dtype = "float32"  # master weights
+    # Or "dots": more memory, less work; "offload": less memory, on a GPU or TPU.
     model.remat = "none" if size == "tiny" else "block"
     model.attention = "auto"
 
@@ -79,6 +80,7 @@ def base(size: str) -> ConfigDict:
 
     config.compilation_cache_dir = ""  # where compiled programs are kept for later runs
     config.compile_guard = True  # a recompilation after warm-up stops the run
+    config.compiler_defaults = True  # of docs/compiler_flags.md, where the environment is silent
     return config
 
 

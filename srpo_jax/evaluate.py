@@ -55,7 +55,8 @@ NOT_SETTINGS = (
     "grading.workers", "grading.timeout", "data.workers", "data.max_bad_share",
     "data.patch_budgets", "data.prompt_tokens", "data.prompts_per_row", "eval.batch_size",
     "sampling.segment", "sampling.concurrent_rows", "mesh", "distributed", "model.remat", "size",
-    "compilation_cache_dir", "compile_guard", "bootstrap", "eval.scoring", "eval.stop_after",
+    "compilation_cache_dir", "compile_guard", "compiler_defaults", "bootstrap", "eval.scoring",
+    "eval.stop_after",
 )  # fmt: skip
 
 

@@ -51,7 +51,8 @@ def test_the_7b_recipe_compiles_and_fits_eight_devices(recipe, programs, topolog
 
 ATTENTION = """
 import jax, jax.numpy as jnp
-from srpo_jax.model.attention import LaneMask, lane_attention
+from srpo_jax.model.attention import lane_attention
+from srpo_jax.model.masks import LaneMask
 from srpo_jax.model.sharding import make_mesh, batch_sharding
 from tools.lib.topologies import describe
 
@@ -78,6 +79,33 @@ def test_the_platforms_own_attention_kernel_is_what_compiles(topology, kernel, c
     script = ATTENTION.format(topology=topology, kernel=kernel)
     out = _run(topology.partition(":")[0], "-c", script)
     assert int(out.split("kernels:")[1]) >= 2 * calls, out
+
+
+SINGLE = """
+import jax, jax.numpy as jnp
+from srpo_jax.model.attention import attention
+from srpo_jax.model.masks import Mask
+from srpo_jax.model.sharding import make_mesh, batch_sharding
+from tools.lib.topologies import describe
+
+mesh = make_mesh(1, 4, 2, devices=describe("cuda:h100:1x8").devices)
+def array(shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+def loss(q, k, v, ids):
+    return attention(q, k, v, Mask(ids, ids, single=True)).astype(jnp.float32).sum()
+args = [array((8, 640, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)]
+with jax.set_mesh(mesh):
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args, array((8, 640)))
+print(lowered.compile().as_text())
+"""
+
+
+def test_a_gpu_is_told_the_length_of_one_segment_and_no_mask():
+    program = _run("cuda", "-c", SINGLE)
+    assert "640,640]" not in program and "fmhaScaleBias" not in program
+    for kernel in ("fmhaSoftmax", "fmhaSoftmaxBackward"):
+        (call,) = (line for line in program.splitlines() if f'"__cudnn${kernel}"' in line)
+        assert "s32[2]{0}, s32[2]{0}}" in call, call  # lengths of this device's own rows
 
 
 DECODE = """

@@ -1,5 +1,6 @@
 """The attention implementations against a naive loop, each other, and themselves in chunks."""
 
+import functools
 import itertools
 
 import jax
@@ -9,15 +10,15 @@ import pytest
 from jax.sharding import AxisType
 
 from srpo_jax.model import attention as attention_lib
+from srpo_jax.model import cudnn
 from srpo_jax.model.attention import (
-    LaneMask,
-    Mask,
     Sight,
     attention,
     choose_impl,
     decode_attention,
     lane_attention,
 )
+from srpo_jax.model.masks import LaneMask, Mask
 
 
 def draw(seed, B=2, T=6, S=6, H=4, K=2, E=8, dtype=np.float32):
@@ -245,24 +246,86 @@ def test_nothing_leaks_between_the_completions_of_a_lane():
     assert np.flatnonzero(np.abs(dq).sum((0, 2, 3))).tolist() == [13, 14, 15]
 
 
-@pytest.mark.parametrize(("T", "S", "offset"), [(5, 12, 7), (6, 9, 3)])
-def test_cudnn_gets_the_right_mask(monkeypatch, T, S, offset):
-    """cuDNN cannot run here: its portable twin takes the same arguments, even lengths required."""
-    seen = {}
-    original = jax.nn.dot_product_attention
+@pytest.fixture
+def cudnn_calls(monkeypatch):
+    """Arguments of cuDNN, which cannot run here: its portable twin takes the same ones."""
+    calls, original = [], jax.nn.dot_product_attention
 
-    def portable(q, k, v, mask, implementation):
-        seen.update(implementation=implementation, lengths=(q.shape[1], k.shape[1]))
-        return original(q, k, v, mask=mask, implementation="xla")
+    def portable(q, k, v, *, implementation, **kwargs):
+        assert implementation == "cudnn"
+        calls.append({"T": q.shape[1], "S": k.shape[1], **kwargs})
+        out = original(q, k, v, implementation="xla", **kwargs)
+        if (lengths := kwargs.get("query_seq_lengths")) is None:
+            return out
+        inside = (
+            jnp.arange(q.shape[1])[None] < lengths[:, None]
+        )  # beyond, the kernel promises nothing
+        return jnp.where(inside[..., None, None], out, jnp.nan)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", portable)
-    q, k, v = draw(7, T=T, S=S, dtype=jnp.bfloat16)
+    monkeypatch.setattr(cudnn, "refusal", lambda q: None)  # float32 too
+    return calls
+
+
+@pytest.mark.parametrize(("T", "S", "offset"), [(5, 12, 7), (9, 9, 0), (520, 580, 60)])
+def test_cudnn_gets_the_right_mask(cudnn_calls, T, S, offset):
+    q, k, v = draw(7, T=T, S=S)
     kv_segments = segments_of([1, 1, 0, *[1] * (S - 3)], [*[1] * (S - 2), 2, 2])
     args = (q, k, v, kv_segments[:, S - T :], kv_segments, True, offset)
     ours = loss_and_grads("cudnn", *args)
-    assert seen["implementation"] == "cudnn" and not any(n % 2 for n in seen["lengths"])
+    for call in cudnn_calls:  # half a last tile of keys would make NaN on the device
+        assert call["T"] % 2 == 0 and call["S"] % 128 == 0
+        assert call["is_causal"] is (offset == 0)
     for a, b in zip(ours, loss_and_grads("xla", *args), strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.05)
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_cudnn_leaves_out_keys_that_a_part_of_a_lane_does_not_see():
+    ones = jnp.ones((1, 1), jnp.int32)
+    parts = lambda T, S, **kwargs: cudnn.query_parts(T, S, Mask(ones, ones, **kwargs))  # noqa: E731
+    assert parts(2048, 3072, q_offset=1000) == [
+        (0, 512, 1536),
+        (512, 1024, 2048),
+        (1024, 1536, 2560),
+        (1536, 2048, 3072),
+    ]
+    assert [part[1] for part in parts(1020, 2048, q_offset=999)] == [510, 1020]
+    assert parts(256, 512, q_offset=200) == [(0, 256, 512)]
+    assert parts(2048, 2048) == parts(2048, 2048, causal=False) == [(0, 2048, 2048)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_takes_one_segment_by_its_length(cudnn_calls, causal):
+    """No mask is made; what the kernel leaves in padding reaches neither output nor gradients."""
+    q, k, v = draw(13, B=3, T=7, S=7)
+    real = jnp.arange(7)[None] < jnp.asarray([4, 7, 1])[:, None]
+    segments, weight = real.astype(jnp.int32), real[..., None, None] * jnp.ones(q.shape)
+
+    def loss(impl, q, k, v):
+        mask = Mask(segments, segments, causal, single=True)
+        out = attention(q, k, v, mask, impl) * weight  # 0 times NaN is NaN
+        return jnp.sum(out), out
+
+    results = [
+        jax.value_and_grad(functools.partial(loss, impl), (0, 1, 2), has_aux=True)(q, k, v)
+        for impl in ("cudnn", "xla")
+    ]
+    (call,) = cudnn_calls
+    assert call.keys() == {"T", "S", "is_causal", "query_seq_lengths", "key_value_seq_lengths"}
+    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_cudnn_lanes_equal_xla_with_gradients(cudnn_calls, monkeypatch):
+    """In parts of four queries: none sees another completion, or a key beyond its part."""
+    monkeypatch.setattr(cudnn, "SHORTEST_PART", 4)
+    monkeypatch.setattr(cudnn, "TILE", 2)
+    qkv, mask = lane_case(T=16)
+    weight = jax.random.normal(jax.random.key(9), qkv[0].shape)
+    ours = lane_loss("cudnn", qkv, mask, weight)
+    assert [call["S"] for call in cudnn_calls if call["T"] == 4] == [14, 18, 22, 26]
+    for x, y in zip(ours, lane_loss("xla", qkv, mask, weight), strict=True):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-6), x, y)
 
 
 def test_cudnn_refuses_what_it_cannot_compute():

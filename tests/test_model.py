@@ -27,9 +27,10 @@ from model_helpers import (
 
 from srpo_jax.data.batching import Layout
 from srpo_jax.learn import lanes
-from srpo_jax.model import qwen2_5_vl
-from srpo_jax.model.attention import Mask, Sight, attention
+from srpo_jax.model import layers, qwen2_5_vl
+from srpo_jax.model.attention import Sight, attention
 from srpo_jax.model.layers import RMSNorm, SwiGLU, rotate, text_mrope
+from srpo_jax.model.masks import Mask
 from srpo_jax.model.qwen2_5_vl import (
     abstract_params,
     bind,
@@ -484,3 +485,20 @@ def test_parameters_of_another_model_are_refused_by_name():
         ValueError, match="missing .*text/norm/scale.* superfluous .*text/norm/bias"
     ):
         bind(CFG, params)
+
+
+def test_offloaded_layer_inputs_keep_gradients(monkeypatch):
+    def loss(policy, weights, x):
+        body = layers.remat(lambda x, w: (jnp.tanh(x @ w), None), policy)
+        return jnp.sum(jax.lax.scan(body, x, weights)[0] ** 2)
+
+    weights = jax.random.normal(jax.random.key(0), (3, 8, 8))
+    x = jax.random.normal(jax.random.key(1), (4, 8))
+    expected = jax.grad(functools.partial(loss, "block"), (0, 1))(weights, x)
+    with pytest.raises(ValueError, match="remat=offload needs a TPU or a GPU; set block"):
+        loss("offload", weights, x)
+    monkeypatch.setattr(layers, "target_platform", lambda: "gpu")
+    grad = jax.grad(functools.partial(loss, "offload"), (0, 1))
+    assert "f32<host>[3,4,8]" in str(jax.make_jaxpr(grad)(weights, x))  # one a layer
+    for ours, theirs in zip(jax.jit(grad)(weights, x), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)

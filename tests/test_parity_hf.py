@@ -16,9 +16,9 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: E402
 
 from srpo_jax.data.vision_arrays import VisionIds, mrope_positions  # noqa: E402
 from srpo_jax.model import hf, sharding  # noqa: E402
-from srpo_jax.model.attention import Mask  # noqa: E402
 from srpo_jax.model.config import load_config  # noqa: E402
 from srpo_jax.model.layers import rotate, vision_rope  # noqa: E402
+from srpo_jax.model.masks import Mask  # noqa: E402
 from srpo_jax.model.qwen2_5_vl import bind  # noqa: E402
 
 BOUND = 1e-4

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from srpo_jax.model.sharding import AXES
-from srpo_jax.run import command, processes, resume
+from srpo_jax.run import command, compiler, processes, resume
 from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, StopRequest
 from srpo_jax.run.processes import check_agreement, join, once, speakers
 from srpo_jax.run.resume import check_config
@@ -287,3 +287,45 @@ def test_steps_in_a_row_that_teach_nothing_are_told_once(updates, metrics, told)
     (line,) = lines
     assert line.startswith(f"step {99 + QUIET_STEPS}: the last 10 steps taught nothing")
     assert told in line
+
+
+def test_compilers_are_told_what_the_environment_does_not_say(monkeypatch):
+    name, other = "--xla_tpu_overlap_compute_collective_tc", "--xla_enable_async_all_gather=true"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"{name}=false --mine=1")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    compiler.prepare()
+    flags = os.environ["LIBTPU_INIT_ARGS"].split()
+    assert flags[:2] == [f"{name}=false", "--mine=1"] and other in flags
+    assert len(flags) == len({flag.partition("=")[0] for flag in flags})
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.5"
+    compiler.prepare()  # of a second run in the same process
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == flags
+    assert other in compiler.tune("tpu", 8) and compiler.tune("cpu", 8) == ""
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    compiler.prepare()
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.92"
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.7")
+    compiler.prepare()
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ  # jax refuses both
+
+
+@pytest.mark.parametrize(
+    ("devices", "variable", "value", "level"),
+    [
+        (8, "UNRELATED", "", "O1"),
+        (1, "UNRELATED", "", "UNKNOWN"),
+        (8, "JAX_OPTIMIZATION_LEVEL", "O0", "UNKNOWN"),
+        (8, "XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false", "UNKNOWN"),
+    ],
+)
+def test_gpus_hide_collectives_unless_told_otherwise(monkeypatch, devices, variable, value, level):
+    monkeypatch.delenv("JAX_OPTIMIZATION_LEVEL", raising=False)
+    monkeypatch.setenv(variable, value)
+    try:
+        told = compiler.tune("gpu", devices)
+        assert getattr(jax.config, "jax_optimization_level") == level  # noqa: B009
+        assert ("jax_optimization_level=O1" in told) is (level == "O1")
+    finally:
+        jax.config.update("jax_optimization_level", "UNKNOWN")

@@ -19,8 +19,9 @@ from model_helpers import (
     replace,
 )
 
-from srpo_jax.model.attention import Mask, attention
+from srpo_jax.model.attention import attention
 from srpo_jax.model.layers import vision_rope
+from srpo_jax.model.masks import Mask
 from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.model.vision import full_block_pattern, window_attention
 

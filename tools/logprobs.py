@@ -28,7 +28,9 @@ def conversation_logps(cfg: ModelConfig, params: Params, batch: Batch[jax.Array]
     """[B, T - 1] float32: log-probability of tokens[:, 1:], over the whole vocabulary."""
     model = bind(cfg, params)
     features = None if batch.vision is None else model.encode_images(batch.vision)
-    h_BTD = model.hidden(batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features)
+    h_BTD = model.hidden(
+        batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features, single=True
+    )
     logp_BT, _ = token_logps(h_BTD[:, :-1], batch.tokens[:, 1:], model.head_kernel())
     return logp_BT
 

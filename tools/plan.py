@@ -35,6 +35,7 @@ from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.state import abstract_state, state_shardings
 from srpo_jax.model import sharding
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.run import compiler
 from srpo_jax.run.metrics import peak_flops
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig
 from srpo_jax.structs import Batch, Experience, Lanes, Rollout, Verdict, VisionInputs
@@ -47,7 +48,7 @@ from tools.lib.step_time import estimate, table, with_links
 from tools.lib.topologies import Topology, describe, memory_gib
 
 # Share of a device's memory that a program may plan with; the rest is the run-time's own.
-USABLE = 0.92
+USABLE = compiler.MEMORY_SHARE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +320,11 @@ def programs(recipe: Recipe) -> Iterator[Lowering]:
 def main(args: argparse.Namespace) -> None:
     """Compile every program of the recipe for the topology and print the table."""
     config = recipes.read(args)
+    if config.compiler_defaults:
+        compiler.prepare()
     topology = describe(args.topology)
+    if config.compiler_defaults:
+        compiler.tune(topology.devices[0].platform, len(topology.devices))
     sizes = args.mesh or (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     mesh = sharding.make_mesh(*sizes, devices=topology.devices)
     print(f"{args.config} on a mesh of {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}")

@@ -73,6 +73,7 @@ class SftConfig:
 
     micro_batches: int = 1
     logit_chunk: int = 128  # positions whose logits exist at a time
+    packed: bool = True  # sequences may hold several conversations
 
     def __post_init__(self):
         if self.micro_batches < 1:
@@ -133,7 +134,12 @@ def make_sft_step(
             if features is None and rows.vision is not None:
                 features = model.encode_images(rows.vision)
             h_BTD = model.hidden(
-                rows.tokens, rows.mrope, rows.segment_ids, rows.vision_src, features
+                rows.tokens,
+                rows.mrope,
+                rows.segment_ids,
+                rows.vision_src,
+                features,
+                single=not cfg.packed,
             )
             targets_BT = jnp.roll(rows.tokens, -1, axis=1)  # the last one has weight 0
             # The head reads loss positions only: they come first, and the rest is left out.

@@ -9,7 +9,7 @@ from srpo_jax.data.buckets import AnyPath
 from srpo_jax.data.hf_folder import model_folder, read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
-REMAT = ("none", "block", "dots")
+REMAT = ("none", "block", "dots", "offload")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 
 
@@ -107,8 +107,9 @@ class ModelConfig:
 
     ``dtype`` is what matrix products compute in, ``param_dtype`` what parameters are held in.
     ``remat``: "none" keeps all activations, "block" recomputes each decoder layer and each group of
-    vision blocks, "dots" keeps matrix products and recomputes the rest. ``attention`` names the
-    implementation; "auto" is the best of the platform that the mesh's devices belong to.
+    vision blocks, "dots" keeps matrix products and recomputes the rest, "offload" is "block" with
+    what it keeps in host memory. ``attention`` names the implementation; "auto" is the best of the
+    platform that the mesh's devices belong to.
     """
 
     vision: VisionConfig

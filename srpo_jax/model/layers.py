@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from srpo_jax.model.config import ModelConfig
 
 BATCH_AXES = ("data", "fsdp")
+WAITING = "stream"  # the name of what waits in host memory
 Rope = tuple[jax.Array, jax.Array]  # cosine and sine, [..., E]
 Args = ParamSpec("Args")
 Out = TypeVar("Out")
@@ -62,13 +64,39 @@ def take_in_rows(values: jax.Array, index: jax.Array, rows: int) -> jax.Array:
     return take(*in_rows).reshape(*index.shape, *values.shape[1:])
 
 
+def target_platform() -> str:
+    """Platform of the mesh's devices (also ahead of time), else of the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def remat(body: Callable[Args, Out], policy: str) -> Callable[Args, Out]:
-    """Recomputes ``body`` in the backward pass: "none" never, "dots" all but matrix products."""
+    """Recomputes ``body`` in the backward pass: "none" never, "dots" all but matrix products,
+    "offload" all, from a first argument that waits in the host's memory.
+
+    Raises ValueError for "offload" on a CPU, whose memory is the host's.
+    """
     if policy == "none":
         return body
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    keep = None
+    if policy == "dots":
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    elif policy == "offload":
+        if target_platform() == "cpu":
+            raise ValueError("model.remat=offload needs a TPU or a GPU; set block, dots or none")
+        body = _with_first_named(body)
+        keep = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[WAITING],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     # prevent_cse is needless inside a scan and would cost a barrier around every layer.
     return jax.checkpoint(body, prevent_cse=False, policy=keep)
+
+
+def _with_first_named(body: Callable[..., Out]) -> Callable[..., Out]:
+    return lambda x, *rest: body(checkpoint_name(x, WAITING), *rest)
 
 
 class Linear(nnx.Module):

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srpo_jax.model.attention import LaneMask, Mask, Sight
+from srpo_jax.model.attention import Sight
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.layers import shard, take_in_rows
+from srpo_jax.model.masks import LaneMask, Mask
 from srpo_jax.model.text import Cache, TextModel
 from srpo_jax.model.vision import VisionModel
 from srpo_jax.structs import Batch, Lanes, Params, VisionInputs
@@ -51,13 +52,15 @@ class Qwen2_5_VL(nnx.Module):
         segment_ids_BT: jax.Array,
         vision_src_BT: jax.Array | None = None,
         features_MND: jax.Array | None = None,
+        single: bool = False,
     ) -> jax.Array:
         """Final hidden states [B, T, D], norm applied; ``h[:, t]`` predicts token t + 1.
 
         Tokens attend causally by index inside their segment. ``features_MND`` None: text only.
+        ``single``: a sequence is one segment with its padding behind it, which is cheaper on GPUs.
         """
         x = self.embed(tokens_BT, vision_src_BT, features_MND, divided=True)
-        mask = Mask(segment_ids_BT, segment_ids_BT)
+        mask = Mask(segment_ids_BT, segment_ids_BT, single=single)
         x, _ = self.text.run(x, mrope_B3T, mask, lambda x, k, v: None)
         return self.text.norm(x)
 
@@ -109,7 +112,8 @@ class Qwen2_5_VL(nnx.Module):
             source_XU = jnp.where(lanes.prompt >= 0, source_XU, -1)
             region_XUD = _place_features(x_XYD[:, :U], source_XU, features_MND)
             x_XYD = jnp.concatenate([region_XUD, x_XYD[:, U:]], axis=1)
-        mask = LaneMask(lanes.prompt, lanes.sample, lanes.sample // G)
+        single = P // M == X // M  # a row has as many blocks as prompts
+        mask = LaneMask(lanes.prompt, lanes.sample, lanes.sample // G, single)
         x_XYD = shard(x_XYD, "batch", None, None)
         return self.text.run(x_XYD, mrope_X3Y, mask, lambda x, k, v: None)[0]
 

@@ -13,14 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srpo_jax.model.attention import (
-    LaneMask,
-    Mask,
-    Sight,
-    attention,
-    decode_attention,
-    lane_attention,
-)
+from srpo_jax.model.attention import Sight, attention, decode_attention, lane_attention
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.layers import (
     Embed,
@@ -33,6 +26,7 @@ from srpo_jax.model.layers import (
     shard,
     text_mrope,
 )
+from srpo_jax.model.masks import LaneMask, Mask
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 Kept = TypeVar("Kept")
@@ -135,7 +129,8 @@ class TextModel(nnx.Module):
         self, x_PSD: jax.Array, mrope_P3S: jax.Array, segment_ids_PS: jax.Array
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Prompts, in the layout "sample" -> (residual stream, each layer's cache [P, K, S, E])."""
-        rope, mask = self.rope(mrope_P3S), Mask(segment_ids_PS, segment_ids_PS)
+        rope = self.rope(mrope_P3S)
+        mask = Mask(segment_ids_PS, segment_ids_PS, single=True)
         x, caches = x_PSD, []
         for layer in self.layers:
             q, k, v = layer.qkv(x, rope)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srpo_jax.model.attention import Mask, attention
+from srpo_jax.model.attention import attention
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.layers import (
     Linear,
@@ -22,6 +22,7 @@ from srpo_jax.model.layers import (
     shard,
     vision_rope,
 )
+from srpo_jax.model.masks import Mask
 from srpo_jax.structs import VisionInputs
 
 

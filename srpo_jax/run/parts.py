@@ -20,7 +20,7 @@ from srpo_jax.model.sizes import size_config
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
-from srpo_jax.run import checkpoint, processes
+from srpo_jax.run import checkpoint, compiler, processes
 from srpo_jax.run.guard import CompileGuard
 from srpo_jax.run.metrics import ModelFlops, Timers
 from srpo_jax.run.resume import config_hash
@@ -101,8 +101,14 @@ def start(settings: RunSettings) -> Parts:
     Raises:
         RunError: hf_dir is missing, holds a model of another size, or its tokenizer does not fit.
     """
+    if settings.compiler_defaults:
+        compiler.prepare()
     spread = settings.distributed
     processes.join(spread.enabled, spread.coordinator, spread.num_processes, spread.process_id)
+    if settings.compiler_defaults:
+        told = compiler.tune(jax.default_backend(), jax.device_count())
+        if told:
+            processes.say(f"compilers: {told} (compiler_defaults)")
     if settings.compilation_cache_dir:  # compiled programs are kept there for later runs
         folder = absolute(settings.compilation_cache_dir)
         if is_file(folder):

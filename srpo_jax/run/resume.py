@@ -12,6 +12,7 @@ FREE = (
     "checkpoint",
     "compilation_cache_dir",
     "compile_guard",
+    "compiler_defaults",
     "data.max_bad_share",
     "data.workers",
     "distributed",

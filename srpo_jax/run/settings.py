@@ -232,6 +232,7 @@ class RunSettings:
     distributed: DistributedSettings
     compilation_cache_dir: str
     compile_guard: bool
+    compiler_defaults: bool
     grading: GradingSettings
     sampling: SamplingConfig  # without token ids: those come with the model
     eval: EvalSettings
@@ -467,7 +468,11 @@ def fit_rows(settings: S, shards: int, window: int) -> S:
 
 def sft_config(settings: SftSettings, shards: int) -> SftConfig:
     """What an SFT update does; one micro-batch is one row of every data shard."""
-    return SftConfig(batch_layout(settings, shards).rows, settings.logit_chunk)
+    return SftConfig(
+        micro_batches=batch_layout(settings, shards).rows,
+        logit_chunk=settings.logit_chunk,
+        packed=settings.data.pack,
+    )
 
 
 def grpo_config(settings: GrpoSettings, shards: int, forbidden_ids: tuple[int, ...]) -> GrpoConfig:
