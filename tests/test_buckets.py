@@ -15,6 +15,7 @@ from test_hf import write_tiny
 from srpo_jax.benchmarks import load as benchmarks
 from srpo_jax.data import buckets, hf_folder
 from srpo_jax.data.errors import RecordError
+from srpo_jax.data.files import absolute
 from srpo_jax.data.images import ImageRef, load_image
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import open_records
@@ -127,7 +128,8 @@ def test_a_bucket_that_does_not_answer_is_no_fault_of_a_record(bucket, tmp_path,
 
 def test_a_bucket_that_cannot_be_reached_is_told_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(buckets, "LIBRARIES", ("no_such_library",))
-    for read in (open_records, load_config, Processor, lambda path: hf.open_hf(path, None)):
+    readers = (open_records, load_config, Processor, absolute, lambda path: hf.open_hf(path, None))
+    for read in readers:
         with pytest.raises(RuntimeError, match="^gs://b/x: .*pip install gcsfs$"):
             read("gs://b/x")
     with pytest.raises(RuntimeError, match="s3://b/x: of buckets only gs:// is supported; mount"):
