@@ -74,6 +74,7 @@ class Bench:
             prompt_tokens=work.prompt_tokens,
             completion_tokens=work.max_new_tokens,
             pair_cost=pair_cost(work.model.text),
+            spread=work.layout.shards > 1,  # as training does it while the tower is frozen
         )
         (packed,) = pack(self.host_batch.lengths, work.lengths_PG, budgets)
         return [lanes for lanes in packed if lanes is not None]
