@@ -16,7 +16,7 @@ from srpo_jax.model.masks import UNUSED_SEGMENT, LaneMask, Mask, pad_to
 LANES = 128  # the kernel wants lengths and head widths in multiples of this
 # Queries and keys that a step of the kernel holds: the more, the fewer of them are read again. The
 # float32 logits of a step, [queries, COMPUTED keys], have to find room in the core's memory too.
-LARGEST_BLOCK, COMPUTED = 2048, (512, 256, LANES)
+LARGEST_BLOCK, COMPUTED = 1024, (512, 256, LANES)
 SMALLEST_CAUSAL = 512  # below, steps are too short
 
 
