@@ -22,7 +22,6 @@ from srpo_jax.model.sizes import SIZES, size_config
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.grade import grade_sequences
 from srpo_jax.rewards.template import TokenText
-from srpo_jax.rewards.terms import ALPHA
 from srpo_jax.rewards.verifier import Verifier
 from tests.data_helpers import make_hf_dir
 
@@ -59,7 +58,7 @@ def test_a_reward_profile_grades_responses():
             verifier=verifier,
             profile=profile,
         )
-    assert profile.terms(verdict, ALPHA).total.tolist() == [1.5, 0.0]
+    assert profile.rewards(verdict).total.tolist() == [1.5, 0.0]
 
 
 def test_a_benchmark_scores_rows(monkeypatch):
