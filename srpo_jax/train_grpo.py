@@ -39,6 +39,7 @@ from srpo_jax.learn.state import merge_params
 from srpo_jax.learn.steps import GrpoSteps, grpo_update, make_grpo_steps, make_logp_step
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
+from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
@@ -180,13 +181,7 @@ class Stage:
         self.score_step = watch(make_score_step(cfg, mesh))
         update = make_grpo_steps(parts.model, cfg, optimizer, freeze=settings.freeze, mesh=mesh)
         self.grpo_steps = GrpoSteps(*map(watch, update))
-        self.budgets = lane_budgets(
-            # Images that are encoded inside the update stay on their shard, and so do prompts.
-            settings,
-            layout,
-            parts.model,
-            spread=parts.shards > 1 and not self.trains_vision,
-        )
+        self.budgets = lane_budgets(settings, layout, parts.model)
         self.generator = Generator(
             parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision
         )
@@ -437,17 +432,17 @@ class Stage:
         write_jsonl(self.settings.workdir / "rollouts" / f"{step:06d}{part}.jsonl", rows)
 
 
-def lane_budgets(
-    settings: GrpoSettings, layout: Layout, model: ModelConfig, *, spread: bool = False
-) -> LaneBudgets:
+def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> LaneBudgets:
     """What the lanes of an update are packed for."""
+    # Images that are encoded inside the update stay on their shard, and so do prompts.
+    fixed = trains_vision(abstract_params(model), settings.freeze)
     return LaneBudgets(
         layout,
         group=settings.sampling.group_size,
         prompt_tokens=settings.data.prompt_tokens,
         completion_tokens=settings.sampling.max_new_tokens,
         pair_cost=pair_cost(model.text),
-        spread=spread,
+        spread=layout.shards > 1 and not fixed,
     )
 
 

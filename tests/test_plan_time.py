@@ -149,6 +149,21 @@ def test_more_efficiency_never_takes_longer(remat):
         assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
 
 
+def test_sft_computes_the_rows_that_packing_leaves():
+    """16 conversations of 100 tokens on 8 shards: one sequence holds a shard's two."""
+    model = Shape(100, 16, 24, 2, 2, 1, 12, False, 16, 2, 2, (1,)).config()
+    mesh, shapes = sharding.make_mesh(1, 8, 1), Shapes(16, 1024, 16, 512)
+    found = {}
+    for packed in (True, False):
+        step = SftConfig(2, 16, packed=packed)
+        recipe = Recipe(model, mesh, shapes, OptimConfig(), step)
+        found[packed] = step_time.estimate(recipe, Lengths(100, 1e-6), None)
+    assert found[True].phases[0].calls == 1 and found[False].phases[0].calls == 2
+    assert found[True].phases[0].useful == found[False].phases[0].useful
+    # Two of 100 tokens stand in a quarter of 1,024: 200 of 256 slots, beside 100 of 1,024 each.
+    assert "padding 21.9%" in found[True].note and "padding 90.2%" in found[False].note
+
+
 def test_collected_bytes_are_counted_for_the_programs_that_were_compiled():
     found = step_time.estimate(recipe_of(), None, None)
     linked = phases_of(step_time.with_links(found, {"accumulate": 7.0}))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,16 @@ from srpo_jax.data.vision_arrays import (
     vision_arrays,
 )
 from srpo_jax.structs import Batch
+
+
+class Sized(Protocol):
+    """What placing a sample needs to know."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_slots(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -294,7 +305,7 @@ class FirstFit:
         self.room_M = np.full(rows, patches)
         self.count_B = np.zeros(rows * per_row, np.int64)
 
-    def place(self, sample: Encoded) -> int:
+    def place(self, sample: Sized) -> int:
         """The sequence that takes the sample, or -1 where none has room."""
         fits_M = self.room_M >= sample.num_slots
         fits_B = (self.room_B >= sample.num_tokens) & np.repeat(fits_M, self.per_row)

@@ -10,7 +10,7 @@ its own; all data shards run the same one.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from srpo_jax.data.batching import Encoded, FirstFit
+from srpo_jax.data.batching import FirstFit, Sized
 
 TOO_MANY = 2**30  # rows that a shape would need which does not hold the samples
 _UNIT = 128  # tokens; kernels want sequences in multiples of it
@@ -55,7 +55,7 @@ class Packer:
     rows: int
     patches: int  # slots of a row
 
-    def ways(self, samples: Sequence[Encoded], whole: RowShape) -> Iterator[Placed | None]:
+    def ways(self, samples: Sequence[Sized], whole: RowShape) -> Iterator[Placed | None]:
         """The samples in rows of each of `row_shapes`; None where they do not fit.
 
         They fit into the whole budget if `FirstFit` placed them there in their order.
@@ -73,7 +73,7 @@ class Packer:
             yield placed
 
     def _first_fit(
-        self, samples: Sequence[Encoded], order: Sequence[int], shape: RowShape
+        self, samples: Sequence[Sized], order: Sequence[int], shape: RowShape
     ) -> Placed | None:
         """First fit in this order: a row of every shard before another one of any."""
         count = self.shards * self.rows
@@ -101,7 +101,7 @@ def cheapest(ways: Sequence[Placed | None], rows: Sequence[int]) -> tuple[int, P
     return min(possible, key=lambda one: one[:3])[2:]
 
 
-def placed_in(shape: RowShape, groups: Groups, samples: Sequence[Encoded], rows: int) -> Placed:
+def placed_in(shape: RowShape, groups: Groups, samples: Sequence[Sized], rows: int) -> Placed:
     """What ``groups`` need, ``rows`` rows of each shard."""
     per_row = [
         [i for group in groups[start : start + shape.places] for i in group]

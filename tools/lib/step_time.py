@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from srpo_jax.data.packing import TOO_MANY, Packer, Placed, RowShape, cheapest, placed_in
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.lanes import LaneBudgets, pack, slots_and_tokens
 from srpo_jax.learn.optim import trains_vision
@@ -112,26 +113,54 @@ def _grpo(
 
 
 def _sft(recipe: Recipe, step: SftConfig, lengths: Lengths | None) -> Estimate:
-    """Conversations of which half of the text is the assistant's; every budget is computed."""
+    """Conversations of which half of the text is the assistant's."""
     cost, shapes = Cost.of(recipe.model, recipe.mesh), recipe.shapes
     lengths = lengths or default_lengths("completions", shapes.tokens)
     drawn_B = lengths.draw(np.random.default_rng(0), (shapes.sequences,), shapes.tokens)
     learned = (1 - IMAGE_SHARE) / 2
-    each = shapes.sequences / step.micro_batches
-    # The head's chunks end where the last conversation of a micro-batch does.
-    longest = drawn_B.reshape(-1, step.micro_batches).max(0).mean() * learned
-    args = (each * shapes.tokens, each * shapes.tokens**2, each * longest)
+    placed = _placed(recipe, step, drawn_B)
+    shards, row = shapes.rows // step.micro_batches, placed.shape
+    each = shards * row.places
+    # The head's chunks end where the fullest sequence of a micro-batch does.
+    taken_MAC = np.array([drawn_B[group].sum() for group in placed.groups])
+    taken_MAC = taken_MAC.reshape(shards, step.micro_batches, row.places)
+    longest = taken_MAC.max((0, 2))[: placed.rows].mean() * learned
+    args = (each * row.tokens, each * row.tokens**2, each * longest)
     whole = cost.text(*args, passes=_training(recipe))
     useful = 3 * cost.flops.text(drawn_B, head_tokens=learned * drawn_B.sum())
     encode = _encode(recipe, cost, drawn_B)
-    per_call = [_times(1 / step.micro_batches, piece) for piece in (*encode.pieces, _apply(recipe))]
+    per_call = [_times(1 / placed.rows, piece) for piece in (*encode.pieces, _apply(recipe))]
     summed = [sum(p.calls * getattr(p, f) for p in (whole, *per_call)) for f in ("flops", "memory")]
-    phase = Phase("sft_step", useful + encode.useful, (Piece(step.micro_batches, *summed),))
+    phase = Phase("sft_step", useful + encode.useful, (Piece(placed.rows, *summed),))
     note = (
         f"{shapes.sequences} conversations of {lengths} tokens (mean {drawn_B.mean():.0f} of "
-        f"{shapes.tokens}), a third of them the image's and half of the rest learned"
+        f"{shapes.tokens}), a third of them the image's and half of the rest learned; padding "
+        f"{1 - drawn_B.sum() / (placed.rows * each * row.tokens):.1%}"
     )
     return Estimate([phase], float(drawn_B.sum()), learned * float(drawn_B.sum()), note)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """As much of a conversation as packing looks at."""
+
+    num_tokens: int
+    num_slots: int
+
+
+def _placed(recipe: Recipe, step: SftConfig, drawn_B: np.ndarray) -> Placed:
+    """Conversations in rows, as the loader of one process places them."""
+    shapes, unit = recipe.shapes, recipe.model.vision.window_slots
+    whole = RowShape(shapes.sequences // shapes.rows, shapes.tokens)
+    patches_B = np.ceil(drawn_B * IMAGE_SHARE * recipe.model.vision.merge_unit / unit) * unit
+    patches_B = np.minimum(patches_B, shapes.patches // whole.places)  # as max_pixels sees to it
+    drawn = [_Drawn(int(n), int(k)) for n, k in zip(drawn_B, patches_B, strict=True)]
+    if step.packed:
+        packer = Packer(shapes.rows // step.micro_batches, step.micro_batches, shapes.patches)
+        ways = [*packer.ways(drawn, whole)]
+        return cheapest(ways, [TOO_MANY if way is None else way.rows for way in ways])[1]
+    groups = [[b] for b in range(len(drawn))]
+    return placed_in(whole, groups, drawn, step.micro_batches)
 
 
 def _training(recipe: Recipe) -> Passes:
