@@ -157,7 +157,7 @@ def test_sft_computes_the_rows_that_packing_leaves():
     for packed in (True, False):
         step = SftConfig(2, 16, packed=packed)
         recipe = Recipe(model, mesh, shapes, OptimConfig(), step)
-        found[packed] = step_time.estimate(recipe, Lengths(100, 1e-6), None)
+        found[packed] = step_time.estimate(recipe, Lengths(100.5, 1e-6), None)
     assert found[True].phases[0].calls == 1 and found[False].phases[0].calls == 2
     assert found[True].phases[0].useful == found[False].phases[0].useful
     # Two of 100 tokens stand in a quarter of 1,024: 200 of 256 slots, beside 100 of 1,024 each.
