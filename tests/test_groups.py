@@ -282,7 +282,7 @@ def test_a_prompt_drawn_again_samples_with_another_key_and_neighbours_change_non
     def keys(ids, passes):
         batch = SimpleNamespace(tokens=np.zeros((4, 1)))
         records = [SimpleNamespace(id=name) for name in ids]
-        return prompt_keys(LoadedBatch(batch, records, np.arange(len(ids)), np.array(passes)))
+        return prompt_keys(LoadedBatch(batch, records, np.arange(len(ids)), np.array(passes), 0.0))
 
     first = keys(["a", "b", "a"], [0, 0, 0])
     assert len({*first.tolist()}) == 4 and first[3] == 0  # the last one is filler

@@ -27,7 +27,7 @@ from srpo_jax.rewards.answers import Question, answer_problem
 from srpo_jax.rewards.grade import grade_sequences
 from srpo_jax.rewards.profiles import PAPER, PROFILES, profile_named
 from srpo_jax.rewards.template import TokenText
-from srpo_jax.rewards.terms import ALPHA
+from srpo_jax.rewards.terms import ALPHA, TERMS
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS
 from tools.lib import cli
@@ -136,8 +136,9 @@ def _score(
             out[name] = details[i][name]
         for name in ("first_correct", "final_correct", "format_ok"):
             out[name] = bool(getattr(verdict, name)[i])
-        for name, values in {**terms.parts, "total": terms.total}.items():
-            out[name] = round(float(values[i]), 6)
+        for name in TERMS:
+            out[name] = round(float(terms.parts[name][i]), 6)
+        out["total"] = round(float(terms.total[i]), 6)
         out["reflection_ok"] = bool(verdict.reflection_ok[i])
         out["block_tokens"] = dict(zip(BLOCKS, verdict.block_tokens[i].tolist(), strict=True))
         out["first_tokens"] = int(verdict.first_tokens[i])

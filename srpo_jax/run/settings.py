@@ -94,10 +94,14 @@ class RewardSettings:
     overlong_buffer: int = 0
 
     def __post_init__(self):
-        words = Words(self.right_words, self.wrong_words)
-        object.__setattr__(self, "profile", dataclasses.replace(self.profile, words=words))
         if self.overlong and not self.overlong_buffer:
             raise ValueError(f"overlong={self.overlong}: set overlong_buffer, in tokens")
+
+    @property
+    def design(self) -> Profile:
+        """The profile, with the words that this run looks for."""
+        words = Words(self.right_words, self.wrong_words)
+        return dataclasses.replace(self.profile, words=words)
 
     @property
     def weights(self) -> tuple[tuple[str, float], ...]:
@@ -481,7 +485,7 @@ def grpo_config(settings: GrpoSettings, shards: int, forbidden_ids: tuple[int, .
     return GrpoConfig(
         **vars(settings.grpo),
         micro_batches=layout.rows,
-        profile=settings.reward.profile,
+        profile=settings.reward.design,
         weights=settings.reward.weights,
         overlong_buffer=settings.reward.overlong_buffer,
         temperature=settings.sampling.temperature,
