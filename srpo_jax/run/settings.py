@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from etils import epath
 
@@ -22,10 +22,7 @@ from srpo_jax.data.encoders import TARGETS
 from srpo_jax.data.fields import Columns
 from srpo_jax.data.files import AnyPath, on_bucket
 from srpo_jax.data.prompts import MESSAGES
-from srpo_jax.learn.advantages import AdvantageKind, Credit
 from srpo_jax.learn.grpo import GrpoConfig, Objective
-from srpo_jax.learn.losses import Aggregation
-from srpo_jax.learn.objectives import KlKind, Level, ObjectiveKind
 from srpo_jax.learn.optim import OptimConfig
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model.config import ATTENTION, DTYPES, REMAT
@@ -394,12 +391,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "optim.schedule": ("cosine", "constant"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
-    "grpo.kl_kind": get_args(KlKind),
-    "grpo.aggregation": get_args(Aggregation),
-    "grpo.advantage": get_args(AdvantageKind),
-    "grpo.credit": get_args(Credit),
-    "grpo.objective": get_args(ObjectiveKind),
-    "grpo.tis_level": get_args(Level),
+    **{
+        f"grpo.{name}": get_args(hint)
+        for name, hint in get_type_hints(Objective).items()
+        if get_origin(hint) is Literal
+    },
 }
 
 
