@@ -62,31 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     groups.max_rounds = 4  # of sampling in one step
     groups.max_age = 1  # steps that a group sampled beyond the batch may wait; 0: none waits
 
-    config.grpo = update = ConfigDict()
-    update.updates_per_rollout = 8  # R: 1024 samples in updates of 128
-    update.adv_eps = 1e-6  # added to the group's std (R has 1e-9)
-    update.epochs = 1  # passes over a rollout
-    update.advantage = "group"  # P equation 3; or "centred", "rloo", "batch_std"
-    update.normalise_terms = False  # each reward term by itself before they are added up (GDPO)
-    # "segments": the first round is paid by its own terms, what comes after by the others against
-    # samples whose first answer was as right.
-    update.credit = "whole"
-    update.objective = "clip"  # P equation 2; or "gspo", "cispo", "sapo"
-    update.sapo_positive = 1.0  # temperatures of "sapo" by the sign of the advantage
-    update.sapo_negative = 1.05
-    update.clip_low = 0.2  # R: eps_clip, symmetric
-    update.clip_high = 0.2
-    update.dual_clip = 3.0  # R caps the ratio at 3
-    update.kl_coef = 0.0  # R: init_kl_coef 0; P has a coefficient but no number
-    update.kl_kind = "k3"  # P B.3; or "k1", "k2", "k3+" (its value, the gradient of k2)
-    update.kl_in_reward = False  # True: taken off each sample's reward instead
-    update.entropy_coef = 0.0
-    update.aggregation = "sequence"  # mean over tokens, then over sequences (R)
-    update.mask_truncated = False
-    update.tis_cap = 0.0  # cap of the weight against the sampler's probabilities; 0: off
-    update.tis_floor = 0.0  # above 0: weights outside [floor, cap] become 0 (IcePop)
-    update.tis_level = "token"  # or "sequence": one weight for a sample
-    update.logit_chunk = 1024  # tokens of a row whose logits exist at a time
+    config.grpo = update = objective()
 
     config.optim = optim = ConfigDict()
     optim.lr = 1e-6  # P 4.1
@@ -111,3 +87,33 @@ def get_config(arg: str | None = None) -> ConfigDict:
         update.updates_per_rollout = 1
         groups.low, groups.high = 0.0, 1.0
     return config
+
+
+def objective() -> ConfigDict:
+    """What is minimised, and in how many updates (docs/objectives.md)."""
+    update = ConfigDict()
+    update.updates_per_rollout = 8  # R: 1024 samples in updates of 128
+    update.adv_eps = 1e-6  # added to the group's std (R has 1e-9)
+    update.epochs = 1  # passes over a rollout
+    update.advantage = "group"  # P equation 3; or "centred", "rloo", "batch_std"
+    update.normalise_terms = False  # each reward term by itself before they are added up (GDPO)
+    # "segments": the first round is paid by its own terms, what comes after by the others against
+    # samples whose first answer was as right.
+    update.credit = "whole"
+    update.objective = "clip"  # P equation 2; or "gspo", "cispo", "sapo"
+    update.sapo_positive = 1.0  # temperatures of "sapo" by the sign of the advantage
+    update.sapo_negative = 1.05
+    update.clip_low = 0.2  # R: eps_clip, symmetric
+    update.clip_high = 0.2
+    update.dual_clip = 3.0  # R caps the ratio at 3
+    update.kl_coef = 0.0  # R: init_kl_coef 0; P has a coefficient but no number
+    update.kl_kind = "k3"  # P B.3; or "k1", "k2", "k3+" (its value, the gradient of k2)
+    update.kl_in_reward = False  # True: taken off each sample's reward instead
+    update.entropy_coef = 0.0
+    update.aggregation = "sequence"  # mean over tokens, then over sequences (R)
+    update.mask_truncated = False
+    update.tis_cap = 0.0  # cap of the weight against the sampler's probabilities; 0: off
+    update.tis_floor = 0.0  # above 0: weights outside [floor, cap] become 0 (IcePop)
+    update.tis_level = "token"  # or "sequence": one weight for a sample
+    update.logit_chunk = 1024  # tokens of a row whose logits exist at a time
+    return update

@@ -327,7 +327,7 @@ class Evaluator:
                 "blocks": self._generator.blocks(ids, spans),
                 "truncated": bool(~rollout.finished[at]),
                 "block_tokens": graded.verdict.block_tokens[at].tolist(),
-                "tokens_to_first": self._generator.until_first_answer(ids, spans),
+                "tokens_to_first": int(graded.verdict.first_end[at]) if span else None,
                 # Mean probability of its tokens: what an early stop would go by.
                 "first_confidence": float(np.exp(logp).mean()) if len(logp) else None,
             }

@@ -111,14 +111,6 @@ class Generator:
         )
         return Graded(verdict, details, rollout)
 
-    def until_first_answer(self, token_ids: np.ndarray, spans: dict[str, Any]) -> int | None:
-        """Tokens up to and with the first answer block's closing tag; None without the block."""
-        if spans["first_answer"] is None:
-            return None
-        closed = self.parts.token_text.completion(token_ids)
-        end = closed.text.find(b"</answer>", int(closed.offsets[spans["first_answer"][1] - 1]))
-        return closed.token_span((0, end + len(b"</answer>")))[1]
-
     def blocks(self, token_ids: np.ndarray, spans: dict[str, Any]) -> dict[str, str | None]:
         """The text of each block from its token span; None where it is missing."""
         return {
