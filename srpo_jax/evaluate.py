@@ -38,12 +38,8 @@ from srpo_jax.run.guard import StopRequest
 from srpo_jax.run.parts import Parts, load_weights, start
 from srpo_jax.run.resume import below, flat_config
 from srpo_jax.run.rollout import Generator, Graded, Sampled, graded_samples
-from srpo_jax.run.settings import (
-    EvaluateSettings,
-    RunSettings,
-    evaluate_settings,
-    evaluation_sampling,
-)
+from srpo_jax.run.sections import EvaluateSettings, RunSettings
+from srpo_jax.run.settings import evaluate_settings, evaluation_sampling
 from srpo_jax.structs import BLOCKS, Params, RunError
 
 Row = dict[str, Any]

@@ -58,14 +58,9 @@ from srpo_jax.run.rollout import (
     rollout_rows,
     vision_work,
 )
+from srpo_jax.run.sections import GrpoSettings
 from srpo_jax.run.session import Done, Session
-from srpo_jax.run.settings import (
-    GrpoSettings,
-    batch_layout,
-    fit_rows,
-    grpo_config,
-    grpo_settings,
-)
+from srpo_jax.run.settings import batch_layout, fit_rows, grpo_config, grpo_settings
 from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import Batch, Experience, Lanes, Params, TrainState
 

@@ -30,14 +30,8 @@ from srpo_jax.run import checkpoint, rollout, session
 from srpo_jax.run.feed import open_training
 from srpo_jax.run.metrics import read_rows, to_plain
 from srpo_jax.run.parts import load_weights, start
-from srpo_jax.run.settings import (
-    EvaluateSettings,
-    GrpoSettings,
-    SftSettings,
-    fit_rows,
-    sft_config,
-    sft_settings,
-)
+from srpo_jax.run.sections import EvaluateSettings, GrpoSettings, SftSettings
+from srpo_jax.run.settings import fit_rows, sft_config, sft_settings
 from srpo_jax.structs import RunError
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -33,15 +33,8 @@ from srpo_jax.reflection.duplicates import Print, contamination, duplicates, fin
 from srpo_jax.rewards.answers import Gold, gold_problem, read_gold
 from srpo_jax.run.budgets import Reader, check_images, prompt_budgets, training_budgets
 from srpo_jax.run.feed import open_source
-from srpo_jax.run.settings import (
-    EvaluateSettings,
-    RunSettings,
-    SftSettings,
-    TrainSettings,
-    evaluate_settings,
-    grpo_settings,
-    sft_settings,
-)
+from srpo_jax.run.sections import EvaluateSettings, RunSettings, SftSettings, TrainSettings
+from srpo_jax.run.settings import evaluate_settings, grpo_settings, sft_settings
 from srpo_jax.structs import RunError
 from tools.lib import cli, recipes
 

@@ -21,7 +21,7 @@ from srpo_jax.data.processing import Processor
 from srpo_jax.data.records import RecordSource
 from srpo_jax.data.vision_arrays import VisionGeometry
 from srpo_jax.run import processes
-from srpo_jax.run.settings import RunSettings, SftSettings, TrainSettings
+from srpo_jax.run.sections import RunSettings, SftSettings, TrainSettings
 from srpo_jax.structs import BLOCKS, RunError
 
 Encode = Callable[[Record], Encoded]

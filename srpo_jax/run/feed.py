@@ -26,13 +26,8 @@ from srpo_jax.run.budgets import (
     training_budgets,
 )
 from srpo_jax.run.parts import Parts
-from srpo_jax.run.settings import (
-    DataSettings,
-    GrpoSettings,
-    RunSettings,
-    TrainSettings,
-    batch_layout,
-)
+from srpo_jax.run.sections import DataSettings, GrpoSettings, RunSettings, TrainSettings
+from srpo_jax.run.settings import batch_layout
 from srpo_jax.structs import Batch, RunError
 
 

@@ -24,7 +24,7 @@ from srpo_jax.run import checkpoint, compiler, processes
 from srpo_jax.run.guard import CompileGuard
 from srpo_jax.run.metrics import ModelFlops, Timers
 from srpo_jax.run.resume import config_hash
-from srpo_jax.run.settings import GradingSettings, RunSettings
+from srpo_jax.run.sections import GradingSettings, RunSettings
 from srpo_jax.sampling.sampler import vision_token_ids
 from srpo_jax.structs import Params, RunError
 

@@ -25,7 +25,7 @@ from srpo_jax.run import processes
 from srpo_jax.run.feed import Encode
 from srpo_jax.run.host_state import pack_host, unpack_host
 from srpo_jax.run.rollout import Round
-from srpo_jax.run.settings import DataSettings
+from srpo_jax.run.sections import DataSettings
 from srpo_jax.structs import Experience, Rollout, Verdict
 
 

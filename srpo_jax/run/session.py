@@ -14,7 +14,7 @@ from srpo_jax.run.guard import Progress, StopRequest
 from srpo_jax.run.metrics import MetricWriter, to_plain, utilisation
 from srpo_jax.run.parts import Parts, check_export, export, load_weights
 from srpo_jax.run.resume import check_config
-from srpo_jax.run.settings import TrainSettings
+from srpo_jax.run.sections import TrainSettings
 from srpo_jax.structs import Params, RunError, TrainState
 
 BEST = "acc@2"  # of the held-out file: what the best checkpoint is best at

@@ -1,9 +1,9 @@
 """A ConfigDict as frozen dataclasses, checked once, and what steps and sampler get from it.
 
 ``sft_settings``, ``grpo_settings`` and ``evaluate_settings`` are the border: no ConfigDict goes
-beyond them. The dataclasses mirror ``configs/`` key by key, so a key that nothing could read is an
-error. Training, evaluation and `tools.plan` build the configurations of update and sampler from
-them with the same functions: what is planned is what runs.
+beyond them. The dataclasses of `sections` mirror ``configs/`` key by key, so a key that nothing
+could read is an error. Training, evaluation and `tools.plan` build the configurations of update and
+sampler from them with the same functions: what is planned is what runs.
 """
 
 import dataclasses
@@ -19,270 +19,25 @@ from etils import epath
 
 from srpo_jax.data.batching import Layout, choose_layout
 from srpo_jax.data.encoders import TARGETS
-from srpo_jax.data.fields import Columns
 from srpo_jax.data.files import AnyPath, on_bucket
 from srpo_jax.data.prompts import MESSAGES
 from srpo_jax.learn.grpo import GrpoConfig, Objective
-from srpo_jax.learn.optim import OptimConfig
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model.config import ATTENTION, DTYPES, REMAT
 from srpo_jax.rewards.profiles import Profile
-from srpo_jax.rewards.stated import Words
-from srpo_jax.rewards.terms import ALPHA
+from srpo_jax.run.sections import (
+    EvaluateSettings,
+    GrpoSettings,
+    RunSettings,
+    SftSettings,
+    TrainSettings,
+)
 from srpo_jax.run.typed import build
 from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import RunError
 
-R = TypeVar("R", bound="RunSettings")
-S = TypeVar("S", bound="TrainSettings")
-
-
-# --- sections --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSettings:
-    """How the model computes; fields of `ModelConfig` beside those of ``config.json``."""
-
-    dtype: str
-    param_dtype: str
-    remat: str
-    attention: str
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshSettings:
-    """Sizes of the mesh's axes; one may be -1."""
-
-    data: int
-    fsdp: int
-    tensor: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DistributedSettings:
-    """How the processes find each other (`processes.join`)."""
-
-    enabled: bool
-    coordinator: str
-    num_processes: int
-    process_id: int
-
-
-@dataclasses.dataclass(frozen=True)
-class GradingSettings:
-    """The pool that checks answers."""
-
-    workers: int
-    timeout: float  # seconds of processor time
-    tolerance: float  # relative; 0: exact
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardSettings:
-    """Which profile, and the weights of the terms that have one."""
-
-    profile: Profile
-    right_words: tuple[str, ...]
-    wrong_words: tuple[str, ...]
-    alpha: float = ALPHA  # of f_len
-    verdict: float = 0.0
-    overlong: float = 0.0
-    overlong_buffer: int = 0
-
-    def __post_init__(self):
-        if self.overlong and not self.overlong_buffer:
-            raise ValueError(f"overlong={self.overlong}: set overlong_buffer, in tokens")
-
-    @property
-    def design(self) -> Profile:
-        """The profile, with the words that this run looks for."""
-        words = Words(self.right_words, self.wrong_words)
-        return dataclasses.replace(self.profile, words=words)
-
-    @property
-    def weights(self) -> tuple[tuple[str, float], ...]:
-        """As `GrpoConfig` takes them."""
-        given = {"f_len": self.alpha, "verdict": self.verdict, "overlong": self.overlong}
-        return tuple((name, w) for name, w in given.items() if w or name == "f_len")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalSettings:
-    """Evaluation on a held-out file, in training (``every``) or alone (``stop_after``)."""
-
-    file: str
-    benchmark: str
-    scoring: str
-    any_count: bool
-    limit: int
-    batch_size: int
-    temperature: float
-    samples: int
-    every: int = 0
-    at_start: bool = False
-    stop_after: str = "final"
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointSettings:
-    """When steps are saved and which are kept."""
-
-    every: int
-    keep: int
-    keep_every: int
-    fallback: bool
-    allow_changes: str
-
-
-@dataclasses.dataclass(frozen=True)
-class LogSettings:
-    """Where metrics go."""
-
-    every: int
-    tensorboard: bool
-    wandb_project: str
-
-
-@dataclasses.dataclass(frozen=True)
-class FilterSettings:
-    """Which groups an update takes (dynamic sampling)."""
-
-    low: float
-    high: float
-    resample: bool
-    max_rounds: int
-    max_age: int
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutSettings:
-    """Files of completions."""
-
-    every: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """Budgets and readers of prompts."""
-
-    root: str
-    columns: Columns
-    prompts_per_row: int
-    prompt_tokens: int
-    patch_budgets: tuple[int, ...]
-    workers: int
-    max_bad_share: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ProblemData(DataSettings):
-    """Prompts to answer."""
-
-    prompt: str
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainData(DataSettings):
-    """Records to train on."""
-
-    train: str
-    mix: tuple[float, ...]  # weights of its sources; empty: by their sizes
-    global_batch_size: int
-    shuffle: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class RlData(TrainData):
-    """Prompts of stage 2."""
-
-    prompt: str
-
-
-@dataclasses.dataclass(frozen=True)
-class SftData(TrainData):
-    """Conversations of stage 1."""
-
-    target: str
-    mask_wrong_first: str | bool
-    tokens: int
-    pack: bool
-
-    @property
-    def masks_wrong_first(self) -> bool:
-        """``mask_wrong_first`` as yes or no; "auto" depends on the target."""
-        text = str(self.mask_wrong_first).lower()
-        return self.target == "rl_aligned" if text == "auto" else text == "true"
-
-
-# --- programs --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What every program reads."""
-
-    size: str
-    seed: int
-    hf_dir: str
-    init_from: str
-    min_pixels: int
-    max_pixels: int
-    model: ModelSettings
-    mesh: MeshSettings
-    distributed: DistributedSettings
-    compilation_cache_dir: str
-    compile_guard: bool
-    compiler_defaults: bool
-    grading: GradingSettings
-    sampling: SamplingConfig  # without token ids: those come with the model
-    eval: EvalSettings
-    data: DataSettings
-    workdir: epath.Path = epath.Path()
-    # The whole config as JSON values: what checkpoints hold and processes compare.
-    plain: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainSettings(RunSettings):
-    """What both stages read."""
-
-    data: TrainData
-    steps: int
-    optim: OptimConfig
-    freeze: tuple[str, ...]
-    checkpoint: CheckpointSettings
-    log: LogSettings
-    export_hf_dir: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SftSettings(TrainSettings):
-    """Of configs/sft.py."""
-
-    data: SftData
-    epochs: float
-    logit_chunk: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GrpoSettings(TrainSettings):
-    """Of configs/grpo.py."""
-
-    data: RlData
-    reward: RewardSettings
-    filter: FilterSettings
-    grpo: Objective
-    rollouts: RolloutSettings
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(RunSettings):
-    """Of configs/eval.py."""
-
-    data: ProblemData
-    reward: RewardSettings
-    bootstrap: int
+R = TypeVar("R", bound=RunSettings)
+S = TypeVar("S", bound=TrainSettings)
 
 
 def sft_settings(config: Any, workdir: AnyPath = "") -> SftSettings:

@@ -31,6 +31,7 @@ from srpo_jax.data.files import on_bucket, write_json
 from srpo_jax.data.hf_folder import hf_folder
 from srpo_jax.model import hf
 from srpo_jax.rewards.verifier import Verifier
+from srpo_jax.run import compiler
 from tools.bench import host, peers
 from tools.bench.measure import Limits, Phase, header, line, machine, measure
 from tools.bench.phases import PHASES, Bench
@@ -238,6 +239,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--peer {args.peer} does {known}, not {args.what}")
     if args.peer:  # leave it memory of the GPU
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    compiler.prepare()  # as training does
+    compiler.tune(jax.default_backend(), jax.device_count())
     with contextlib.ExitStack() as stack:
         run = Run(args, stack)
         limits = run.found["machine"]

@@ -13,8 +13,8 @@ from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.sizes import size_config
+from srpo_jax.run.sections import GrpoSettings
 from srpo_jax.run.settings import (
-    GrpoSettings,
     batch_layout,
     fit_rows,
     grpo_config,
