@@ -173,15 +173,15 @@ def test_decode_writes_no_copy_of_a_weight_matrix_or_a_cache(topology, tmp_path)
 
 HEAD = """
 import jax, jax.numpy as jnp, pathlib, types
-from srpo_jax.learn.micro_batches import token_logps
+from srpo_jax.learn.head import HeadConfig, TokenLoss, model_token_loss
 from srpo_jax.model.sharding import batch_sharding, make_mesh, param_specs
 from tools.lib.topologies import describe
 
 mesh = make_mesh(1, 8, 1, devices=describe("{topology}").devices)
 def loss(head, h, targets, count):
     model = types.SimpleNamespace(head_kernel=lambda: head)
-    logp, _ = token_logps(model, h, targets, count=count, chunk=512)
-    return logp.sum()
+    loss = TokenLoss(lambda logp, *_: (logp.sum(), ()), lambda aux: aux, HeadConfig(512))
+    return model_token_loss(model, h, targets, (), loss, count)[0]
 def array(shape, dtype, sharding=batch_sharding(mesh)):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 head = jax.ShapeDtypeStruct((1024, 152064), jnp.float32)

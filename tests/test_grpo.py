@@ -1,7 +1,6 @@
 """The GRPO update on plain arrays: preparation, loss of a micro-batch, metrics."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +194,8 @@ def test_micro_batches_add_up_to_the_metrics_of_the_whole():
     ]
     want = grpo.update_metrics(whole, ready.tokens)
     got = grpo.update_metrics(
-        functools.reduce(grpo.join_aux, parts, grpo.no_aux(cfg)), ready.tokens
+        grpo.combine_aux(jax.tree.map(lambda *x: jnp.stack(x), *parts, grpo.no_aux(cfg))),
+        ready.tokens,
     )
     assert want.keys() == got.keys()
     for name in want:

@@ -40,7 +40,8 @@ from step_helpers import (
 from srpo_jax.data.batching import Media, collate, collate_packed, encode_arrays
 from srpo_jax.data.packing import Packer, RowShape
 from srpo_jax.data.vision_arrays import VisionIds
-from srpo_jax.learn import grpo, losses, micro_batches, state
+from srpo_jax.learn import grpo, micro_batches, state
+from srpo_jax.learn.head import token_logps
 from srpo_jax.learn.objectives import Samples
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model.qwen2_5_vl import bind
@@ -258,14 +259,8 @@ def padded_way(cfg=ALL_TERMS):
         mask = samples.completion_mask
         inputs = (experience.batch, experience.features, samples.completions, mask)
         h = completion_hidden(model, *inputs).reshape(P * G, R, -1)
-        logp, entropy = losses.token_logps(
-            h,
-            samples.completions.reshape(P * G, R),
-            model.head_kernel(),
-            temperature=cfg.temperature,
-            forbidden_ids=cfg.forbidden_ids,
-            entropy_grad=True,
-        )
+        targets, head_cfg = samples.completions.reshape(P * G, R), cfg.head
+        logp, entropy = token_logps(h, targets, model.head_kernel(), head_cfg)
         logp, entropy = logp.reshape(P, G, R), entropy.reshape(P, G, R)
         of_prompt = lambda x: x[:, None, None]  # noqa: E731
         old = jnp.where(of_prompt(experience.carried), samples.policy_logp, experience.old_logp)

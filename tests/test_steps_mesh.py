@@ -36,7 +36,8 @@ from step_helpers import (
     with_,
 )
 
-from srpo_jax.learn import losses, micro_batches, state, steps
+from srpo_jax.learn import micro_batches, state, steps
+from srpo_jax.learn.head import HeadConfig, TokenLoss, model_token_loss, token_logps
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model import sharding
 from srpo_jax.model.qwen2_5_vl import abstract_params, for_sampling
@@ -224,16 +225,16 @@ def test_a_layer_s_matrices_are_collected_once_in_each_pass():
     assert max(collected["before"]) == experience.features.size
 
 
+LOGPS = TokenLoss(lambda logp, *_: (logp.sum(), ()), lambda aux: aux, HeadConfig(8))
+
+
 def head_gradient(mesh, targets_BT, head_DV):
     """The jitted gradient of the log-probs by hidden states and head, which lies as in training."""
 
     def loss(h, head):
         model = types.SimpleNamespace(head_kernel=lambda: head)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            logp_BT, _ = micro_batches.token_logps(
-                model, h, targets_BT, chunk=8, count=jnp.int32(32)
-            )
-            return logp_BT.sum()
+            return model_token_loss(model, h, targets_BT, (), LOGPS, jnp.int32(32))[0]
 
     head_layout = sharding.param_specs({"text/lm_head/kernel": head_DV}, mesh)
     layouts = (sharding.batch_sharding(mesh), head_layout["text/lm_head/kernel"])
@@ -253,7 +254,9 @@ def test_head_gradient_is_summed_over_devices_once_and_not_per_chunk():
             inside.append(np.prod([int(n) for n in found[1].split(",")]))
     assert inside  # partial sums over the divided vocabulary are in the loop
     assert max(inside) < head_DV.size // 2  # the gradient of a device's half of the head is not
-    want = jax.grad(lambda head: losses.token_logps(h_BTD, targets_BT, head)[0].sum())(head_DV)
+    want = jax.grad(lambda head: token_logps(h_BTD, targets_BT, head, HeadConfig())[0].sum())(
+        head_DV
+    )
     np.testing.assert_allclose(grads(h_BTD, head_DV)[1], want, rtol=1e-5)
 
 
@@ -271,7 +274,9 @@ def test_the_head_is_collected_in_the_dtype_of_its_products_and_learns_in_its_ow
     assert re.search(r"= f32\[2,64\]\S* reduce-scatter\(", program)  # of the gradient
     got = grads(h_BTD, head_DV)[1]
     assert got.dtype == jnp.float32
-    want = jax.grad(lambda head: losses.token_logps(h_BTD, targets_BT, head)[0].sum())(head_DV)
+    want = jax.grad(lambda head: token_logps(h_BTD, targets_BT, head, HeadConfig())[0].sum())(
+        head_DV
+    )
     # Each device rounds the products of its own tokens to bfloat16.
     np.testing.assert_allclose(got, want, atol=0.02 * float(jnp.abs(want).max()))
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from srpo_jax.data.batching import Encoded
 from srpo_jax.data.files import JsonlLog
-from srpo_jax.learn.losses import token_logps
+from srpo_jax.learn.head import HeadConfig, token_logps
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.structs import Batch, Params
@@ -31,7 +31,7 @@ def conversation_logps(cfg: ModelConfig, params: Params, batch: Batch[jax.Array]
     h_BTD = model.hidden(
         batch.tokens, batch.mrope, batch.segment_ids, batch.vision_src, features, single=True
     )
-    logp_BT, _ = token_logps(h_BTD[:, :-1], batch.tokens[:, 1:], model.head_kernel())
+    logp_BT, _ = token_logps(h_BTD[:, :-1], batch.tokens[:, 1:], model.head_kernel(), HeadConfig())
     return logp_BT
 
 

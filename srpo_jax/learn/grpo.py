@@ -5,6 +5,7 @@ turns the log-probs of one micro-batch into its share of the loss.
 """
 
 import dataclasses
+import functools
 from typing import Generic
 
 import flax.struct
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from srpo_jax.learn import losses, objectives
 from srpo_jax.learn.advantages import AdvantageKind, Credit, advantages, has_signal, of_terms
+from srpo_jax.learn.head import HeadConfig
 from srpo_jax.learn.objectives import KlKind, Level, ObjectiveKind, Samples
 from srpo_jax.rewards.profiles import PAPER, Profile
 from srpo_jax.rewards.terms import (
@@ -61,6 +63,12 @@ class Objective:
         return self.kl_coef != 0
 
     @property
+    def by_token(self) -> bool:
+        """Whether what a token adds to the loss does not depend on others of its sample."""
+        whole_sample = self.tis_cap and self.tis_level == "sequence"
+        return self.objective != "gspo" and not whole_sample
+
+    @property
     def updates(self) -> int:
         """How many updates a rollout is used for."""
         return self.updates_per_rollout * self.epochs
@@ -78,6 +86,13 @@ class GrpoConfig(Objective):
     temperature: float = 1.0
     forbidden_ids: tuple[int, ...] = ()
     length_cap: int | None = None  # completion token limit, for aggregation "constant"
+
+    @property
+    def head(self) -> HeadConfig:
+        """How log-probs are computed."""
+        return HeadConfig(
+            self.logit_chunk, self.temperature, self.forbidden_ids, bool(self.entropy_coef)
+        )
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -114,6 +129,7 @@ class Tokens:
     old_logp: jax.Array | None  # None: the policy that is differentiated
     ref_logp: jax.Array | None
     samples: Samples
+    on_policy: jax.Array | None = None  # bool: here it is the old one, whatever old_logp says
 
 
 def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0) -> Prepared:
@@ -217,9 +233,10 @@ def policy_loss(
     Returns:
         loss [] (over micro-batches, shares add up to the loss), and what ``update_metrics`` reads.
     """
-    old, weight = tokens.old_logp, tokens.weight
-    if old is None:
-        old = jax.lax.stop_gradient(logp)
+    weight, old = tokens.weight, jax.lax.stop_gradient(logp)
+    if tokens.old_logp is not None:
+        here = False if tokens.on_policy is None else tokens.on_policy
+        old = jnp.where(here, old, tokens.old_logp)
     objective, ratio, held_back = _objective(cfg, logp, old, tokens)
     logp_diff = jnp.abs(old - tokens.policy_logp)
     per_token = {"ratio/mean": ratio, "entropy": entropy, "sampler/logp_diff_mean": logp_diff}
@@ -284,10 +301,12 @@ def _objective(
 Aux = dict[str, dict[str, jax.Array]]  # of ``policy_loss``
 
 
-def join_aux(one: Aux, other: Aux) -> Aux:
-    """Of two sets of tokens together."""
-    join = {"parts": jnp.add, "token_sums": jnp.add, "maxima": jnp.maximum}
-    return {kind: jax.tree.map(join[kind], one[kind], other[kind]) for kind in one}
+def combine_aux(aux: Aux) -> Aux:
+    """Of sets of tokens, stacked on a leading axis, together."""
+    combine = {"parts": jnp.sum, "token_sums": jnp.sum, "maxima": jnp.max}
+    return {
+        kind: jax.tree.map(functools.partial(combine[kind], axis=0), x) for kind, x in aux.items()
+    }
 
 
 def no_aux(cfg: GrpoConfig) -> Aux:

@@ -1,4 +1,4 @@
-"""What the jitted steps share: micro-batches, summed gradients, the head by shards, the mesh."""
+"""What the jitted steps share: micro-batches, summed gradients, the mesh."""
 
 import contextlib
 import dataclasses
@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from srpo_jax.learn import losses
 from srpo_jax.learn.optim import Optimizer
 from srpo_jax.learn.state import abstract_state, state_shardings
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
-from srpo_jax.model.layers import BATCH_AXES, shard
-from srpo_jax.model.qwen2_5_vl import Qwen2_5_VL, abstract_params
+from srpo_jax.model.layers import shard
+from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.structs import Batch, Params, TrainState
 
 # --- micro-batches ---------------------------------------------------------------------------
@@ -187,44 +186,3 @@ def rows_layout(mesh: Mesh | None) -> NamedSharding | None:
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
     """The same on every device."""
     return None if mesh is None else sharding.replicated(mesh)
-
-
-# --- the head ---------------------------------------------------------------------------------
-
-
-def token_logps(
-    model: Qwen2_5_VL, h_BTD: jax.Array, targets_BT: jax.Array, *, count: jax.Array, **kwargs
-) -> tuple[jax.Array, jax.Array]:
-    """``losses.token_logps`` under the model's head, each data shard by itself.
-
-    Left to the compiler, the gradient of the head would be summed over all devices once per chunk.
-    Here the head is collected over fsdp once, in the dtype of the products, each shard adds up its
-    own chunks, and one sum over devices follows, of which each takes its own part. The vocabulary
-    stays divided over ``tensor``.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    # Axes of size 1 divide nothing, and the partitioner knows no manual ones beside others.
-    axes = tuple(axis for axis in BATCH_AXES if not mesh.empty and mesh.shape[axis] > 1)
-    if not axes:
-        head_DV = shard(model.head_kernel(), None, "tensor")
-        return losses.token_logps(h_BTD, targets_BT, head_DV, count=count, **kwargs)
-    divided = "fsdp" if "fsdp" in axes and h_BTD.shape[-1] % mesh.shape["fsdp"] == 0 else None
-    head_DV = shard(model.head_kernel(), divided, "tensor")
-
-    # ``count`` is the same on all devices: with a divided vocabulary each chunk is a collective.
-    def local(h, targets, head, count):
-        # "varying" from here on: otherwise the sum over devices moves into the scan again.
-        varying = axes if divided is None else tuple(axis for axis in axes if axis != divided)
-        head = jax.lax.pcast(head, varying, to="varying")
-        cast = head.astype(h.dtype)
-        if divided:
-            head, cast = (jax.lax.all_gather(x, divided, axis=0, tiled=True) for x in (head, cast))
-        return losses.token_logps(h, targets, head, count=count, cast_DV=cast, **kwargs)
-
-    batch = PartitionSpec(axes)
-    return jax.shard_map(
-        local,
-        in_specs=(batch, batch, PartitionSpec(divided), PartitionSpec()),
-        out_specs=(batch, batch),
-        axis_names=set(axes),
-    )(h_BTD, targets_BT, head_DV, count)

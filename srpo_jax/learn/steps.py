@@ -17,6 +17,7 @@ there are. SFT loops over those that hold anything; those of a GRPO update diffe
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -29,6 +30,12 @@ from jax.sharding import Mesh
 
 from srpo_jax.learn import grpo, losses, optim
 from srpo_jax.learn.grpo import GrpoConfig, Prepared, Tokens
+from srpo_jax.learn.head import (
+    HeadConfig,
+    TokenLoss,
+    model_token_logps,
+    model_token_loss,
+)
 from srpo_jax.learn.micro_batches import (
     add_gradient,
     dealt_out,
@@ -42,7 +49,6 @@ from srpo_jax.learn.micro_batches import (
     rows_of,
     state_layout,
     sum_gradients,
-    token_logps,
     used_micro_batches,
     without_vision,
     zero_gradient,
@@ -122,6 +128,11 @@ def make_sft_step(
     """
     shards = 1 if mesh is None else sharding.num_data_shards(mesh)
     layout = state_layout(model_cfg, optimizer, freeze, mesh)
+    cross_entropy = TokenLoss(
+        lambda logp, _, weights: (losses.sft_loss(logp, weights), ()),
+        lambda aux: aux,
+        HeadConfig(cfg.logit_chunk),
+    )
 
     def sft_step(state: TrainState, batch: Batch, features_MND: jax.Array | None):
         _check_features(state.params, features_MND)
@@ -148,8 +159,7 @@ def make_sft_step(
                 jnp.take_along_axis(x, order_BT, axis=1) for x in (targets_BT, weights)
             )
             h_BTD = jnp.take_along_axis(h_BTD, order_BT[..., None], axis=1)
-            logp_BT, _ = token_logps(model, h_BTD, targets_BT, chunk=cfg.logit_chunk, count=count)
-            return losses.sft_loss(logp_BT, weights)
+            return model_token_loss(model, h_BTD, targets_BT, weights, cross_entropy, count)[0]
 
         count = used_micro_batches(batch.valid, shards, cfg.micro_batches)
         grads, loss = sum_gradients(loss_fn, state.params, count, layout)
@@ -188,7 +198,8 @@ def make_logp_step(
     ) -> jax.Array:  # six: a buffer, and what a micro-batch is made of
         data = (without_vision(batch, features_MND), features_MND, rollout)
         own, model = _own_part(data, lanes, cfg), bind(model_cfg, params)
-        logp_MY, _, picked = _lane_logps(model, cfg, own, lanes, lanes.sample >= 0)
+        h_MYD, targets_MY, picked = _lane_states(model, own, lanes, lanes.sample >= 0)
+        logp_MY, _ = model_token_logps(model, h_MYD, targets_MY, cfg.head, picked.count)
         G, R = logp_PGR.shape[1:]
         buffer = logp_PGR.reshape(len(lanes.row), cfg.micro_batches, -1)
         at_MY = jnp.where(picked.wanted_MY, picked.index(R), jnp.iinfo(jnp.int32).max)
@@ -239,6 +250,7 @@ def make_grpo_steps(
     """
     layout = state_layout(model_cfg, optimizer, freeze, mesh)
     trained = abstract_state(model_cfg, optimizer, freeze=freeze).params
+    loss = TokenLoss(functools.partial(grpo.policy_loss, cfg), grpo.combine_aux, cfg.head)
 
     def prepare(experience: Experience, update: jax.Array) -> tuple[Prepared, Total]:
         _check_experience(cfg, experience)
@@ -261,24 +273,30 @@ def make_grpo_steps(
         def loss_fn(params: Params):
             model = bind(model_cfg, {**state.frozen, **params})
             data = (batch, features, rollout)
-            logp, entropy, picked = _lane_logps(model, cfg, data, lanes, wanted_XCT)
+            h_MYD, targets_MY, picked = _lane_states(model, data, lanes, wanted_XCT)
             after_MY = picked.at_MY >= picked.of_samples(of_sample["first_end"])
             adv, later = (picked.of_samples(of_sample[name]) for name in ("adv", "rest_adv"))
+            old_MY, on_policy_MY = _old_logp(rollout, old_logp, carried_P, on_policy_PG, picked)
             tokens = Tokens(
                 adv=jnp.where(after_MY, later, adv) if cfg.credit == "segments" else adv,
                 weight=jnp.where(picked.wanted_MY, picked.of_samples(weight_PG), 0.0),
                 sample_logp=picked.of_tokens(rollout.sample_logp),
                 policy_logp=picked.of_tokens(rollout.policy_logp),
-                old_logp=_old_logp(rollout, old_logp, carried_P, on_policy_PG, picked, logp),
+                old_logp=old_MY,
+                on_policy=on_policy_MY,
                 ref_logp=picked.of_tokens(ref_logp) if cfg.needs_reference else None,
                 samples=Samples(
                     picked.sample_MY, picked.wanted_MY, weight_PG.size // len(lanes.row)
                 ),
             )
-            return grpo.policy_loss(cfg, logp, entropy, tokens)
+            if cfg.by_token:
+                return model_token_loss(model, h_MYD, targets_MY, tokens, loss, picked.count)
+            found = model_token_logps(model, h_MYD, targets_MY, cfg.head, picked.count)
+            return loss.of_tokens(*found, tokens)
 
         (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        return Total(add_gradient(total.grads, grads, layout), grpo.join_aux(total.aux, aux))
+        joined = grpo.combine_aux(jax.tree.map(lambda *x: jnp.stack(x), total.aux, aux))
+        return Total(add_gradient(total.grads, grads, layout), joined)
 
     def apply(state: TrainState, total: Total, ready: Prepared):
         state, metrics = optim.apply_gradients(state, total.grads, optimizer)
@@ -319,6 +337,7 @@ class Picked:
     sample_MY: jax.Array  # which completion of the row
     at_MY: jax.Array  # which of its tokens
     wanted_MY: jax.Array
+    count: jax.Array  # the most wanted ones of any row
 
     def index(self, R: int) -> jax.Array:
         """Where a token stands among its row's completions, R slots each."""
@@ -339,14 +358,14 @@ def _own_part(data: Data, lanes: Lanes, cfg: GrpoConfig) -> Data:
     return rows if lanes.pick is None else dealt_out(*rows, lanes.pick)
 
 
-def _lane_logps(
+def _lane_states(
     model: Qwen2_5_VL,
-    cfg: GrpoConfig,
     data: tuple[Batch, jax.Array | None, Rollout],
     lanes: Lanes,
     wanted_XCT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Picked]:
-    """Log-probs and entropies [M, Y] of one micro-batch's wanted tokens, and which these are.
+    """Of one micro-batch's wanted tokens what predicts them [M, Y, D], themselves, and which they
+    are.
 
     ``data``: its prompts, its image features (None: its images are encoded here), its rollout. The
     head sees the wanted tokens only: they come first, and the rest is left out.
@@ -365,19 +384,10 @@ def _lane_logps(
         jnp.take_along_axis(x, order_MY, axis=1)
         for x in (source_MY, *map(by_row, (lanes.sample, lanes.sample_at, wanted_XCT)))
     )
-    picked = Picked(*parts)
+    picked = Picked(*parts, count)
     h_MYD = take_in_rows(x_XYD.reshape(X * slots, D), source_MY, M)
-    logp_MY, entropy_MY = token_logps(
-        model,
-        model.text.norm(shard(h_MYD, "batch", None, None)),
-        picked.of_tokens(rollout.completions),
-        count=count,
-        temperature=cfg.temperature,
-        forbidden_ids=cfg.forbidden_ids,
-        chunk=cfg.logit_chunk,
-        entropy_grad=bool(cfg.entropy_coef),
-    )
-    return logp_MY, entropy_MY, picked
+    h_MYD = model.text.norm(shard(h_MYD, "batch", None, None))
+    return h_MYD, picked.of_tokens(rollout.completions), picked
 
 
 def _to_owners(
@@ -401,18 +411,17 @@ def _old_logp(
     carried_P: jax.Array | None,
     on_policy_PG: jax.Array,
     picked: Picked,
-    logp_MY: jax.Array,
-) -> jax.Array | None:
-    """[M, Y] log-probs of the policy that sampled; None where that is the one that is updated."""
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """[M, Y] log-probs of the policy that sampled, and where that is the one that is updated; None
+    where it is so everywhere."""
     if old_PGR is None and carried_P is None:
-        return None
+        return None, None
     G = rollout.finished.shape[1]
     old_MY = picked.of_tokens(rollout.policy_logp if old_PGR is None else old_PGR)
     if carried_P is not None:
         carried_MY = picked.of_samples(jnp.repeat(carried_P, G))
         old_MY = jnp.where(carried_MY, picked.of_tokens(rollout.policy_logp), old_MY)
-    on_policy_MY = picked.of_samples(on_policy_PG)
-    return jnp.where(on_policy_MY, jax.lax.stop_gradient(logp_MY), old_MY)
+    return old_MY, picked.of_samples(on_policy_PG)
 
 
 def _by_sample(ready: Prepared) -> dict[str, jax.Array]:

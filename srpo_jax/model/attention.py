@@ -11,11 +11,11 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from srpo_jax.model import cudnn, splash
+from srpo_jax.model import cudnn, decode_kernel, splash
 from srpo_jax.model.layers import local_shape, target_platform
 from srpo_jax.model.masks import (
+    MASKED,
     UNUSED_SEGMENT,
     LaneMask,
     Mask,
@@ -25,8 +25,6 @@ from srpo_jax.model.masks import (
 
 # Logits that one device holds at a time: 256 MiB in float32, whatever the length.
 CHUNK_LOGITS = 2**26
-# Finite, so that a row without any visible key gives a mean and not NaN.
-MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
 def attention(
@@ -133,7 +131,8 @@ def decode_attention(
     """One new token of each slot -> [Z, J, H, E].
 
     ``prompt_kv`` are [Z, C, K, S, E] and serve all samples of a prompt without being repeated;
-    ``own_kv`` are [Z, J, K, W, E], in any order. One float32 softmax over both, in two parts that
+    ``own_kv`` are rings [Z, J, K, R, E], of which the first W columns are read,
+    in any order. One float32 softmax over both, in two parts that
     are joined by their maxima and sums, so that no array holds the scores of both.
 
     Heads stand before positions, as the batched products want them: in the other order XLA
@@ -161,15 +160,19 @@ def _take(x_ZX: jax.Array, index_Z: jax.Array) -> jax.Array:
 
 
 def _part(
-    q_ZCKME: jax.Array, kv_ZCKSE: tuple[jax.Array, jax.Array], visible_ZCS: jax.Array
+    q_ZCKME: jax.Array, kv_ZCKRE: tuple[jax.Array, jax.Array], visible_ZCS: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A part of a softmax: float32 weighted values, not yet divided, with their maxima and sums."""
+    """A part of a softmax, over the first keys, as many as ``visible_ZCS`` tells of: float32
+    weighted values, not yet divided, with their maxima and sums."""
+    if target_platform() in ("gpu", "cuda") and decode_kernel.refusal(q_ZCKME) is None:
+        return decode_kernel.part(q_ZCKME, kv_ZCKRE, visible_ZCS)
+    keys, values = (x[..., : visible_ZCS.shape[-1], :] for x in kv_ZCKRE)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = product("zckme,zckse->zckms", q_ZCKME, kv_ZCKSE[0]) * q_ZCKME.shape[-1] ** -0.5
+    logits = product("zckme,zckse->zckms", q_ZCKME, keys) * q_ZCKME.shape[-1] ** -0.5
     logits = jnp.where(visible_ZCS[:, :, None, None], logits, MASKED)
     peak = jnp.max(logits, axis=-1)
     weights = jnp.exp(logits - peak[..., None])
-    out = product("zckms,zckse->zckme", weights.astype(q_ZCKME.dtype), kv_ZCKSE[1])
+    out = product("zckms,zckse->zckme", weights.astype(q_ZCKME.dtype), values)
     return out, peak, jnp.sum(weights, axis=-1)
 
 

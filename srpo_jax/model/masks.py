@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 UNUSED_SEGMENT = np.iinfo(np.int32).min  # of what a kernel's padding adds; no caller uses it
+# A logit: finite, so that a row without any visible key gives a mean and not NaN.
+MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)

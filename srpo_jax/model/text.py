@@ -154,7 +154,6 @@ class TextModel(nnx.Module):
         arrays would be copied before every product.
         """
         Z, J, _ = x_ZJD.shape
-        W = sight.own_ZJW.shape[-1]
         rope = self.rope(jnp.broadcast_to(positions_ZJ[:, None, :], (Z, 3, J)))
 
         def write(ring_ZJKRE: jax.Array, new_ZJKE: jax.Array) -> jax.Array:
@@ -165,7 +164,6 @@ class TextModel(nnx.Module):
         for layer, prompt_kv, (keys, values) in zip(self.layers, prompt_caches, rings, strict=True):
             q, k, v = layer.qkv(x, rope)
             ring = (write(keys, k), write(values, v))
-            own_kv = (ring[0][..., :W, :], ring[1][..., :W, :])
-            x = layer.finish(x, decode_attention(q, prompt_kv, own_kv, sight))
+            x = layer.finish(x, decode_attention(q, prompt_kv, ring, sight))
             written.append(ring)
         return x, tuple(written)

@@ -15,13 +15,20 @@ from tools.bench.workload import Workload
 # Peer -> the phases of ours that it does too.
 PEERS = {"hf": ("decode", "logprobs", "update"), "trl": ("step",)}
 PROGRAM = Path(__file__).with_name("peer_process.py")
+ENOUGH = 60.0  # seconds, after which no further pair is begun
 Turn = Callable[[str], float]  # lets the peer do a phase once -> its seconds
 
 
 def compare(ours: Callable[[], Any], peer: Turn, phase: str, repeats: int) -> dict[str, Any]:
-    """Seconds of both, run in turn after a warm-up of the peer, and their ratio pair by pair."""
-    peer(phase)
-    pairs = [(stopwatch(ours), peer(phase)) for _ in range(repeats)]
+    """Seconds of both, run in turn after a warm-up of each, and their ratio pair by pair.
+
+    Where the peer is slow, there are fewer pairs than ``repeats``.
+    """
+    stopwatch(ours)
+    spent, pairs = peer(phase), []
+    while len(pairs) < repeats and not (pairs and spent > ENOUGH):
+        pairs.append((stopwatch(ours), peer(phase)))
+        spent += sum(pairs[-1])
     ratios = [theirs / mine for mine, theirs in pairs]
     return {
         "seconds": [mine for mine, _ in pairs],
@@ -31,11 +38,11 @@ def compare(ours: Callable[[], Any], peer: Turn, phase: str, repeats: int) -> di
     }
 
 
-def line(peer: str, found: dict[str, Any]) -> str:
+def line(label: str, peer: str, found: dict[str, Any]) -> str:
     """What `compare` found, pair by pair."""
     pairs = zip(found["seconds"], found["peer_seconds"], found["ratios"], strict=True)
     text = ", ".join(f"{a:.2f} | {b:.2f} s = {r:.2f}x" for a, b, r in pairs)
-    return f"  ours | {peer}: {text}; median {found['ratio']:.2f}x"
+    return f"{label}, ours | {peer}: {text}; median {found['ratio']:.2f}x"
 
 
 @contextlib.contextmanager

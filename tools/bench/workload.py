@@ -220,8 +220,9 @@ def workload(args: argparse.Namespace, folder: Path, prompts: int) -> Workload:
             f"{prompts} prompts are no multiple of data shards x --prompts_per_row = "
             f"{shards} x {per_row}"
         )
+    param_dtype = args.param_dtype or dtype
     return Workload(
-        model=load_config(folder, dtype=dtype, param_dtype=args.param_dtype or dtype),
+        model=load_config(folder, dtype=dtype, param_dtype=param_dtype, remat=args.remat),
         mesh=mesh,
         folder=folder,
         has_weights=bool(args.hf_dir),
