@@ -117,17 +117,23 @@ def test_programs_compiled_after_warm_up_are_counted():
 
 
 def test_a_peer_runs_in_turn_with_ours_and_is_compared_pair_by_pair(monkeypatch):
-    turns, ours, theirs = [], iter([1.0, 2.0, 4.0]), iter([9.0, 3.0, 3.0, 4.0])
+    turns, ours, theirs = [], iter([5.0, 1.0, 2.0, 4.0]), iter([9.0, 3.0, 3.0, 4.0])
     monkeypatch.setattr(peers, "stopwatch", lambda run: turns.append("ours") or next(ours))
     peer = lambda phase: turns.append(phase) or next(theirs)  # noqa: E731
     found = peers.compare(lambda: None, peer, "update", 3)
-    assert turns == ["update", *["ours", "update"] * 3]
+    assert turns == ["ours", "update"] * 4  # the first turn of each warms up
     assert found["ratios"] == [3.0, 1.5, 1.0] and found["ratio"] == 1.5
-    line = peers.line("hf", found)
+    line = peers.line("update", "hf", found)
     assert line == (
-        "  ours | hf: 1.00 | 3.00 s = 3.00x, 2.00 | 3.00 s = 1.50x, 4.00 | 4.00 s = 1.00x; "
+        "update, ours | hf: 1.00 | 3.00 s = 3.00x, 2.00 | 3.00 s = 1.50x, 4.00 | 4.00 s = 1.00x; "
         "median 1.50x"
     )
+
+
+def test_a_slow_peer_is_asked_less_often(monkeypatch):
+    monkeypatch.setattr(peers, "stopwatch", lambda run: 1.0)
+    found = peers.compare(lambda: None, lambda phase: 25.0, "decode", 9)
+    assert found["ratios"] == [25.0, 25.0]  # 25, 51, 77 seconds spent; 60 are enough
 
 
 def test_a_peer_gets_the_same_work_and_its_failure_is_its_last_line(tmp_path, monkeypatch):

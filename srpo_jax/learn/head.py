@@ -149,7 +149,7 @@ def _run_chunks(
     cast_DV: jax.Array,
     count: jax.Array,
     *,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     with_gradient: bool,
 ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, jax.Array] | None]:
     """(loss, aux), and the gradients by hidden states and head, where they are asked for.
@@ -174,7 +174,8 @@ def _run_chunks(
             lambda *x: loss.of_tokens(*x, tokens), logp, entropy, has_aux=True
         )
         if grads is not None:
-            slopes = (*back(jnp.ones_like(more)), entropy)
+            dlogp, dentropy = back(jnp.ones_like(more))
+            slopes = (dlogp, dentropy, entropy)
             dlogits = _logit_gradient(slopes, logp_BCV, targets_BC, loss.head).astype(h_BCD.dtype)
             product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
             dh_BCD = product("bcv,dv->bcd", dlogits, cast_DV).astype(h_BCD.dtype)

@@ -380,11 +380,11 @@ def _lane_states(
     first_slot_X1 = (jnp.arange(X) % (X // M) * slots)[:, None]
     source_MY = by_row(predicting_slots(lanes, P // M, G) + first_slot_X1)
     order_MY, count = losses.weighted_first(by_row(wanted_XCT))
-    source_MY, *parts = (
+    source_MY, sample_MY, at_MY, wanted_MY = (
         jnp.take_along_axis(x, order_MY, axis=1)
         for x in (source_MY, *map(by_row, (lanes.sample, lanes.sample_at, wanted_XCT)))
     )
-    picked = Picked(*parts, count)
+    picked = Picked(sample_MY, at_MY, wanted_MY, count)
     h_MYD = take_in_rows(x_XYD.reshape(X * slots, D), source_MY, M)
     h_MYD = model.text.norm(shard(h_MYD, "batch", None, None))
     return h_MYD, picked.of_tokens(rollout.completions), picked

@@ -46,9 +46,9 @@ SMOKE = dict(
 )  # fmt: skip
 # 8 minutes at most on one GPU of 80 GB, compilation included.
 GPU = dict(
-    size="3b", dtype="bfloat16", remat="dots", prompts=8, group_size=8, prompt_tokens=1024, max_new_tokens=512,
-    image="36x36", lengths="lognormal:220,0.6", decode_prompts=[8, 32], repeats=3, peer="hf",
-    minutes=7.0, only=[*PHASES],
+    size="3b", dtype="bfloat16", remat="dots", prompts=8, group_size=8, prompt_tokens=1024,
+    max_new_tokens=512, image="36x36", lengths="lognormal:220,0.6", decode_prompts=[8, 32],
+    repeats=3, peer="hf", minutes=7.0, only=[*PHASES],
 )  # fmt: skip
 REASON_LENGTH = 300  # characters; running out of memory is told in pages
 

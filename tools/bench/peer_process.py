@@ -195,7 +195,7 @@ def transformers_peer(folder: Path, task: Task) -> None:
 
 
 def trl_peer(folder: Path, task: Task) -> None:
-    """One step of GRPOTrainer a turn."""
+    """One step of GRPOTrainer a turn; on a GPU a group at a time, as `Transformers` works."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
@@ -219,9 +219,12 @@ def trl_peer(folder: Path, task: Task) -> None:
         text = messages[0]["content"][-1]["text"]
         row: dict[str, Any] = {"prompt": [{"role": "user", "content": text}]}
         rows.append(row | ({"image": own[0]} if own else {}))
+    accumulated = len(rows) if ON_GPU else 1
     config = GRPOConfig(
         output_dir=str(folder / "out"),
-        per_device_train_batch_size=len(task["lengths"]),
+        # All at once where that fits; on a GPU their logits would not.
+        per_device_train_batch_size=len(task["lengths"]) // accumulated,
+        gradient_accumulation_steps=accumulated,
         num_generations=task["group_size"],
         max_completion_length=task["max_new_tokens"],
         max_steps=TURNS,
