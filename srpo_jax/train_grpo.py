@@ -228,9 +228,8 @@ class Stage:
                 graded = self.generator.grade(sampled)
             with timers("logp"):
                 jax.block_until_ready(logps)
-            weight = informative(
-                graded.verdict, self.settings.filter.low, self.settings.filter.high
-            )
+            groups = self.settings.filter
+            weight = informative(graded.verdict, groups.low, groups.high, groups.on)
             verdict, weight_P = sharding.to_global((graded.verdict, weight), parts.mesh)
             experience = self.experience(sampled, verdict, logps, weight_P)
             scores = self.score_step(verdict, sampled.rollout, sampled.batch.valid)
