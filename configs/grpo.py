@@ -94,6 +94,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     optim.max_skipped = 5  # updates in a row that are not finite, which end the run
     config.freeze = ("vision/",)  # tower and merger (P 4.1; R: freeze_prefix visual)
 
+    config.preflight = True  # look at answers, reward and sampler before it costs hours
+
     config.rollouts = rollouts = ConfigDict()
     rollouts.every = 1  # steps between files of completions; 0: none
 

@@ -49,6 +49,7 @@ from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
 from srpo_jax.run.metrics import merge_metrics
 from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.pool import Pool, informative
+from srpo_jax.run.preflight import before_training, check_sampler
 from srpo_jax.run.reference import adapted_kl_coef, load_reference, renew_reference
 from srpo_jax.run.resume import allows
 from srpo_jax.run.rollout import (
@@ -91,6 +92,8 @@ def train(
         cfg = grpo_config(settings, parts.shards, parts.forbidden_ids)
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
         loader, _ = open_training(settings, parts, encode, check=gold_problem)
+        if settings.preflight:
+            before_training(settings, cfg, loader.source, parts.processor.tokenizer)
         pool = Pool(encode, parts.processor, settings.data, settings.filter.max_age)
         evaluator = None
         if settings.eval.file:
@@ -149,6 +152,7 @@ class Stage:
         self.settings, self.parts, self.cfg = settings, parts, cfg
         self.loader, self.pool, self.reference = Ahead(loader), pool, reference
         self.kl_coef = cfg.kl_coef  # the present one
+        self.check_first_update = settings.preflight
         self.trains_vision = trains_vision(parts.shapes, settings.freeze)
         # [P] of this process: the update that each place belongs to; -1: filler.
         layout = batch_layout(settings, parts.shards)
@@ -194,6 +198,9 @@ class Stage:
                 self.loader.draw()
         with timers("update"):
             updates = jax.device_get(updates)
+        if self.check_first_update and updates:
+            self.check_first_update = False
+            processes.say(f"preflight: {check_sampler(updates[0], self.parts.model.dtype)}")
         metrics = self.metrics(lesson, updates, packed)
         self.follow(state, step + 1, metrics)
         return Done(state, metrics, *self.work(lesson, learned_PG), len(updates))

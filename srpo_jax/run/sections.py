@@ -255,6 +255,7 @@ class GrpoSettings(TrainSettings):
     data: RlData
     reward: RewardSettings
     filter: FilterSettings
+    preflight: bool
     grpo: Objective
     rollouts: RolloutSettings
 
