@@ -172,7 +172,7 @@ def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
 
 
 def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference(
-    paths, tmp_path, monkeypatch
+    paths, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
     reads = helpers.Reads(monkeypatch, GrpoSettings)
@@ -192,6 +192,8 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
 
     whole = train_grpo.train(config(), tmp_path / "whole")
     assert whole["finished"] and whole["kl"] > 0 and whole["updates"] == 2
+    looks = [line for line in capsys.readouterr().out.splitlines() if "preflight: " in line]
+    assert len(looks) == 3 and "preflight: sampler and update differ by" in looks[-1]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 3, crash)
         train_grpo.train(config(), tmp_path / "broken")
