@@ -206,7 +206,9 @@ class Stage:
         return Done(state, metrics, *self.work(lesson, learned_PG), len(updates))
 
     def follow(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
-        """The KL's coefficient and reference for the steps after ``step``."""
+        """Log the KL's coefficient of ``step``; it and the reference as they are afterwards."""
+        if self.cfg.needs_reference:
+            metrics["kl_coef"] = self.kl_coef
         if self.cfg.kl_target:
             kl = float(metrics.get("kl", math.nan))  # none where nothing was updated
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, self.cfg.kl_target)
@@ -389,7 +391,6 @@ class Stage:
         return {
             **samples,
             **{k: v for k, v in learned.items() if k not in sampled_names},
-            **({"kl_coef": self.kl_coef} if self.cfg.needs_reference else {}),
             "updates": len(updates),
             **{name: value for name, value in total.items() if "/" in name},
             "filter/kept_share": total["kept"] / max(total["valid"], 1),
