@@ -4,18 +4,31 @@ r"""SRPO stage 2: GRPO with the reflection reward.
         --config.hf_dir=Qwen2.5-VL-7B-Instruct --config.init_from=runs/sft \
         --config.data.train=rl.jsonl --config.eval.file=held_out.jsonl
 
-Arguments: size = 3b, 7b, 32b, 72b, tiny; mode = full, debug. The defaults are the paper's recipe
-(sources in comments as in common.py): 500 steps of 128 prompts x 8 samples.
+Arguments: size = 3b, 7b, 32b, 72b, tiny; mode = full, debug; recipe = paper, authors. The defaults
+are the paper's recipe (sources in comments as in common.py): 500 steps of 128 prompts x 8 samples.
+With recipe=authors a value of the authors' code stands where the paper has another (AUTHORS).
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
+# What the authors' OpenRLHF scripts and reward file do otherwise than the paper says.
+AUTHORS = {
+    "steps": 876,  # num_episodes 3 of 37,390 prompts (their evaluation reads step 550)
+    "reward.profile": "openrlhf",  # pays most for a wrong first answer made right; no I_ref
+    "filter.on": "composite",
+    "filter.resample": True,
+    "filter.max_age": 0,  # surplus groups are thrown away
+    "grpo.adv_eps": 1e-9,
+}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
-    args = common.parse_arg(arg, size=("7b", *common.SIZES), mode=common.MODES)
+    args = common.parse_arg(
+        arg, size=("7b", *common.SIZES), mode=common.MODES, recipe=("paper", "authors")
+    )
     config = common.base(args.size)
     common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760 (R: train_ppo_ray.py)
     common.add_training(config)
@@ -56,8 +69,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     reward.overlong_buffer = 0  # sampling.max_new_tokens; 0: none
 
     config.filter = groups = ConfigDict()
-    groups.low = 0.1  # groups whose mean correctness of the final answer lies outside
-    groups.high = 0.9  # [low, high] get weight 0 (P 4.1; R takes the composite accuracy)
+    # Groups whose mean correctness lies outside [low, high] get weight 0 (P 4.1): that of the
+    # "final" answer, the "first", "either" (one lies inside), or R's "composite" of both.
+    groups.on = "final"
+    groups.low = 0.1
+    groups.high = 0.9
     groups.resample = False  # True: sample on until the batch is full of groups inside (R)
     groups.max_rounds = 4  # of sampling in one step
     groups.max_age = 1  # steps that a group sampled beyond the batch may wait; 0: none waits
@@ -78,9 +94,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     optim.max_skipped = 5  # updates in a row that are not finite, which end the run
     config.freeze = ("vision/",)  # tower and merger (P 4.1; R: freeze_prefix visual)
 
+    config.preflight = True  # look at answers, reward and sampler before it costs hours
+
     config.rollouts = rollouts = ConfigDict()
     rollouts.every = 1  # steps between files of completions; 0: none
 
+    if args.recipe == "authors":
+        config.update_from_flattened_dict(AUTHORS)
     if args.mode == "debug":
         common.shrink(config)
         sampling.group_size = 2
@@ -109,6 +129,8 @@ def objective() -> ConfigDict:
     update.kl_coef = 0.0  # R: init_kl_coef 0; P has a coefficient but no number
     update.kl_kind = "k3"  # P B.3; or "k1", "k2", "k3+" (its value, the gradient of k2)
     update.kl_in_reward = False  # True: taken off each sample's reward instead
+    update.kl_target = 0.0  # nats a token that kl_coef in the reward is adapted to; 0: it stays
+    update.ref_every = 0  # steps after which the policy becomes the reference; 0: never
     update.entropy_coef = 0.0
     update.aggregation = "sequence"  # mean over tokens, then over sequences (R)
     update.mask_truncated = False

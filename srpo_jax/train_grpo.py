@@ -19,6 +19,7 @@ goes on from there, bit for bit.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 
 from srpo_jax.data.batching import Layout
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.files import absolute, write_jsonl
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.loader import Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
@@ -43,12 +44,13 @@ from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
-from srpo_jax.run.checkpoint import FOLDER, own_buffers, save_params
 from srpo_jax.run.command import main
 from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
 from srpo_jax.run.metrics import merge_metrics
-from srpo_jax.run.parts import Parts, load_weights, start
+from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.pool import Pool, informative
+from srpo_jax.run.preflight import before_training, check_sampler
+from srpo_jax.run.reference import adapted_kl_coef, load_reference, renew_reference
 from srpo_jax.run.resume import allows
 from srpo_jax.run.rollout import (
     Generator,
@@ -90,6 +92,8 @@ def train(
         cfg = grpo_config(settings, parts.shards, parts.forbidden_ids)
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
         loader, _ = open_training(settings, parts, encode, check=gold_problem)
+        if settings.preflight:
+            before_training(settings, cfg, loader.source, parts.processor.tokenizer)
         pool = Pool(encode, parts.processor, settings.data, settings.filter.max_age)
         evaluator = None
         if settings.eval.file:
@@ -104,6 +108,7 @@ def train(
             pool.load(run.host, run.arrays)
         reference = load_reference(settings, parts, run) if cfg.needs_reference else None
         stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference)
+        stage.kl_coef = run.host.get("kl_coef", cfg.kl_coef)
         return run.run(stage.step, stage.host_state, evaluator)
 
 
@@ -118,23 +123,6 @@ def truncation_note(settings: GrpoSettings) -> str | None:
         f"note: {used} draws from a part of the distribution that the update takes for the whole: "
         "its gradient is biased; set --config.grpo.tis_cap=2.0 to weigh samples, or switch it off"
     )
-
-
-def load_reference(settings: GrpoSettings, parts: Parts, run: Session) -> Params:
-    """The trained part of the initial weights, in the dtype that log-probs are computed in.
-
-    Of a run's step the folder keeps a copy: the step may be deleted while that run goes on.
-    """
-    dtype, kept = settings.model.dtype, settings.workdir / "reference"
-    if run.step:
-        source = str(kept) if kept.exists() else run.origin
-        params, _ = load_weights(settings, parts, dtype, source)
-        return {path: params[path] for path in run.state.params}
-    reference = own_buffers({path: x.astype(dtype) for path, x in run.state.params.items()})
-    if absolute(run.origin).parent.name == FOLDER:
-        frozen = {path: x.astype(dtype) for path, x in run.state.frozen.items()}
-        save_params(kept, reference | frozen, {"config": settings.plain, "origin": run.origin})
-    return reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +151,8 @@ class Stage:
     ):
         self.settings, self.parts, self.cfg = settings, parts, cfg
         self.loader, self.pool, self.reference = Ahead(loader), pool, reference
+        self.kl_coef = cfg.kl_coef  # the present one
+        self.check_first_update = settings.preflight
         self.trains_vision = trains_vision(parts.shapes, settings.freeze)
         # [P] of this process: the update that each place belongs to; -1: filler.
         layout = batch_layout(settings, parts.shards)
@@ -182,9 +172,9 @@ class Stage:
         )
 
     def host_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What the checkpoint keeps of this process: place in the data, pending groups."""
+        """What the checkpoint keeps of this process: place in the data, pending groups, kl_coef."""
         values, arrays = self.pool.state()
-        return values | {"data": self.loader.get_state()}, arrays
+        return values | {"data": self.loader.get_state(), "kl_coef": self.kl_coef}, arrays
 
     # --- a step ---
 
@@ -208,8 +198,24 @@ class Stage:
                 self.loader.draw()
         with timers("update"):
             updates = jax.device_get(updates)
+        if self.check_first_update and updates:
+            self.check_first_update = False
+            processes.say(f"preflight: {check_sampler(updates[0], self.parts.model.dtype)}")
         metrics = self.metrics(lesson, updates, packed)
+        self.follow(state, step + 1, metrics)
         return Done(state, metrics, *self.work(lesson, learned_PG), len(updates))
+
+    def follow(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
+        """Log the KL's coefficient of ``step``; it and the reference as they are afterwards."""
+        if self.cfg.needs_reference:
+            metrics["kl_coef"] = self.kl_coef
+        if self.cfg.kl_target:
+            kl = float(metrics.get("kl", math.nan))  # none where nothing was updated
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, self.cfg.kl_target)
+        if self.cfg.ref_every and step % self.cfg.ref_every == 0:
+            self.reference = None  # two need not be held at a time
+            with self.parts.timers.outside():
+                self.reference = renew_reference(self.settings, state, step)
 
     def sample_round(self, state: TrainState, step: int, *, with_logps: bool) -> Round:
         """The next batch of prompts: completions, verdicts and, on the way, log-probs."""
@@ -231,9 +237,8 @@ class Stage:
                 graded = self.generator.grade(sampled)
             with timers("logp"):
                 jax.block_until_ready(logps)
-            weight = informative(
-                graded.verdict, self.settings.filter.low, self.settings.filter.high
-            )
+            groups = self.settings.filter
+            weight = informative(graded.verdict, groups.low, groups.high, groups.on)
             verdict, weight_P = sharding.to_global((graded.verdict, weight), parts.mesh)
             experience = self.experience(sampled, verdict, logps, weight_P)
             scores = self.score_step(verdict, sampled.rollout, sampled.batch.valid)
@@ -245,7 +250,12 @@ class Stage:
         """Global arrays put together."""
         features = self.features_for(sampled)
         parts = (sampled.batch, sampled.rollout, verdict, features, *logps)
-        return Experience(*parts, update=self.update_on_mesh, weight=weight_P)
+        kl_coef_P = None
+        if self.cfg.kl_target:
+            coef_P = np.full(len(self.update_P), self.kl_coef, np.float32)
+            kl_coef_P = sharding.to_global(coef_P, self.parts.mesh)
+        held = {"update": self.update_on_mesh, "weight": weight_P, "kl_coef": kl_coef_P}
+        return Experience(*parts, **held)
 
     def logps(self, state: TrainState, sampled: Sampled, *, old: bool) -> Logps:
         """Log-probs [P, G, R] under the policy before the update and under the reference.

@@ -23,6 +23,7 @@ from srpo_jax.learn.optim import OptimConfig, make_optimizer
 from srpo_jax.model.sizes import SIZES, size_config
 from srpo_jax.run.budgets import check_images, largest_image, prompt_budgets
 from srpo_jax.run.command import check_arguments, one_word_each
+from srpo_jax.run.resume import flat_config
 from srpo_jax.run.sections import GrpoSettings
 from srpo_jax.run.settings import (
     batch_layout,
@@ -126,6 +127,17 @@ def test_the_default_is_the_full_7b_recipe():
     stage1 = sft.get_config()
     assert (stage1.optim.lr, stage1.optim.warmup_ratio, stage1.epochs) == (1e-5, 0.1, 1)
     assert stage1.data.global_batch_size == 16 and stage1.data.tokens == 4096
+
+
+def test_the_authors_recipe_is_the_papers_but_for_what_their_code_does_otherwise():
+    paper, authors = (grpo.get_config(f"size=7b,recipe={name}") for name in ("paper", "authors"))
+    assert paper == grpo.get_config()
+    old, new = (flat_config(config.to_dict()) for config in (paper, authors))
+    assert {key: new[key] for key in new if old[key] != new[key]} == grpo.AUTHORS
+    settings = grpo_settings(authors)
+    assert settings.reward.profile.name == "openrlhf" and settings.filter.on == "composite"
+    debug = grpo_settings(grpo.get_config("size=7b,mode=debug,recipe=authors"))
+    assert debug.steps == 2 and debug.filter.low == 0.0
 
 
 @pytest.mark.parametrize(
@@ -241,12 +253,15 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
         ({"optim.max_skipped": 0}, "^optim.max_skipped=0: must be at least 1"),
         ({"grpo.clip_high": 0.0}, "^grpo.clip_high=0.0: must be above 0"),
         ({"grpo.dual_clip": 0.5}, "^grpo.dual_clip=0.5: must be above 1, or 0"),
+        ({"grpo.ref_every": 9}, "^grpo.ref_every=9: there is no KL; set kl_coef above 0"),
+        ({"grpo.kl_target": 0.1, "grpo.kl_coef": 0.1}, "^grpo.kl_target=0.1: .* kl_in_reward=True"),
         ({"filter.max_age": -1}, "^filter.max_age=-1: must not be negative"),
         ({"filter.low": 0.9, "filter.high": 0.1}, "^filter.low=0.9 and filter.high=0.1: no group"),
         (
             {"filter.low": 0.9, "filter.high": 0.95},
             "no number of right samples of .*=8 has a share",
         ),
+        ({"filter.on": "last"}, "^filter.on=last: choose one of final, first, either, composite"),
         ({"filter.high": 1.5}, "^filter.high=1.5: must lie between 0 and 1"),
         ({"data.patch_budgets": (1024, "a")}, r"^data.patch_budgets=\(1024, 'a'\): must be whole"),
         ({"freeze": ("vision/", 3)}, "^freeze=.*: must be texts"),

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from srpo_jax.model.sharding import make_mesh
 from srpo_jax.run import host_state, processes
 from srpo_jax.run.feed import prompt_keys
 from srpo_jax.run.pool import Group, Pool, informative, moves
+from srpo_jax.run.sections import FilterOn
 from srpo_jax.structs import Rollout, Verdict
 from srpo_jax.train_grpo import Lesson, Stage
 
@@ -49,6 +51,24 @@ def test_groups_outside_of_the_band_of_final_correctness_get_weight_0():
     assert informative(verdict(FINAL), 0.3, 0.7).tolist() == [0, 0, 0, 0, 1]
     assert informative(verdict(FINAL), 0.25, 1.0).tolist() == [1, 0, 1, 1, 1]  # bounds included
     assert informative(verdict(FINAL), 0.0, 1.0).tolist() == [1] * 5
+
+
+def test_the_band_may_be_that_of_first_answers_of_either_or_of_the_authors_composite():
+    yes, no = np.ones(8, bool), np.zeros(8, bool)
+    one, five = np.arange(8) < 1, np.arange(8) < 5
+    # (first, final) of groups of 8.
+    groups = ((yes, yes), (no, yes), (~five, yes), (one, one), (no, one), (one, no), (no, no))
+    first, final = (np.stack(column) for column in zip(*groups, strict=True))
+    both = np.ones_like(first)
+    graded = verdict(final).replace(first_correct=first, has_first=both, has_second=both)
+    found = {on: informative(graded, 0.1, 0.9, on).tolist() for on in get_args(FilterOn)}
+    assert found == {
+        "final": [0, 0, 0, 1, 1, 0, 0],
+        "first": [0, 0, 1, 1, 0, 1, 0],
+        "either": [0, 0, 1, 1, 1, 1, 0],
+        # Means .75, 1, .906, .094, .125, .031, 0.
+        "composite": [1, 0, 0, 0, 1, 0, 0],
+    }
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,18 @@ def test_prepare_masks_truncated_samples_but_keeps_them_in_the_baseline():
     np.testing.assert_array_equal(plain.adv_PG, masked.adv_PG)
 
 
+def test_the_kl_in_the_reward_is_taken_off_with_the_present_coefficient():
+    mask = _rollout().completion_mask
+    ref = jnp.where(mask, -1.0 - 0.1 * jnp.arange(P * G).reshape(P, G, 1), 7.0)
+    cfg = GrpoConfig(kl_coef=0.5, kl_in_reward=True, advantage="centred")
+    plain = grpo.prepare(dataclasses.replace(cfg, kl_coef=0.0), _experience(ref_logp=ref))
+    kl = np.array([[0.0, 0.1], [0.2, 0.3]]) * mask.sum(-1)  # k1 of each sample
+    for coef, given in ((0.5, None), (np.array([[0.25], [2.0]]), jnp.array([0.25, 2.0]))):
+        got = grpo.prepare(cfg, _experience(ref_logp=ref, kl_coef=given)).adv_PG
+        penalty = -coef * (kl - kl.mean(1, keepdims=True))
+        np.testing.assert_allclose(got, plain.adv_PG + penalty, atol=1e-6)
+
+
 def test_the_policy_itself_is_the_old_one_in_the_first_update_but_for_carried_groups():
     carried = jnp.array([False, True])
     first = grpo.prepare(GrpoConfig(), _experience(carried=carried))

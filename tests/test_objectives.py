@@ -190,3 +190,36 @@ def test_importance_weights_of_whole_samples_are_products():
     np.testing.assert_allclose(
         got, [[4.0, 3.0, 4.0, 4.0, 3.0], [1.0, 1.0, 5.0, 5.0, 5.0]], rtol=1e-5
     )
+
+
+# --- gradients -------------------------------------------------------------------------------
+
+OLD = np.random.default_rng(0).uniform(-3.0, -0.2, X.shape)
+NOW = OLD + np.random.default_rng(1).normal(0, 0.5, X.shape)  # beyond every bound, somewhere
+ADV = np.random.default_rng(2).normal(size=X.shape)
+# Name -> loss of each token by (log-probs, the ones that constants are worked out at).
+DIFFERENTIATED = {
+    "clip": lambda x, _: clipped_loss(ratio_of(x, OLD), ADV, clip_high=0.3, dual_clip=1.5)[0],
+    "gspo": lambda x, _: clipped_loss(sequence_ratio(x, OLD, SAMPLES), ADV, clip_high=0.1)[0],
+    "cispo": lambda x, at: cispo_loss(ratio_of(at, OLD), x, ADV, 0.3)[0],
+    "sapo": lambda x, _: sapo_loss(ratio_of(x, OLD), ADV),
+    "k1": lambda x, _: kl_estimate(x, OLD, "k1"),
+    "k2": lambda x, _: kl_estimate(x, OLD, "k2"),
+    "k3": lambda x, _: kl_estimate(x, OLD, "k3"),
+    "tis": lambda x, at: importance_weight(at, OLD, cap=1.5, samples=SAMPLES) * x,
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_gradients_are_those_of_finite_differences_in_float64(name):
+    loss, eps = DIFFERENTIATED[name], 1e-6
+    with jax.enable_x64(True):
+        total = jax.jit(lambda x, at: jnp.sum(jnp.asarray(loss(x, at)) * (1 + SAMPLES.of_token)))
+        got = jax.grad(lambda x: total(x, x))(NOW)
+        want = np.zeros_like(NOW)
+        for at in np.ndindex(NOW.shape):
+            step = np.zeros_like(NOW)
+            step[at] = eps
+            want[at] = (total(NOW + step, NOW) - total(NOW - step, NOW)) / (2 * eps)
+        assert got.dtype == np.float64 and np.abs(want).max() > 0.1
+        np.testing.assert_allclose(got, want, atol=1e-8)

@@ -20,16 +20,18 @@ from etils import epath
 
 from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.data.encoders import SftEncoder
+from srpo_jax.learn.grpo import Objective
 from srpo_jax.learn.optim import make_optimizer
 from srpo_jax.learn.state import init_state, merge_params
 from srpo_jax.learn.steps import make_sft_step
 from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import load_config
 from srpo_jax.rewards.profiles import PAPER
-from srpo_jax.run import checkpoint, rollout, session
+from srpo_jax.run import checkpoint, reference, rollout, session
 from srpo_jax.run.feed import open_training
 from srpo_jax.run.metrics import read_rows, to_plain
 from srpo_jax.run.parts import load_weights, start
+from srpo_jax.run.reference import adapted_kl_coef, load_reference, renew_reference
 from srpo_jax.run.sections import EvaluateSettings, GrpoSettings, SftSettings
 from srpo_jax.run.settings import fit_rows, sft_config, sft_settings
 from srpo_jax.structs import RunError
@@ -170,7 +172,7 @@ def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
 
 
 def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference(
-    paths, tmp_path, monkeypatch
+    paths, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
     reads = helpers.Reads(monkeypatch, GrpoSettings)
@@ -179,7 +181,8 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         one = helpers.grpo_config(paths, steps=4, **MESH)
         one.compilation_cache_dir = paths["cache"]
         one.optim.lr = 1e-2
-        one.grpo.kl_coef = 0.1
+        one.grpo.kl_coef, one.grpo.kl_in_reward = 0.1, True
+        one.grpo.kl_target, one.grpo.ref_every = 0.02, 3
         one.grpo.updates_per_rollout = 2
         one.sampling.group_size = 3
         one.filter.resample = True
@@ -189,6 +192,8 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
 
     whole = train_grpo.train(config(), tmp_path / "whole")
     assert whole["finished"] and whole["kl"] > 0 and whole["updates"] == 2
+    looks = [line for line in capsys.readouterr().out.splitlines() if "preflight: " in line]
+    assert len(looks) == 3 and "preflight: sampler and update differ by" in looks[-1]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 3, crash)
         train_grpo.train(config(), tmp_path / "broken")
@@ -203,12 +208,14 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     assert reads.unread(last) == unread | {"grpo.tis_floor", "grpo.tis_level"}
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
-    names = ("loss", "kl", "reward/mean", "filter/pending_groups", "filter/rounds")
+    coefficients = [row[1] for row in numbers(tmp_path / "whole", ("kl_coef",))]
+    assert coefficients[0] == 0.1 and len(set(coefficients)) == 4
+    names = ("loss", "kl", "kl_coef", "reward/mean", "filter/pending_groups", "filter/rounds")
     names += ("filter/age_mean", "filter/age_max", "filter/dropped_groups", "trained_tokens")
     rows = numbers(tmp_path / "whole", names)
     assert rows == numbers(tmp_path / "broken", names)
-    assert any(row[4] > 0 for row in rows[:3])  # groups did wait in the checkpoints
-    assert max(row[7] for row in rows) == 1 and all(row[8] == 0 for row in rows)
+    assert any(row[5] > 0 for row in rows[:3])  # groups did wait in the checkpoints
+    assert max(row[8] for row in rows) == 1 and all(row[9] == 0 for row in rows)
     for file in sorted((tmp_path / "whole" / "rollouts").iterdir()):
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
 
@@ -407,24 +414,49 @@ def test_the_reference_outlives_the_step_that_it_was_read_from(tmp_path, monkeyp
     state = types.SimpleNamespace(params={"a": params["a"]}, frozen={"frozen": params["frozen"]})
     model = types.SimpleNamespace(dtype="bfloat16")
     settings = types.SimpleNamespace(model=model, workdir=epath.Path(tmp_path / "rl"), plain={})
+    settings.grpo = Objective(kl_coef=0.1, ref_every=4)
 
     def load(settings, parts, dtype, source):
         shardings = dict.fromkeys(params, place)
         return checkpoint.load_params(source, shardings, params, dtype), source
 
-    monkeypatch.setattr(train_grpo, "load_weights", load)
+    monkeypatch.setattr(reference, "load_weights", load)
     origin = tmp_path / "sft" / "checkpoints" / "7"  # retention has deleted it
     run = types.SimpleNamespace(step=0, origin=str(origin), state=state)
-    first = train_grpo.load_reference(settings, None, run)
-    run.step = 5
-    again = train_grpo.load_reference(settings, None, run)
+    first = load_reference(settings, None, run)
+    run.step = 3
+    again = load_reference(settings, None, run)
     assert first.keys() == again.keys() == {"a"}
     assert again["a"].dtype == "bfloat16" and jnp.array_equal(first["a"], again["a"])
     assert checkpoint.read_meta(tmp_path / "rl" / "reference")["origin"] == str(origin)
     run.step, run.origin = 0, str(tmp_path / "hf")  # what is no run's stays where it is
     settings.workdir = epath.Path(tmp_path / "other")
-    train_grpo.load_reference(settings, None, run)
+    load_reference(settings, None, run)
     assert not (tmp_path / "other").exists()
+
+    # Renewed after steps 4, 8 and 12: a checkpoint is resumed with the one that it had.
+    settings.workdir = epath.Path(tmp_path / "rl")
+    for step in (4, 8, 12):
+        state.params["a"] = jnp.full(3, step, jnp.float32)
+        assert jnp.array_equal(renew_reference(settings, state, step)["a"], state.params["a"])
+        (settings.workdir / "checkpoints" / f"{step + 2}").mkdir(parents=True)
+        if step == 8:  # retention
+            (settings.workdir / "checkpoints" / "6").rmdir()
+    kept = {path.name for path in (tmp_path / "rl").glob("reference*")}
+    assert kept == {"reference", "reference_8", "reference_12"}
+    for run.step, since in ((10, 8), (11, 8), (12, 12), (14, 12)):
+        assert (load_reference(settings, None, run)["a"] == since).all()
+    run.step = 7
+    with pytest.raises(checkpoint.CheckpointError, match="reference_4: no checkpoint here"):
+        load_reference(settings, None, run)
+
+
+def test_the_coefficient_of_the_kl_follows_its_target():
+    assert adapted_kl_coef(0.1, 0.05, 0.05) == 0.1
+    assert adapted_kl_coef(0.1, 0.055, 0.05) == pytest.approx(0.1 * 1.01)
+    assert adapted_kl_coef(0.1, 9.0, 0.05) == pytest.approx(0.1 * 1.02)  # at most so much a step
+    assert adapted_kl_coef(0.1, -1.0, 0.05) == pytest.approx(0.1 * 0.98)
+    assert adapted_kl_coef(0.1, float("nan"), 0.05) == 0.1
 
 
 # --- stops with a clear message ------------------------------------------------------------------

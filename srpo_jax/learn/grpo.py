@@ -48,6 +48,8 @@ class Objective:
     kl_coef: float = 0.0  # 0: no reference model is needed
     kl_kind: KlKind = "k3"
     kl_in_reward: bool = False  # taken off each sample's reward (k1) instead of added to the loss
+    kl_target: float = 0.0  # nats a token towards which kl_coef is adapted; 0: it is not
+    ref_every: int = 0  # steps after which the policy becomes the reference; 0: never
     entropy_coef: float = 0.0
     aggregation: losses.Aggregation = "sequence"
     mask_truncated: bool = False  # samples cut off by the budget get no gradient
@@ -56,6 +58,15 @@ class Objective:
     tis_floor: float | None = None  # weights outside [floor, cap] become 0; 0 or None: they do not
     tis_level: Level = "token"
     logit_chunk: int = 1024  # tokens of a row whose logits exist at a time
+
+    def __post_init__(self):
+        for name in ("kl_target", "ref_every"):
+            if (value := getattr(self, name)) and not self.kl_coef:
+                raise ValueError(f"{name}={value}: there is no KL; set kl_coef above 0")
+        if self.kl_target and not self.kl_in_reward:
+            raise ValueError(
+                f"kl_target={self.kl_target}: adapts the KL in the reward; set kl_in_reward=True"
+            )
 
     @property
     def needs_reference(self) -> bool:
@@ -95,6 +106,7 @@ class GrpoConfig(Objective):
         )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} has no log-probs; use one above 0")
         if min(self.micro_batches, self.updates_per_rollout, self.epochs) < 1:
@@ -145,7 +157,8 @@ def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0
     penalty_PG = None
     if cfg.kl_in_reward and experience.ref_logp is not None:
         d_PGR = jnp.where(rollout.completion_mask, rollout.policy_logp - experience.ref_logp, 0.0)
-        penalty_PG = -cfg.kl_coef * d_PGR.sum(-1)
+        coef = cfg.kl_coef if experience.kl_coef is None else experience.kl_coef[:, None]
+        penalty_PG = -coef * d_PGR.sum(-1)
     adv_PG, rest_adv_PG = credited(
         cfg, terms, experience.verdict, counted_PG=weight_PG != 0, penalty_PG=penalty_PG
     )

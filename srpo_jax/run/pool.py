@@ -1,7 +1,7 @@
 """Dynamic sampling: which groups teach something, and groups that wait for a later update.
 
-A group whose samples are all right or all wrong has no advantage. With ``filter.resample`` the RL
-loop goes on sampling until a step has as many informative groups as its batch holds, over all
+A group whose samples are all right or all wrong has little to teach. With ``filter.resample`` the
+RL loop goes on sampling until a step has as many informative groups as its batch holds, over all
 processes, and evens them out between these; those sampled beyond that wait here for the next step,
 and lie in the checkpoint meanwhile. They are fewer than a batch, and so are used in that step: none
 gets older than one step but what no row had room for, which ``filter.max_age`` ends.
@@ -21,22 +21,29 @@ from srpo_jax.data.batching import Encoded, FirstFit, collate_packed
 from srpo_jax.data.fields import Record
 from srpo_jax.data.images import ImageRef
 from srpo_jax.data.processing import Processor
+from srpo_jax.rewards.profiles import OPENRLHF
 from srpo_jax.run import processes
 from srpo_jax.run.feed import Encode
 from srpo_jax.run.host_state import pack_host, unpack_host
 from srpo_jax.run.rollout import Round
-from srpo_jax.run.sections import DataSettings
+from srpo_jax.run.sections import DataSettings, FilterOn
 from srpo_jax.structs import Experience, Rollout, Verdict
 
 
-def informative(verdict: Verdict, low: float, high: float) -> np.ndarray:
-    """[P] float32: 1 where the share of right final answers of a group lies in [low, high].
+def informative(verdict: Verdict, low: float, high: float, on: FilterOn = "final") -> np.ndarray:
+    """[P] float32: 1 where the accuracy of a group lies in [low, high], 0 elsewhere.
 
-    SRPO section 4.1 filters on accuracy; its code averages a composite that counts partial success
-    and so keeps groups in which nothing is left to learn (all right in both rounds: 0.75).
+    It is the share of right ``final`` or ``first`` answers, with ``either`` one of the two (SRPO
+    section 4.1 does not say which). The authors' code averages a ``composite`` of both, 0, 0.25,
+    0.75 or 1, and so keeps groups in which nothing is left to learn (right in both rounds: 0.75).
     """
-    share = np.asarray(verdict.final_correct, np.float32).mean(axis=1)
-    return ((share >= low) & (share <= high)).astype(np.float32)
+    final, first = verdict.final_correct, verdict.first_correct
+    if on == "composite":
+        counted = [OPENRLHF.terms(verdict)["r_acc"]]
+    else:
+        counted = {"final": [final], "first": [first], "either": [final, first]}[on]
+    shares = [np.asarray(x, np.float32).mean(axis=1) for x in counted]
+    return np.any([(x >= low) & (x <= high) for x in shares], axis=0).astype(np.float32)
 
 
 # What an experience holds of the completions, of all prompts or (in a group) of one.

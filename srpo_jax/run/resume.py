@@ -21,6 +21,7 @@ FREE = (
     "grading.workers",
     "log",
     "optim.max_skipped",
+    "preflight",
     "rollouts",
 )
 _MAY_GROW = ("steps", "epochs")

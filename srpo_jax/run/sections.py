@@ -4,7 +4,7 @@ They mirror ``configs/`` key by key; `settings` makes and checks them.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
@@ -123,10 +123,14 @@ class LogSettings:
     wandb_project: str
 
 
+FilterOn = Literal["final", "first", "either", "composite"]
+
+
 @dataclasses.dataclass(frozen=True)
 class FilterSettings:
     """Which groups an update takes (dynamic sampling)."""
 
+    on: FilterOn
     low: float
     high: float
     resample: bool
@@ -251,6 +255,7 @@ class GrpoSettings(TrainSettings):
     data: RlData
     reward: RewardSettings
     filter: FilterSettings
+    preflight: bool
     grpo: Objective
     rollouts: RolloutSettings
 

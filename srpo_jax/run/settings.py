@@ -27,6 +27,7 @@ from srpo_jax.model.config import ATTENTION, DTYPES, REMAT
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run.sections import (
     EvaluateSettings,
+    FilterOn,
     GrpoSettings,
     RunSettings,
     SftSettings,
@@ -67,7 +68,9 @@ def grpo_settings(
         raise RunError(
             f"sampling.group_size={group}: an advantage compares at least 2 samples of a prompt"
         )
-    if not any(low <= right / group <= high for right in range(group + 1)):
+    # A composite counts quarters of samples.
+    parts = group * (4 if settings.filter.on == "composite" else 1)
+    if not any(low <= right / parts <= high for right in range(parts + 1)):
         raise RunError(
             f"filter.low={low} and filter.high={high}: no group could be kept, for no number of "
             f"right samples of sampling.group_size={group} has a share between them"
@@ -101,7 +104,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
         "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
         "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor "
-        "grpo.tis_cap grpo.kl_coef grpo.adv_eps filter.max_age eval.temperature",
+        "grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every grpo.adv_eps filter.max_age "
+        "eval.temperature",
         lambda value: value is None or 0 <= value < math.inf,
         "must not be negative or infinite",
     ),
@@ -143,6 +147,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.target": TARGETS,
     "data.mask_wrong_first": ("auto", "true", "false", True, False),
     "eval.stop_after": ("first", "confident", "final"),
+    "filter.on": get_args(FilterOn),
     "optim.schedule": ("cosine", "constant"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
