@@ -55,6 +55,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     reward.overlong = 0.0  # weight of DAPO's penalty, which sets in overlong_buffer tokens before
     reward.overlong_buffer = 0  # sampling.max_new_tokens; 0: none
 
+    # A function of your own in a file, as my_reward.py:score (docs/rewards.md); "": none.
+    reward.function = ""
+    reward.weight = "1"  # of its terms: a number, or NAME=0.5,OTHER=1
+    reward.replace = False  # True: the profile's terms are left out
+    reward.timeout = 60.0  # seconds that one call of the function may take
+    reward.workers = 2  # processes that call it
+
+    # A language model that scores responses by a rubric (docs/rewards.md).
+    reward.judge = judge = ConfigDict()
+    judge.model = ""  # its name; "": none
+    judge.url = ""  # of an OpenAI-compatible server; "": OPENAI_BASE_URL, or the vendor's own
+    judge.rubric = ""  # text, or a file of it
+    judge.weight = 1.0
+    judge.max_calls = 10_000  # of a whole run; beyond them groups get weight 0. 0: no limit
+    judge.key_env = "OPENAI_API_KEY"  # NAME of the variable that holds the key; "": none is sent
+
     config.filter = groups = ConfigDict()
     groups.low = 0.1  # groups whose mean correctness of the final answer lies outside
     groups.high = 0.9  # [low, high] get weight 0 (P 4.1; R takes the composite accuracy)

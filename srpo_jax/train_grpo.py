@@ -16,6 +16,7 @@ stopped (SIGTERM, Ctrl-C) finishes its step, saves and leaves with exit code 0; 
 goes on from there, bit for bit.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -47,6 +48,7 @@ from srpo_jax.run.checkpoint import FOLDER, own_buffers, save_params
 from srpo_jax.run.command import main
 from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
 from srpo_jax.run.metrics import merge_metrics
+from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts, load_weights, start
 from srpo_jax.run.pool import Pool, informative
 from srpo_jax.run.resume import allows
@@ -85,11 +87,15 @@ def train(
         encode: record -> Encoded prompt, instead of the configured one.
     """
     settings = grpo_settings(config, workdir, profile)
-    with start(settings) as parts, processes.hold(settings.workdir):
+    with contextlib.ExitStack() as stack:
+        parts = stack.enter_context(start(settings))
+        stack.enter_context(processes.hold(settings.workdir))
         settings = fit_rows(settings, parts.shards, parts.processor.geometry.window_slots)
-        cfg = grpo_config(settings, parts.shards, parts.forbidden_ids)
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
         loader, _ = open_training(settings, parts, encode, check=gold_problem)
+        own = stack.enter_context(OwnTerms(settings.reward, parts.mesh))
+        own.try_on(loader.source)
+        cfg = grpo_config(settings, parts.shards, parts.forbidden_ids, own.weights)
         pool = Pool(encode, parts.processor, settings.data, settings.filter.max_age)
         evaluator = None
         if settings.eval.file:
@@ -101,9 +107,9 @@ def train(
         if run.host:
             mended = allows(settings.checkpoint.allow_changes, "data.train")
             loader.set_state(run.host["data"], mended=mended)
-            pool.load(run.host, run.arrays)
+            pool.load(run.host, run.arrays, len(own.names))
         reference = load_reference(settings, parts, run) if cfg.needs_reference else None
-        stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference)
+        stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference, own)
         return run.run(stage.step, stage.host_state, evaluator)
 
 
@@ -151,6 +157,7 @@ class Lesson:
 class Stage:
     """One RL step and what it needs: compiled functions, data, pending groups, the reference."""
 
+    # One parameter for each thing that a step works with.
     def __init__(
         self,
         settings: GrpoSettings,
@@ -160,6 +167,7 @@ class Stage:
         loader: Loader,
         pool: Pool,
         reference: Params | None,
+        own: OwnTerms,
     ):
         self.settings, self.parts, self.cfg = settings, parts, cfg
         self.loader, self.pool, self.reference = Ahead(loader), pool, reference
@@ -178,8 +186,9 @@ class Stage:
         self.grpo_steps = GrpoSteps(*map(watch, update))
         self.budgets = lane_budgets(settings, layout, parts.model)
         self.generator = Generator(
-            parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision
+            parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision, own=own
         )
+        self.told = False  # that a group had no reward
 
     def host_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What the checkpoint keeps of this process: place in the data, pending groups."""
@@ -234,9 +243,13 @@ class Stage:
             weight = informative(
                 graded.verdict, self.settings.filter.low, self.settings.filter.high
             )
-            verdict, weight_P = sharding.to_global((graded.verdict, weight), parts.mesh)
+            weight *= graded.rewarded
+            rewarded = np.asarray(sampled.local.valid) & graded.rewarded
+            verdict, weight_P, rewarded_P = sharding.to_global(
+                (graded.verdict, weight, rewarded), parts.mesh
+            )
             experience = self.experience(sampled, verdict, logps, weight_P)
-            scores = self.score_step(verdict, sampled.rollout, sampled.batch.valid)
+            scores = self.score_step(verdict, sampled.rollout, rewarded_P)
         return Round(sampled, graded, experience, weight, scores)
 
     def experience(
@@ -374,9 +387,13 @@ class Stage:
             "oldest": int(lesson.age.max()),
             "filter/pending_groups": len(self.pool.groups),
             "filter/dropped_groups": lesson.dropped,
+            "reward/failed": sum(len(r.graded.failures) for r in rounds),
             **self.parts.verifier.counts(),
         }
-        held = processes.once(processes.gather(own), self.parts.mesh)
+        why = [reason for r in rounds for reason in r.graded.failures.values()]
+        everyone = processes.once(processes.gather((own, why[:1])), self.parts.mesh)
+        held, said = zip(*everyone, strict=True)
+        self.tell(next(itertools.chain(*said), ""))
         total = {name: sum(one[name] for one in held) for name in own}
         return {
             **samples,
@@ -390,6 +407,14 @@ class Stage:
             "filter/age_max": max(one["oldest"] for one in held),
             "sampling/idle_share": sum(r.sampled.idle_share for r in rounds) / len(rounds),
         }
+
+    def tell(self, reason: str) -> None:
+        """Say once why groups have no reward."""
+        if reason and not self.told:
+            self.told = True
+            processes.say(
+                f"a group without a reward gets weight 0 (reward/failed counts them): {reason}"
+            )
 
     def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""

@@ -274,7 +274,7 @@ def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
         *("format_rate", "truncated_share", "groups_without_signal", "block_tokens/reflection"),
         *("time/data", "time/sample", "time/grade", "time/logp", "time/update", "time/step"),
         *("tokens_per_second", "mfu", "filter/kept_share"),
-        *("grading/timeouts", "grading/crashes", "grading/unread"),
+        *("grading/timeouts", "grading/crashes", "grading/unread", "grading/failed"),
     }
     assert promised <= row.keys(), promised - row.keys()
     assert row["mfu"] is None  # CPU: the peak is not known

@@ -98,7 +98,7 @@ class Loader:
     ):
         if len(source) == 0:
             raise RunError("the data hold no records")
-        self.config, self._source = config, source
+        self.config, self.source = config, source
         self._stream, self._check_record = Stream(source, encode, config), check_record
         self._budgets = config.patch_budgets or (0,)
         shards = config.rows // config.rows_per_shard
@@ -155,7 +155,7 @@ class Loader:
             self._new += 1
             self._last_error = str(error)[:300]
         self._on_bad(record, error)
-        own = -(-len(self._source) // self.config.process_count)
+        own = -(-len(self.source) // self.config.process_count)
         if self.config.epochs is None and self._bad_run >= own:
             raise RunError(f"all of {self.bad} records are bad{self._listed}; the last: {error}")
 
@@ -181,7 +181,7 @@ class Loader:
         last = "".join([f"; the last: {told['last']}" for told in parts if told["last"]][-1:])
         if new:
             self._say(f"{new} more bad records, {bad} of {seen} so far{self._listed}{last}")
-        enough = seen >= min(_MIN_SEEN, len(self._source))
+        enough = seen >= min(_MIN_SEEN, len(self.source))
         if enough and too_many(bad, seen, config.max_bad_share):
             self._done = True
             raise RunError(
@@ -324,7 +324,7 @@ class Loader:
             arrays,
             [item.record for item in items],
             np.repeat(np.arange(len(placed.groups), dtype=np.int32), [*map(len, placed.groups)]),
-            (places // len(self._source)).astype(np.int32),
+            (places // len(self.source)).astype(np.int32),
             1 - sum(told["tokens"] for told in parts) / slots,
         )
 
@@ -334,11 +334,11 @@ class Loader:
         """What must be the same for a saved place to mean anything."""
         settings = ("seed", "shuffle", "process_index", "process_count")
         held = {name: getattr(self.config, name) for name in settings}
-        mix = [list(self.config.mix), list(sizes_of(self._source))] if self.config.mix else []
-        return {"records": len(self._source), "mix": mix} | held
+        mix = [list(self.config.mix), list(sizes_of(self.source))] if self.config.mix else []
+        return {"records": len(self.source), "mix": mix} | held
 
     def _fingerprint(self) -> str:
-        return getattr(self._source, "fingerprint", str(len(self._source)))
+        return getattr(self.source, "fingerprint", str(len(self.source)))
 
     def get_state(self) -> dict[str, Any]:
         """The place right after the last batch, JSON values only; one for each process."""

@@ -82,6 +82,7 @@ class GrpoConfig(Objective):
     profile: Profile = PAPER
     # Weights of reward terms that are not 1; those of "verdict" and "overlong" bring the term in.
     weights: tuple[tuple[str, float], ...] = (("f_len", ALPHA),)
+    own: tuple[str, ...] = ()  # names of the terms in ``Verdict.own``
     overlong_buffer: int = 0  # tokens before the cap in which "overlong" sets in
     temperature: float = 1.0
     forbidden_ids: tuple[int, ...] = ()
@@ -174,8 +175,13 @@ def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0
 
 
 def reward_terms(cfg: GrpoConfig, verdict: Verdict) -> RewardTerms:
-    """The profile's terms and those of ``cfg.weights`` beside them, of the verdict's shape."""
+    """The profile's terms, those of ``cfg.weights`` and ``cfg.own`` beside them, of the verdict's
+    shape; ValueError where two have one name."""
     parts, weights = cfg.profile.terms(verdict), dict(cfg.weights)
+    if verdict.own is not None:
+        if taken := sorted(parts.keys() & {*cfg.own}):
+            raise ValueError(f"two reward terms are called {taken[0]}: rename your own")
+        parts |= {name: verdict.own[..., i] for i, name in enumerate(cfg.own)}
     if weights.get("verdict"):
         parts["verdict"] = stated_rightly(verdict)
     if weights.get("overlong") and cfg.length_cap:
