@@ -41,6 +41,7 @@ from srpo_jax.learn.steps import GrpoSteps, grpo_update, make_grpo_steps, make_l
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.remote.reward import open_judge
 from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
@@ -93,7 +94,9 @@ def train(
         settings = fit_rows(settings, parts.shards, parts.processor.geometry.window_slots)
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
         loader, _ = open_training(settings, parts, encode, check=gold_problem)
-        own = stack.enter_context(OwnTerms(settings.reward, parts.mesh))
+        place = processes.data_place(parts.mesh)
+        judge = open_judge(settings.reward.judge, settings.workdir, *place)
+        own = stack.enter_context(OwnTerms(settings.reward, parts.mesh, judge))
         own.try_on(loader.source)
         cfg = grpo_config(settings, parts.shards, parts.forbidden_ids, own.weights)
         pool = Pool(encode, parts.processor, settings.data, settings.filter.max_age)

@@ -1,5 +1,6 @@
 """Reward terms of one's own: what a function gets and may return, weights, failures, training."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,11 +12,13 @@ from srpo_jax.data.fields import Record
 from srpo_jax.learn import grpo
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.model import sharding
+from srpo_jax.remote.reward import open_judge
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.run import rollout
 from srpo_jax.run.own import OwnTerms, made_up
-from srpo_jax.run.sections import RewardSettings
+from srpo_jax.run.sections import JudgeSettings, RewardSettings
 from srpo_jax.structs import RunError
+from tests.openai_server import Server
 from tests.test_grpo import VERDICT
 
 RECORD = Record("a", "How many?", "1", source="dots", extra={"level": 3})
@@ -53,6 +56,11 @@ def foreign(images):
 
 def r_acc(completions):
     return [0.0] * len(completions)
+
+def picky(completions):
+    if "break" in completions:
+        raise ValueError("no break")
+    return [len(text) for text in completions]
 
 def sleeps(completions):
     time.sleep(60)
@@ -131,6 +139,18 @@ def test_a_file_that_cannot_be_imported_says_where(tmp_path):
         tried(function=f"{path}:score")
 
 
+def test_a_group_that_gets_no_terms_has_a_reason_and_zeros_that_count_nowhere(file):
+    rows = dict.fromkeys(("first_answer", "final_answer"), "1") | {"blocks": {}}
+    details = [rows | {"text": text} for text in ("ab", "abc", "break", "abcd")]
+    verdict = VERDICT.replace(**{k: np.asarray(x) for k, x in vars(VERDICT).items() if k != "own"})
+    with OwnTerms(settings(function=f"{file}:picky"), sharding.make_mesh()) as own:
+        own.try_on([RECORD])
+        records = [RECORD, dataclasses.replace(RECORD, id="b")]
+        found_PGN, failures = own.of_round(records, np.array([1, 0]), verdict, details)
+    np.testing.assert_array_equal(found_PGN[..., 0], [[2, 3], [0, 0]])
+    assert list(failures) == [1] and "ValueError: no break" in failures[1]
+
+
 # --- in the update -------------------------------------------------------------------------------
 
 
@@ -193,6 +213,7 @@ def paths(tmp_path_factory):
     return helpers.world(tmp_path_factory.mktemp("own_world"))
 
 
+@pytest.mark.slow
 def test_a_group_whose_call_fails_gets_weight_0_and_is_counted(
     paths, tmp_path, monkeypatch, capsys
 ):
@@ -214,3 +235,89 @@ def test_a_group_whose_call_fails_gets_weight_0_and_is_counted(
     assert row["reward/brief"] == pytest.approx(np.mean([s["brief"] for s in good]), rel=1e-4)
     assert row["reward/mean"] == pytest.approx(np.mean([s["total"] for s in good]), rel=1e-4)
     assert capsys.readouterr().out.count("ValueError: odd ones not (mine.py:4)") == 1
+
+
+# --- a judge -------------------------------------------------------------------------------------
+
+
+def judge_settings(server, **fields) -> JudgeSettings:
+    given = {"model": "judge-1", "url": server.base_url, "rubric": "Is it brief?", "key_env": ""}
+    return JudgeSettings(**{**given, "max_calls": 100, **fields})
+
+
+def brevity(body: dict) -> str:
+    """1 for a response without a reflection; FAIL in it brings nonsense."""
+    text = body["messages"][-1]["content"]
+    assert text.startswith("Is it brief?") and "Reference answer: 1" in text
+    response = text.partition("Response:\n")[2]
+    return "good" if "FAIL" in response else json.dumps({"score": float(len(response) < 300)})
+
+
+def group(*texts: str) -> dict:
+    samples = made_up(RECORD)
+    return {key: [values[0]] * len(texts) for key, values in samples.items()} | {
+        "completions": list(texts)
+    }
+
+
+@pytest.fixture
+def quick_backoff(monkeypatch):
+    monkeypatch.setattr("srpo_jax.remote.client.backoff", lambda *_: 0.001)
+
+
+def test_a_judge_scores_each_response_once_and_a_failed_call_gives_the_group_a_reason(tmp_path):
+    with Server(brevity) as server:
+        judge = open_judge(judge_settings(server), tmp_path, 0, 1)
+        groups = [group("short", "x" * 900), group("short", "FAIL"), group("other", "other")]
+        first, second, third = judge(groups)
+        assert first == {"judge": [1.0, 0.0]} and third == {"judge": [1.0, 1.0]}
+        assert second == "4 replies of no use, the last: not JSON"
+        asked = server.requests
+        assert asked == 3 + 4  # equal requests are one, nonsense is asked for four times
+        again = open_judge(judge_settings(server), tmp_path, 0, 1)
+        assert again(groups) == [first, second, third] and server.requests == asked
+
+
+def test_beyond_its_calls_a_judge_says_nothing_also_in_a_resumed_run(tmp_path):
+    with Server(brevity) as server:
+        limited = judge_settings(server, max_calls=3)
+        two = [group("a", "b"), group("c", "d")]
+        first, second = open_judge(limited, tmp_path, 0, 1)(two)
+        assert {type(first), type(second)} <= {dict, str} and server.requests == 3
+        assert "all of 3 calls are used up" in (first, second)
+        more = open_judge(limited, tmp_path, 0, 1)([group("e", "e")])
+        assert more == ["all of 3 calls are used up"] and server.requests == 3
+
+
+def test_a_judges_term_has_its_weight_and_a_server_that_is_not_there_stops_the_start(
+    tmp_path, quick_backoff
+):
+    with Server(brevity) as server:
+        one = judge_settings(server, weight=0.5)
+        judge = open_judge(one, tmp_path, 0, 1)
+        with OwnTerms(settings(judge=one), sharding.make_mesh(), judge) as own:
+            own.try_on([RECORD])
+            assert own.weights == (("judge", 0.5),)
+        nowhere = dataclasses.replace(one, url="http://127.0.0.1:9/v1")
+    with OwnTerms(
+        settings(judge=nowhere), sharding.make_mesh(), open_judge(nowhere, tmp_path / "other", 0, 1)
+    ) as own:
+        with pytest.raises(
+            RunError, match="reward.judge: tried .*: judge-1: no server at http://127"
+        ):
+            own.try_on([RECORD])
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"rubric": ""}, "reward.judge.rubric=: give a text"),
+        ({"rubric": "none.md"}, "reward.judge.rubric=none.md: give a text, or a file"),
+        ({"max_calls": 0}, "reward.judge.max_calls=0: say how many calls"),
+        ({"key_env": "sk-123"}, "reward.judge: key_env is the NAME"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused_by_key(tmp_path, fields, told):
+    with pytest.raises(RunError, match=told):
+        one = JudgeSettings(model="judge-1", rubric="Is it brief?", max_calls=1)
+        open_judge(dataclasses.replace(one, **fields), tmp_path, 0, 1)

@@ -185,7 +185,17 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         one.filter.resample = True
         one.filter.low, one.filter.high = 0.2, 0.8
         one.checkpoint.every = 2
+        one.reward.function = f"{tmp_path}/mine.py:terms"
+        one.reward.weight = "short=0.5,wide=-0.1"
+        one.reward.workers = 1
         return one
+
+    (tmp_path / "mine.py").write_text(
+        "def terms(completions, records):\n"
+        "    short = [1 / (1 + len(text)) for text in completions]\n"
+        "    wide = [len(record['images']) for record in records]\n"
+        "    return {'short': short, 'wide': wide}\n"
+    )
 
     whole = train_grpo.train(config(), tmp_path / "whole")
     assert whole["finished"] and whole["kl"] > 0 and whole["updates"] == 2
@@ -198,8 +208,9 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     last = config()
     last.eval.file = paths["held_out"]
     train_grpo.train(last, tmp_path / "broken")
-    # What only a benchmark, "sapo" or a correction for the sampler reads.
-    unread = {"eval.scoring", "eval.any_count", "grpo.sapo_negative", "grpo.sapo_positive"}
+    # What only a benchmark, a judge, "sapo" or a correction for the sampler reads.
+    unread = {f"reward.judge.{key}" for key in last.reward.judge if key != "model"}
+    unread |= {"eval.scoring", "eval.any_count", "grpo.sapo_negative", "grpo.sapo_positive"}
     assert reads.unread(last) == unread | {"grpo.tis_floor", "grpo.tis_level"}
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))

@@ -68,6 +68,8 @@ class JudgeSettings:
     rubric: str = ""
     weight: float = 1.0
     max_calls: int = 0
+    concurrency: int = 16
+    temperature: float = 0.0
     key_env: str = "OPENAI_API_KEY"
 
 

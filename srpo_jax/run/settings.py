@@ -110,7 +110,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "data.global_batch_size data.prompts_per_row data.prompt_tokens data.tokens min_pixels "
         "eval.batch_size eval.samples checkpoint.keep log.every filter.max_rounds logit_chunk "
         "grpo.logit_chunk grpo.updates_per_rollout grpo.epochs grading.workers optim.max_skipped "
-        "reward.workers",
+        "reward.workers reward.judge.concurrency",
         lambda value: value >= 1,
         "must be at least 1",
     ),
@@ -133,7 +133,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "of buckets only gs:// is supported; mount the others",
     ),
     ("seed", lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32"),
-    ("grpo.entropy_coef reward.judge.weight", math.isfinite, "must be a number"),
+    (
+        "grpo.entropy_coef reward.judge.weight reward.judge.temperature",
+        math.isfinite,
+        "must be a number",
+    ),
     ("optim.b1 optim.b2", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     ("grpo.dual_clip", lambda value: not value or value > 1, "must be above 1, or 0 (off)"),
 )
