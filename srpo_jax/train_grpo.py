@@ -47,6 +47,7 @@ from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
 from srpo_jax.run.checkpoint import FOLDER, own_buffers, save_params
 from srpo_jax.run.command import main
+from srpo_jax.run.diagnostics import Counts, added_up, counts_of, rates_of
 from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
 from srpo_jax.run.metrics import merge_metrics
 from srpo_jax.run.own import OwnTerms
@@ -215,12 +216,13 @@ class Stage:
         # While the device is busy with the update:
         with timers("write", behind=updates):
             self.write_rollouts(lesson.rounds, step + 1)
+            counts = added_up(map(counts_of, lesson.rounds))
         if step + 1 < self.settings.steps:
             with timers("data", behind=updates):
                 self.loader.draw()
         with timers("update"):
             updates = jax.device_get(updates)
-        metrics = self.metrics(lesson, updates, packed)
+        metrics = self.metrics(lesson, updates, packed, counts)
         return Done(state, metrics, *self.work(lesson, learned_PG), len(updates))
 
     def sample_round(self, state: TrainState, step: int, *, with_logps: bool) -> Round:
@@ -370,13 +372,18 @@ class Stage:
     # --- what is reported ---
 
     def metrics(
-        self, lesson: Lesson, updates: list[dict[str, np.ndarray]], packed: Packed
+        self,
+        lesson: Lesson,
+        updates: list[dict[str, np.ndarray]],
+        packed: Packed,
+        counts: Counts,
     ) -> dict[str, float]:
         """One row: what the samples were like (before the filter), and what the updates did."""
         rounds = lesson.rounds
         samples = merge_metrics([dict(jax.device_get(r.scores[2])) for r in rounds], "samples")
-        for name in ("fix", "harm"):
-            samples[f"{name}_rate"] = samples[f"{name}/count"] / max(samples[f"{name}/of"], 1.0)
+        samples |= rates_of(samples)
+        samples["detection_margin"] = samples["detection_rate"] - samples["false_alarm_rate"]
+        samples["accuracy/net"] = samples["accuracy/final"] - samples["accuracy/first"]
         sampled_names = set(samples)
         learned = merge_metrics(updates, "trained_tokens") if updates else {}
         slots, tokens = slots_and_tokens(itertools.chain(*packed))
@@ -394,8 +401,8 @@ class Stage:
             **self.parts.verifier.counts(),
         }
         why = [reason for r in rounds for reason in r.graded.failures.values()]
-        everyone = processes.once(processes.gather((own, why[:1])), self.parts.mesh)
-        held, said = zip(*everyone, strict=True)
+        everyone = processes.once(processes.gather((own, counts, why[:1])), self.parts.mesh)
+        held, counted, said = zip(*everyone, strict=True)
         self.tell(next(itertools.chain(*said), ""))
         total = {name: sum(one[name] for one in held) for name in own}
         return {
@@ -403,6 +410,7 @@ class Stage:
             **{k: v for k, v in learned.items() if k not in sampled_names},
             "updates": len(updates),
             **{name: value for name, value in total.items() if "/" in name},
+            **rates_of(added_up(counted)),
             "filter/kept_share": total["kept"] / max(total["valid"], 1),
             "update/padding_share": 1 - total["tokens"] / max(total["slots"], 1),
             "filter/rounds": len(rounds),

@@ -267,6 +267,8 @@ def test_image_bytes_and_odd_fields_of_a_record_go_through_the_checkpoint(world)
 
 def test_a_row_tells_how_old_groups_were_and_weighs_updates_by_what_trained():
     scores = {"fix/count": 1.0, "fix/of": 2.0, "harm/count": 0.0, "harm/of": 2.0, "tokens": 90.0}
+    scores |= {"accuracy/first": 0.25, "accuracy/final": 0.75, "detection/count": 3.0}
+    scores |= {"detection/of": 4.0, "false_alarm/count": 1.0, "false_alarm/of": 4.0}
     one = SimpleNamespace(
         scores=(None, None, scores | {"samples": 4.0}),
         weight=np.array([1, 0, 1, 1, 0], np.float32),
@@ -284,13 +286,16 @@ def test_a_row_tells_how_old_groups_were_and_weighs_updates_by_what_trained():
         {"loss": 1.0, "tokens": 500.0, "trained_tokens": 10.0, "skipped": 0.0},
         {"loss": 2.0, "tokens": 100.0, "trained_tokens": 30.0, "skipped": 1.0},
     ]
-    row = Stage.metrics(stage, lesson, updates, [[None], [None]])
+    row = Stage.metrics(
+        stage, lesson, updates, [[None], [None]], {"repeats/count": 1, "repeats/of": 4}
+    )
     assert row["loss"] == 1.75 and row["trained_tokens"] == 40 and row["tokens"] == 90
     assert row["skipped"] == 1 and row["updates"] == 2 and row["filter/rounds"] == 1
     assert row["filter/age_mean"] == pytest.approx(2 / 3) and row["filter/age_max"] == 1
     assert row["filter/dropped_groups"] == 3 and row["filter/pending_groups"] == 2
     assert row["filter/kept_share"] == 3 / 4 and row["fix_rate"] == 0.5
     assert row["sampling/idle_share"] == 0.25
+    assert row["accuracy/net"] == row["detection_margin"] == 0.5 and row["repeat_share"] == 0.25
     assert row["reward/failed"] == 1 and said == ["a time-out"]
 
 

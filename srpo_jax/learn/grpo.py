@@ -340,8 +340,11 @@ def rollout_metrics(
 ) -> dict[str, jax.Array]:
     """What the samples of the included prompts were like: float32 scalars.
 
-    Rates are shares of samples. ``fix`` (wrong, then right) and ``harm`` (right, then wrong) come
-    as counts ``fix/count`` of ``fix/of`` samples, so that they can be added up over steps.
+    Rates are shares of samples. Those of some samples come as ``NAME/count`` of ``NAME/of``, so
+    that they can be added up over steps: ``fix`` (wrong, then right), ``harm`` (right, then wrong);
+    of those with a reflection ``stated`` (it says right or wrong), ``detection`` (a wrong first
+    answer is called so), ``false_alarm`` (a right one is called wrong); ``tokens_right`` and
+    ``tokens_wrong`` (tokens of samples by their final answer).
     """
     include_PG = jnp.broadcast_to(include_P.astype(jnp.float32)[:, None], terms.total.shape)
     samples = jnp.maximum(include_PG.sum(), 1.0)
@@ -355,6 +358,7 @@ def rollout_metrics(
 
     first, final = verdict.first_correct, verdict.final_correct
     length_PG = rollout.completion_mask.sum(-1).astype(jnp.float32)
+    reflected, doubted = verdict.block_tokens[..., 2] > 0, verdict.stated < 0
     reward_mean = mean(terms.total)
     spread_PG = jnp.square(terms.total - terms.total.mean(1, keepdims=True))
     group_std_P = jnp.sqrt(spread_PG.sum(1) / max(1, terms.total.shape[1] - 1))
@@ -370,6 +374,16 @@ def rollout_metrics(
         "fix/of": total(~first),
         "harm/count": total(first & ~final),
         "harm/of": total(first),
+        "stated/count": total(reflected & (verdict.stated != 0)),
+        "stated/of": total(reflected),
+        "detection/count": total(reflected & ~first & doubted),
+        "detection/of": total(reflected & ~first),
+        "false_alarm/count": total(reflected & first & doubted),
+        "false_alarm/of": total(reflected & first),
+        "tokens_right/count": total(length_PG * final),
+        "tokens_right/of": total(final),
+        "tokens_wrong/count": total(length_PG * ~final),
+        "tokens_wrong/of": total(~final),
         "format_rate": mean(verdict.format_ok),
         "truncated_share": mean(~rollout.finished),
         "completion_length/mean": mean(length_PG),

@@ -125,7 +125,7 @@ class Generator:
         failures = {int(p): late for p in sampled.slots if p in ungraded}
         if self._own:
             own_PGN, failed = self._own.of_round(sampled.records, sampled.slots, verdict, details)
-            verdict, failures = verdict.replace(own=own_PGN), failures | failed
+            verdict, failures = dataclasses.replace(verdict, own=own_PGN), failures | failed
         return Graded(verdict, details, rollout, failures)
 
     def blocks(self, token_ids: np.ndarray, spans: dict[str, Any]) -> dict[str, str | None]:
