@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from srpo_jax.learn import grpo
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.model import sharding
 from srpo_jax.remote.reward import open_judge
+from srpo_jax.rewards.function import scores
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.run import rollout
 from srpo_jax.run.own import OwnTerms, made_up
@@ -196,6 +200,58 @@ def test_made_up_samples_have_what_real_ones_have():
     verdict = made_up(RECORD)["verdicts"]
     fields = set(vars(VERDICT)) - {"own"}
     assert all(set(one) == fields for one in verdict)
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs/rewards.md").read_text("utf-8")
+
+
+def shown(start: str) -> str:
+    """The page's block of code that begins, or has an option that begins, with ``start``."""
+    blocks = re.findall(r"^```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (found,) = (block for block in blocks if start in block)
+    return found
+
+
+def options(command: str) -> dict[str, str]:
+    """Values of a shown command's options of the section reward."""
+    words = shlex.split(command.replace("\\\n", " "))
+    pairs = (word.removeprefix("--config.reward.").partition("=") for word in words)
+    return {name: value for name, sign, value in pairs if sign}
+
+
+def test_the_pages_function_scores_made_up_samples_and_others(tmp_path):
+    path = tmp_path / "my_reward.py"
+    path.write_text(shown("# my_reward.py"))
+    given = options(shown("--config.reward.function="))
+    assert given["function"] == "my_reward.py:score"
+    assert tried(function=f"{path}:score", weight=given["weight"]).weights == (
+        ("short", 0.2),
+        ("grounded", 0.1),
+    )
+    samples = made_up(dataclasses.replace(RECORD, extra={"budget": 5}))
+    samples["blocks"][0]["reflection"] = "The Figure shows 1."
+    assert scores(f"{path}:score", samples) == {"short": [0, 0, 0, 1], "grounded": [1, 0, 0, 0]}
+
+
+def test_the_pages_judge_is_asked_as_shown(tmp_path):
+    command = options(shown("--config.reward.judge.model="))
+    given = {name.removeprefix("judge."): value for name, value in command.items()}
+    fields = {"model", "url", "rubric", "weight", "max_calls"}
+    assert fields <= given.keys()
+    with Server(lambda body: json.dumps({"score": 0.5})) as server:
+        server.keep = True
+        one = JudgeSettings(
+            url=server.base_url,
+            model=given["model"],
+            rubric=given["rubric"],
+            max_calls=int(given["max_calls"]),
+            key_env="",
+        )
+        assert open_judge(one, tmp_path, 0, 1)([group("x")]) == [{"judge": [0.5]}]
+        assert server.bodies[0]["model"] == "qwen-72b"
+        assert given["rubric"] in server.bodies[0]["messages"][-1]["content"]
 
 
 # --- in training ---------------------------------------------------------------------------------
