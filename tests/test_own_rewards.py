@@ -103,9 +103,9 @@ def test_a_function_gets_what_it_names_and_gives_one_or_several_terms(file):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("not_a_number", "not_a_number: not_a_number of sample 2 of 4 is nan"),
-        ("too_few", "too_few: too_few has 1 numbers for 4 samples"),
-        ("one_for_all", "one_for_all is 1.0: must be a number for each sample"),
+        ("not_a_number", "not_a_number: term not_a_number of sample 2 of 4 is nan"),
+        ("too_few", "too_few: term too_few has 1 numbers for 4 samples"),
+        ("one_for_all", "term one_for_all is 1.0, not a number for each sample"),
         ("raises", r"KeyError: 'nope' \(my_reward.py:28\)"),
         ("foreign", "foreign asks for images: there are prompts, completions"),
         ("missing", "my_reward.py has no function missing"),

@@ -86,12 +86,12 @@ def _numbers(function: str, terms: dict[str, Any], count: int) -> Scores | str:
         try:
             found[name] = [float(value) for value in values]
         except (TypeError, ValueError):
-            return f"{function}: {name} is {_shown(values)}: must be a number for each sample"
+            return f"{function}: term {name} is {_shown(values)}, not a number for each sample"
         if len(found[name]) != count:
-            return f"{function}: {name} has {len(found[name])} numbers for {count} samples"
+            return f"{function}: term {name} has {len(found[name])} numbers for {count} samples"
         for at, value in enumerate(found[name]):
             if not math.isfinite(value):
-                return f"{function}: {name} of sample {at + 1} of {count} is {value}"
+                return f"{function}: term {name} of sample {at + 1} of {count} is {value}"
     return found or f"{function}: returned no term"
 
 

@@ -21,6 +21,12 @@ FREE = (
     "grading.workers",
     "log",
     "optim.max_skipped",
+    "reward.judge.concurrency",
+    "reward.judge.key_env",
+    "reward.judge.max_calls",
+    "reward.judge.url",
+    "reward.timeout",
+    "reward.workers",
     "rollouts",
 )
 _MAY_GROW = ("steps", "epochs")
