@@ -195,6 +195,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         "def terms(completions, records):\n"
         "    short = [1 / (1 + len(text)) for text in completions]\n"
         "    wide = [len(record['images']) for record in records]\n"
+        "    assert not records[0]['id'].endswith('7'), 'no sevens'\n"
         "    return {'short': short, 'wide': wide}\n"
     )
 
@@ -222,6 +223,12 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     assert any(row[4] > 0 for row in rows[:3])  # groups did wait in the checkpoints
     assert max(row[7] for row in rows) == 1 and all(row[8] == 0 for row in rows)
     for file in sorted((tmp_path / "whole" / "rollouts").iterdir()):
+        samples = [json.loads(line) for line in file.read_text().splitlines()]
+        for sample in samples:
+            failed = sample["id"].endswith("7")
+            assert failed == ("no sevens" in sample.get("no_reward", ""))
+            assert failed or sample["wide"] == 1.0
+            assert not (failed and sample["weight"])
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
 
 
