@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from srpo_jax.model import sharding
 from srpo_jax.remote.reward import open_judge
 from srpo_jax.rewards.function import scores
 from srpo_jax.rewards.profiles import PAPER
+from srpo_jax.rewards.template import TokenText
 from srpo_jax.run import rollout
 from srpo_jax.run.own import OwnTerms, made_up
 from srpo_jax.run.sections import JudgeSettings, RewardSettings
-from srpo_jax.structs import RunError
+from srpo_jax.structs import Rollout, RunError
 from tests.openai_server import Server
 from tests.test_grpo import VERDICT
 
@@ -153,6 +155,29 @@ def test_a_group_that_gets_no_terms_has_a_reason_and_zeros_that_count_nowhere(fi
         found_PGN, failures = own.of_round(records, np.array([1, 0]), verdict, details)
     np.testing.assert_array_equal(found_PGN[..., 0], [[2, 3], [0, 0]])
     assert list(failures) == [1] and "ValueError: no break" in failures[1]
+
+
+def test_a_group_with_an_answer_that_had_no_turn_has_no_reward():
+    text = "<think>a</think><answer>1</answer>"
+    ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    tokens = np.broadcast_to(ids, (3, 2, len(ids)))
+    # Two prompts of two samples with two answers each, and a filler.
+    found = [True, True, False, None, True, False, True, True, None, None, None, None]
+    parts = SimpleNamespace(
+        token_text=TokenText([bytes([i]) for i in range(256)]),
+        verifier=SimpleNamespace(check=lambda items: found),
+        grading=SimpleNamespace(tolerance=0.0),
+    )
+    sampled = SimpleNamespace(
+        records=[RECORD, RECORD],
+        slots=np.array([1, 0]),
+        rollout=Rollout(tokens, tokens > 0, np.ones((3, 2), bool), None, None),
+    )
+    generator = SimpleNamespace(parts=parts, _profile=PAPER, _own=None)
+    graded = rollout.Generator.grade(generator, sampled)
+    assert graded.verdict.final_correct.tolist() == [[True, False], [False, True], [False, False]]
+    assert list(graded.failures) == [0] and "grading.step_timeout" in graded.failures[0]
+    assert graded.rewarded.tolist() == [False, True, True]
 
 
 # --- in the update -------------------------------------------------------------------------------
