@@ -149,6 +149,7 @@ def add_grading(config: ConfigDict) -> None:
     config.grading = grading = ConfigDict()
     grading.workers = 2 if config.size == "tiny" else 8  # most checks take less than 20 ms
     grading.timeout = 5.0  # seconds of processor time a check may take, twice, before it is wrong
+    grading.step_timeout = 300.0  # seconds for all checks of a batch; later ones get no verdict
     grading.tolerance = 0.0  # relative, of numbers; a record's own tolerance or decimals go first
 
 

@@ -67,6 +67,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     common.add_words(reward)
     reward.overlong = 0.0  # weight of DAPO's penalty, which sets in overlong_buffer tokens before
     reward.overlong_buffer = 0  # sampling.max_new_tokens; 0: none
+    own_rewards(reward)
 
     config.filter = groups = ConfigDict()
     # Groups whose mean correctness lies outside [low, high] get weight 0 (P 4.1): that of the
@@ -107,6 +108,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
         update.updates_per_rollout = 1
         groups.low, groups.high = 0.0, 1.0
     return config
+
+
+def own_rewards(reward: ConfigDict) -> None:
+    """Terms of your own beside the profile's or in their place (docs/rewards.md)."""
+    reward.function = ""  # in a file, as my_reward.py:score; "": none
+    reward.weight = "1"  # of its terms: a number, or NAME=0.5,OTHER=1
+    reward.replace = False  # True: the profile's terms are left out
+    reward.timeout = 60.0  # seconds that one call of the function may take
+    reward.workers = 2  # processes that call it
+
+    # A language model that scores responses by a rubric (docs/rewards.md).
+    reward.judge = judge = ConfigDict()
+    judge.model = ""  # its name; "": none
+    judge.url = ""  # of an OpenAI-compatible server; "": OPENAI_BASE_URL, or the vendor's own
+    judge.rubric = ""  # text, or a file of it
+    judge.weight = 1.0
+    judge.max_calls = 0  # of a whole run, to be set with a model; then groups get weight 0
+    judge.concurrency = 16  # requests in flight, of each process
+    judge.temperature = 0.0  # below 0: none is sent, for models that take none
+    judge.key_env = "OPENAI_API_KEY"  # NAME of the variable that holds the key; "": none is sent
 
 
 def objective() -> ConfigDict:

@@ -48,7 +48,8 @@ Row = dict[str, Any]
 # sample's random numbers are those of its record and the seed, wherever and beside whatever it is
 # drawn; budgets only say which records have room.
 NOT_SETTINGS = (
-    "grading.workers", "grading.timeout", "data.workers", "data.max_bad_share",
+    "grading.workers", "grading.timeout", "grading.step_timeout",
+    "data.workers", "data.max_bad_share",
     "data.patch_budgets", "data.prompt_tokens", "data.prompts_per_row", "eval.batch_size",
     "sampling.segment", "sampling.concurrent_rows", "mesh", "distributed", "model.remat", "size",
     "compilation_cache_dir", "compile_guard", "compiler_defaults", "bootstrap", "eval.scoring",

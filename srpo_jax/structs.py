@@ -97,6 +97,8 @@ class Verdict(Generic[Leaf]):
     first_end: Leaf  # [P, G] int32 tokens to the end of the first answer block; without one: all
     total_tokens: Leaf  # [P, G] int32 whole completion with tags, without EOS
     block_tokens: Leaf  # [P, G, 5] int32 tokens of each block in BLOCKS, 0 where missing
+    # [P, G, N] float32: reward terms of one's own, in the order of ``GrpoConfig.own``. None: none.
+    own: Leaf | None = None
 
 
 @flax.struct.dataclass

@@ -16,6 +16,7 @@ stopped (SIGTERM, Ctrl-C) finishes its step, saves and leaves with exit code 0; 
 goes on from there, bit for bit.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -41,12 +42,15 @@ from srpo_jax.learn.steps import GrpoSteps, grpo_update, make_grpo_steps, make_l
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.remote.reward import open_judge
 from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
 from srpo_jax.run.command import main
+from srpo_jax.run.diagnostics import Counts, added_up, counts_of, rates_of
 from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
 from srpo_jax.run.metrics import merge_metrics
+from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.pool import Pool, informative
 from srpo_jax.run.preflight import before_training, check_sampler
@@ -87,11 +91,17 @@ def train(
         encode: record -> Encoded prompt, instead of the configured one.
     """
     settings = grpo_settings(config, workdir, profile)
-    with start(settings) as parts, processes.hold(settings.workdir):
+    with contextlib.ExitStack() as stack:
+        parts = stack.enter_context(start(settings))
+        stack.enter_context(processes.hold(settings.workdir))
         settings = fit_rows(settings, parts.shards, parts.processor.geometry.window_slots)
-        cfg = grpo_config(settings, parts.shards, parts.forbidden_ids)
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
         loader, _ = open_training(settings, parts, encode, check=gold_problem)
+        place = processes.data_place(parts.mesh)
+        judge = open_judge(settings.reward.judge, settings.workdir, *place)
+        own = stack.enter_context(OwnTerms(settings.reward, parts.mesh, judge))
+        own.try_on(loader.source)
+        cfg = grpo_config(settings, parts.shards, parts.forbidden_ids, own.weights)
         if settings.preflight:
             before_training(settings, cfg, loader.source, parts.processor.tokenizer)
         pool = Pool(encode, parts.processor, settings.data, settings.filter.max_age)
@@ -105,9 +115,9 @@ def train(
         if run.host:
             mended = allows(settings.checkpoint.allow_changes, "data.train")
             loader.set_state(run.host["data"], mended=mended)
-            pool.load(run.host, run.arrays)
+            pool.load(run.host, run.arrays, len(own.names))
         reference = load_reference(settings, parts, run) if cfg.needs_reference else None
-        stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference)
+        stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference, own)
         stage.kl_coef = run.host.get("kl_coef", cfg.kl_coef)
         return run.run(stage.step, stage.host_state, evaluator)
 
@@ -139,6 +149,7 @@ class Lesson:
 class Stage:
     """One RL step and what it needs: compiled functions, data, pending groups, the reference."""
 
+    # One parameter for each thing that a step works with.
     def __init__(
         self,
         settings: GrpoSettings,
@@ -148,6 +159,7 @@ class Stage:
         loader: Loader,
         pool: Pool,
         reference: Params | None,
+        own: OwnTerms,
     ):
         self.settings, self.parts, self.cfg = settings, parts, cfg
         self.loader, self.pool, self.reference = Ahead(loader), pool, reference
@@ -168,8 +180,9 @@ class Stage:
         self.grpo_steps = GrpoSteps(*map(watch, update))
         self.budgets = lane_budgets(settings, layout, parts.model)
         self.generator = Generator(
-            parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision
+            parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision, own=own
         )
+        self.told = False  # that a group had no reward
 
     def host_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What the checkpoint keeps of this process: place in the data, pending groups, kl_coef."""
@@ -193,6 +206,7 @@ class Stage:
         # While the device is busy with the update:
         with timers("write", behind=updates):
             self.write_rollouts(lesson.rounds, step + 1)
+            counts = added_up(map(counts_of, lesson.rounds))
         if step + 1 < self.settings.steps:
             with timers("data", behind=updates):
                 self.loader.draw()
@@ -201,7 +215,7 @@ class Stage:
         if self.check_first_update and updates:
             self.check_first_update = False
             processes.say(f"preflight: {check_sampler(updates[0], self.parts.model.dtype)}")
-        metrics = self.metrics(lesson, updates, packed)
+        metrics = self.metrics(lesson, updates, packed, counts)
         self.follow(state, step + 1, metrics)
         return Done(state, metrics, *self.work(lesson, learned_PG), len(updates))
 
@@ -239,9 +253,13 @@ class Stage:
                 jax.block_until_ready(logps)
             groups = self.settings.filter
             weight = informative(graded.verdict, groups.low, groups.high, groups.on)
-            verdict, weight_P = sharding.to_global((graded.verdict, weight), parts.mesh)
+            weight *= graded.rewarded
+            rewarded = np.asarray(sampled.local.valid) & graded.rewarded
+            verdict, weight_P, rewarded_P = sharding.to_global(
+                (graded.verdict, weight, rewarded), parts.mesh
+            )
             experience = self.experience(sampled, verdict, logps, weight_P)
-            scores = self.score_step(verdict, sampled.rollout, sampled.batch.valid)
+            scores = self.score_step(verdict, sampled.rollout, rewarded_P)
         return Round(sampled, graded, experience, weight, scores)
 
     def experience(
@@ -364,13 +382,18 @@ class Stage:
     # --- what is reported ---
 
     def metrics(
-        self, lesson: Lesson, updates: list[dict[str, np.ndarray]], packed: Packed
+        self,
+        lesson: Lesson,
+        updates: list[dict[str, np.ndarray]],
+        packed: Packed,
+        counts: Counts,
     ) -> dict[str, float]:
         """One row: what the samples were like (before the filter), and what the updates did."""
         rounds = lesson.rounds
         samples = merge_metrics([dict(jax.device_get(r.scores[2])) for r in rounds], "samples")
-        for name in ("fix", "harm"):
-            samples[f"{name}_rate"] = samples[f"{name}/count"] / max(samples[f"{name}/of"], 1.0)
+        samples |= rates_of(samples)
+        samples["detection_margin"] = samples["detection_rate"] - samples["false_alarm_rate"]
+        samples["accuracy/net"] = samples["accuracy/final"] - samples["accuracy/first"]
         sampled_names = set(samples)
         learned = merge_metrics(updates, "trained_tokens") if updates else {}
         slots, tokens = slots_and_tokens(itertools.chain(*packed))
@@ -384,15 +407,20 @@ class Stage:
             "oldest": int(lesson.age.max()),
             "filter/pending_groups": len(self.pool.groups),
             "filter/dropped_groups": lesson.dropped,
+            "reward/failed": sum(len(r.graded.failures) for r in rounds),
             **self.parts.verifier.counts(),
         }
-        held = processes.once(processes.gather(own), self.parts.mesh)
+        why = [reason for r in rounds for reason in r.graded.failures.values()]
+        everyone = processes.once(processes.gather((own, counts, why[:1])), self.parts.mesh)
+        held, counted, said = zip(*everyone, strict=True)
+        self.tell(next(itertools.chain(*said), ""))
         total = {name: sum(one[name] for one in held) for name in own}
         return {
             **samples,
             **{k: v for k, v in learned.items() if k not in sampled_names},
             "updates": len(updates),
             **{name: value for name, value in total.items() if "/" in name},
+            **rates_of(added_up(counted)),
             "filter/kept_share": total["kept"] / max(total["valid"], 1),
             "update/padding_share": 1 - total["tokens"] / max(total["slots"], 1),
             "filter/rounds": len(rounds),
@@ -400,6 +428,14 @@ class Stage:
             "filter/age_max": max(one["oldest"] for one in held),
             "sampling/idle_share": sum(r.sampled.idle_share for r in rounds) / len(rounds),
         }
+
+    def tell(self, reason: str) -> None:
+        """Say once why groups have no reward."""
+        if reason and not self.told:
+            self.told = True
+            processes.say(
+                f"a group without a reward gets weight 0 (reward/failed counts them): {reason}"
+            )
 
     def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""

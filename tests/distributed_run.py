@@ -71,6 +71,16 @@ def run(train, config, workdir: Path) -> None:
     session.Session.log = log
 
 
+def own_reward(world: Path, value: str) -> str:
+    """A reward function that gives ``value`` for each text."""
+    own = world / f"own{INDEX}.py"
+    own.write_text(
+        f"import os\ndef mine(completions):\n    return [{value} for text in completions]"
+    )
+    own.rename(world / "own.py")  # the same of every process
+    return f"{world}/own.py:mine"
+
+
 def share_rows(paths: dict[str, str], world: Path, workdir: Path) -> None:
     """One step and an evaluation; what each process's own check finds differs from the others'."""
     grade, verdicts = rollout.grade, []
@@ -85,6 +95,8 @@ def share_rows(paths: dict[str, str], world: Path, workdir: Path) -> None:
     mesh = {"data": 1, "fsdp": 1, "tensor": COUNT}
     config = spread(helpers.grpo_config(paths, steps=1, **mesh), world)
     config.sampling.max_new_tokens = 4
+    config.reward.function = own_reward(world, "float(os.getpid())")
+    config.reward.workers = 1
     row = train_grpo.train(config, workdir / "grpo")
     config = spread(helpers.evaluation_config(paths, **mesh), world)
     config.sampling.max_new_tokens = 4
@@ -109,6 +121,7 @@ def carry_groups(paths: dict[str, str], world: Path, workdir: Path) -> None:
     config.data.global_batch_size, config.data.prompts_per_row = 4, 1
     config.sampling.group_size, config.sampling.max_new_tokens = 3, 4
     config.grpo.updates_per_rollout = 2
+    config.reward.function = own_reward(world, "1 / (1 + len(text))")
     config.filter.resample, config.filter.low, config.filter.high = True, 0.2, 0.8
     even_out = Pool.even_out
 

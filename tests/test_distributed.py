@@ -99,6 +99,7 @@ def test_groups_that_wait_move_and_go_through_a_checkpoint_as_if_never_stopped(t
     names = ("loss", "reward/mean", "trained_tokens", "filter/pending_groups", "filter/age_mean")
     for name in names:
         assert [row[name] for row in straight] == [row[name] for row in stopped], name
+    assert all(row["reward/mine"] > 0 for row in straight)
     assert any(row["filter/pending_groups"] for row in straight[:3])
     assert all(row["filter/age_max"] <= 1 and row["updates"] == 2 for row in straight)
     first, second = (stored_params(tmp_path / "run" / d) for d in ("straight", "stopped"))
@@ -118,6 +119,8 @@ def test_processes_that_hold_the_same_rows_share_verdicts_and_report_once(tmp_pa
     (file,) = (tmp_path / "run" / "grpo" / "rollouts").iterdir()
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert len({(s["id"], s["sample"]) for s in samples}) == len(samples) == 8 * 2
+    own = {sample["mine"] for sample in samples}  # numbers of the worker that gave them
+    assert len(own) == 1 and one["row"]["reward/mine"] == two["row"]["reward/mine"] == own.pop()
     assert one["row"]["accuracy/first"] == 1.0  # which is what the first process found
     assert one["row"]["filter/kept_share"] == two["row"]["filter/kept_share"] == 1.0
 

@@ -84,7 +84,7 @@ def world(tmp_path_factory):
     )
 
 
-def fill(pool: Pool, world, first: int, step: int) -> None:
+def fill(pool: Pool, world, first: int, step: int, own: np.ndarray | None = None) -> None:
     """Records first to first + 4 with the verdicts FINAL; tokens hold the record's number."""
     P = len(FINAL)
     tokens = np.broadcast_to(np.arange(first, first + P)[:, None, None], (P, G, R)).astype(np.int32)
@@ -99,7 +99,7 @@ def fill(pool: Pool, world, first: int, step: int) -> None:
         sampled=SimpleNamespace(
             records=[world.records[first + i] for i in range(P)], slots=np.arange(P)
         ),
-        graded=SimpleNamespace(verdict=verdict(FINAL), rollout=rollout),
+        graded=SimpleNamespace(verdict=verdict(FINAL).replace(own=own), rollout=rollout),
         weight=informative(verdict(FINAL), 0.1, 0.9),
     )
     pool.add(one, step)
@@ -158,6 +158,19 @@ def test_pool_survives_the_checkpoint(world):
     empty = new_pool(world)
     empty.load(*new_pool(world).state())
     assert empty.groups == []
+
+
+def test_groups_wait_with_their_own_terms_and_without_them_are_left_out(world):
+    pool, again = new_pool(world), new_pool(world)
+    own = np.arange(len(FINAL) * G * 2, dtype=np.float32).reshape(-1, G, 2)
+    fill(pool, world, 0, step=3, own=own)
+    state = host_state.unpack_host(host_state.pack_host(*pool.state()))
+    again.load(*state, own_terms=2)
+    update, _ = again.take(4, PLACES)
+    np.testing.assert_array_equal(update.verdict.own[:3], own[2:5])
+    for number in (0, 1):
+        again.load(*state, own_terms=number)
+        assert again.groups == []
 
 
 def test_groups_older_than_the_limit_are_dropped_and_counted(world):
@@ -274,28 +287,36 @@ def test_image_bytes_and_odd_fields_of_a_record_go_through_the_checkpoint(world)
 
 def test_a_row_tells_how_old_groups_were_and_weighs_updates_by_what_trained():
     scores = {"fix/count": 1.0, "fix/of": 2.0, "harm/count": 0.0, "harm/of": 2.0, "tokens": 90.0}
+    scores |= {"accuracy/first": 0.25, "accuracy/final": 0.75, "detection/count": 3.0}
+    scores |= {"detection/of": 4.0, "false_alarm/count": 1.0, "false_alarm/of": 4.0}
     one = SimpleNamespace(
         scores=(None, None, scores | {"samples": 4.0}),
         weight=np.array([1, 0, 1, 1, 0], np.float32),
         sampled=SimpleNamespace(slots=np.arange(4), idle_share=0.25),
+        graded=SimpleNamespace(failures={1: "a time-out"}),
     )
     local = SimpleNamespace(weight=np.array([1, 1, 1, 0], np.float32))
     lesson = Lesson(None, local, [one], np.array([1, 0, 1, 0]), dropped=3)
     stage = SimpleNamespace(
         parts=SimpleNamespace(mesh=make_mesh(), verifier=SimpleNamespace(counts=dict)),
         pool=SimpleNamespace(groups=[None, None]),
+        tell=(said := []).append,
     )
     updates = [
         {"loss": 1.0, "tokens": 500.0, "trained_tokens": 10.0, "skipped": 0.0},
         {"loss": 2.0, "tokens": 100.0, "trained_tokens": 30.0, "skipped": 1.0},
     ]
-    row = Stage.metrics(stage, lesson, updates, [[None], [None]])
+    row = Stage.metrics(
+        stage, lesson, updates, [[None], [None]], {"repeats/count": 1, "repeats/of": 4}
+    )
     assert row["loss"] == 1.75 and row["trained_tokens"] == 40 and row["tokens"] == 90
     assert row["skipped"] == 1 and row["updates"] == 2 and row["filter/rounds"] == 1
     assert row["filter/age_mean"] == pytest.approx(2 / 3) and row["filter/age_max"] == 1
     assert row["filter/dropped_groups"] == 3 and row["filter/pending_groups"] == 2
     assert row["filter/kept_share"] == 3 / 4 and row["fix_rate"] == 0.5
     assert row["sampling/idle_share"] == 0.25
+    assert row["accuracy/net"] == row["detection_margin"] == 0.5 and row["repeat_share"] == 0.25
+    assert row["reward/failed"] == 1 and said == ["a time-out"]
 
 
 def test_a_prompt_drawn_again_samples_with_another_key_and_neighbours_change_none():

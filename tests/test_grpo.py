@@ -217,8 +217,9 @@ def test_micro_batches_add_up_to_the_metrics_of_the_whole():
 def test_rollout_metrics_count_first_and_final_answers():
     cfg = GrpoConfig()
     rollout = _rollout()
-    terms = grpo.reward_terms(cfg, VERDICT)
-    got = grpo.rollout_metrics(terms, VERDICT, rollout, BOTH)
+    verdict = VERDICT.replace(stated=jnp.array([[-1, -1], [-1, 0]], jnp.int32))
+    terms = grpo.reward_terms(cfg, verdict)
+    got = grpo.rollout_metrics(terms, verdict, rollout, BOTH)
     # first 1 0 0 0, final 1 1 0 1: two of three wrong first answers are mended, none harmed.
     want = {
         "accuracy/first": 1 / 4,
@@ -227,6 +228,17 @@ def test_rollout_metrics_count_first_and_final_answers():
         "fix/of": 3,
         "harm/count": 0,
         "harm/of": 1,
+        # Reflections of all say "wrong" but of the last: of a right one, two wrong ones, nothing.
+        "stated/count": 3,
+        "stated/of": 4,
+        "detection/count": 2,
+        "detection/of": 3,
+        "false_alarm/count": 1,
+        "false_alarm/of": 1,
+        "tokens_right/count": 4 + 2 + 3,
+        "tokens_right/of": 3,
+        "tokens_wrong/count": 1,
+        "tokens_wrong/of": 1,
         "format_rate": 3 / 4,
         "truncated_share": 1 / 4,
         "completion_length/mean": 10 / 4,

@@ -13,10 +13,11 @@ import pytest
 
 from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.common import RowError
-from srpo_jax.benchmarks.judge import client as judge_client
-from srpo_jax.benchmarks.judge.cache import JudgeCache, request_key
-from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
+from srpo_jax.benchmarks.judge.client import Judge
 from srpo_jax.benchmarks.judge.flows import settled
+from srpo_jax.remote import judge as judge_client
+from srpo_jax.remote.cache import JudgeCache, request_key
+from srpo_jax.remote.judge import NoJudgement
 from srpo_jax.remote.protocol import Endpoint, Fatal, Request
 from tests import judge_world
 from tests.benchmark_helpers import parity_rows, without, write_rows

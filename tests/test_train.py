@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -188,7 +189,18 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         one.filter.resample = True
         one.filter.low, one.filter.high = 0.2, 0.8
         one.checkpoint.every = 2
+        one.reward.function = f"{tmp_path}/mine.py:terms"
+        one.reward.weight = "short=0.5,wide=-0.1"
+        one.reward.workers = 1
         return one
+
+    (tmp_path / "mine.py").write_text(
+        "def terms(completions, records):\n"
+        "    short = [1 / (1 + len(text)) for text in completions]\n"
+        "    wide = [len(record['images']) for record in records]\n"
+        "    assert not records[0]['id'].endswith('7'), 'no sevens'\n"
+        "    return {'short': short, 'wide': wide}\n"
+    )
 
     whole = train_grpo.train(config(), tmp_path / "whole")
     assert whole["finished"] and whole["kl"] > 0 and whole["updates"] == 2
@@ -203,8 +215,9 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     last = config()
     last.eval.file = paths["held_out"]
     train_grpo.train(last, tmp_path / "broken")
-    # What only a benchmark, "sapo" or a correction for the sampler reads.
-    unread = {"eval.scoring", "eval.any_count", "grpo.sapo_negative", "grpo.sapo_positive"}
+    # What only a benchmark, a judge, "sapo" or a correction for the sampler reads.
+    unread = {f"reward.judge.{key}" for key in last.reward.judge if key != "model"}
+    unread |= {"eval.scoring", "eval.any_count", "grpo.sapo_negative", "grpo.sapo_positive"}
     assert reads.unread(last) == unread | {"grpo.tis_floor", "grpo.tis_level"}
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
@@ -217,6 +230,12 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     assert any(row[5] > 0 for row in rows[:3])  # groups did wait in the checkpoints
     assert max(row[8] for row in rows) == 1 and all(row[9] == 0 for row in rows)
     for file in sorted((tmp_path / "whole" / "rollouts").iterdir()):
+        samples = [json.loads(line) for line in file.read_text().splitlines()]
+        for sample in samples:
+            failed = sample["id"].endswith("7")
+            assert failed == ("no sevens" in sample.get("no_reward", ""))
+            assert failed or sample["wide"] == 1.0
+            assert not (failed and sample["weight"])
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
 
 
@@ -281,8 +300,12 @@ def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
         *("format_rate", "truncated_share", "groups_without_signal", "block_tokens/reflection"),
         *("time/data", "time/sample", "time/grade", "time/logp", "time/update", "time/step"),
         *("tokens_per_second", "mfu", "filter/kept_share"),
-        *("grading/timeouts", "grading/crashes", "grading/unread"),
+        *("grading/timeouts", "grading/crashes", "grading/unread", "grading/failed"),
     }
+    page = (ROOT / "docs/metrics.md").read_text("utf-8").partition("\n|---|---|\n")[2]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("|")]
+    names = {name for cell in rows for name in re.findall("`([^`]+)`", cell)}
+    promised |= {name for name in names if "<" not in name}
     assert promised <= row.keys(), promised - row.keys()
     assert row["mfu"] is None  # CPU: the peak is not known
     assert row["updates"] == 0 and row["filter/kept_share"] == 0

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from srpo_jax.rewards import verifier as verifier_module
+from srpo_jax.rewards import workers as workers_module
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.verifier import Verifier
 
@@ -37,9 +37,9 @@ def test_results_come_in_the_order_of_the_items(pool):
 
 def test_equal_pairs_are_checked_once_and_remembered(pool, monkeypatch):
     sent = []
-    send = verifier_module._Worker.send
+    send = workers_module._Worker.send
     monkeypatch.setattr(
-        verifier_module._Worker, "send", lambda self, *a: sent.append(a) or send(self, *a)
+        workers_module._Worker, "send", lambda self, *a: sent.append(a) or send(self, *a)
     )
     pair = ("$x^2-1$", "$(x-1)(x+1)$")
     assert pool.verify_math([pair] * 5 + [WRONG]) == [True] * 5 + [False]
@@ -84,7 +84,7 @@ def kill_when_busy(pool: Verifier, with_signal: int, times: int) -> threading.Th
     def kill():
         killed = set()
         while len(killed) < times:
-            busy = {w.process.pid for w in list(pool._workers) if w.task is not None} - killed
+            busy = {w.process.pid for w in list(pool._pool._workers) if w.task is not None} - killed
             time.sleep(0.2 if busy else 0.01)
             for pid in busy:
                 os.kill(pid, with_signal)
@@ -131,7 +131,8 @@ def test_a_failed_check_is_not_remembered_and_counts_are_told_once():
         for _ in range(2):
             assert pool.verify_math([HANG]) == [False]
             assert pool.check([(Question("5"), "five, I think")]) == [False]
-            told = {"grading/timeouts": 1, "grading/crashes": 0, "grading/unread": 1}
+            told = {"grading/timeouts": 1, "grading/crashes": 0, "grading/failed": 1}
+            told["grading/unread"] = 1
             assert pool.counts() == told
         assert set(pool.counts().values()) == {0}
 
@@ -139,7 +140,7 @@ def test_a_failed_check_is_not_remembered_and_counts_are_told_once():
 def test_a_worker_that_died_between_checks_costs_nothing(pool):
     before = pool.timeouts, pool.crashes
     assert pool.verify_math([("$4$", "$8/2$")]) == [True]
-    idle = next(w for w in pool._workers if w.idle)
+    idle = next(w for w in pool._pool._workers if w.idle)
     os.kill(idle.process.pid, signal.SIGKILL)
     idle.process.wait()
     assert pool.verify_math([(f"${n}$", f"${2 * n}/2$") for n in range(5, 9)]) == [True] * 4
@@ -150,11 +151,11 @@ def test_workers_ignore_the_signals_that_stop_a_run_and_leave_when_it_ends():
     code = (
         "import sys, time; from srpo_jax.rewards.verifier import Verifier\n"
         "pool = Verifier(1, 30); pool.verify_math([('$1$', '$2-1$')])\n"
-        "print(pool._workers[0].process.pid, flush=True); time.sleep(100)"
+        "print(pool._pool._workers[0].process.pid, flush=True); time.sleep(100)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "."},
-        cwd=verifier_module._ROOT,
+        cwd=workers_module._ROOT,
     )  # fmt: skip
     try:
         worker = int(parent.stdout.readline())
@@ -189,7 +190,7 @@ def test_an_interrupted_call_leaves_no_stale_result(pool, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(verifier_module, "wait", interrupt)
+        patch.setattr(workers_module, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             pool.verify_math([("$16$", "$32/2$")])
     # Were an old reply still in a pipe, it would answer these wrong pairs with True.
@@ -197,7 +198,7 @@ def test_an_interrupted_call_leaves_no_stale_result(pool, monkeypatch):
 
 
 def test_workers_that_cannot_start_are_an_error_not_a_hang(monkeypatch):
-    monkeypatch.setattr(verifier_module.sys, "executable", "/bin/false")
+    monkeypatch.setattr(workers_module.sys, "executable", "/bin/false")
     with (
         Verifier(workers=1) as pool,
         pytest.raises(RuntimeError, match="cannot start: exit status"),
@@ -207,7 +208,7 @@ def test_workers_that_cannot_start_are_an_error_not_a_hang(monkeypatch):
 
 def test_a_closed_pool_says_so():
     pool = Verifier(workers=1)
-    process = pool._workers[0].process
+    process = pool._pool._workers[0].process
     pool.close()
     pool.close()
     assert process.poll() is not None
@@ -223,14 +224,14 @@ def test_limits_must_be_positive(bad):
 
 def run_python(code: str) -> str:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=verifier_module._ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=workers_module._ROOT, capture_output=True, text=True
     ).stdout.strip()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds mappings on Linux only")
 def test_memory_is_bounded_and_threads_still_start():
     code = """
-from srpo_jax.rewards.verifier import _limit_memory
+from srpo_jax.rewards.workers import _limit_memory
 import threading
 _limit_memory(300)
 for _ in range(8):
@@ -247,7 +248,7 @@ except MemoryError:
 def test_a_hung_orphan_is_ended_by_the_kernel():
     code = """
 import os, signal, time
-from srpo_jax.rewards.verifier import _limit_cpu
+from srpo_jax.rewards.workers import _limit_cpu
 pid = os.fork()
 if pid == 0:
     _limit_cpu(0.5)
@@ -305,3 +306,13 @@ def test_math_verifys_own_cases(shared_data, pool):
         ]
     assert wrong == []
     assert (pool.timeouts, pool.crashes) == before
+
+
+def test_checks_that_have_no_turn_in_a_steps_time_are_told_apart_and_not_remembered():
+    with Verifier(workers=1, timeout=20, step_timeout=3) as pool:
+        assert pool.check([(Question("2"), r"\sqrt{4}")]) == [True]  # it is up
+        slow = [(Question("5"), r"9^{9^{9^9}}"), (Question("4"), "4"), (Question("3"), r"\sqrt{9}")]
+        assert pool.check(slow) == [None, True, None]
+        counts = pool.counts()
+        assert counts["grading/failed"] == 2 and counts["grading/timeouts"] == 0
+        assert pool.check(slow[1:]) == [True, True]

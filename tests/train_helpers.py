@@ -185,6 +185,7 @@ def fake_grade(completions_PGR, completion_mask_PGR, *_, **__):
     )
     empty = dict.fromkeys(("first_think", "first_answer", "reflection"))
     spans = empty | dict.fromkeys(("second_think", "second_answer"))
-    detail = {"spans": spans, "first_answer": None, "final_answer": None}
+    detail = {"graded": True, "spans": spans, "blocks": spans}
+    detail |= {"first_answer": None, "final_answer": None}
     texts = [" ".join(map(str, row)) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
     return verdict, [{"text": text, **detail} for text in texts]

@@ -129,7 +129,8 @@ def abstract_experience(recipe: Recipe, step: GrpoConfig, sampling: SamplingConf
         sample_logp=logp,
         policy_logp=logp,
     )
-    fields = {f.name: array((P, G), jnp.bool_) for f in dataclasses.fields(Verdict)}
+    names = [field.name for field in dataclasses.fields(Verdict) if field.name != "own"]
+    fields = {name: array((P, G), jnp.bool_) for name in names}
     numbers = ("stated", "first_tokens", "first_end", "total_tokens")
     fields |= {name: array((P, G)) for name in numbers}
     fields["block_tokens"] = array((P, G, 5))

@@ -93,6 +93,7 @@ class GrpoConfig(Objective):
     profile: Profile = PAPER
     # Weights of reward terms that are not 1; those of "verdict" and "overlong" bring the term in.
     weights: tuple[tuple[str, float], ...] = (("f_len", ALPHA),)
+    own: tuple[str, ...] = ()  # names of the terms in ``Verdict.own``
     overlong_buffer: int = 0  # tokens before the cap in which "overlong" sets in
     temperature: float = 1.0
     forbidden_ids: tuple[int, ...] = ()
@@ -187,8 +188,13 @@ def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0
 
 
 def reward_terms(cfg: GrpoConfig, verdict: Verdict) -> RewardTerms:
-    """The profile's terms and those of ``cfg.weights`` beside them, of the verdict's shape."""
+    """The profile's terms, those of ``cfg.weights`` and ``cfg.own`` beside them, of the verdict's
+    shape; ValueError where two have one name."""
     parts, weights = cfg.profile.terms(verdict), dict(cfg.weights)
+    if verdict.own is not None:
+        if taken := sorted(parts.keys() & {*cfg.own}):
+            raise ValueError(f"two reward terms are called {taken[0]}: rename your own")
+        parts |= {name: verdict.own[..., i] for i, name in enumerate(cfg.own)}
     if weights.get("verdict"):
         parts["verdict"] = stated_rightly(verdict)
     if weights.get("overlong") and cfg.length_cap:
@@ -347,8 +353,11 @@ def rollout_metrics(
 ) -> dict[str, jax.Array]:
     """What the samples of the included prompts were like: float32 scalars.
 
-    Rates are shares of samples. ``fix`` (wrong, then right) and ``harm`` (right, then wrong) come
-    as counts ``fix/count`` of ``fix/of`` samples, so that they can be added up over steps.
+    Rates are shares of samples. Those of some samples come as ``NAME/count`` of ``NAME/of``, so
+    that they can be added up over steps: ``fix`` (wrong, then right), ``harm`` (right, then wrong);
+    of those with a reflection ``stated`` (it says right or wrong), ``detection`` (a wrong first
+    answer is called so), ``false_alarm`` (a right one is called wrong); ``tokens_right`` and
+    ``tokens_wrong`` (tokens of samples by their final answer).
     """
     include_PG = jnp.broadcast_to(include_P.astype(jnp.float32)[:, None], terms.total.shape)
     samples = jnp.maximum(include_PG.sum(), 1.0)
@@ -362,6 +371,7 @@ def rollout_metrics(
 
     first, final = verdict.first_correct, verdict.final_correct
     length_PG = rollout.completion_mask.sum(-1).astype(jnp.float32)
+    reflected, doubted = verdict.block_tokens[..., 2] > 0, verdict.stated < 0
     reward_mean = mean(terms.total)
     spread_PG = jnp.square(terms.total - terms.total.mean(1, keepdims=True))
     group_std_P = jnp.sqrt(spread_PG.sum(1) / max(1, terms.total.shape[1] - 1))
@@ -377,6 +387,16 @@ def rollout_metrics(
         "fix/of": total(~first),
         "harm/count": total(first & ~final),
         "harm/of": total(first),
+        "stated/count": total(reflected & (verdict.stated != 0)),
+        "stated/of": total(reflected),
+        "detection/count": total(reflected & ~first & doubted),
+        "detection/of": total(reflected & ~first),
+        "false_alarm/count": total(reflected & first & doubted),
+        "false_alarm/of": total(reflected & first),
+        "tokens_right/count": total(length_PG * final),
+        "tokens_right/of": total(final),
+        "tokens_wrong/count": total(length_PG * ~final),
+        "tokens_wrong/of": total(~final),
         "format_rate": mean(verdict.format_ok),
         "truncated_share": mean(~rollout.finished),
         "completion_length/mean": mean(length_PG),

@@ -387,7 +387,7 @@ def _verify(
     verdicts = verifier.check(answers)
     for (item, trial), record, reply, right in zip(part, records, replies, verdicts, strict=True):
         first = run.store.first_attempt(item).data
-        reason = accept.reply_problem(record, first, reply, right, run.settings, count)
+        reason = accept.reply_problem(record, first, reply, bool(right), run.settings, count)
         yield Result(item, "check", reason or "", {"right": right}, trial)
 
 

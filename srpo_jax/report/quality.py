@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from srpo_jax.benchmarks.common import Ask, Row, RowError, choices, each, first, option_text, table
-from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
+from srpo_jax.benchmarks.judge.client import Judge
 from srpo_jax.data.errors import shown
 from srpo_jax.data.prompts import split_at_marks
+from srpo_jax.remote.judge import NoJudgement
 from srpo_jax.remote.replies import BadReply
 from srpo_jax.report.rates import interval
 from srpo_jax.rewards.answers import boxed, decide

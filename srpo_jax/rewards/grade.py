@@ -31,7 +31,8 @@ def grade(
     Returns:
       The Verdict as numpy arrays [P, G] (block_tokens [P, G, 5]), and for each sample, prompt after
       prompt, a dict of ``text``, ``spans`` (half-open token ranges by block name, None for a
-      missing block), ``first_answer`` and ``final_answer`` (extracted, None without one).
+      missing block), ``blocks`` (their texts), ``first_answer`` and ``final_answer`` (extracted,
+      None without one), and ``graded``: False where the verifier's time was over before.
     Raises:
       ValueError where questions do not match the prompts.
     """
@@ -47,7 +48,8 @@ def grade(
         verifier=verifier,
         profile=profile,
     )
-    shaped = {name: x.reshape(prompts, group, *x.shape[1:]) for name, x in vars(verdict).items()}
+    held = {name: x for name, x in vars(verdict).items() if x is not None}
+    shaped = {name: x.reshape(prompts, group, *x.shape[1:]) for name, x in held.items()}
     return Verdict(**shaped), details
 
 
@@ -66,10 +68,12 @@ def grade_sequences(
     # One batch for the pool, which checks equal answers of a group once.
     items = [
         (question, answer)
-        for question, found in zip(questions, answers, strict=True)
-        for answer in (found.first, found.final)
+        for question, pair in zip(questions, answers, strict=True)
+        for answer in (pair.first, pair.final)
     ]
-    correct_B2 = np.array(verifier.check(items), bool).reshape(len(parsed), 2)
+    found = verifier.check(items)
+    correct_B2 = np.array(found, bool).reshape(len(parsed), 2)
+    graded = [None not in found[at : at + 2] for at in range(0, len(found), 2)]
 
     def column(name: str, dtype) -> np.ndarray:
         return np.array([getattr(response, name) for response in parsed], dtype)
@@ -90,7 +94,8 @@ def grade_sequences(
         total_tokens=column("total_tokens", np.int32),
         block_tokens=column("block_tokens", np.int32).reshape(len(parsed), len(BLOCKS)),
     )
-    return verdict, [_details(*sample) for sample in zip(completions, parsed, answers, strict=True)]
+    samples = zip(completions, parsed, answers, graded, strict=True)
+    return verdict, [_details(*sample) for sample in samples]
 
 
 def _stated(completion: Completion, response: ParsedResponse, profile: Profile) -> int:
@@ -98,12 +103,19 @@ def _stated(completion: Completion, response: ParsedResponse, profile: Profile) 
     return 0 if span is None else stated(completion.decode(span), profile.words)
 
 
-def _details(completion: Completion, response: ParsedResponse, answers: Answers) -> dict[str, Any]:
-    """One sample's text, token spans and extracted answers, for rollout files and reports."""
+def _details(
+    completion: Completion, response: ParsedResponse, answers: Answers, graded: bool
+) -> dict[str, Any]:
+    """One sample's texts, token spans and extracted answers, for rollout files and reports."""
     return {
+        "graded": graded,
         "text": completion.decode(),
         "spans": {
             name: completion.token_span(span) if span is not None else None
+            for name, span in response.spans.items()
+        },
+        "blocks": {
+            name: None if span is None else completion.decode(span)
             for name, span in response.spans.items()
         },
         "first_answer": None if answers.first is None else extract_answer(answers.first),

@@ -173,6 +173,11 @@ def balanced_terms(verdict: Verdict) -> Parts:
     }
 
 
+def no_terms(_: Verdict) -> Parts:
+    """Nothing: terms of one's own pay alone."""
+    return {}
+
+
 MIN_REFLECTION = 4  # tokens: fewer cannot name a step and judge it
 
 

@@ -5,10 +5,12 @@ import os
 import signal
 import threading
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from srpo_jax.structs import RunError
 
@@ -143,6 +145,42 @@ def describe(tree: Any, limit: int = 10) -> str:
 QUIET_STEPS = 10  # in a row, before a run says so
 
 
+WINDOW = 25  # steps whose first and final answers are compared with those of as many before
+FALLEN = 3.0  # standard errors of that difference, and
+MOVED = 0.02  # what counts as falling and as rising
+
+
+class SandbagWatch:
+    """A word where the first answer gets worse while the final one gets better."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._seen: deque[tuple[float, float]] = deque(maxlen=2 * WINDOW)
+
+    def look(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """At each step in turn; once it has said so, it begins anew."""
+        names = ("accuracy/first", "accuracy/final")
+        if not all(name in metrics for name in names):
+            return
+        self._seen.append((float(metrics[names[0]]), float(metrics[names[1]])))
+        if len(self._seen) < 2 * WINDOW:
+            return
+        seen = np.array(self._seen)
+        before, after = seen[:WINDOW], seen[WINDOW:]
+        error = np.sqrt((before.var(0, ddof=1) + after.var(0, ddof=1)) / WINDOW)
+        moved = after.mean(0) - before.mean(0)
+        clear = np.abs(moved) > np.maximum(MOVED, FALLEN * error)
+        if clear.all() and moved[0] < 0 < moved[1]:
+            self._seen.clear()
+            (first, final), (first_now, final_now) = before.mean(0), after.mean(0)
+            self._say(
+                f"step {step}: in {2 * WINDOW} steps the first answer fell ({first:.3f} to "
+                f"{first_now:.3f}) while the final one rose ({final:.3f} to {final_now:.3f}): is "
+                "it wrong on purpose, to be mended? Look at fix_rate, reward/i_eff and rollouts/; "
+                "reward.profile=balanced pays no more for mending than for keeping"
+            )
+
+
 class Progress:
     """A word where steps in a row teach nothing; an end where updates in a row are not finite."""
 
@@ -150,6 +188,7 @@ class Progress:
         """``skipped`` updates had been left out before."""
         self._max_skipped, self._skipped, self._say = max_skipped, skipped, say
         self._skipped_run = self._quiet_run = 0
+        self._answers = SandbagWatch(say)
 
     def look(self, step: int, updates: int, metrics: Mapping[str, Any]) -> None:
         """At each step in turn: its number of updates, its metrics (reading waits for the device).
@@ -174,6 +213,7 @@ class Progress:
         self._quiet_run = self._quiet_run + 1 if reason else 0
         if self._quiet_run == QUIET_STEPS:
             self._say(f"step {step}: the last {QUIET_STEPS} steps taught nothing: {reason}")
+        self._answers.look(step, metrics)
 
 
 def _nothing_learnt(updates: int, found: Mapping[str, float]) -> str | None:

@@ -33,10 +33,10 @@ class SharedVerifier(Verifier):
     """Answers are checked once for each data shard: processes that share it share the verdicts."""
 
     def __init__(self, mesh: Mesh, grading: GradingSettings):
-        super().__init__(grading.workers, grading.timeout)
+        super().__init__(grading.workers, grading.timeout, step_timeout=grading.step_timeout)
         self._mesh = mesh
 
-    def check(self, items: Sequence[tuple[Question, str | None]]) -> list[bool]:
+    def check(self, items: Sequence[tuple[Question, str | None]]) -> list[bool | None]:
         """As `Verifier.check`; collective where processes hold the same rows."""
         return processes.from_speaker(lambda: Verifier.check(self, items), self._mesh)
 

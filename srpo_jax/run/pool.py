@@ -173,9 +173,13 @@ class Pool:
         """JSON values and arrays from which `load` makes the same pool."""
         return _packed(self.groups)
 
-    def load(self, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """The inverse of `state`."""
-        self.groups = _unpacked(values, arrays)
+    def load(
+        self, values: dict[str, Any], arrays: dict[str, np.ndarray], own_terms: int = 0
+    ) -> None:
+        """The inverse of `state`; groups without this run's number of own terms are left out."""
+        groups = _unpacked(values, arrays)
+        held = [0 if g.samples[1].own is None else g.samples[1].own.shape[-1] for g in groups]
+        self.groups = [g for g, n in zip(groups, held, strict=True) if n == own_terms]
 
 
 def moves(held: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -198,7 +202,9 @@ def _packed(groups: list[Group]) -> tuple[dict[str, Any], dict[str, np.ndarray]]
         return {"pending": values}, {}
     rollout, verdict = _stack([group.samples for group in groups])
     parts = {"rollout": vars(rollout), "verdict": vars(verdict)}
-    arrays = {f"{part}/{n}": x for part, held in parts.items() for n, x in held.items()}
+    arrays = {
+        f"{part}/{n}": x for part, held in parts.items() for n, x in held.items() if x is not None
+    }
     return {"pending": values}, arrays
 
 

@@ -22,6 +22,12 @@ FREE = (
     "log",
     "optim.max_skipped",
     "preflight",
+    "reward.judge.concurrency",
+    "reward.judge.key_env",
+    "reward.judge.max_calls",
+    "reward.judge.url",
+    "reward.timeout",
+    "reward.workers",
     "rollouts",
 )
 _MAY_GROW = ("steps", "epochs")

@@ -23,6 +23,7 @@ from srpo_jax.rewards.grade import grade
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
 from srpo_jax.run.feed import prompt_keys
+from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig
 from srpo_jax.structs import BLOCKS, Batch, Experience, Params, Rollout, Verdict
@@ -48,6 +49,12 @@ class Graded:
     verdict: Verdict  # [P, G]
     details: list[dict[str, Any]]  # of each sample, prompt after prompt
     rollout: Rollout  # [P, G, R], this process's part
+    failures: dict[int, str] = dataclasses.field(default_factory=dict)  # prompts without a reward
+
+    @property
+    def rewarded(self) -> np.ndarray:
+        """[P] bool: which prompts' samples have a reward."""
+        return ~np.isin(np.arange(len(self.rollout.finished)), [*self.failures])
 
 
 class Generator:
@@ -60,12 +67,15 @@ class Generator:
         profile: Profile,
         *,
         keep_pixels: bool = False,
+        own: OwnTerms | None = None,
     ):
         """Token ids of ``sampling`` are set to the model's.
 
-        ``keep_pixels`` leaves ``Sampled.batch.vision`` for an update that trains the tower.
+        ``keep_pixels`` leaves ``Sampled.batch.vision`` for an update that trains the tower; ``own``
+        are terms for ``Verdict.own``.
         """
         self.parts, self._profile, self._keep_pixels = parts, profile, keep_pixels
+        self._own = own if own and own.names else None
         sampling = dataclasses.replace(
             sampling,
             eos_ids=parts.processor.eos_ids,
@@ -109,7 +119,14 @@ class Generator:
             verifier=self.parts.verifier,
             profile=self._profile,
         )
-        return Graded(verdict, details, rollout)
+        group = rollout.completions.shape[1]
+        late = "answers were not compared before grading.step_timeout was over"
+        ungraded = {at // group for at, one in enumerate(details) if not one["graded"]}
+        failures = {int(p): late for p in sampled.slots if p in ungraded}
+        if self._own:
+            own_PGN, failed = self._own.of_round(sampled.records, sampled.slots, verdict, details)
+            verdict, failures = dataclasses.replace(verdict, own=own_PGN), failures | failed
+        return Graded(verdict, details, rollout, failures)
 
     def blocks(self, token_ids: np.ndarray, spans: dict[str, Any]) -> dict[str, str | None]:
         """The text of each block from its token span; None where it is missing."""
@@ -143,17 +160,17 @@ class Round:
 
 
 def make_score_step(cfg: grpo.GrpoConfig, mesh: Mesh) -> Callable[..., Any]:
-    """-> ``score_step(verdict, rollout, valid) -> (terms, advantages, metrics)`` of all samples.
+    """-> ``score_step(verdict, rollout, rewarded) -> (terms, advantages, metrics)`` of all samples.
 
     The same functions as in the update's ``prepare``, for the rollout files and for metrics that do
     not depend on which groups the update takes.
     """
 
-    def score_step(verdict: Verdict, rollout: Rollout, valid_P: jax.Array):
+    def score_step(verdict: Verdict, rollout: Rollout, rewarded_P: jax.Array):
         terms = grpo.reward_terms(cfg, verdict)
-        counted_PG = jnp.broadcast_to(valid_P[:, None], terms.total.shape)
+        counted_PG = jnp.broadcast_to(rewarded_P[:, None], terms.total.shape)
         advantages = grpo.credited(cfg, terms, verdict, counted_PG=counted_PG)
-        return terms, advantages, grpo.rollout_metrics(terms, verdict, rollout, valid_P)
+        return terms, advantages, grpo.rollout_metrics(terms, verdict, rollout, rewarded_P)
 
     rows, one = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(score_step, out_shardings=(rows, rows, one))
@@ -183,9 +200,9 @@ def graded_samples(
 
 
 def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
-    """The rows of rollouts/ of one round."""
+    """The rows of rollouts/ of one round; a group without a reward says why (``no_reward``)."""
     terms, (adv_PG, rest_adv_PG) = processes.to_local(one.scores[:2])
-    verdict, rollout = one.graded.verdict, one.graded.rollout
+    verdict, rollout, failures = one.graded.verdict, one.graded.rollout, one.graded.failures
     return [
         {"step": step, "round": number}
         | row
@@ -199,6 +216,7 @@ def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
             "advantage": float(adv_PG[at]),
             "rest_advantage": float(rest_adv_PG[at]),
             "weight": float(one.weight[at[0]]),
+            **({"no_reward": failures[at[0]]} if at[0] in failures else {}),
         }
         for _, at, detail, row in graded_samples(one.sampled, one.graded)
     ]

@@ -4,6 +4,7 @@ They mirror ``configs/`` key by key; `settings` makes and checks them.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from etils import epath
@@ -11,7 +12,7 @@ from etils import epath
 from srpo_jax.data.fields import Columns
 from srpo_jax.learn.grpo import Objective
 from srpo_jax.learn.optim import OptimConfig
-from srpo_jax.rewards.profiles import Profile
+from srpo_jax.rewards.profiles import Profile, no_terms
 from srpo_jax.rewards.stated import Words
 from srpo_jax.rewards.terms import ALPHA
 from srpo_jax.sampling.sampler import SamplingConfig
@@ -54,12 +55,27 @@ class GradingSettings:
 
     workers: int
     timeout: float  # seconds of processor time
+    step_timeout: float  # seconds of the clock, for all checks of a batch together
     tolerance: float  # relative; 0: exact
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeSettings:
+    """A language model that scores responses by a rubric."""
+
+    url: str = ""  # "": of the environment, or the vendor's own
+    model: str = ""  # "": no judge
+    rubric: str = ""
+    weight: float = 1.0
+    max_calls: int = 0
+    concurrency: int = 16
+    temperature: float = 0.0
+    key_env: str = "OPENAI_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardSettings:
-    """Which profile, and the weights of the terms that have one."""
+    """Which profile, the weights of the terms that have one, and terms of one's own."""
 
     profile: Profile
     right_words: tuple[str, ...]
@@ -68,8 +84,17 @@ class RewardSettings:
     verdict: float = 0.0
     overlong: float = 0.0
     overlong_buffer: int = 0
+    function: str = ""
+    weight: str = "1"
+    replace: bool = False
+    timeout: float = 60.0  # seconds of the clock
+    workers: int = 2
+    judge: JudgeSettings = JudgeSettings()
 
     def __post_init__(self):
+        self.own_weights(())
+        if self.replace and not (self.function or self.judge.model):
+            raise ValueError("replace=True: set function or judge.model, or nothing is paid for")
         if self.overlong and not self.overlong_buffer:
             raise ValueError(f"overlong={self.overlong}: set overlong_buffer, in tokens")
 
@@ -77,13 +102,31 @@ class RewardSettings:
     def design(self) -> Profile:
         """The profile, with the words that this run looks for."""
         words = Words(self.right_words, self.wrong_words)
-        return dataclasses.replace(self.profile, words=words)
+        one = dataclasses.replace(self.profile, words=words)
+        return dataclasses.replace(one, terms=no_terms, first_terms=()) if self.replace else one
 
     @property
     def weights(self) -> tuple[tuple[str, float], ...]:
         """As `GrpoConfig` takes them."""
         given = {"f_len": self.alpha, "verdict": self.verdict, "overlong": self.overlong}
         return tuple((name, w) for name, w in given.items() if w or name == "f_len")
+
+    def own_weights(self, names: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+        """``weight`` as a weight for each of the function's terms; ValueError where it is none."""
+        pairs = [pair.partition("=") for pair in self.weight.replace(" ", "").split(",")]
+        if len(pairs) == 1 and not pairs[0][1]:  # one for all
+            pairs = [(name, "=", self.weight) for name in names or ("any",)]
+        try:
+            given = {name: float(number) for name, _, number in pairs}
+        except ValueError:
+            given = {"": math.nan}
+        if not all(map(math.isfinite, given.values())):
+            raise ValueError(f"weight={self.weight}: write a number, or NAME=0.5,OTHER=1")
+        if names and given.keys() != {*names}:
+            raise ValueError(
+                f"weight={self.weight}: must name each term of the function: {', '.join(names)}"
+            )
+        return tuple((name, given[name]) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
         "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
         "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor "
-        "grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every grpo.adv_eps filter.max_age "
+        "reward.judge.max_calls grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every "
+        "grpo.adv_eps filter.max_age "
         "eval.temperature",
         lambda value: value is None or 0 <= value < math.inf,
         "must not be negative or infinite",
@@ -112,14 +113,15 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "data.global_batch_size data.prompts_per_row data.prompt_tokens data.tokens min_pixels "
         "eval.batch_size eval.samples checkpoint.keep log.every filter.max_rounds logit_chunk "
-        "grpo.logit_chunk grpo.updates_per_rollout grpo.epochs grading.workers optim.max_skipped",
+        "grpo.logit_chunk grpo.updates_per_rollout grpo.epochs grading.workers optim.max_skipped "
+        "reward.workers reward.judge.concurrency",
         lambda value: value >= 1,
         "must be at least 1",
     ),
     ("data.mix", lambda value: all(weight > 0 for weight in value), "weights must be above 0"),
     (
-        "grading.timeout optim.eps optim.grad_clip grpo.clip_low grpo.clip_high "
-        "grpo.sapo_positive grpo.sapo_negative",
+        "grading.timeout grading.step_timeout reward.timeout optim.eps optim.grad_clip "
+        "grpo.clip_low grpo.clip_high grpo.sapo_positive grpo.sapo_negative",
         lambda value: value is None or value > 0,
         "must be above 0",
     ),
@@ -135,7 +137,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "of buckets only gs:// is supported; mount the others",
     ),
     ("seed", lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32"),
-    ("grpo.entropy_coef", math.isfinite, "must be a number"),
+    (
+        "grpo.entropy_coef reward.judge.weight reward.judge.temperature",
+        math.isfinite,
+        "must be a number",
+    ),
     ("optim.b1 optim.b2", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     ("grpo.dual_clip", lambda value: not value or value > 1, "must be above 1, or 0 (off)"),
 )
@@ -235,14 +241,23 @@ def sft_config(settings: SftSettings, shards: int) -> SftConfig:
     )
 
 
-def grpo_config(settings: GrpoSettings, shards: int, forbidden_ids: tuple[int, ...]) -> GrpoConfig:
-    """What a GRPO update does; one micro-batch is one row of every data shard."""
+def grpo_config(
+    settings: GrpoSettings,
+    shards: int,
+    forbidden_ids: tuple[int, ...],
+    own: tuple[tuple[str, float], ...] = (),
+) -> GrpoConfig:
+    """What a GRPO update does; one micro-batch is one row of every data shard.
+
+    ``own`` are the names and weights of reward terms that the verdicts bring.
+    """
     layout = batch_layout(settings, shards)
     return GrpoConfig(
         **vars(settings.grpo),
         micro_batches=layout.rows,
         profile=settings.reward.design,
-        weights=settings.reward.weights,
+        weights=settings.reward.weights + own,
+        own=tuple(name for name, _ in own),
         overlong_buffer=settings.reward.overlong_buffer,
         temperature=settings.sampling.temperature,
         forbidden_ids=forbidden_ids,

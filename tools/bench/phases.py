@@ -99,7 +99,8 @@ class Bench:
         shape = work.lengths_PG.shape
         right, yes = np.broadcast_to(np.arange(shape[1]) % 2 == 0, shape), np.ones(shape, bool)
         blocks, logp = np.zeros((*shape, 5), np.int32), np.where(mask, -1.0, 0).astype(np.float32)
-        flags = {f.name: yes for f in dataclasses.fields(Verdict)} | {"block_tokens": blocks}
+        flags = {f.name: yes for f in dataclasses.fields(Verdict) if f.name != "own"}
+        flags |= {"block_tokens": blocks}
         flags |= dict.fromkeys(("first_correct", "final_correct"), right)
         flags |= dict.fromkeys(("stated", "first_tokens", "first_end"), yes.astype(np.int32))
         verdict = Verdict(**flags | {"total_tokens": work.lengths_PG})

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from srpo_jax.data.files import read_jsonl
+from srpo_jax.rewards.stated import Words, stated
 from srpo_jax.structs import BLOCKS
 
 MODELS = ("init", "SFT", "SRPO", "GRPO")
@@ -21,6 +22,7 @@ COLUMNS = {  # of the table -> key of a row
     "detect": "detect",
     "false alarm": "false_alarm",
 }
+WORDS = Words(right=("yes",), wrong=("no",))  # of the task's reflections
 REQUIRED_GAIN = 0.10  # of SRPO over SFT, final answer, sampled
 BOOTSTRAP = 2000
 
@@ -38,7 +40,7 @@ def measure(workdir: Path) -> dict[str, Any]:
     """
     summary = json.loads((workdir / "summary.json").read_text())
     said = [
-        (row["first_correct"], row["blocks"]["reflection"].strip().endswith("no"))
+        (row["first_correct"], stated(row["blocks"]["reflection"], WORDS) == -1)
         for row in read_rows(workdir)
         if row["blocks"]["reflection"]
     ]

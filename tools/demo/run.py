@@ -121,6 +121,8 @@ def rl_stage(folder: Path, seed: int, plan: Plan, name: str) -> Stage:
         overrides=common(folder, folder / "sft/hf", seed)
         | {
             "reward.profile": {"SRPO": "paper", "GRPO": "grpo"}[name],
+            "reward.right_words": report.WORDS.right,
+            "reward.wrong_words": report.WORDS.wrong,
             "data.train": folder / "data/rl.jsonl",
             "data.global_batch_size": plan.rl_prompts,
             "data.prompts_per_row": per_row,

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from srpo_jax.benchmarks import common
-from srpo_jax.benchmarks.judge.client import Judge, NoJudgement
+from srpo_jax.benchmarks.judge.client import Judge
+from srpo_jax.remote.judge import NoJudgement
 from srpo_jax.remote.replies import BadReply
 from srpo_jax.rewards.answers import Gold, choice_indices, decide, read_gold
 

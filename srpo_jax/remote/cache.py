@@ -69,6 +69,9 @@ class JudgeCache:
     def __exit__(self, *_) -> None:
         self._db.close()
 
+    def __len__(self) -> int:
+        return self._db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
+
     def get(self, key: str) -> Reply | None:
         """The reply to a request, None where none is stored."""
         row = self._db.execute(f"SELECT {_COLUMNS} FROM replies WHERE key = ?", (key,)).fetchone()
