@@ -43,6 +43,7 @@ from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
+from srpo_jax.run.adapters import find_weights, load_adapter
 from srpo_jax.run.checkpoint import FOLDER, own_buffers, save_params
 from srpo_jax.run.command import main
 from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
@@ -128,12 +129,18 @@ def load_reference(settings: GrpoSettings, parts: Parts, run: Session) -> Params
     dtype, kept = settings.model.dtype, settings.workdir / "reference"
     if run.step:
         source = str(kept) if kept.exists() else run.origin
+        if parts.model.lora:
+            found = find_weights(settings, parts.model, source)
+            params = load_adapter(found, parts.model, parts.mesh, settings.seed)
+            return {path: x.astype(dtype) for path, x in params.items()}
         params, _ = load_weights(settings, parts, dtype, source)
         return {path: params[path] for path in run.state.params}
     reference = own_buffers({path: x.astype(dtype) for path, x in run.state.params.items()})
     if absolute(run.origin).parent.name == FOLDER:
-        frozen = {path: x.astype(dtype) for path, x in run.state.frozen.items()}
-        save_params(kept, reference | frozen, {"config": settings.plain, "origin": run.origin})
+        frozen = {} if parts.model.lora else run.state.frozen
+        frozen = {path: x.astype(dtype) for path, x in frozen.items()}
+        meta = {"config": settings.plain, "origin": run.origin, **run.base}
+        save_params(kept, reference | frozen, meta)
     return reference
 
 
@@ -394,7 +401,8 @@ class Stage:
     def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""
         # The update is a forward and a backward pass, log-probs are forward passes.
-        flops = 3 * self.cfg.epochs * self.forward_work(lesson.local.batch, learned_PG)[1]
+        both = self.parts.train_passes * self.cfg.epochs
+        flops = both * self.forward_work(lesson.local.batch, learned_PG)[1]
         own = 0 if self.cfg.epochs > 1 else 1 / self.cfg.updates_per_rollout
         passes = 1 - own if self.cfg.updates > 1 else 0
         passes += self.reference is not None
@@ -404,7 +412,7 @@ class Stage:
             count, sampling = self.forward_work(one.local.batch, lengths_of(one.local))
             vision = self.parts.flops.vision(*vision_work(one.sampled.local))
             tokens += count
-            flops += sampling + vision * (3 if self.trains_vision else 1)
+            flops += sampling + vision * (self.parts.train_passes if self.trains_vision else 1)
         return tokens, flops
 
     def forward_work(self, batch: Batch, lengths_PG: np.ndarray) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from srpo_jax.model.lora import is_adapter
 from srpo_jax.structs import Leaf, Params, TrainState
 
 
@@ -105,13 +106,21 @@ def split_frozen(
     """Split by path prefix into (trained, frozen); works on arrays, shapes and shardings alike.
 
     Frozen parameters stay outside of the function that is differentiated and outside of the
-    optimizer: no gradient, no moments, no decay. Raises ValueError for a prefix that matches
-    nothing (a misspelt prefix would silently train) and when nothing is left to train.
+    optimizer: no gradient, no moments, no decay. Where there are adapters, all but them is frozen.
+    Raises ValueError for a prefix that matches nothing (a misspelt prefix would silently train) or
+    an adapter, and when nothing is left to train.
     """
     for prefix in freeze:
         if not any(path.startswith(prefix) for path in params):
             raise ValueError(f"freeze prefix {prefix!r} matches no parameter, e.g. {min(params)!r}")
     frozen = {p: x for p, x in params.items() if p.startswith(tuple(freeze))} if freeze else {}
+    if any(map(is_adapter, params)):
+        if still := next(filter(is_adapter, frozen), None):
+            raise ValueError(
+                f"freeze={freeze!r} holds the adapter {still}: set --config.freeze='()', or leave "
+                "its layer out of lora.targets"
+            )
+        frozen = {p: x for p, x in params.items() if not is_adapter(p)}
     trained = {p: x for p, x in params.items() if p not in frozen}
     if not trained:
         raise ValueError(f"freeze={freeze!r} leaves no parameter to train")

@@ -100,7 +100,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
         "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
-        "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor "
+        "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor lora.rank "
         "grpo.tis_cap grpo.kl_coef grpo.adv_eps filter.max_age eval.temperature",
         lambda value: value is None or 0 <= value < math.inf,
         "must not be negative or infinite",
@@ -114,7 +114,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("data.mix", lambda value: all(weight > 0 for weight in value), "weights must be above 0"),
     (
-        "grading.timeout optim.eps optim.grad_clip grpo.clip_low grpo.clip_high "
+        "grading.timeout lora.alpha optim.eps optim.grad_clip grpo.clip_low grpo.clip_high "
         "grpo.sapo_positive grpo.sapo_negative",
         lambda value: value is None or value > 0,
         "must be above 0",
@@ -142,6 +142,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.prompt": tuple(MESSAGES),
     "data.target": TARGETS,
     "data.mask_wrong_first": ("auto", "true", "false", True, False),
+    "lora.export": ("merged", "adapter"),
     "eval.stop_after": ("first", "confident", "final"),
     "optim.schedule": ("cosine", "constant"),
     "optim.moment_dtype": ("float32", "bfloat16"),
