@@ -194,7 +194,7 @@ def _open(folder: AnyPath, base: ModelConfig, rank: int) -> dict[str, list[tuple
             if not wrong:
                 pair = (stored[names[0]], stored[names[1]])
                 found.setdefault(tensor.row.path, []).append(pair)
-    wrong += [f"{name}: no adapter can be there" for name in sorted(stored.keys() - known)]
+    wrong = [f"{name}: no adapter can be there" for name in sorted(stored.keys() - known)] + wrong
     if wrong or not found:
         wrong = wrong or ["no adapter in it"]
         raise HFError(listed(f"{file} holds no adapter of this model", wrong))

@@ -144,6 +144,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.mask_wrong_first": ("auto", "true", "false", True, False),
     "lora.export": ("merged", "adapter"),
     "eval.stop_after": ("first", "confident", "final"),
+    "optim.kind": ("adamw", "adafactor", "muon"),
     "optim.schedule": ("cosine", "constant"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
