@@ -301,8 +301,8 @@ def test_a_run_does_not_go_on_over_other_weights_than_its_adapter_was_trained_on
 def test_an_interrupted_run_goes_on_bit_for_bit(paths, tmp_path):
     schedule = {"optim.schedule": "constant", "optim.warmup_ratio": 0.0}
     for end in (2, 4):
-        train_sft.train(configured(paths, end, **schedule), str(tmp_path / "stopped"))
-    train_sft.train(configured(paths, 4, **schedule), str(tmp_path / "whole"))
+        train_sft.train(configured(paths, steps=end, **schedule), str(tmp_path / "stopped"))
+    train_sft.train(configured(paths, steps=4, **schedule), str(tmp_path / "whole"))
     one, other = (stored_params(tmp_path / name) for name in ("stopped", "whole"))
     assert all(one[path].tobytes() == x.tobytes() for path, x in other.items())
 

@@ -116,12 +116,18 @@ def _scale(cfg: OptimConfig) -> optax.GradientTransformation:
         1.0,
         mu_dtype=cfg.moment_dtype,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=lambda params: {path: _matrix(path) for path in params},
+        muon_weight_dimension_numbers=_matrices,
     )
-    return optax.partition(
-        {"matrix": optax.chain(muon, optax.scale(-1.0)), "other": adam},
-        lambda params: {path: "matrix" if _matrix(path) else "other" for path in params},
-    )
+    parts = {"matrix": optax.chain(muon, optax.scale(-1.0)), "other": adam}
+    return optax.partition(parts, _parts)
+
+
+def _matrices(params: Any) -> dict[str, contrib.MuonDimensionNumbers | None]:
+    return {path: _matrix(path) for path in params}
+
+
+def _parts(params: Any) -> dict[str, str]:
+    return {path: "matrix" if _matrix(path) else "other" for path in params}
 
 
 def _matrix(path: str) -> contrib.MuonDimensionNumbers | None:

@@ -87,7 +87,7 @@ def merged_leaves(params: Mapping[str, Any], lora: Lora | None) -> dict[str, Any
     for path, leaf in params.items():
         if not is_adapter(path):
             both = adapters_of(path, params).values()
-            leaves[path] = MergedLeaf(leaf, *both, lora.scale) if lora and both else leaf
+            leaves[path] = MergedLeaf(leaf, *both, scale=lora.scale) if lora and both else leaf
     return leaves
 
 

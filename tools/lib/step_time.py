@@ -234,7 +234,8 @@ def _apply(recipe: Recipe) -> Piece:
     """The optimizer: parameters and its state read and written, float32 gradients read."""
     state = abstract_state(recipe.model, make_optimizer(recipe.optimizer, 1), freeze=recipe.freeze)
     parts = recipe.mesh.shape["fsdp"] * recipe.mesh.shape["tensor"]
-    held = sum(2 * x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    held = sum(2 * x.size * x.dtype.itemsize for x in leaves)
     held += sum(4 * x.size for x in state.params.values())
     return Piece(1, 0.0, held / parts)
 
