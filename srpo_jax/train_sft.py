@@ -94,7 +94,7 @@ def work(parts: Parts, loaded: LoadedBatch, trains_vision: bool) -> tuple[float,
     samples = [np.bincount(row)[1:] for row in np.asarray(batch.segment_ids)[valid]]
     lengths = np.concatenate([[0], *samples])
     targets = float(np.asarray(batch.loss_mask).sum())
-    both = parts.train_passes  # forward and backward
+    both = parts.model.train_passes  # forward and backward
     text = both * parts.flops.text(lengths, head_tokens=targets)
     vision = parts.flops.vision(*vision_work(batch)) * (both if trains_vision else 1)
     return float(lengths.sum()), text + vision

@@ -159,6 +159,12 @@ class ModelConfig:
         """The model without its adapters: what a Hugging Face directory holds."""
         return dataclasses.replace(self, lora=None)
 
+    @property
+    def train_passes(self) -> int:
+        """Forward passes that a forward and a backward pass cost together: beside adapters weights
+        need no gradient of their own."""
+        return 2 if self.lora else 3
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any], **overrides: Any) -> "ModelConfig":
         """Reads the contents of a ``config.json``; ``overrides`` are fields of this class.

@@ -91,12 +91,6 @@ class Parts:
         return ModelFlops.of(self.shapes, len(self.model.vision.fullatt_block_indexes))
 
     @property
-    def train_passes(self) -> int:
-        """What a forward and a backward pass cost, in forward passes: weights that are not trained
-        need no gradient of their own."""
-        return 2 if self.model.lora else 3
-
-    @property
     def forbidden_ids(self) -> tuple[int, ...]:
         """Tokens that no completion may hold: images and their markers, by tokenizer and config."""
         ids = {*vision_token_ids(self.model), *self.processor.forbidden_ids}

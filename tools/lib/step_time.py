@@ -96,7 +96,7 @@ def _grpo(
         Phase("logp_step", passes * (of_layers + rest), lanes(itertools.chain(*logps), Passes())),
         Phase(
             "accumulate",
-            _useful(recipe) * step.epochs * (of_layers + rest),
+            recipe.model.train_passes * step.epochs * (of_layers + rest),
             lanes(packed * step.epochs, _training(recipe)),
         ),
         Phase("apply", 0.0, (_times(step.updates, _apply(recipe)),)),
@@ -130,7 +130,7 @@ def _sft(recipe: Recipe, step: SftConfig, lengths: Lengths | None) -> Estimate:
     args = (each * row.tokens, each * row.tokens**2, each * longest)
     whole = cost.text(*args, passes=_training(recipe))
     useful = cost.flops.text(drawn_B, head_tokens=learned * drawn_B.sum())
-    useful *= _useful(recipe)
+    useful *= recipe.model.train_passes
     encode = _encode(recipe, cost, drawn_B)
     per_call = [_times(1 / placed.rows, piece) for piece in (*encode.pieces, _apply(recipe))]
     summed = [sum(p.calls * getattr(p, f) for p in (whole, *per_call)) for f in ("flops", "memory")]
@@ -166,11 +166,6 @@ def _placed(recipe: Recipe, step: SftConfig, drawn_B: np.ndarray) -> Placed:
     return placed_in(whole, groups, drawn, step.micro_batches)
 
 
-def _useful(recipe: Recipe) -> int:
-    """As `run.parts.Parts.train_passes`."""
-    return 2 if recipe.model.lora else 3
-
-
 def _training(recipe: Recipe) -> Passes:
     passes = TRAIN.get(recipe.model.remat, TRAIN_OTHERS)
     if recipe.model.lora:  # no gradients of weights and head; what adapters compute is left out
@@ -193,7 +188,7 @@ def _encode(recipe: Recipe, cost: Cost, lengths_B: np.ndarray) -> Phase:
     trained = trains_vision(abstract_params(recipe.model), recipe.freeze)
     once = cost.vision(shapes.rows, shapes.patches, window)
     again = [cost.vision(shapes.rows, shapes.patches, window, 4)] if trained else []
-    return Phase("encode", useful * (_useful(recipe) if trained else 1), (once, *again))
+    return Phase("encode", useful * (recipe.model.train_passes if trained else 1), (once, *again))
 
 
 def _relayout(recipe: Recipe, cost: Cost) -> Phase:
