@@ -401,8 +401,8 @@ class Stage:
     def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""
         # The update is a forward and a backward pass, log-probs are forward passes.
-        both = self.parts.model.train_passes * self.cfg.epochs
-        flops = both * self.forward_work(lesson.local.batch, learned_PG)[1]
+        both = self.parts.model.train_passes
+        flops = both * self.cfg.epochs * self.forward_work(lesson.local.batch, learned_PG)[1]
         own = 0 if self.cfg.epochs > 1 else 1 / self.cfg.updates_per_rollout
         passes = 1 - own if self.cfg.updates > 1 else 0
         passes += self.reference is not None
@@ -412,9 +412,7 @@ class Stage:
             count, sampling = self.forward_work(one.local.batch, lengths_of(one.local))
             vision = self.parts.flops.vision(*vision_work(one.sampled.local))
             tokens += count
-            flops += sampling + vision * (
-                self.parts.model.train_passes if self.trains_vision else 1
-            )
+            flops += sampling + vision * (both if self.trains_vision else 1)
         return tokens, flops
 
     def forward_work(self, batch: Batch, lengths_PG: np.ndarray) -> tuple[float, float]:
