@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -118,11 +118,12 @@ def _scale(cfg: OptimConfig) -> optax.GradientTransformation:
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrices,
     )
+    parts: dict[Hashable, optax.GradientTransformation]
     parts = {"matrix": optax.chain(muon, optax.scale(-1.0)), "other": adam}
     return optax.partition(parts, _parts)
 
 
-def _matrices(params: Any) -> dict[str, contrib.MuonDimensionNumbers | None]:
+def _matrices(params: Any) -> Any:
     return {path: _matrix(path) for path in params}
 
 
