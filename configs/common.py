@@ -56,7 +56,8 @@ def base(size: str) -> ConfigDict:
     config.seed = 0
 
     # Where the model comes from. hf_dir always gives config, tokenizer and image processor; weights
-    # come from init_from where it is set: a parameter checkpoint, a step, or a run's --workdir.
+    # come from init_from where it is set: a parameter checkpoint, a step, a run's --workdir, or a
+    # PEFT adapter of hf_dir.
     config.hf_dir = ""
     config.init_from = ""
 
@@ -91,8 +92,16 @@ def add_images(config: ConfigDict, max_pixels: int) -> None:
 
 
 def add_training(config: ConfigDict) -> None:
-    """Checkpoints, logs and export of both training stages."""
+    """Adapters, checkpoints, logs and export of both training stages."""
     config.export_hf_dir = ""  # a Hugging Face directory to write at the end
+
+    config.lora = lora = ConfigDict()  # docs/lora.md
+    lora.rank = 0  # of adapters, which are trained in the place of the weights; 0: none
+    lora.alpha = 32.0  # they are scaled by alpha / rank
+    # Layers with an adapter, * for anything: all seven of each decoder layer. "vision/*" is the
+    # tower and its merger, which must not be frozen then.
+    lora.targets = ("text/layers/*",)
+    lora.export = "merged"  # weights with the adapters in them; or "adapter": a PEFT directory
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 50  # steps; also at the end, and on SIGTERM

@@ -82,6 +82,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.grpo = update = objective()
 
     config.optim = optim = ConfigDict()
+    optim.kind = "adamw"  # or "adafactor" (a fraction of the memory), "muon"
     optim.lr = 1e-6  # P 4.1
     optim.schedule = "cosine"
     optim.warmup_ratio = 0.03  # R

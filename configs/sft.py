@@ -53,6 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.logit_chunk = 256  # positions whose logits exist at a time
 
     config.optim = optim = ConfigDict()
+    optim.kind = "adamw"  # or "adafactor" (a fraction of the memory), "muon"
     optim.lr = 1e-5  # R
     optim.schedule = "cosine"
     optim.warmup_ratio = 0.1  # R

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -54,7 +53,7 @@ from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.pool import Pool, informative
 from srpo_jax.run.preflight import before_training, check_sampler
-from srpo_jax.run.reference import adapted_kl_coef, load_reference, renew_reference
+from srpo_jax.run.reference import Reference
 from srpo_jax.run.resume import allows
 from srpo_jax.run.rollout import (
     Generator,
@@ -116,9 +115,8 @@ def train(
             mended = allows(settings.checkpoint.allow_changes, "data.train")
             loader.set_state(run.host["data"], mended=mended)
             pool.load(run.host, run.arrays, len(own.names))
-        reference = load_reference(settings, parts, run) if cfg.needs_reference else None
+        reference = Reference(settings, parts, cfg, run)
         stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference, own)
-        stage.kl_coef = run.host.get("kl_coef", cfg.kl_coef)
         return run.run(stage.step, stage.host_state, evaluator)
 
 
@@ -158,12 +156,11 @@ class Stage:
         optimizer: Optimizer,
         loader: Loader,
         pool: Pool,
-        reference: Params | None,
+        reference: Reference,
         own: OwnTerms,
     ):
         self.settings, self.parts, self.cfg = settings, parts, cfg
         self.loader, self.pool, self.reference = Ahead(loader), pool, reference
-        self.kl_coef = cfg.kl_coef  # the present one
         self.check_first_update = settings.preflight
         self.trains_vision = trains_vision(parts.shapes, settings.freeze)
         # [P] of this process: the update that each place belongs to; -1: filler.
@@ -187,7 +184,7 @@ class Stage:
     def host_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What the checkpoint keeps of this process: place in the data, pending groups, kl_coef."""
         values, arrays = self.pool.state()
-        return values | {"data": self.loader.get_state(), "kl_coef": self.kl_coef}, arrays
+        return values | {"data": self.loader.get_state(), "kl_coef": self.reference.kl_coef}, arrays
 
     # --- a step ---
 
@@ -216,20 +213,8 @@ class Stage:
             self.check_first_update = False
             processes.say(f"preflight: {check_sampler(updates[0], self.parts.model.dtype)}")
         metrics = self.metrics(lesson, updates, packed, counts)
-        self.follow(state, step + 1, metrics)
+        self.reference.follow(state, step + 1, metrics)
         return Done(state, metrics, *self.work(lesson, learned_PG), len(updates))
-
-    def follow(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
-        """Log the KL's coefficient of ``step``; it and the reference as they are afterwards."""
-        if self.cfg.needs_reference:
-            metrics["kl_coef"] = self.kl_coef
-        if self.cfg.kl_target:
-            kl = float(metrics.get("kl", math.nan))  # none where nothing was updated
-            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, self.cfg.kl_target)
-        if self.cfg.ref_every and step % self.cfg.ref_every == 0:
-            self.reference = None  # two need not be held at a time
-            with self.parts.timers.outside():
-                self.reference = renew_reference(self.settings, state, step)
 
     def sample_round(self, state: TrainState, step: int, *, with_logps: bool) -> Round:
         """The next batch of prompts: completions, verdicts and, on the way, log-probs."""
@@ -270,7 +255,7 @@ class Stage:
         parts = (sampled.batch, sampled.rollout, verdict, features, *logps)
         kl_coef_P = None
         if self.cfg.kl_target:
-            coef_P = np.full(len(self.update_P), self.kl_coef, np.float32)
+            coef_P = np.full(len(self.update_P), self.reference.kl_coef, np.float32)
             kl_coef_P = sharding.to_global(coef_P, self.parts.mesh)
         held = {"update": self.update_on_mesh, "weight": weight_P, "kl_coef": kl_coef_P}
         return Experience(*parts, **held)
@@ -280,7 +265,7 @@ class Stage:
 
         The first update of a rollout needs no old ones: there the policy itself is the old one.
         """
-        if not old and self.reference is None:
+        if not old and self.reference.params is None:
             return None, None
         mask_PGR = processes.to_local(sampled.rollout.completion_mask)
         features = self.features_for(sampled)
@@ -299,8 +284,8 @@ class Stage:
         later_P = (self.update_P > 0) | (self.cfg.epochs > 1)
         old_logp = under(merge_params(state), valid_P & later_P) if old else None
         ref_logp = None
-        if self.reference is not None:
-            ref_logp = under(merge_params(state, self.reference), valid_P)
+        if self.reference.params is not None:
+            ref_logp = under(merge_params(state, self.reference.params), valid_P)
         return old_logp, ref_logp
 
     # --- lanes ---
@@ -440,17 +425,18 @@ class Stage:
     def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""
         # The update is a forward and a backward pass, log-probs are forward passes.
-        flops = 3 * self.cfg.epochs * self.forward_work(lesson.local.batch, learned_PG)[1]
+        both = self.parts.model.train_passes
+        flops = both * self.cfg.epochs * self.forward_work(lesson.local.batch, learned_PG)[1]
         own = 0 if self.cfg.epochs > 1 else 1 / self.cfg.updates_per_rollout
         passes = 1 - own if self.cfg.updates > 1 else 0
-        passes += self.reference is not None
+        passes += self.reference.params is not None
         flops += passes * self.forward_work(lesson.local.batch, lengths_of(lesson.local))[1]
         tokens = 0.0
         for one in lesson.rounds:
             count, sampling = self.forward_work(one.local.batch, lengths_of(one.local))
             vision = self.parts.flops.vision(*vision_work(one.sampled.local))
             tokens += count
-            flops += sampling + vision * (3 if self.trains_vision else 1)
+            flops += sampling + vision * (both if self.trains_vision else 1)
         return tokens, flops
 
     def forward_work(self, batch: Batch, lengths_PG: np.ndarray) -> tuple[float, float]:

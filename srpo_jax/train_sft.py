@@ -94,8 +94,9 @@ def work(parts: Parts, loaded: LoadedBatch, trains_vision: bool) -> tuple[float,
     samples = [np.bincount(row)[1:] for row in np.asarray(batch.segment_ids)[valid]]
     lengths = np.concatenate([[0], *samples])
     targets = float(np.asarray(batch.loss_mask).sum())
-    text = 3 * parts.flops.text(lengths, head_tokens=targets)  # forward and backward
-    vision = parts.flops.vision(*vision_work(batch)) * (3 if trains_vision else 1)
+    both = parts.model.train_passes  # forward and backward
+    text = both * parts.flops.text(lengths, head_tokens=targets)
+    vision = parts.flops.vision(*vision_work(batch)) * (both if trains_vision else 1)
     return float(lengths.sum()), text + vision
 
 

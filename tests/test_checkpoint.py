@@ -17,6 +17,7 @@ from checkpoint_helpers import stored_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from srpo_jax.learn.optim import OptimConfig, make_optimizer
 from srpo_jax.run import checkpoint, checksums, host_state
 from srpo_jax.run.checkpoint import CheckpointError, Checkpoints
 from srpo_jax.structs import TrainState
@@ -75,6 +76,21 @@ def test_everything_comes_back_bit_for_bit_and_where_it_lay(tmp_path):
     assert got.state.params["text/w/kernel"].sharding.spec == P("fsdp")
     mu = got.state.opt_state[1][0].mu["text/w/kernel"]
     assert mu.sharding == state.opt_state[1][0].mu["text/w/kernel"].sharding
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "muon"])
+def test_the_state_of_every_kind_of_optimizer_comes_back(tmp_path, kind):
+    optimizer = make_optimizer(OptimConfig(kind=kind), 10)
+    names = ("text/layers/mlp/up/kernel", "text/norm/scale")
+    params = {name: jnp.ones((2, 128, 128)[: 3 if "up" in name else 1]) for name in names}
+    zero = jnp.int32(0)
+    state = TrainState(zero, params, {}, optimizer.init(params), zero)
+    numbers = iter(range(1, 100))
+    state = jax.tree.map(lambda x: x + jnp.asarray(next(numbers), x.dtype), state)
+    saver = Checkpoints(tmp_path)
+    saver.save(1, state, config={})
+    saver.close()
+    assert_same(Checkpoints(tmp_path).restore(checkpoint.abstract(state)).state, state)
 
 
 def test_state_may_be_donated_right_after_save_and_after_restore(tmp_path):

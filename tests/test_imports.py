@@ -55,6 +55,7 @@ THIRD_PARTY = {
     "model.hf_write": CORE | {"etils"},
     "model.hf_files": CORE | {"safetensors", "etils"},
     "model.hf": CORE | {"etils"},
+    "model.peft": CORE | {"safetensors"},
     "sampling": CORE,
     "rewards": {"numpy", "sympy"},
     "rewards.terms": CORE,

@@ -1,4 +1,6 @@
-"""Schedule, AdamW, freezing and the skipping of non-finite gradients."""
+"""Schedule, optimizers, freezing and the skipping of non-finite gradients."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import pytest
 
 from srpo_jax.learn import optim
 from srpo_jax.learn.optim import OptimConfig
+from srpo_jax.learn.state import state_shardings
+from srpo_jax.model import sharding
 from srpo_jax.structs import TrainState
 
 PARAMS = {
@@ -103,6 +107,73 @@ def test_moment_dtypes_with_bfloat16_parameters():
     assert adam.mu["a/kernel"].dtype == jnp.bfloat16 and adam.nu["a/kernel"].dtype == jnp.float32
     state, _ = step(state, _like(params, 1.0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before  # no recompile, donatable
+
+
+MATRICES = {  # of two layers
+    "text/layers/attn/o/kernel": (2, 2, 4, 6),  # [L, H, E, D]
+    "text/layers/attn/q/lora_a": (2, 6, 3),
+    "text/layers/attn/q/lora_b": (2, 3, 2, 4),
+    "vision/merger/fc1/kernel": (5, 5),
+}
+OTHERS = {"text/embed/embedding": (7, 6), "text/norm/scale": (6,), "text/lm_head/kernel": (6, 7)}
+
+
+def _drawn(shapes):
+    rng = np.random.default_rng(0)
+    return {path: jnp.asarray(rng.normal(size=s), jnp.float32) for path, s in shapes.items()}
+
+
+def test_muon_makes_each_layers_matrix_orthogonal_and_leaves_the_rest_to_adam():
+    cfg = OptimConfig(kind="muon", lr=0.1, warmup_steps=0, schedule="constant", grad_clip=None)
+    params, grads = _drawn(MATRICES | OTHERS), _drawn(MATRICES | OTHERS)
+    state, step = _state(cfg, params)
+    state, _ = step(state, grads)
+    moved = {path: np.asarray(params[path] - x) for path, x in state.params.items()}
+    as_matrix = {
+        "text/layers/attn/o/kernel": lambda x: x.reshape(2, 8, 6),
+        "text/layers/attn/q/lora_a": lambda x: x,
+        "text/layers/attn/q/lora_b": lambda x: x.reshape(2, 3, 8),
+        "vision/merger/fc1/kernel": lambda x: x[None],
+    }
+    for path, matrix in as_matrix.items():
+        x = matrix(moved[path])
+        values = np.linalg.svd(x, compute_uv=False) / (0.1 * 0.2 * math.sqrt(max(x.shape[1:])))
+        assert values.min() > 0.6 and values.max() < 1.3, path  # Newton-Schulz is a rough 1
+        assert np.sum(x * matrix(np.asarray(grads[path]))) > 0  # downhill
+    for path in OTHERS:  # Adam's first step is the sign
+        np.testing.assert_allclose(moved[path], 0.1 * np.sign(grads[path]), rtol=0.05)
+
+
+def test_adafactor_scales_by_rows_and_columns_and_keeps_no_moment_of_a_matrix():
+    cfg = OptimConfig(kind="adafactor", lr=0.1, warmup_steps=0, schedule="constant", grad_clip=None)
+    rows, columns = np.geomspace(0.1, 10, 256), np.geomspace(1, 100, 128)
+    params = {"text/layers/mlp/up/kernel": jnp.ones((1, 256, 128))}
+    grads = {path: jnp.asarray(np.outer(rows, columns)[None], jnp.float32) for path in params}
+    state, step = _state(cfg, params)
+    held = sum(x.size for x in jax.tree.leaves(state.opt_state))
+    assert held < 256 + 128 + 8  # of 32,768
+    state, _ = step(state, grads)
+    (moved,) = (np.asarray(1.0 - x) for x in state.params.values())
+    np.testing.assert_allclose(moved, 0.1, rtol=1e-3)  # what has rank 1 is scaled away whole
+
+
+@pytest.mark.parametrize("kind", ["adafactor", pytest.param("muon", marks=pytest.mark.slow)])
+def test_each_kind_decays_matrices_alone_and_does_on_a_mesh_what_it_does_on_one_device(kind):
+    changes = {"lr": 0.1, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.5}
+    cfg = OptimConfig(kind=kind, **changes)
+    params, grads = _drawn(MATRICES | OTHERS), _drawn(MATRICES | OTHERS)
+    state, step = _state(cfg, params)
+    end, _ = step(state, grads)
+    decayed, _ = step(state, _like(params, 0.0))
+    for path, x in params.items():
+        kept = 1.0 if path.endswith("scale") else 0.95
+        np.testing.assert_allclose(decayed.params[path], kept * x, atol=1e-6, err_msg=path)
+    mesh = sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+    shapes = jax.eval_shape(lambda: state)
+    placed = jax.device_put(state, state_shardings(shapes, mesh))
+    many, _ = step(placed, grads)
+    for path, x in end.params.items():
+        np.testing.assert_allclose(many.params[path], x, atol=1e-5, err_msg=path)
 
 
 def test_split_frozen_by_prefix():

@@ -160,8 +160,8 @@ def test_sft_interrupted_by_a_crash_and_by_sigterm_equals_uninterrupted(
     assert_bit_identical(stored_params(tmp_path / "broken"), params)
     assert len({row["loss"] for row in rows}) == 5
 
-    # Steps are given, and the held-out file is no benchmark.
-    assert reads.unread(broken) == {"epochs", "eval.scoring", "eval.any_count"}
+    # Steps are given, the held-out file is no benchmark, and no adapter is trained.
+    assert reads.unread(broken) == {"epochs", "eval.scoring", "eval.any_count", "lora.export"}
 
     # The export is the final state, in HF form.
     exported = hf.load_params(tmp_path / "hf", load_config(tmp_path / "hf"))
@@ -218,6 +218,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     # What only a benchmark, a judge, "sapo" or a correction for the sampler reads.
     unread = {f"reward.judge.{key}" for key in last.reward.judge if key != "model"}
     unread |= {"eval.scoring", "eval.any_count", "grpo.sapo_negative", "grpo.sapo_positive"}
+    unread |= {"lora.export"}  # nothing is exported
     assert reads.unread(last) == unread | {"grpo.tis_floor", "grpo.tis_level"}
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))

@@ -27,9 +27,10 @@ from orbax.checkpoint import future
 from srpo_jax.data.buckets import AnyPath, located
 from srpo_jax.data.files import absolute
 from srpo_jax.data.hf_folder import read_json
-from srpo_jax.model import hf
-from srpo_jax.model.config import load_config
+from srpo_jax.model import hf, peft
+from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.run import checkpoint
+from srpo_jax.run.adapters import lora_of
 from tools.lib import cli
 
 CHUNK_BYTES = 16 << 20  # of a stored chunk; a process that restores a shard reads whole chunks
@@ -191,18 +192,43 @@ def export_hf(
 ) -> None:
     """Checkpoint -> HF directory, with config, tokenizer and processor files of ``reference``.
 
+    Where the run trained an adapter, it is merged into the weights that it was trained on.
+
     Raises:
         ValueError: checkpoint and reference are not the same model, or ``hf_dir`` is not empty.
     """
+    cfg = load_config(reference)
+    lora, leaves = lora_of(checkpoint.read_meta(path)), open_checkpoint(path)
+    if lora:
+        leaves |= open_base(path, reference, cfg)
     hf.save_hf(
-        open_checkpoint(path),
-        load_config(reference),
+        peft.merged_leaves(leaves, lora),
+        cfg,
         hf_dir,
         reference,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
+
+
+def open_base(path: AnyPath, reference: AnyPath, cfg: ModelConfig) -> dict[str, Any]:
+    """The weights that a run trained an adapter on: those of ``reference``, its hf_dir, or of
+    another checkpoint or HF directory, which must still be there."""
+    base = checkpoint.read_meta(path)["base"]["path"]
+    if base and not (located(base) / "config.json").is_file():
+        return dict(open_checkpoint(base))
+    return dict(hf.open_hf(base or reference, cfg))
+
+
+def export_adapter(path: AnyPath, out: AnyPath, reference: AnyPath) -> None:
+    """The adapter of a checkpoint -> PEFT directory; ValueError where it has none."""
+    meta = checkpoint.read_meta(path)
+    if not (lora := lora_of(meta)):
+        raise ValueError(f"{path}: holds weights and no adapter; leave --adapter out")
+    cfg = load_config(reference, lora=lora)
+    base = meta["base"]["path"] or os.fspath(reference)
+    peft.save_adapter(open_checkpoint(path), cfg, out, base)
 
 
 # --- command line ----------------------------------------------------------------------------
@@ -240,18 +266,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--hf_dir", required=True, help="HF directory to make")
     add("--reference", required=True, help="HF directory of the model that was trained")
     add("--dtype", choices=DTYPES, help="dtype to write (default: as in the checkpoint)")
+    add("--adapter", action="store_true", help="a run's adapter alone, as a PEFT directory")
     add("--max_shard_gb", type=cli.above_zero, default=5.0, help="size of one safetensors file")
     return out
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run one of the two conversions."""
+    """Run one of the conversions."""
     label = "importing" if args.command == "import" else "exporting"
     with cli.progress(label, 100, "%") as advance:
         progress = cli.percent(advance)
         if args.command == "import":
             import_hf(args.hf_dir, args.out, dtype=args.dtype, progress=progress)
             made = args.out
+        elif args.adapter:
+            export_adapter(args.checkpoint, args.hf_dir, args.reference)
+            made = args.hf_dir
         else:
             export_hf(
                 args.checkpoint,

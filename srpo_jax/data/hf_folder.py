@@ -73,8 +73,9 @@ def _about_adapter(folder: epath.Path, beside_model: bool) -> str:
         )
     base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "an unnamed model"
     return (
-        f"is a PEFT adapter of {base}, not a model; merge it first ({merge}, then save_pretrained) "
-        "and copy the tokenizer and preprocessor files of the base model to the result"
+        f"is a PEFT adapter of {base}, not a model; give that, and the adapter as init_from, or "
+        f"merge it first ({merge}, then save_pretrained) and copy the tokenizer and preprocessor "
+        "files of the base model to the result"
     )
 
 

@@ -1,23 +1,33 @@
-"""The optimizer: AdamW with warm-up, cosine decay and clipping; freezing; non-finite updates."""
+"""The optimizer (AdamW, Adafactor, Muon), its schedule; freezing; updates that are not finite."""
 
 import dataclasses
 import math
+import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from optax import contrib
 
+from srpo_jax.model.hf_table import TABLE
+from srpo_jax.model.lora import LORA_A, LORA_B, is_adapter
 from srpo_jax.structs import Leaf, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule. Give the warm-up as ``warmup_steps`` or as ``warmup_ratio``."""
+    """The optimizer and its schedule; warm-up as ``warmup_steps`` or as ``warmup_ratio``.
 
+    "adafactor" (arXiv 1804.04235) has no first moment and the second by rows and columns, with
+    ``lr`` as it is, relative to nothing; "muon" (arXiv 2502.16982) makes the momentum of matrices
+    orthogonal and scales it as Adam's updates are, embedding, head and vectors are Adam's.
+    """
+
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
     lr: float = 1e-6  # peak
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     warmup_steps: int | None = None  # None: warmup_ratio * total_steps
@@ -71,7 +81,7 @@ def make_schedule(cfg: OptimConfig, total_steps: int) -> Schedule:
 
 
 def make_optimizer(cfg: OptimConfig, total_steps: int, seed: int = 0) -> Optimizer:
-    """Clip by global norm -> Adam -> decoupled weight decay -> learning rate.
+    """Clip by global norm -> ``cfg.kind`` -> decoupled weight decay -> learning rate.
 
     Takes float32 gradients, whatever the dtype of the parameters. Moments are stored as
     ``moment_dtype`` (first) and float32 (second: with b2 near 1 its increments are below bfloat16's
@@ -81,7 +91,7 @@ def make_optimizer(cfg: OptimConfig, total_steps: int, seed: int = 0) -> Optimiz
     parts = []
     if cfg.grad_clip is not None:
         parts.append(optax.clip_by_global_norm(cfg.grad_clip))
-    parts.append(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moment_dtype))
+    parts.append(_scale(cfg))
     if cfg.weight_decay:
         parts.append(optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask))
     parts.append(optax.scale_by_learning_rate(schedule))
@@ -94,9 +104,51 @@ def make_optimizer(cfg: OptimConfig, total_steps: int, seed: int = 0) -> Optimiz
     return Optimizer(init=init, update=chain.update, schedule=schedule, seed=seed)
 
 
+def _scale(cfg: OptimConfig) -> optax.GradientTransformation:
+    """Gradient -> direction and size of the update, before the learning rate."""
+    if cfg.kind == "adafactor":
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moment_dtype)
+    if cfg.kind == "adamw":
+        return adam
+    # Its own learning rate is 1; its own Adam, which gets nothing here, has Nesterov's momentum.
+    muon = contrib.muon(
+        1.0,
+        mu_dtype=cfg.moment_dtype,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrices,
+    )
+    parts: dict[Hashable, optax.GradientTransformation]
+    parts = {"matrix": optax.chain(muon, optax.scale(-1.0)), "other": adam}
+    return optax.partition(parts, _parts)
+
+
+def _matrices(params: Any) -> Any:
+    return {path: _matrix(path) for path in params}
+
+
+def _parts(params: Any) -> dict[str, str]:
+    return {path: "matrix" if _matrix(path) else "other" for path in params}
+
+
+def _matrix(path: str) -> contrib.MuonDimensionNumbers | None:
+    """Inputs and outputs among the dimensions of a linear layer's weight, those before are layers;
+    None for what is no such weight."""
+    weight = re.sub("/lora_[ab]$", "/kernel", path)
+    row = next((row for row in TABLE if row.path == weight and weight.endswith("/kernel")), None)
+    if row is None or weight == "text/lm_head/kernel":
+        return None
+    outputs, inputs = map(len, row.groups)
+    inputs = 1 if path.endswith(LORA_B) else inputs
+    outputs = 1 if path.endswith(LORA_A) else outputs
+    dims = tuple(range(row.stacked + inputs + outputs))[row.stacked :]
+    return contrib.MuonDimensionNumbers(dims[:inputs], dims[inputs:])
+
+
 def decay_mask(params: Params) -> dict[str, bool]:
     """Which parameters decay: matrices and embeddings, not biases and norm scales."""
-    return {path: path.rsplit("/", 1)[-1] in ("kernel", "embedding") for path in params}
+    kinds = ("kernel", "embedding", LORA_A, LORA_B)
+    return {path: path.rsplit("/", 1)[-1] in kinds for path in params}
 
 
 def split_frozen(
@@ -105,13 +157,21 @@ def split_frozen(
     """Split by path prefix into (trained, frozen); works on arrays, shapes and shardings alike.
 
     Frozen parameters stay outside of the function that is differentiated and outside of the
-    optimizer: no gradient, no moments, no decay. Raises ValueError for a prefix that matches
-    nothing (a misspelt prefix would silently train) and when nothing is left to train.
+    optimizer: no gradient, no moments, no decay. Where there are adapters, all but them is frozen.
+    Raises ValueError for a prefix that matches nothing (a misspelt prefix would silently train) or
+    an adapter, and when nothing is left to train.
     """
     for prefix in freeze:
         if not any(path.startswith(prefix) for path in params):
             raise ValueError(f"freeze prefix {prefix!r} matches no parameter, e.g. {min(params)!r}")
     frozen = {p: x for p, x in params.items() if p.startswith(tuple(freeze))} if freeze else {}
+    if any(map(is_adapter, params)):
+        if still := next(filter(is_adapter, frozen), None):
+            raise ValueError(
+                f"freeze={freeze!r} holds the adapter {still}: set --config.freeze='()', or leave "
+                "its layer out of lora.targets"
+            )
+        frozen = {p: x for p, x in params.items() if not is_adapter(p)}
     trained = {p: x for p, x in params.items() if p not in frozen}
     if not trained:
         raise ValueError(f"freeze={freeze!r} leaves no parameter to train")

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from srpo_jax.learn import optim
 from srpo_jax.learn.optim import Optimizer
 from srpo_jax.model import sharding
-from srpo_jax.model.config import ModelConfig
+from srpo_jax.model.config import Lora, ModelConfig
+from srpo_jax.model.lora import adapters_of, is_adapter, merge
 from srpo_jax.model.qwen2_5_vl import abstract_params, for_sampling, init_params
 from srpo_jax.structs import Params, TrainState
 
@@ -82,29 +83,33 @@ def merge_params(state: TrainState, trained: Params | None = None) -> Params:
 # --- layouts ---------------------------------------------------------------------------------
 
 
-def relayout(params: Params, mesh: Mesh, *, dtype: str, take: bool = False) -> Params:
+def relayout(
+    params: Params, mesh: Mesh, *, dtype: str, lora: Lora | None = None, take: bool = False
+) -> Params:
     """The decoder's parameters as the sampler reads them (once per step).
 
-    An array for every layer, in the table's column "sample", without the vision tower. Arrays that
+    An array for every layer, in the table's column "sample", without the vision tower, adapters
+    merged into their weights. Arrays that
     are right already are passed on without a copy; those results live only as long as the state
     they came from, until the next donating step. Stacks are taken apart one after the other;
     ``take`` empties ``params`` on the way, so that no more than one of them is held twice.
     """
     out = {}
-    for path in [path for path in params if path.startswith("text/")]:
+    for path in [p for p in params if p.startswith("text/") and not is_adapter(p)]:
         x = params.pop(path) if take else params[path]
         target = sharding.param_specs(jax.eval_shape(for_sampling, {path: x}), mesh, "sample")
-        same = path in target and x.dtype == jnp.dtype(dtype)
+        adapters = adapters_of(path, params)
+        same = path in target and x.dtype == jnp.dtype(dtype) and not adapters
         if same and x.sharding.is_equivalent_to(target[path], x.ndim):
             out[path] = x
         else:
-            out |= _relayout_step(tuple(target.items()), dtype)({path: x})
+            out |= _relayout_step(tuple(target.items()), dtype, lora)({path: x, **adapters})
     return out
 
 
 @functools.lru_cache(maxsize=64)
-def _relayout_step(target: tuple, dtype: str) -> Callable[[Params], Params]:
+def _relayout_step(target: tuple, dtype: str, lora: Lora | None) -> Callable[[Params], Params]:
     def relayout_step(params: Params) -> Params:
-        return for_sampling({path: x.astype(dtype) for path, x in params.items()})
+        return merge(for_sampling(params), lora, dtype)
 
     return jax.jit(relayout_step, out_shardings=dict(target))

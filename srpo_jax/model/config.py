@@ -102,6 +102,23 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685): ``x @ W + alpha / rank * (x @ A) @ B``.
+
+    ``targets`` are patterns of the linear layers' names, in which * stands for anything.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What the product of A and B is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Qwen2.5-VL: its two halves, its special tokens, and how to compute it. Hashable.
 
@@ -109,7 +126,7 @@ class ModelConfig:
     ``remat``: "none" keeps all activations, "block" recomputes each decoder layer and each group of
     vision blocks, "dots" keeps matrix products and recomputes the rest, "offload" is "block" with
     what it keeps in host memory. ``attention`` names the implementation; "auto" is the best of the
-    platform that the mesh's devices belong to.
+    platform that the mesh's devices belong to. ``lora``: the adapters beside its weights.
     """
 
     vision: VisionConfig
@@ -124,6 +141,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "block"
     attention: str = "auto"
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
@@ -135,6 +153,17 @@ class ModelConfig:
             f"vision_config.out_hidden_size: {self.vision.out_hidden_size} must equal the decoder's"
             f" hidden_size, {self.text.hidden_size}",
         )
+
+    @property
+    def base(self) -> "ModelConfig":
+        """The model without its adapters: what a Hugging Face directory holds."""
+        return dataclasses.replace(self, lora=None)
+
+    @property
+    def train_passes(self) -> int:
+        """Forward passes that a forward and a backward pass cost together: beside adapters weights
+        need no gradient of their own."""
+        return 2 if self.lora else 3
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], **overrides: Any) -> "ModelConfig":

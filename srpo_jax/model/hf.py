@@ -278,26 +278,32 @@ def save_hf(
     Raises:
         HFError: parameters, reference and ``cfg`` are not the same model, or out_dir is not empty.
     """
-    if agree is None:
-        if jax.process_count() > 1:
-            raise ValueError("save_hf on several processes needs agree")
-        agree = int
-    reference_dir, remote = located(reference_dir), on_bucket(out_dir)
-    target = located(out_dir if remote else Path(out_dir).resolve())
+    reference_dir = located(reference_dir)
     _check_params(params, cfg, reference_dir)
     dtypes = {k: np.dtype(p.dtype if dtype is None else dtype) for k, p in params.items()}
     odd = sorted({str(d) for d in dtypes.values()} - {str(d) for d in DTYPES.values()})
     if odd:
         raise HFError(f"cannot write dtype {', '.join(odd)}: give one of {', '.join(DTYPES)}")
     files = hf_write.plan(hf_tensors(cfg), dtypes, max_shard_bytes)
-    writes = jax.process_index() == 0
-    new_folder = _new_objects if remote else _new_folder
-    with contextlib.ExitStack() as stack:
-        partial = _begin(lambda: stack.enter_context(new_folder(target)), writes, agree)
-        complete = functools.partial(_move, target) if remote else None
+    with new_directory(out_dir, agree) as partial:
+        complete = functools.partial(_move, located(out_dir)) if on_bucket(out_dir) else None
         hf_write.write_files(files, params, dtypes, partial, progress, complete)
         if partial:
             hf_write.copy_reference(reference_dir, partial, set(dtypes.values()))
+
+
+@contextlib.contextmanager
+def new_directory(out_dir: AnyPath, agree: Callable[[int], int] | None) -> Iterator[Path | None]:
+    """Where the first process writes what becomes ``out_dir``; None in all others (collective)."""
+    if agree is None:
+        if jax.process_count() > 1:
+            raise ValueError("an export on several processes needs agree")
+        agree = int
+    remote, writes = on_bucket(out_dir), jax.process_index() == 0
+    target = located(out_dir if remote else Path(out_dir).resolve())
+    new_folder = _new_objects if remote else _new_folder
+    with contextlib.ExitStack() as stack:
+        yield _begin(lambda: stack.enter_context(new_folder(target)), writes, agree)
     agree(0)  # nobody goes on before all is written
 
 

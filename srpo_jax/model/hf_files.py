@@ -71,7 +71,7 @@ def _naming(file: epath.Path) -> Iterator[None]:
         raise HFError(f"{file}: {reason}") from error
 
 
-def _tensors(file: epath.Path) -> list[Stored]:
+def tensors(file: epath.Path) -> list[Stored]:
     """All tensors of a file."""
     with _naming(file):
         if on_bucket(file):
@@ -102,7 +102,7 @@ def _in_header(file: epath.Path) -> list[Stored]:
     return found
 
 
-def _released_name(key: str) -> str:
+def released_name(key: str) -> str:
     """The name in the released layout of a tensor in either layout."""
     return re.sub(r"^model\.(?=visual\.)|(?<=^model\.)language_model\.", "", key)
 
@@ -139,8 +139,8 @@ def scan(hf_dir: epath.Path) -> tuple[dict[str, Stored], list[str]]:
     unreadable, wrong, seen = [], [], {}
     for path in files:
         try:
-            for one in _tensors(path):
-                seen[one.key], name = path.name, _released_name(one.key)
+            for one in tensors(path):
+                seen[one.key], name = path.name, released_name(one.key)
                 if name in stored:
                     wrong.append(f"{name}: twice, as {stored[name].key} and as {one.key}")
                 stored[name] = one

@@ -108,7 +108,7 @@ def _blocks(leaf: Any, tensor: Tensor) -> Iterator[np.ndarray]:
     order, lead = "".join(row.groups), row.groups[0][0]
     rest = math.prod(sizes.values()) // sizes[lead] * np.dtype(leaf.dtype).itemsize
     step = max(1, BLOCK_BYTES // rest)
-    read = _host_reader(leaf)
+    read = host_reader(leaf)
     for start in range(0, sizes[lead], step):
         stop = min(start + step, sizes[lead])
         index = [slice(start, stop) if a == lead else slice(0, sizes[a]) for a in row.ours]
@@ -119,7 +119,7 @@ def _blocks(leaf: Any, tensor: Tensor) -> Iterator[np.ndarray]:
         yield block.transpose([row.ours.index(axis) for axis in order])
 
 
-def _host_reader(leaf: Any) -> Callable[[Index], np.ndarray]:
+def host_reader(leaf: Any) -> Callable[[Index], np.ndarray]:
     """How to bring a slice of a parameter to the host; collective for arrays across processes."""
     if not isinstance(leaf, jax.Array):
         return leaf.__getitem__

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from srpo_jax.model.config import ModelConfig
+from srpo_jax.model.config import Lora, ModelConfig
 
 BATCH_AXES = ("data", "fsdp")
 WAITING = "stream"  # the name of what waits in host memory
@@ -100,7 +100,13 @@ def _with_first_named(body: Callable[..., Out]) -> Callable[..., Out]:
 
 
 class Linear(nnx.Module):
-    """``y = x @ kernel + bias`` over the last dims of ``x``; ``kernel`` is [*inputs, *outputs]."""
+    """``y = x @ kernel + bias`` over the last dims of ``x``; ``kernel`` is [*inputs, *outputs].
+
+    `adapt` gives it an adapter: ``lora_a`` [*inputs, rank] and ``lora_b`` [rank, *outputs].
+    """
+
+    lora_a: nnx.Param | None = None
+    lora_b: nnx.Param | None = None
 
     def __init__(
         self,
@@ -119,10 +125,25 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
         y = jnp.tensordot(x.astype(self.dtype), kernel, axes=self.num_inputs)
+        if self.lora_a is not None and self.lora_b is not None:
+            a, b = (p[...].astype(self.dtype) for p in (self.lora_a, self.lora_b))
+            low = jnp.tensordot(x.astype(self.dtype), a, axes=self.num_inputs)
+            y += self.lora_scale * jnp.tensordot(low, b, axes=1)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.dtype)
         return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def adapt(self, lora: Lora, stacked: bool) -> None:
+        """Adds an adapter that changes nothing yet; ``stacked``: one for each of its layers.
+
+        In float32, as PEFT holds them beside shorter weights: they are few, their updates small.
+        """
+        lead, shape = self.kernel.shape[:stacked], self.kernel.shape[stacked:]
+        inputs, outputs = shape[: self.num_inputs], shape[self.num_inputs :]
+        self.lora_a = nnx.Param(jnp.zeros((*lead, *inputs, lora.rank), jnp.float32))
+        self.lora_b = nnx.Param(jnp.zeros((*lead, lora.rank, *outputs), jnp.float32))
+        self.lora_scale = lora.scale
 
 
 class Embed(nnx.Module):

@@ -6,8 +6,11 @@ axis. Sampling takes the part "decoder", which has an array for every layer:
 it is cheap and meant to be called inside ``jax.jit``.
 """
 
+import fnmatch
 import functools
+import math
 import re
+import zlib
 from typing import Literal
 
 import jax
@@ -15,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from srpo_jax.model.attention import Sight
-from srpo_jax.model.config import ModelConfig
-from srpo_jax.model.layers import shard, take_in_rows
+from srpo_jax.model.config import Lora, ModelConfig
+from srpo_jax.model.layers import Linear, shard, take_in_rows
+from srpo_jax.model.lora import LORA_A, LORA_B
 from srpo_jax.model.masks import LaneMask, Mask
 from srpo_jax.model.text import Cache, TextModel
 from srpo_jax.model.vision import VisionModel
@@ -24,6 +28,8 @@ from srpo_jax.structs import Batch, Lanes, Params, VisionInputs
 
 PROMPT_SEGMENT = 1  # a prompt is always the single segment 1, its padding 0
 LAYERS = "text/layers/"
+STACKS = (LAYERS, "vision/blocks/")  # whose arrays have a leading axis of layers
+ADAPTABLE = re.compile("text/layers/|vision/blocks/|vision/merger/")
 Part = Literal["all", "decoder", "tower"]
 
 
@@ -36,6 +42,25 @@ class Qwen2_5_VL(nnx.Module):
         if part != "tower":
             self.text = TextModel(cfg, stacked=part == "all", rngs=rngs)
         self.cfg = cfg
+        if cfg.lora and part == "all":
+            self._adapt(cfg.lora)
+
+    def _adapt(self, lora: Lora) -> None:
+        """Gives adapters to the linear layers that ``lora.targets`` name; ValueError for others."""
+        layers = {
+            "/".join(map(str, path)): layer
+            for path, layer in nnx.iter_modules(self)
+            if isinstance(layer, Linear)
+        }
+        layers = {name: layers[name] for name in sorted(layers) if ADAPTABLE.match(name)}
+        for pattern in lora.targets:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
+                raise ValueError(
+                    f"lora.targets: {pattern!r} matches no layer; there are {', '.join(layers)}"
+                )
+        for name, layer in layers.items():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in lora.targets):
+                layer.adapt(lora, stacked=name.startswith(STACKS))
 
     def encode_images(self, vision: VisionInputs[jax.Array]) -> jax.Array:
         """Images of M rows -> features [M, N/4, D], merged tokens in raster order.
@@ -191,7 +216,22 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """Random parameters as HF draws them: normal(0.02), zero biases, unit norms. Jittable."""
     _, paths, _ = _structure(cfg, "all")
     _, state = nnx.split(Qwen2_5_VL(cfg, rngs=nnx.Rngs(key)))
-    return dict(zip(paths, jax.tree.leaves(state), strict=True))
+    params = dict(zip(paths, jax.tree.leaves(state), strict=True))
+    return params | init_adapters(cfg, key)
+
+
+def init_adapters(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Fresh adapters, which change nothing: A as PEFT draws it, uniform within 1 / sqrt(inputs)
+    (Kaiming with a = sqrt(5)), B zero. {} where ``cfg`` has none. Jittable."""
+    params = {}
+    for path, leaf in abstract_params(cfg).items():
+        if path.endswith(f"/{LORA_A}"):
+            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            bound = math.prod(leaf.shape[path.startswith(STACKS) : -1]) ** -0.5
+            params[path] = jax.random.uniform(own, leaf.shape, leaf.dtype, -bound, bound)
+        elif path.endswith(f"/{LORA_B}"):
+            params[path] = jnp.zeros(leaf.shape, leaf.dtype)
+    return params
 
 
 def bind(cfg: ModelConfig, params: Params, part: Part = "all") -> Qwen2_5_VL:

@@ -52,6 +52,25 @@ TABLE: tuple[tuple[str, Axes], ...] = (
     (r"vision/merger/fc2/bias", (_,)),  # [out]
 )
 
+# Adapters: the inputs (A) or the outputs (B) lie as those of their weight, the rank is whole.
+ADAPTERS: tuple[tuple[str, Axes], ...] = (
+    (r"text/layers/attn/[qkv]/lora_a", (_, "fsdp", _)),  # [L, D, rank]
+    (r"text/layers/attn/[qkv]/lora_b", (_, _, "tensor", _)),  # [L, rank, H, E]
+    (r"text/layers/attn/o/lora_a", (_, "tensor", _, _)),  # [L, H, E, rank]
+    (r"vision/blocks/attn/qkv/lora_a", (_, "fsdp", _)),  # [L, D, rank]
+    (r"vision/blocks/attn/qkv/lora_b", (_, _, _, "tensor", _)),  # [L, rank, 3, H, E]
+    (r"vision/blocks/attn/proj/lora_a", (_, "tensor", _, _)),  # [L, H, E, rank]
+    (r".*/attn/(o|proj)/lora_b", (_, _, "fsdp")),  # [L, rank, D]
+    (r".*/mlp/(gate|up)/lora_a", (_, "fsdp", _)),  # [L, D, rank]
+    (r".*/mlp/(gate|up)/lora_b", (_, _, "tensor")),  # [L, rank, F]
+    (r".*/mlp/down/lora_a", (_, "tensor", _)),  # [L, F, rank]
+    (r".*/mlp/down/lora_b", (_, _, "fsdp")),  # [L, rank, D]
+    (r"vision/merger/fc1/lora_a", ("fsdp", _)),  # [4 D, rank]
+    (r"vision/merger/fc1/lora_b", (_, "tensor")),  # [rank, 4 D]
+    (r"vision/merger/fc2/lora_a", ("tensor", _)),  # [4 D, rank]
+    (r"vision/merger/fc2/lora_b", (_, "fsdp")),  # [rank, out]
+)
+
 
 # --- mesh ------------------------------------------------------------------------------------
 
@@ -120,7 +139,7 @@ def _follow_torus(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 def param_specs(
     abstract_params: Mapping[str, Any], mesh: Mesh, layout: str = "train"
 ) -> dict[str, NamedSharding]:
-    """Parameter path -> sharding, by the one row of `TABLE` that matches the path.
+    """Parameter path -> sharding, by the one row of `TABLE` or `ADAPTERS` that matches.
 
     Args:
         abstract_params: path -> anything with ``shape``.
@@ -138,7 +157,7 @@ def param_specs(
     specs = {}
     for path, leaf in abstract_params.items():
         stacked = re.sub(r"^text/layers/\d+/", "text/layers/", path)
-        rows = [axes for pattern, axes in TABLE if re.fullmatch(pattern, stacked)]
+        rows = [axes for pattern, axes in (*TABLE, *ADAPTERS) if re.fullmatch(pattern, stacked)]
         if len(rows) != 1:
             raise ValueError(
                 f"{path}: {len(rows)} rows of the table in sharding.py match it, one is needed"

@@ -10,21 +10,23 @@ from jax.sharding import Mesh
 
 from srpo_jax.data.buckets import holds_something, is_file, located, on_bucket
 from srpo_jax.data.files import absolute
-from srpo_jax.data.hf_folder import ADAPTER, how_to_get, model_folder, read_json
+from srpo_jax.data.hf_folder import model_folder, read_json
 from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.learn.steps import make_encode_step
-from srpo_jax.model import hf, sharding
+from srpo_jax.model import hf, peft, sharding
 from srpo_jax.model.config import ModelConfig, load_config
+from srpo_jax.model.lora import merge
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import size_config
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.run import checkpoint, compiler, processes
+from srpo_jax.run.adapters import Weights, find_weights, load_adapter, origin_of
 from srpo_jax.run.guard import CompileGuard
 from srpo_jax.run.metrics import ModelFlops, Timers
 from srpo_jax.run.resume import config_hash
-from srpo_jax.run.sections import GradingSettings, RunSettings
+from srpo_jax.run.sections import GradingSettings, RunSettings, TrainSettings
 from srpo_jax.sampling.sampler import vision_token_ids
 from srpo_jax.structs import Params, RunError
 
@@ -120,7 +122,8 @@ def start(settings: RunSettings) -> Parts:
             "(config, tokenizer and image processor are read from it, weights too unless "
             "init_from is set)"
         )
-    model = load_config(settings.hf_dir, **dataclasses.asdict(settings.model))
+    how = dataclasses.asdict(settings.model)
+    model = load_config(settings.hf_dir, **how, lora=settings.adapters)
     _check_size(settings.size, model, settings.hf_dir)
     processor = Processor(
         settings.hf_dir, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels
@@ -159,18 +162,34 @@ def load_weights(
         the parameters, and where they came from: a checkpoint's own directory even where a run's
         --workdir was named, so that a restart finds the same weights while that run goes on.
     """
-    shardings = sharding.param_specs(parts.shapes, parts.mesh, "train")
-    key, source = "" if source else "init_from=", source or settings.init_from
-    if source and not absolute(source).exists():
-        wanted = "a checkpoint, the --workdir of a run, or a Hugging Face model directory"
-        raise RunError(f"{key}{source}: no such directory{how_to_get(source, wanted)}")
-    names = ("config.json", ADAPTER)
-    if source and not any((absolute(source) / name).is_file() for name in names):
-        folder = checkpoint.find_params(source)
-        return checkpoint.load_params(folder, shardings, parts.shapes, dtype), str(folder)
-    source = str(model_folder(source or settings.hf_dir))
-    params = hf.load_params(source, parts.model, shardings=shardings, dtype=dtype)
-    return checkpoint.own_buffers(params), source
+    found = find_weights(settings, parts.model, source)
+    return load_found(found, settings, parts, dtype), origin_of(found, settings)
+
+
+def load_found(found: Weights, settings: RunSettings, parts: Parts, dtype: str) -> Params:
+    """All parameters in the training layout. Adapters that this run trains stand beside the weights
+    (float32; fresh ones where none were found), others are merged into them."""
+    params = load_base(found.base, settings, parts, dtype)
+    if not (parts.model.lora or found.lora):
+        return params
+    adapter = load_adapter(found, parts.model, parts.mesh, settings.seed)
+    if parts.model.lora:
+        return params | adapter
+    merged = lambda params, adapter: merge(params | adapter, found.lora, dtype)  # noqa: E731
+    layout = sharding.param_specs(parts.shapes, parts.mesh)
+    return jax.jit(merged, out_shardings=layout, donate_argnums=0)(params, adapter)
+
+
+def load_base(base: str, settings: RunSettings, parts: Parts, dtype: str) -> Params:
+    """All parameters but adapters, from a checkpoint or Hugging Face directory ("": hf_dir)."""
+    model = parts.model.base
+    shapes = abstract_params(model)
+    shardings = sharding.param_specs(shapes, parts.mesh, "train")
+    if base and not (absolute(base) / "config.json").is_file():
+        return checkpoint.load_params(base, shardings, shapes, dtype)
+    folder = model_folder(base or settings.hf_dir)
+    params = hf.load_params(folder, model, shardings=shardings, dtype=dtype)
+    return checkpoint.own_buffers(params)
 
 
 def check_export(out_dir: str, done: bool) -> bool:
@@ -189,8 +208,14 @@ def check_export(out_dir: str, done: bool) -> bool:
     return True
 
 
-def export(params: Params, parts: Parts, hf_dir: str, out_dir: str) -> None:
-    """Write a Hugging Face directory, in the dtype that ``hf_dir``'s config.json names."""
+def export(params: Params, parts: Parts, settings: TrainSettings, base: str) -> None:
+    """Write what ``export_hf_dir`` asks for: a Hugging Face directory, in the dtype that
+    ``hf_dir``'s config.json names, or the adapter of ``base`` alone."""
+    model, hf_dir, out_dir = parts.model, settings.hf_dir, settings.export_hf_dir
+    if model.lora and settings.lora.export == "adapter":
+        peft.save_adapter(params, model, out_dir, base or hf_dir, agree=processes.maximum)
+        return
     described = read_json(located(hf_dir) / "config.json")
     dtype = described.get("dtype") or described.get("torch_dtype")
-    hf.save_hf(params, parts.model, out_dir, hf_dir, dtype=dtype, agree=processes.maximum)
+    leaves = peft.merged_leaves(params, model.lora)
+    hf.save_hf(leaves, model.base, out_dir, hf_dir, dtype=dtype, agree=processes.maximum)

@@ -1,10 +1,14 @@
 """What the KL is measured against and what it costs: the reference's weights, kl_coef adapted."""
 
+import math
+
 import jax
 import numpy as np
 from etils import epath
 
 from srpo_jax.data.files import absolute
+from srpo_jax.learn.grpo import GrpoConfig
+from srpo_jax.run.adapters import find_weights, load_adapter
 from srpo_jax.run.checkpoint import FOLDER, own_buffers, save_params
 from srpo_jax.run.parts import Parts, load_weights
 from srpo_jax.run.sections import GrpoSettings
@@ -12,36 +16,80 @@ from srpo_jax.run.session import Session
 from srpo_jax.structs import Params, TrainState
 
 
-def load_reference(settings: GrpoSettings, parts: Parts, run: Session) -> Params:
-    """The trained part of the reference's weights, in the dtype that log-probs are computed in.
+class Reference:
+    """The trained part of the reference's weights, in the dtype that log-probs are computed in, and
+    the KL's coefficient.
 
-    They are the initial ones or, with ``grpo.ref_every``, the policy's after the last multiple of
-    it. Of a run's step the folder keeps a copy: the step may be deleted while that run goes on.
+    The weights are the initial ones or, with ``grpo.ref_every``, the policy's after the last
+    multiple of it. Of a run's step the folder keeps a copy: the step may be deleted while that run
+    goes on. With adapters these are the trained part, beside the frozen weights that all share.
     """
-    if run.step:
-        kept = _folder(settings, _since(settings, run.step))
-        source = str(kept) if kept.exists() or _since(settings, run.step) else run.origin
-        params, _ = load_weights(settings, parts, settings.model.dtype, source)
-        return {path: params[path] for path in run.state.params}
-    if absolute(run.origin).parent.name == FOLDER:
-        return _kept_copy(settings, run.state, 0, run.origin)
-    return _copy(run.state.params, settings.model.dtype)
 
+    def __init__(self, settings: GrpoSettings, parts: Parts, cfg: GrpoConfig, run: Session):
+        """As the run left them, or as it begins; ``params`` is None where there is no KL."""
+        self._settings, self._parts, self._cfg, self._run = settings, parts, cfg, run
+        self.kl_coef = float(run.host.get("kl_coef", cfg.kl_coef))
+        self.params = self._load() if cfg.needs_reference else None
 
-def renew_reference(settings: GrpoSettings, state: TrainState, step: int) -> Params:
-    """The policy after ``step`` as the reference from then on, kept on disk (collective).
+    def follow(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
+        """Log the coefficient of ``step``; it and the weights as they are afterwards."""
+        if self._cfg.needs_reference:
+            metrics["kl_coef"] = self.kl_coef
+        if self._cfg.kl_target:
+            kl = float(metrics.get("kl", math.nan))  # none where nothing was updated
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, self._cfg.kl_target)
+        if self._cfg.ref_every and step % self._cfg.ref_every == 0:
+            self.params = None  # two need not be held at a time
+            with self._parts.timers.outside():
+                self.params = self._renew(state, step)
 
-    A step is resumed with the reference that it had: those that no checkpoint needs are deleted.
-    """
-    reference = _kept_copy(settings, state, step, str(settings.workdir))
-    if jax.process_index() == 0:
-        saved = (path.name for path in (settings.workdir / FOLDER).glob("*"))
-        steps = {int(name) for name in saved if name.isdigit()} | {step, step - 1}
-        needed = {_folder(settings, _since(settings, one)).name for one in steps}
-        for old in settings.workdir.glob("reference_*"):
-            if old.name not in needed:
-                old.rmtree()
-    return reference
+    def _load(self) -> Params:
+        settings, parts, run = self._settings, self._parts, self._run
+        if run.step:
+            kept = self._folder(self._since(run.step))
+            source = str(kept) if kept.exists() or self._since(run.step) else run.origin
+            if parts.model.lora:
+                found = find_weights(settings, parts.model, source)
+                params = load_adapter(found, parts.model, parts.mesh, settings.seed)
+                return {path: x.astype(settings.model.dtype) for path, x in params.items()}
+            params, _ = load_weights(settings, parts, settings.model.dtype, source)
+            return {path: params[path] for path in run.state.params}
+        if absolute(run.origin).parent.name == FOLDER:
+            return self._kept_copy(run.state, 0, run.origin)
+        return _copy(run.state.params, settings.model.dtype)
+
+    def _renew(self, state: TrainState, step: int) -> Params:
+        """The policy after ``step`` from then on, kept on disk (collective).
+
+        A step is resumed with the reference that it had: those that no checkpoint needs go.
+        """
+        workdir = self._settings.workdir
+        params = self._kept_copy(state, step, str(workdir))
+        if jax.process_index() == 0:
+            saved = (path.name for path in (workdir / FOLDER).glob("*"))
+            steps = {int(name) for name in saved if name.isdigit()} | {step, step - 1}
+            needed = {self._folder(self._since(one)).name for one in steps}
+            for old in workdir.glob("reference_*"):
+                if old.name not in needed:
+                    old.rmtree()
+        return params
+
+    def _since(self, step: int) -> int:
+        """The step whose policy is the reference after ``step``; 0: the start."""
+        every = self._settings.grpo.ref_every
+        return step - step % every if every else 0
+
+    def _folder(self, since: int) -> epath.Path:
+        return self._settings.workdir / (f"reference_{since}" if since else "reference")
+
+    def _kept_copy(self, state: TrainState, since: int, origin: str) -> Params:
+        dtype = self._settings.model.dtype
+        params = _copy(state.params, dtype)
+        frozen = {} if self._parts.model.lora else state.frozen
+        frozen = {path: x.astype(dtype) for path, x in frozen.items()}
+        meta = {"config": self._settings.plain, "origin": origin, **self._run.base}
+        save_params(self._folder(since), params | frozen, meta)
+        return params
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
@@ -55,24 +103,5 @@ def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
     return coef * (1.0 + 0.1 * float(np.clip(kl / target - 1.0, -0.2, 0.2)))
 
 
-def _since(settings: GrpoSettings, step: int) -> int:
-    """The step whose policy is the reference after ``step``; 0: the start."""
-    every = settings.grpo.ref_every
-    return step - step % every if every else 0
-
-
-def _folder(settings: GrpoSettings, since: int) -> epath.Path:
-    return settings.workdir / (f"reference_{since}" if since else "reference")
-
-
 def _copy(params: Params, dtype: str) -> Params:
     return own_buffers({path: x.astype(dtype) for path, x in params.items()})
-
-
-def _kept_copy(settings: GrpoSettings, state: TrainState, since: int, origin: str) -> Params:
-    dtype = settings.model.dtype
-    reference = _copy(state.params, dtype)
-    frozen = {path: x.astype(dtype) for path, x in state.frozen.items()}
-    meta = {"config": settings.plain, "origin": origin}
-    save_params(_folder(settings, since), reference | frozen, meta)
-    return reference

@@ -20,6 +20,7 @@ FREE = (
     "export_hf_dir",
     "grading.workers",
     "log",
+    "lora.export",
     "optim.max_skipped",
     "preflight",
     "reward.judge.concurrency",

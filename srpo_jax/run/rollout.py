@@ -90,7 +90,7 @@ class Generator:
         batch, features = self.encode(params, local)
         keys = prompt_keys(loaded)
         # Alive until the next update donates ``params``.
-        fit = relayout(params, parts.mesh, dtype=parts.model.dtype)
+        fit = relayout(params, parts.mesh, dtype=parts.model.dtype, lora=parts.model.lora)
         rollout = self._sampler.generate(fit, batch, features, keys, seed=seed, step=step)
         idle = self._sampler.idle_share
         return Sampled(loaded.records, loaded.slots, local, batch, features, rollout, idle)

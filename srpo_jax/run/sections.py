@@ -12,6 +12,7 @@ from etils import epath
 from srpo_jax.data.fields import Columns
 from srpo_jax.learn.grpo import Objective
 from srpo_jax.learn.optim import OptimConfig
+from srpo_jax.model.config import Lora
 from srpo_jax.rewards.profiles import Profile, no_terms
 from srpo_jax.rewards.stated import Words
 from srpo_jax.rewards.terms import ALPHA
@@ -28,6 +29,22 @@ class ModelSettings:
     param_dtype: str
     remat: str
     attention: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """Adapters that are trained in the place of the weights."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    export: str
+
+    @property
+    def adapters(self) -> Lora | None:
+        """As the model takes them; None where the weights are trained."""
+        made = Lora(self.rank, self.alpha, self.targets)
+        return made if self.rank else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +285,11 @@ class RunSettings:
     # The whole config as JSON values: what checkpoints hold and processes compare.
     plain: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
+    @property
+    def adapters(self) -> Lora | None:
+        """What is trained beside the weights."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings(RunSettings):
@@ -277,9 +299,15 @@ class TrainSettings(RunSettings):
     steps: int
     optim: OptimConfig
     freeze: tuple[str, ...]
+    lora: LoraSettings
     checkpoint: CheckpointSettings
     log: LogSettings
     export_hf_dir: str
+
+    @property
+    def adapters(self) -> Lora | None:
+        """What is trained beside the weights."""
+        return self.lora.adapters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ import numpy as np
 from srpo_jax.learn.optim import Optimizer
 from srpo_jax.learn.state import abstract_state, init_state, merge_params, state_shardings
 from srpo_jax.run import checkpoint, processes
+from srpo_jax.run.adapters import base_record, check_base, find_weights, origin_of
 from srpo_jax.run.guard import Progress, StopRequest
 from srpo_jax.run.metrics import MetricWriter, to_plain, utilisation
-from srpo_jax.run.parts import Parts, check_export, export, load_weights
+from srpo_jax.run.parts import Parts, check_export, export, load_base, load_found
 from srpo_jax.run.resume import check_config
 from srpo_jax.run.sections import TrainSettings
 from srpo_jax.structs import Params, RunError, TrainState
@@ -48,6 +49,7 @@ class Session:
         step: steps done; 0 for a fresh run.
         host, arrays: what the restored checkpoint holds for this process; empty for a fresh run.
         origin: where the initial weights are from (the reference model's, when there is one).
+        base: what checkpoints say of frozen weights that they do not hold (with adapters).
     """
 
     def __init__(
@@ -68,11 +70,15 @@ class Session:
         self._export = check_export(settings.export_hf_dir, done)
         self.host, self.arrays = {}, {}
         if self._checkpoints.latest_step() is None:
-            params, self.origin = load_weights(settings, parts, settings.model.param_dtype)
+            found = find_weights(settings, parts.model)
+            params = load_found(found, settings, parts, settings.model.param_dtype)
+            self.origin = origin_of(found, settings)
             self.state = init_state(
                 parts.model, optimizer, freeze=settings.freeze, mesh=parts.mesh, params=params
             )
-            self.step = 0
+            self.step, self.base = 0, {}
+            if parts.model.lora:
+                self.base = {"base": base_record(found.base, self.state.frozen)}
         else:
             self._restore(optimizer)
         self.writer = MetricWriter(
@@ -104,10 +110,18 @@ class Session:
         def check(meta: dict[str, Any]) -> None:
             check_config(meta["config"], self._settings.plain, keep.allow_changes)
 
+        lora = self._parts.model.lora
         newest = self._checkpoints.latest_step()
-        got = self._checkpoints.restore(like, check=check, fallback=keep.fallback)
+        held = dataclasses.replace(like, frozen={}) if lora else like
+        got = self._checkpoints.restore(held, check=check, fallback=keep.fallback)
         self.state, self.step, self.host, self.arrays = got.state, got.step, got.host, got.arrays
         self.origin = got.meta["origin"]
+        self.base = {"base": got.meta["base"]} if lora else {}
+        if lora:
+            settings, path = self._settings, got.meta["base"]["path"]
+            frozen = load_base(path, settings, self._parts, settings.model.param_dtype)
+            check_base(got.meta["base"], frozen, settings.hf_dir)
+            self.state = dataclasses.replace(got.state, frozen=frozen)
         if self.step != newest:
             processes.say(
                 f"step {newest} is damaged and was moved to {checkpoint.DAMAGED}/: going on from "
@@ -218,14 +232,17 @@ class Session:
         saves = last or stop or self._due(self._settings.checkpoint.every)
         if saves or self._owes_evaluation(evaluator):
             values, arrays = host()
+            lora = self._parts.model.lora
+            state = dataclasses.replace(self.state, frozen={}) if lora else self.state
+            meta = {"origin": self.origin, "total_steps": self.total_steps, **self.base}
             with self._parts.timers.outside():
                 self._checkpoints.save(
                     self.step,
-                    self.state,
+                    state,
                     config=self._settings.plain,
                     host=values,
                     arrays=arrays,
-                    meta={"origin": self.origin, "total_steps": self.total_steps},
+                    meta=meta,
                 )
         if not stop:
             self._evaluate(evaluator)
@@ -267,7 +284,8 @@ class Session:
             )
         elif self._export:
             settings = self._settings
-            export(merge_params(self.state), self._parts, settings.hf_dir, settings.export_hf_dir)
+            base = self.base["base"]["path"] if self.base else ""
+            export(merge_params(self.state), self._parts, settings, base)
             self.writer.say(f"exported to {settings.export_hf_dir}")
         if best is not None:
             metric, folder = self._checkpoints.metric(best), self._checkpoints.folder

@@ -103,10 +103,9 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
         "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
-        "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor "
+        "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor lora.rank "
         "reward.judge.max_calls grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every "
-        "grpo.adv_eps filter.max_age "
-        "eval.temperature",
+        "grpo.adv_eps filter.max_age eval.temperature",
         lambda value: value is None or 0 <= value < math.inf,
         "must not be negative or infinite",
     ),
@@ -120,7 +119,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("data.mix", lambda value: all(weight > 0 for weight in value), "weights must be above 0"),
     (
-        "grading.timeout grading.step_timeout reward.timeout optim.eps optim.grad_clip "
+        "grading.timeout grading.step_timeout reward.timeout lora.alpha optim.eps optim.grad_clip "
         "grpo.clip_low grpo.clip_high grpo.sapo_positive grpo.sapo_negative",
         lambda value: value is None or value > 0,
         "must be above 0",
@@ -152,8 +151,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.prompt": tuple(MESSAGES),
     "data.target": TARGETS,
     "data.mask_wrong_first": ("auto", "true", "false", True, False),
+    "lora.export": ("merged", "adapter"),
     "eval.stop_after": ("first", "confident", "final"),
     "filter.on": get_args(FilterOn),
+    "optim.kind": ("adamw", "adafactor", "muon"),
     "optim.schedule": ("cosine", "constant"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),

@@ -159,7 +159,10 @@ class Bench:
 
     def sampling_params(self) -> Params:
         """The parameters as the sampler takes them."""
-        return relayout(merge_params(self.state), self.work.mesh, dtype=self.work.model.dtype)
+        model = self.work.model
+        return relayout(
+            merge_params(self.state), self.work.mesh, dtype=model.dtype, lora=model.lora
+        )
 
     def generate(self, params: Params, limits_PG: np.ndarray) -> Rollout[jax.Array]:
         """Completions of these lengths; ``prefill_seconds`` says how long prefill took."""

@@ -59,7 +59,8 @@ def read_recipe(config: Any, mesh: Mesh) -> Recipe:
     """
     reinforce = "grpo" in config
     settings = grpo_settings(config) if reinforce else sft_settings(config)
-    model = size_config(settings.size, **dataclasses.asdict(settings.model))
+    how = dataclasses.asdict(settings.model)
+    model = size_config(settings.size, **how, lora=settings.adapters)
     shards = sharding.num_data_shards(mesh)
     settings = fit_rows(settings, shards, model.vision.window_slots)
     data, layout = settings.data, batch_layout(settings, shards)

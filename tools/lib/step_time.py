@@ -8,12 +8,14 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 
 from srpo_jax.data.packing import TOO_MANY, Packer, Placed, RowShape, cheapest, placed_in
 from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.lanes import LaneBudgets, pack, slots_and_tokens
-from srpo_jax.learn.optim import trains_vision
+from srpo_jax.learn.optim import make_optimizer, trains_vision
+from srpo_jax.learn.state import abstract_state
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig
@@ -94,7 +96,7 @@ def _grpo(
         Phase("logp_step", passes * (of_layers + rest), lanes(itertools.chain(*logps), Passes())),
         Phase(
             "accumulate",
-            3 * step.epochs * (of_layers + rest),
+            recipe.model.train_passes * step.epochs * (of_layers + rest),
             lanes(packed * step.epochs, _training(recipe)),
         ),
         Phase("apply", 0.0, (_times(step.updates, _apply(recipe)),)),
@@ -127,7 +129,8 @@ def _sft(recipe: Recipe, step: SftConfig, lengths: Lengths | None) -> Estimate:
     longest = taken_MAC.max((0, 2))[: placed.rows].mean() * learned
     args = (each * row.tokens, each * row.tokens**2, each * longest)
     whole = cost.text(*args, passes=_training(recipe))
-    useful = 3 * cost.flops.text(drawn_B, head_tokens=learned * drawn_B.sum())
+    useful = cost.flops.text(drawn_B, head_tokens=learned * drawn_B.sum())
+    useful *= recipe.model.train_passes
     encode = _encode(recipe, cost, drawn_B)
     per_call = [_times(1 / placed.rows, piece) for piece in (*encode.pieces, _apply(recipe))]
     summed = [sum(p.calls * getattr(p, f) for p in (whole, *per_call)) for f in ("flops", "memory")]
@@ -164,7 +167,10 @@ def _placed(recipe: Recipe, step: SftConfig, drawn_B: np.ndarray) -> Placed:
 
 
 def _training(recipe: Recipe) -> Passes:
-    return TRAIN.get(recipe.model.remat, TRAIN_OTHERS)
+    passes = TRAIN.get(recipe.model.remat, TRAIN_OTHERS)
+    if recipe.model.lora:  # no gradients of weights and head; what adapters compute is left out
+        passes = dataclasses.replace(passes, products=passes.products - 1, head=passes.head - 1)
+    return passes
 
 
 def _times(calls: float, piece: Piece) -> Piece:
@@ -182,7 +188,7 @@ def _encode(recipe: Recipe, cost: Cost, lengths_B: np.ndarray) -> Phase:
     trained = trains_vision(abstract_params(recipe.model), recipe.freeze)
     once = cost.vision(shapes.rows, shapes.patches, window)
     again = [cost.vision(shapes.rows, shapes.patches, window, 4)] if trained else []
-    return Phase("encode", useful * (3 if trained else 1), (once, *again))
+    return Phase("encode", useful * (recipe.model.train_passes if trained else 1), (once, *again))
 
 
 def _relayout(recipe: Recipe, cost: Cost) -> Phase:
@@ -220,14 +226,12 @@ def _of_lanes(cost: Cost, step: GrpoConfig, lanes: Lanes[np.ndarray], passes: Pa
 
 
 def _apply(recipe: Recipe) -> Piece:
-    """The optimizer: parameters and moments read and written, gradients read, all float32 but what
-    the recipe says otherwise."""
-    trained = [
-        x for path, x in abstract_params(recipe.model).items() if not path.startswith(recipe.freeze)
-    ]
-    moments = 2 * np.dtype(recipe.optimizer.moment_dtype).itemsize
+    """The optimizer: parameters and its state read and written, float32 gradients read."""
+    state = abstract_state(recipe.model, make_optimizer(recipe.optimizer, 1), freeze=recipe.freeze)
     parts = recipe.mesh.shape["fsdp"] * recipe.mesh.shape["tensor"]
-    held = sum(x.size * (2 * (x.dtype.itemsize + moments) + 4) for x in trained)
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    held = sum(2 * x.size * x.dtype.itemsize for x in leaves)
+    held += sum(4 * x.size for x in state.params.values())
     return Piece(1, 0.0, held / parts)
 
 
