@@ -21,7 +21,7 @@ from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.run import checkpoint, compiler, processes
-from srpo_jax.run.guard import CompileGuard
+from srpo_jax.run.guard import CompileGuard, StopRequest
 from srpo_jax.run.metrics import ModelFlops, Timers
 from srpo_jax.run.resume import config_hash
 from srpo_jax.run.sections import GradingSettings, RunSettings
@@ -52,6 +52,7 @@ class Parts:
     grading: GradingSettings
     guard: CompileGuard
     lockstep: processes.Lockstep  # called before each batch of training
+    stop: StopRequest = dataclasses.field(default_factory=lambda: StopRequest(processes.say))
     timers: Timers = dataclasses.field(default_factory=Timers)
 
     def __enter__(self) -> "Parts":
@@ -167,10 +168,21 @@ def load_weights(
     names = ("config.json", ADAPTER)
     if source and not any((absolute(source) / name).is_file() for name in names):
         folder = checkpoint.find_params(source)
+        if folder != absolute(source):
+            _tell_if_unfinished(f"{key}{source}", checkpoint.read_meta(folder))
         return checkpoint.load_params(folder, shardings, parts.shapes, dtype), str(folder)
     source = str(model_folder(source or settings.hf_dir))
     params = hf.load_params(source, parts.model, shardings=shardings, dtype=dtype)
     return checkpoint.own_buffers(params), source
+
+
+def _tell_if_unfinished(named: str, meta: dict[str, Any]) -> None:
+    """A word where the newest step of the run that was named is not its last one."""
+    step, total = meta.get("step"), meta.get("total_steps")
+    if step and total and step < total:
+        processes.say(
+            f"{named}: that run is not finished; these are the weights after step {step} of {total}"
+        )
 
 
 def check_export(out_dir: str, done: bool) -> bool:

@@ -111,6 +111,7 @@ class CheckpointSettings:
     keep: int
     keep_every: int
     fallback: bool
+    grace_seconds: float
     allow_changes: str
 
 

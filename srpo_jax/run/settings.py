@@ -101,7 +101,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
         "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
         "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor "
-        "grpo.tis_cap grpo.kl_coef grpo.adv_eps filter.max_age eval.temperature",
+        "grpo.tis_cap grpo.kl_coef grpo.adv_eps filter.max_age eval.temperature "
+        "checkpoint.grace_seconds",
         lambda value: value is None or 0 <= value < math.inf,
         "must not be negative or infinite",
     ),
