@@ -69,7 +69,9 @@ def test_a_save_that_fails_is_told_by_the_next_step_and_the_program_ends_at_once
     finally:
         run.kill()
     assert run.returncode == 1
-    assert re.search(r"error: \S+/checkpoints: a checkpoint could not be written: .*directory", said)
+    assert re.search(
+        r"error: \S+/checkpoints: a checkpoint could not be written: .*directory", said
+    )
 
 
 LOADING = """
@@ -107,5 +109,5 @@ def test_data_workers_outlive_signals_to_the_process_group_but_not_the_run():
         assert run.stdout.readline() == "went on\n" and all(map(is_running, pids))
     finally:
         run.kill()
-        run.communicate()
+        run.wait()  # its pipe may stay open
     assert wait_until(lambda: not any(map(is_running, pids))), "workers outlive the run"

@@ -27,6 +27,7 @@ from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import load_config
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.run import checkpoint, rollout, session
+from srpo_jax.run.command import AGAIN
 from srpo_jax.run.feed import open_training
 from srpo_jax.run.metrics import read_rows, to_plain
 from srpo_jax.run.parts import load_weights, start
@@ -213,7 +214,9 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
 
 
-def test_sigterm_from_outside_ends_with_exit_code_0_and_the_command_goes_on(paths, tmp_path):
+def test_sigterm_from_outside_ends_with_the_code_to_run_again_and_the_command_goes_on(
+    paths, tmp_path
+):
     command = [
         *(sys.executable, "-m", "srpo_jax.train_sft", "--config=configs/sft.py:size=tiny"),
         *(f"--workdir={tmp_path / 'run'}", f"--config.hf_dir={paths['hf_dir']}"),
@@ -239,7 +242,7 @@ def test_sigterm_from_outside_ends_with_exit_code_0_and_the_command_goes_on(path
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     out, error = run.communicate(timeout=240)
-    assert run.returncode == 0, error
+    assert run.returncode == AGAIN, error
     assert "SIGTERM: finishing this step" in out and "run the same command again" in out
     (saved,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert 1 <= saved < 60

@@ -111,11 +111,15 @@ class BadItem:
     error: RecordError
 
 
-def _load(source: RecordSource, encode: Callable[[Record], Encoded], index: int) -> Item | BadItem:
+def _load(
+    source: RecordSource, encode: Callable[[Record], Encoded], budgets: Budgets, index: int
+) -> Item | BadItem:
     """Read and encode record ``index``; a bad record becomes an item with its error."""
     record = None
     try:
         record = source[index]
+        if fault := budgets.fault_of_text(record):
+            return BadItem(record, fault)
         return Item(-1, index, record, encode(record))
     except RecordError as error:
         return BadItem(record, error)
@@ -265,7 +269,8 @@ class Stream:
     def __init__(
         self, source: RecordSource, encode: Callable[[Record], Encoded], config: LoaderConfig
     ):
-        self._load, self._config = functools.partial(_load, source, encode), config
+        self._load = functools.partial(_load, source, encode, config.budgets)
+        self._config = config
         indices = _mixed(source, config) if config.mix else _repeated(0, len(source), config)
         batch = config.global_batch_size
         self.share = Share(config.process_index, config.process_count, batch)
