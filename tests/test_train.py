@@ -193,9 +193,16 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 3, crash)
         train_grpo.train(config(), tmp_path / "broken")
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3, terminate)
-        assert train_grpo.train(config(), tmp_path / "broken")["step"] == 3
+    hurried = config()
+    hurried.checkpoint.grace_seconds = 0.0
+    with monkeypatch.context() as patch:  # the fourth step is given up behind its first grading
+
+        def grade_and_stop(*args, **kwargs):
+            terminate()
+            return helpers.fake_grade(*args, **kwargs)
+
+        interrupt(patch, 3, lambda: patch.setattr(rollout, "grade", grade_and_stop))
+        assert train_grpo.train(hurried, tmp_path / "broken")["step"] == 3
     last = config()
     last.eval.file = paths["held_out"]
     train_grpo.train(last, tmp_path / "broken")
