@@ -66,7 +66,7 @@ def test_a_text_that_no_budget_holds_is_never_tokenised(tmp_path):
     assert ids_of(next(loader)) and loader.bad == 1 and sorted(seen) == ["0", "2"]
     reader = Reader(encode, Budgets(9, 0))
     assert (
-        "8000000 characters, more than data.prompt_tokens=9 can hold" in reader.look(source, 1).bad
+        "200000 characters, more than data.prompt_tokens=9 can hold" in reader.look(source, 1).bad
     )
 
 
