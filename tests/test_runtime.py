@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from srpo_jax.model.sharding import AXES
-from srpo_jax.run import command, compiler, processes, resume
+from srpo_jax.run import command, compiler, parts, processes, resume
 from srpo_jax.run import guard as guard_module
 from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, Stopped, StopRequest
 from srpo_jax.run.processes import check_agreement, join, once, speakers
@@ -250,6 +250,14 @@ def test_more_steps_need_no_permission_and_a_permission_names_its_keys():
     check_config(saved, now, "True")
     with pytest.raises(RunError, match="allow_changes=optim.rl: there is no key optim.rl"):
         check_config(saved, now, "optim.rl")
+
+
+def test_to_begin_from_an_unfinished_run_is_said(capsys):
+    for step in (3, 9, None):
+        parts._tell_if_unfinished("init_from=runs/sft", {"step": step, "total_steps": 9})
+    said = capsys.readouterr().out
+    assert said.startswith("init_from=runs/sft: that run is not finished; these are the weights ")
+    assert said.endswith("after step 3 of 9\n") and said.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line_that_says_what_to_do(capsys):
