@@ -108,6 +108,9 @@ def add_training(config: ConfigDict) -> None:
     checkpoint.keep = 2  # newest; the best evaluated one is kept besides
     checkpoint.keep_every = 500  # and every multiple of this (R: every 500 steps); 0: none
     checkpoint.fallback = False  # where the newest is damaged, go on from the newest whole one
+    # From SIGTERM to SIGKILL, as the scheduler has it (Kubernetes: 30). Half of it may go into
+    # finishing the step, the other half is left for the checkpoint.
+    checkpoint.grace_seconds = 25.0
     # Keys or sections that a resumed run may change: "optim.lr,data"; "True": any. More steps or
     # epochs are always allowed.
     checkpoint.allow_changes = ""

@@ -34,7 +34,7 @@ from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import feed, processes
 from srpo_jax.run.budgets import Reader, prompt_budgets
 from srpo_jax.run.command import main
-from srpo_jax.run.guard import StopRequest
+from srpo_jax.run.guard import Stopped
 from srpo_jax.run.parts import Parts, load_weights, start
 from srpo_jax.run.resume import below, flat_config
 from srpo_jax.run.rollout import Generator, Graded, Sampled, graded_samples
@@ -72,7 +72,7 @@ def evaluate(
     """
     settings = evaluate_settings(config, workdir)
     check_benchmark(settings)
-    with start(settings) as parts, processes.hold(settings.workdir), StopRequest() as stop:
+    with start(settings) as parts, processes.hold(settings.workdir), parts.stop:
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
         evaluator = Evaluator(settings, parts, settings.reward.design, encode)
         params, origin = load_weights(settings, parts, settings.model.dtype)
@@ -86,17 +86,18 @@ def evaluate(
         )
         begun, before = time.monotonic(), len(done)
         unasked: list[Row] = []  # kept at the end: a run that goes on may have room for them
-        for rows in evaluator.run(params, seed=settings.seed, skip=frozenset(done)):
-            unasked += [row for row in rows if "reason" in row]
-            log.append([row for row in rows if "reason" not in row])
-            done |= {row["origin"] for row in rows}
-            pace = (time.monotonic() - begun) / max(len(done) - before, 1)
-            left = pace * (len(evaluator) - len(done))
-            processes.say(f"{len(done)}/{len(evaluator)} records, about {left:.0f} s left")
-            if processes.maximum(int(stop.requested)):
-                log.close()
-                processes.say("stopped; the same command goes on from here")
-                return None
+        try:
+            for rows in evaluator.run(params, seed=settings.seed, skip=frozenset(done)):
+                unasked += [row for row in rows if "reason" in row]
+                log.append([row for row in rows if "reason" not in row])
+                done |= {row["origin"] for row in rows}
+                pace = (time.monotonic() - begun) / max(len(done) - before, 1)
+                left = pace * (len(evaluator) - len(done))
+                processes.say(f"{len(done)}/{len(evaluator)} records, about {left:.0f} s left")
+        except Stopped:
+            log.close()
+            processes.say("stopped; the same command goes on from here")
+            return None
         log.append(unasked)
         told = evaluator.grading_counts()
     told |= {"weights": origin}
@@ -229,6 +230,8 @@ class Evaluator:
             params: all parameters, in the training layout.
             seed: of the samples; the same seed draws with the same numbers, whatever the batches.
             skip: origins of records to leave out.
+
+        Raises Stopped behind the batch in which a signal came.
         """
         source = self.source
         if skip:
@@ -265,6 +268,7 @@ class Evaluator:
                 for row in rows:  # a batch is one piece of work: each sample's even share of it
                     row["seconds"] = seconds
                 yield self._gathered(rows, unasked)
+                self._parts.stop.between_batches()
             if processes.any_true([bool(unasked)])[0]:
                 yield self._gathered([], unasked)
         finally:

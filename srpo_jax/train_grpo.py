@@ -12,8 +12,8 @@ Reading guide: `train` sets up what `Stage` needs and hands its `step` to the se
 Rewards, advantages, KL and the loss are computed inside of jitted steps (learn/steps.py,
 learn/grpo.py, rewards/profiles.py, learn/losses.py); run/rollout.py samples and grades;
 run/session.py owns the train state, restores, logs, evaluates, saves and exports. A run that is
-stopped (SIGTERM, Ctrl-C) finishes its step, saves and leaves with exit code 0; the same command
-goes on from there, bit for bit.
+stopped (SIGTERM, Ctrl-C) finishes its step or gives it up, saves and leaves with exit code 75; the
+same command goes on from there, bit for bit.
 """
 
 import contextlib
@@ -228,6 +228,7 @@ class Stage:
             with timers("sample"):
                 seed = self.settings.seed
                 sampled = self.generator.sample(params, loaded, seed=seed, step=step)
+            parts.stop.between_phases()
             # Dispatched before grading: the host checks answers while the device computes.
             logps = (None, None)
             if with_logps:
@@ -236,6 +237,7 @@ class Stage:
                 graded = self.generator.grade(sampled)
             with timers("logp"):
                 jax.block_until_ready(logps)
+            parts.stop.between_phases()
             groups = self.settings.filter
             weight = informative(graded.verdict, groups.low, groups.high, groups.on)
             weight *= graded.rewarded
@@ -360,6 +362,7 @@ class Stage:
             with parts.timers("logp"):
                 logps = self.logps(state, sampled, old=self.cfg.updates > 1)
                 jax.block_until_ready(logps)
+        parts.stop.between_phases()
         experience = self.experience(sampled, verdict, logps, weight_P)
         experience = dataclasses.replace(experience, carried=carried_P)
         return Lesson(experience, local, rounds, age, dropped)

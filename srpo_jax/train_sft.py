@@ -7,7 +7,7 @@ Reading guide: `train` reads top to bottom, in the order in which things happen:
 model config; data; state, fresh or restored; the jitted step and the evaluation; the loop. The
 arithmetic of a step is in learn/steps.py and learn/losses.py, what a batch is in data/loader.py;
 run/session.py owns the train state, restores, logs, evaluates, saves and exports. A run that is
-stopped (SIGTERM, Ctrl-C) finishes its step, saves and leaves with exit code 0; the same command
+stopped (SIGTERM, Ctrl-C) finishes its step, saves and leaves with exit code 75; the same command
 goes on from there, bit for bit.
 """
 

@@ -12,7 +12,9 @@ from loader_helpers import (
     load,
     lockstep,
 )
+from loader_helpers import encode as encode_three
 
+from srpo_jax.data.batching import Budgets
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.files import read_jsonl
@@ -21,6 +23,7 @@ from srpo_jax.data.loader import too_many
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.quarantine import Quarantine
 from srpo_jax.data.records import open_records
+from srpo_jax.run.budgets import Reader
 from srpo_jax.structs import RunError
 
 # --- bad records ---
@@ -46,6 +49,23 @@ def test_bad_records_are_replaced_counted_and_listed(tmp_path):
             origins.append(json.loads(line)["origin"])
     assert sorted(origins) == ["n:3", "n:8", "n:9"]
     assert state["bad"] == 6
+
+
+def test_a_text_that_no_budget_holds_is_never_tokenised(tmp_path):
+    lines = [{"id": i, "problem": "x" * (200_000 if i == 1 else 9), "answer": 1} for i in range(3)]
+    source = open_records(write_jsonl(tmp_path / "d.jsonl", lines))
+    seen = []
+
+    def encode(record):
+        seen.append(record.id)
+        return encode_three(record)
+
+    loader = load(source, encode, epochs=1, global_batch_size=2, max_bad_share=1.0, token_budget=9)
+    assert ids_of(next(loader)) and loader.bad == 1 and sorted(seen) == ["0", "2"]
+    reader = Reader(encode, Budgets(9, 0))
+    assert (
+        "200000 characters, more than data.prompt_tokens=9 can hold" in reader.look(source, 1).bad
+    )
 
 
 def test_a_bad_record_is_listed_whatever_its_text_and_once(tmp_path):

@@ -231,6 +231,7 @@ def test_with_fallback_a_run_goes_on_from_the_whole_step_and_may_write_the_damag
     folder = tmp_path / "run"
     shutil.copytree(two_steps, folder)
     (folder / "checkpoints" / "9").mkdir()
+    (folder / "checkpoints" / "9" / "params").mkdir()
     os.truncate(largest(folder / "checkpoints" / "6" / "params"), 20)
     saver = Checkpoints(folder)
     got = saver.restore(make_state(), fallback=True)
@@ -252,6 +253,18 @@ def test_damaged_old_steps_and_steps_without_checksums_do_not_matter(two_steps, 
     file.write_text(json.dumps(old))
     saver = Checkpoints(folder)
     assert saver.best_step() == 6 and saver.restore(make_state()).step == 6
+
+
+def test_an_empty_newer_folder_is_no_step_and_in_nobodys_way(two_steps, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(two_steps, folder)
+    (folder / "checkpoints" / "9").mkdir()
+    assert checkpoint.find_params(folder).name == "6"
+    saver = Checkpoints(folder)
+    assert saver.restore(make_state()).step == 6
+    assert saver.save(9, make_state(9), config={}) is True
+    saver.close()
+    assert Checkpoints(folder).restore(make_state()).step == 9
 
 
 def test_a_run_without_any_whole_step_says_so(two_steps, tmp_path):
@@ -318,6 +331,22 @@ def test_a_step_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="could not be written"):
             saver.close()
     saver.close()
+
+
+def test_the_newest_step_whose_update_was_applied_is_kept_and_gone_back_to(tmp_path):
+    saver = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2, 3):
+        saver.save(step, make_state(step), config={}, meta={"applied": step < 2})
+    saver.note(3, 0.3)
+    saver.close()
+    assert steps_on_disk(tmp_path) == [1, 3]
+    again = Checkpoints(tmp_path, keep=1)
+    assert again.applied_step() == 1
+    assert_same(again.roll_back(checkpoint.abstract(make_state()), 1), make_state(1))
+    assert steps_on_disk(tmp_path) == [1] and again.best_step() is None
+    assert again.save(3, make_state(4), config={}) is True
+    assert again.applied_step() == 3
+    again.close()
 
 
 def test_a_run_on_a_bucket_saves_and_goes_on(tmp_path, monkeypatch):

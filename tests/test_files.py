@@ -42,6 +42,32 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["out"] and names(folder) == ["file"]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_afterwards(
+    tmp_path, monkeypatch
+):
+    done = []
+    sync, replace = files.os.fsync, files.os.replace
+    inode = lambda handle: files.os.fstat(handle).st_ino  # noqa: E731
+    monkeypatch.setattr(files.os, "fsync", lambda h: (done.append(inode(h)), sync(h)))
+    monkeypatch.setattr(files.os, "replace", lambda *a: (done.append("named"), replace(*a)))
+    files.write_text(tmp_path / "a", "x")
+    assert done == [(tmp_path / "a").stat().st_ino, "named", tmp_path.stat().st_ino]
+
+
+def test_what_killed_programs_had_begun_is_removed(tmp_path):
+    (tmp_path / "rollouts" / ".000001.7.tmp").mkdir(parents=True)
+    (tmp_path / "rollouts" / ".000001.7.tmp" / "part").touch()
+    for name in (
+        ".lock",
+        ".summary.json.7.tmp",
+        "rollouts/.000002.jsonl.7.tmp",
+        "rollouts/a.jsonl",
+    ):
+        (tmp_path / name).touch()
+    files.remove_left_over(tmp_path)
+    assert names(tmp_path) == [".lock", "rollouts"] and names(tmp_path / "rollouts") == ["a.jsonl"]
+
+
 def test_a_folder_that_holds_something_is_not_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")

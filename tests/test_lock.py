@@ -39,6 +39,13 @@ def test_a_folder_is_held_by_one_and_free_again_afterwards(tmp_path):
     assert not (tmp_path / "fresh").exists()  # it was made, and nothing came into it
 
 
+def test_who_holds_a_folder_clears_up_behind_those_before(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / ".000001.jsonl.7.tmp").touch()
+    with lock.hold(tmp_path):
+        assert [*(tmp_path / "rollouts").iterdir()] == []
+
+
 def test_who_ended_on_this_machine_is_replaced_at_once(tmp_path):
     said = []
     leave(tmp_path, pid=dead_pid())

@@ -87,6 +87,13 @@ def test_console_without_a_terminal_prints_plain_lines_of_the_chosen_metrics(tmp
     assert capsys.readouterr().out == "step 10/10  loss 0.1235\nstep 10/10 eval  accuracy 0.5\n"
 
 
+def test_what_is_not_finite_is_shown_as_such(tmp_path, capsys):
+    writer = MetricWriter(tmp_path, total_steps=9, show=["loss", "kl", "mfu"], tensorboard=False)
+    writer.write(9, {"loss": float("nan"), "kl": float("-inf"), "mfu": None}, split="train")
+    writer.close()
+    assert "step 9/9  loss nan  kl -inf\n" in capsys.readouterr().out
+
+
 def test_tensorboard_gets_the_numbers(tmp_path):
     out = MetricWriter(tmp_path, total_steps=1, tensorboard=True)
     out.write(1, {"loss": 0.5}, split="train")

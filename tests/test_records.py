@@ -433,6 +433,19 @@ def test_the_pixel_limit_is_exact():
         load_image(ImageRef("f:1", data=data), max_pixels=4999)
 
 
+def test_a_large_jpeg_is_decoded_at_half_its_size_and_other_formats_are_refused():
+    held = {}
+    for name in ("JPEG", "PNG"):
+        file = io.BytesIO()
+        Image.new("RGB", (200, 100), "red").save(file, name)
+        held[name] = ImageRef("f:1", data=file.getvalue())
+    assert load_image(held["JPEG"], max_pixels=20_000).size == (200, 100)
+    assert load_image(held["JPEG"], max_pixels=5000).size == (100, 50)
+    for name, most in (("PNG", 19_999), ("JPEG", 4999)):
+        with pytest.raises(RecordError, match=f"pixels, more than {most}"):
+            load_image(held[name], max_pixels=most)
+
+
 # --- image modes ---
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from srpo_jax.model.sharding import AXES
-from srpo_jax.run import command, compiler, processes, resume
-from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, StopRequest
+from srpo_jax.run import command, compiler, parts, processes, resume
+from srpo_jax.run import guard as guard_module
+from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, Stopped, StopRequest
 from srpo_jax.run.processes import check_agreement, join, once, speakers
 from srpo_jax.run.resume import check_config
 from srpo_jax.structs import RunError
@@ -175,6 +176,39 @@ def test_first_signal_asks_and_old_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_step_is_finished_where_half_of_the_grace_will_do_and_given_up_else(monkeypatch):
+    clock = types.SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now)
+    monkeypatch.setattr(guard_module, "time", clock)
+    now, stop = 0.0, StopRequest(lambda text: None)
+    stop.grace = 20.0
+
+    def begin_then_ask(seconds: float) -> None:
+        nonlocal now
+        stop.requested = False
+        stop._begun, now = now, now + seconds
+        stop._receive(signal.SIGTERM, None)
+
+    with stop.step():
+        now += 60  # so long took the one before
+    begin_then_ask(51)  # 9 of it are left
+    stop.between_phases()
+    now += 30  # it takes longer than the one before
+    with pytest.raises(Stopped):
+        stop.between_phases()
+    begin_then_ask(49)
+    with pytest.raises(Stopped):
+        stop.between_phases()
+    with pytest.raises(Stopped):
+        stop.between_batches()
+    fresh = StopRequest(lambda text: None)
+    fresh.between_phases()
+    fresh.between_batches()
+    fresh.grace = 1e9
+    fresh._receive(signal.SIGTERM, None)  # nothing tells how long the first step takes
+    with fresh.step(), pytest.raises(Stopped):
+        fresh.between_phases()
+
+
 def test_second_signal_kills():
     code = (
         "import os, signal, time\n"
@@ -216,6 +250,14 @@ def test_more_steps_need_no_permission_and_a_permission_names_its_keys():
     check_config(saved, now, "True")
     with pytest.raises(RunError, match="allow_changes=optim.rl: there is no key optim.rl"):
         check_config(saved, now, "optim.rl")
+
+
+def test_to_begin_from_an_unfinished_run_is_said(capsys):
+    for step in (3, 9, None):
+        parts._tell_if_unfinished("init_from=runs/sft", {"step": step, "total_steps": 9})
+    said = capsys.readouterr().out
+    assert said.startswith("init_from=runs/sft: that run is not finished; these are the weights ")
+    assert said.endswith("after step 3 of 9\n") and said.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line_that_says_what_to_do(capsys):
@@ -262,7 +304,9 @@ def test_updates_that_are_not_finite_again_and_again_end_the_run():
     progress.look(3, 2, {"skipped": 10.0, "update_norm": 0.1})  # one of two was good
     for step in (4, 5):
         progress.look(step, 2, {"skipped": 12.0 + 2 * (step - 4), "update_norm": 0.0})
-    with pytest.raises(RunError, match="^step 6: none of the last 6 updates was finite .*optim.lr"):
+    with pytest.raises(
+        RunError, match="^step 6: none of the last 6 updates was finite .*max_skipped"
+    ):
         progress.look(6, 2, {"skipped": 16.0, "update_norm": 0.0})
 
 

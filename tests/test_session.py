@@ -8,6 +8,7 @@ import train_helpers as helpers
 
 from srpo_jax import train_sft
 from srpo_jax.run import checkpoint, session
+from srpo_jax.run.guard import Stopped
 from srpo_jax.run.metrics import read_rows
 from srpo_jax.structs import RunError
 
@@ -17,20 +18,25 @@ def paths(tmp_path_factory):
     return helpers.world(tmp_path_factory.mktemp("world"))
 
 
+def count(state, _):
+    return state.replace(step=state.step + 1), {"loss": 0.0}
+
+
 @pytest.fixture
 def train(paths, tmp_path, monkeypatch):
     """``train(steps, every, found)``: stage 1 without arithmetic, kept is one checkpoint.
 
     ``found`` is what each evaluation finds in turn, or what it raises; it gets shorter by those.
+    ``step(state, batch)`` may take the place of the step that only counts; ``changes`` are of the
+    configuration.
     """
 
-    def make_fake_step(*_, **__):
-        return lambda state, *_: (state.replace(step=state.step + 1), {"loss": 0.0})
-
-    monkeypatch.setattr(train_sft, "make_sft_step", make_fake_step)
     monkeypatch.setattr("srpo_jax.run.guard.CompileGuard.watch", lambda _, step: step)
 
-    def run(steps: int, every: int, found: list) -> dict:
+    def run(steps: int, every: int, found: list, step=count, **changes) -> dict:
+        make = lambda *_, **__: lambda state, batch, _: step(state, batch)  # noqa: E731
+        monkeypatch.setattr(train_sft, "make_sft_step", make)
+
         def evaluation(params, *, seed):
             now = found.pop(0)
             if isinstance(now, Exception):
@@ -41,6 +47,7 @@ def train(paths, tmp_path, monkeypatch):
         config = helpers.sft_config(paths, steps=steps)
         config.eval.file, config.eval.every = paths["held_out"], every
         config.checkpoint.every, config.checkpoint.keep = 1000, 1
+        config.update_from_flattened_dict(changes)
         return train_sft.train(config, tmp_path / "run")
 
     return run
@@ -99,3 +106,87 @@ def test_a_signal_before_an_evaluation_leaves_it_to_the_next_run(train, tmp_path
     assert evaluated(tmp_path) == [(2, 0.1), (3, 0.2)]
     meta = checkpoint.read_meta(tmp_path / "run")
     assert meta["step"] == 3 and meta["metric"] == 0.2
+
+
+# --- stopped early ---
+
+
+def test_a_step_that_is_given_up_leaves_the_state_the_data_and_the_rows_before_it(train, tmp_path):
+    seen = []
+
+    def step(state, batch):
+        seen.append(int(batch.tokens.sum()))
+        if len(seen) == 3:
+            raise Stopped
+        return count(state, batch)
+
+    stopped = train(4, 0, [], step)
+    assert stopped["step"] == 2 and not stopped["finished"] and on_disk(tmp_path) == [2]
+    assert train(4, 0, [0.1], step)["finished"]
+    assert seen[2] == seen[3] and len(seen) == 5 and len({*seen}) == 4  # the same batch again
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_finished(train, tmp_path, capsys):
+    folder = str(tmp_path / "hf")
+    stopped = train(2, 2, [Stopped()], export_hf_dir=folder)
+    assert stopped["step"] == 2 and not stopped["finished"] and not os.path.exists(folder)
+    assert "stopped after step 2 of 2, saved; run the same" in capsys.readouterr().out
+    ended = train(2, 2, [0.5], export_hf_dir=folder)
+    assert ended["finished"] and ended["eval"] == {"acc@2": 0.5} and os.path.exists(folder)
+
+
+def test_rows_are_written_before_the_step_that_they_are_of_is_saved(train, tmp_path, monkeypatch):
+    save, written = checkpoint.Checkpoints.save, []
+
+    def look_then_save(self, step, *args, **kwargs):
+        rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+        written.append((step, [row["step"] for row in rows]))
+        return save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", look_then_save)
+    train(4, 0, [0.1], **{"checkpoint.every": 2})
+    assert written == [(2, [1, 2]), (4, [1, 2, 3, 4])]
+
+
+# --- updates that are not finite ---
+
+
+def broken_from(first: int, until: int, seen: list):
+    """A step whose updates ``first`` to ``until`` are not finite, as their numbers in ``seen``."""
+
+    def step(state, batch):
+        seen.append(int(batch.tokens.sum()))
+        bad = first <= len(seen) <= until
+        state = state.replace(skipped=state.skipped + bad, step=state.step + (not bad))
+        return state, {"loss": 0.0, "skipped": state.skipped, "update_norm": float(not bad)}
+
+    return step
+
+
+def test_a_run_goes_back_to_its_last_applied_update_and_on_with_other_data(train, tmp_path, capsys):
+    seen = []
+    changes = {"checkpoint.every": 1, "optim.max_skipped": 3, "log.every": 1}
+    ended = train(6, 0, [0.1], broken_from(3, 5, seen), **changes)
+    assert "none of the last 3 updates was finite" in (told := capsys.readouterr().out)
+    assert "back to step 2, once, and on with the data after these" in told
+    assert ended["finished"] and ended["step"] == 6
+    meta = checkpoint.read_meta(tmp_path / "run")
+    assert meta["rolled_back"] and meta["applied"]
+    assert len(seen) == 9 and len({*seen}) == 9  # three in vain, and no batch twice
+    assert ended["skipped"] == 0  # of the state that it went back to
+
+
+def test_a_run_goes_back_only_once_and_never_where_no_update_was_applied(train, tmp_path):
+    changes = {"checkpoint.every": 1, "optim.max_skipped": 2}
+    with pytest.raises(RunError, match="none of the last 2 .* had gone back once: go on"):
+        train(9, 0, [], broken_from(3, 99, []), **changes)
+    assert 2 in on_disk(tmp_path)  # rotation left the last update that was applied
+
+
+def test_nothing_is_exported_of_a_run_without_one_finite_update(train, tmp_path):
+    out = tmp_path / "hf"
+    with pytest.raises(RunError, match="none of the 2 updates was finite: export_hf_dir="):
+        train(2, 0, [0.1], broken_from(1, 9, []), export_hf_dir=str(out))
+    assert not out.exists()

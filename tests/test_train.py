@@ -21,7 +21,7 @@ from etils import epath
 
 from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.data.encoders import SftEncoder
-from srpo_jax.learn.grpo import Objective
+from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.optim import make_optimizer
 from srpo_jax.learn.state import init_state, merge_params
 from srpo_jax.learn.steps import make_sft_step
@@ -29,10 +29,11 @@ from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import load_config
 from srpo_jax.rewards.profiles import PAPER
 from srpo_jax.run import checkpoint, reference, rollout, session
+from srpo_jax.run.command import AGAIN
 from srpo_jax.run.feed import open_training
-from srpo_jax.run.metrics import read_rows, to_plain
+from srpo_jax.run.metrics import Timers, read_rows, to_plain
 from srpo_jax.run.parts import load_weights, start
-from srpo_jax.run.reference import adapted_kl_coef, load_reference, renew_reference
+from srpo_jax.run.reference import Reference, adapted_kl_coef
 from srpo_jax.run.sections import EvaluateSettings, GrpoSettings, SftSettings
 from srpo_jax.run.settings import fit_rows, sft_config, sft_settings
 from srpo_jax.structs import RunError
@@ -209,9 +210,16 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 3, crash)
         train_grpo.train(config(), tmp_path / "broken")
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3, terminate)
-        assert train_grpo.train(config(), tmp_path / "broken")["step"] == 3
+    hurried = config()
+    hurried.checkpoint.grace_seconds = 0.0
+    with monkeypatch.context() as patch:  # the fourth step is given up behind its first grading
+
+        def grade_and_stop(*args, **kwargs):
+            terminate()
+            return helpers.fake_grade(*args, **kwargs)
+
+        interrupt(patch, 3, lambda: patch.setattr(rollout, "grade", grade_and_stop))
+        assert train_grpo.train(hurried, tmp_path / "broken")["step"] == 3
     last = config()
     last.eval.file = paths["held_out"]
     train_grpo.train(last, tmp_path / "broken")
@@ -240,7 +248,9 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
 
 
-def test_sigterm_from_outside_ends_with_exit_code_0_and_the_command_goes_on(paths, tmp_path):
+def test_sigterm_from_outside_ends_with_the_code_to_run_again_and_the_command_goes_on(
+    paths, tmp_path
+):
     command = [
         *(sys.executable, "-m", "srpo_jax.train_sft", "--config=configs/sft.py:size=tiny"),
         *(f"--workdir={tmp_path / 'run'}", f"--config.hf_dir={paths['hf_dir']}"),
@@ -266,7 +276,7 @@ def test_sigterm_from_outside_ends_with_exit_code_0_and_the_command_goes_on(path
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     out, error = run.communicate(timeout=240)
-    assert run.returncode == 0, error
+    assert run.returncode == AGAIN, error
     assert "SIGTERM: finishing this step" in out and "run the same command again" in out
     (saved,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert 1 <= saved < 60
@@ -437,8 +447,10 @@ def test_the_reference_outlives_the_step_that_it_was_read_from(tmp_path, monkeyp
     params = {name: jnp.full(3, n, jnp.float32) for n, name in enumerate(("a", "frozen"), 1)}
     state = types.SimpleNamespace(params={"a": params["a"]}, frozen={"frozen": params["frozen"]})
     model = types.SimpleNamespace(dtype="bfloat16")
+    parts = types.SimpleNamespace(model=types.SimpleNamespace(lora=None), timers=Timers())
+    cfg = GrpoConfig(kl_coef=0.1, ref_every=4)
     settings = types.SimpleNamespace(model=model, workdir=epath.Path(tmp_path / "rl"), plain={})
-    settings.grpo = Objective(kl_coef=0.1, ref_every=4)
+    settings.grpo = cfg
 
     def load(settings, parts, dtype, source):
         shardings = dict.fromkeys(params, place)
@@ -446,33 +458,36 @@ def test_the_reference_outlives_the_step_that_it_was_read_from(tmp_path, monkeyp
 
     monkeypatch.setattr(reference, "load_weights", load)
     origin = tmp_path / "sft" / "checkpoints" / "7"  # retention has deleted it
-    run = types.SimpleNamespace(step=0, origin=str(origin), state=state)
-    first = load_reference(settings, None, run)
+    run = types.SimpleNamespace(step=0, origin=str(origin), state=state, base={}, host={})
+    load_now = lambda: Reference(settings, parts, cfg, run).params  # noqa: E731
+    first = load_now()
     run.step = 3
-    again = load_reference(settings, None, run)
+    again = load_now()
     assert first.keys() == again.keys() == {"a"}
     assert again["a"].dtype == "bfloat16" and jnp.array_equal(first["a"], again["a"])
     assert checkpoint.read_meta(tmp_path / "rl" / "reference")["origin"] == str(origin)
     run.step, run.origin = 0, str(tmp_path / "hf")  # what is no run's stays where it is
     settings.workdir = epath.Path(tmp_path / "other")
-    load_reference(settings, None, run)
+    load_now()
     assert not (tmp_path / "other").exists()
 
     # Renewed after steps 4, 8 and 12: a checkpoint is resumed with the one that it had.
     settings.workdir = epath.Path(tmp_path / "rl")
     for step in (4, 8, 12):
         state.params["a"] = jnp.full(3, step, jnp.float32)
-        assert jnp.array_equal(renew_reference(settings, state, step)["a"], state.params["a"])
+        kept = Reference(settings, parts, cfg, run)
+        kept.follow(state, step, {})
+        assert jnp.array_equal(kept.params["a"], state.params["a"])
         (settings.workdir / "checkpoints" / f"{step + 2}").mkdir(parents=True)
         if step == 8:  # retention
             (settings.workdir / "checkpoints" / "6").rmdir()
     kept = {path.name for path in (tmp_path / "rl").glob("reference*")}
     assert kept == {"reference", "reference_8", "reference_12"}
     for run.step, since in ((10, 8), (11, 8), (12, 12), (14, 12)):
-        assert (load_reference(settings, None, run)["a"] == since).all()
+        assert (load_now()["a"] == since).all()
     run.step = 7
     with pytest.raises(checkpoint.CheckpointError, match="reference_4: no checkpoint here"):
-        load_reference(settings, None, run)
+        load_now()
 
 
 def test_the_coefficient_of_the_kl_follows_its_target():

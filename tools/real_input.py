@@ -24,6 +24,7 @@ from typing import Any
 from srpo_jax.data.files import read_jsonl, write_jsonl
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import Shape
+from srpo_jax.run.command import AGAIN
 from srpo_jax.run.metrics import read_rows
 from tools.lib import cli, transformers_check
 from tools.make_hf import TOKEN_KEYS, added_tokens, make_config, write_random_hf
@@ -155,8 +156,8 @@ class Commands:
                     print(f"    {name}: {line}", flush=True)
                 told = line
 
-    def finish(self, name: str, process: subprocess.Popen, what: str) -> None:
-        """Wait for it and check that its exit code is 0; it is stopped on Ctrl-C."""
+    def finish(self, name: str, process: subprocess.Popen, what: str, wanted: int = 0) -> None:
+        """Wait for it and check its exit code; it is stopped on Ctrl-C."""
         try:
             self.wait(name, process, lambda: False)
         finally:
@@ -164,9 +165,8 @@ class Commands:
                 process.terminate()
                 process.wait()
         code = process.returncode
-        self._check(
-            f"{what} ends with exit code 0", code == 0, code and f"{code}\n{self.tail(name)}"
-        )
+        told = "" if code == wanted else f"{code}\n{self.tail(name)}"
+        self._check(f"{what} ends with exit code {wanted}", code == wanted, told)
 
     def tail(self, name: str, lines: int = 15) -> str:
         """The end of a log."""
@@ -250,7 +250,7 @@ def run_rl(plan: Plan, data: Path, out: Path, commands: Commands, check: Checks)
     commands.wait("rl", process, lambda: _logged(metrics) >= plan.stop_after)
     print("$ kill -TERM", flush=True)
     process.send_signal(signal.SIGTERM)
-    commands.finish("rl", process, "GRPO, stopped by SIGTERM,")
+    commands.finish("rl", process, "GRPO, stopped by SIGTERM,", AGAIN)
     stopped = _logged(metrics)
     check("it stopped in mid-run", plan.stop_after <= stopped < plan.rl_steps, f"step {stopped}")
     check("nothing was exported yet", not (out / "rl_hf").exists())

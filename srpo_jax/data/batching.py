@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from srpo_jax.data.errors import RecordError
+from srpo_jax.data.fields import Record
 from srpo_jax.data.vision_arrays import (
     Grids,
     VisionArrays,
@@ -16,7 +17,9 @@ from srpo_jax.data.vision_arrays import (
     stack_rows,
     vision_arrays,
 )
-from srpo_jax.structs import Batch
+from srpo_jax.structs import BLOCKS, Batch
+
+_LONGEST = 128  # characters of one token: in Qwen's vocabulary that many spaces
 
 
 class Sized(Protocol):
@@ -60,6 +63,21 @@ class Budgets:
     tokens: int
     patches: int  # slots of a row
     token_key: str = "data.prompt_tokens"
+
+    def fault_of_text(self, record: Record) -> RecordError | None:
+        """Before anything is encoded: why the record's texts cannot fit, or None.
+
+        Tokenising megabytes takes minutes and gigabytes.
+        """
+        texts = [record.question, record.answer, *record.choices, *map(record.extra.get, BLOCKS)]
+        longest, most = max(len(t) for t in texts if isinstance(t, str)), self.tokens * _LONGEST
+        if longest <= most:
+            return None
+        return RecordError(
+            record.origin,
+            f"a text of {longest} characters, more than {self.token_key}={self.tokens} can hold",
+            "shorten it",
+        )
 
     def fault(self, encoded: Encoded, origin: str) -> RecordError | None:
         """Why the sequence of the record at ``origin`` does not fit, or None."""

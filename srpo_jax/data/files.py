@@ -124,15 +124,37 @@ def whole(path: AnyPath) -> Iterator[Path]:
         with _naming(path):
             yield temporary
             for part in (temporary, *temporary.rglob("*")):
-                if part.is_file():
-                    with open(part, "rb") as file:
-                        os.fsync(file.fileno())
+                _sync(part)
             os.replace(temporary, path)
+            _sync(path.parent)  # else the new name may be lost with the power
     except BaseException:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some file systems cannot do that to a folder
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_left_over(folder: AnyPath) -> None:
+    """Remove what `whole` has begun in a folder, or in one in it, by programs that were killed."""
+    if on_bucket(folder):
+        return
+    for path in (*Path(folder).glob(".*.tmp"), *Path(folder).glob("*/.*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def send(source: Path, path: AnyPath) -> None:

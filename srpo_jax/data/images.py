@@ -1,6 +1,7 @@
 """Untrusted image files and bytes -> RGB pictures; every fault becomes a ``RecordError``."""
 
 import io
+import math
 import os
 import posixpath
 import stat
@@ -13,9 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from srpo_jax.data.buckets import Ranges, on_bucket, reader
 from srpo_jax.data.errors import RecordError, shown
 
-# More pixels than this are refused before anything is decoded (a 2 kB file can claim billions);
-# the number is PIL's own warning level.
-MAX_IMAGE_PIXELS = 89_478_485
+# More pixels than this (5,792 x 5,792) are refused before anything is decoded: a 2 kB file can
+# claim billions, and each takes 3 bytes here and several more where it is made smaller.
+MAX_IMAGE_PIXELS = 2**25
 MAX_IMAGE_BYTES = 256 * 2**20
 # Formats of pictures only, as far as this PIL was built with them: no EPS or PDF, which start other
 # programs.
@@ -118,14 +119,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def load_image(ref: ImageRef, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Decode an image to RGB, upright by its EXIF tag (as HF's ``load_image`` does).
 
-    RecordError for a path outside the root, a missing, corrupt, truncated or empty file, an
-    unknown format, and more than ``max_pixels`` pixels (checked before decoding).
+    A JPEG of more than ``max_pixels`` pixels, but no more than four times as many, is decoded at
+    half its width and height. RecordError for a path outside the root, a missing, corrupt,
+    truncated or empty file, an unknown format, and more pixels (checked before decoding).
     """
     name, data = shown(ref.path, 120) if ref.path else "bytes", image_bytes(ref)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
+                image.draft(None, (width // 2, height // 2))  # of JPEGs alone
+            if math.prod(image.size) > max_pixels:
                 raise RecordError(
                     ref.origin,
                     f"image {name} has {width} x {height} pixels, more than {max_pixels}",

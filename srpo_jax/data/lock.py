@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from srpo_jax.data.files import AnyPath, on_bucket, write_text
+from srpo_jax.data.files import AnyPath, on_bucket, remove_left_over, write_text
 
 BEAT = 15.0  # seconds between two signs of life
 PATIENCE = 60.0  # without one, after which a holder on another machine counts as gone
@@ -46,6 +46,7 @@ def hold(folder: AnyPath, say: Callable[[str], None] = print) -> Iterator[None]:
     if (found := _read(path)).get("token") != own["token"]:
         raise RuntimeError(_in_use(path, found))
     _held.add(own["token"])
+    remove_left_over(folder)
     end = threading.Event()
     beat = threading.Thread(target=_keep_alive, args=(path, own, end), daemon=True)
     beat.start()

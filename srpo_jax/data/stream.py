@@ -2,10 +2,14 @@
 
 import functools
 import itertools
+import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -107,11 +111,15 @@ class BadItem:
     error: RecordError
 
 
-def _load(source: RecordSource, encode: Callable[[Record], Encoded], index: int) -> Item | BadItem:
+def _load(
+    source: RecordSource, encode: Callable[[Record], Encoded], budgets: Budgets, index: int
+) -> Item | BadItem:
     """Read and encode record ``index``; a bad record becomes an item with its error."""
     record = None
     try:
         record = source[index]
+        if fault := budgets.fault_of_text(record):
+            return BadItem(record, fault)
         return Item(-1, index, record, encode(record))
     except RecordError as error:
         return BadItem(record, error)
@@ -151,6 +159,43 @@ def _from_wire(wire: tuple[Item | BadItem, dict[str, np.ndarray]]) -> Item | Bad
         vision = replace(item.encoded.vision, patches=np.array(arrays["pixels"]))
         item = replace(item, encoded=replace(item.encoded, vision=vision))
     return item
+
+
+# --- worker processes ------------------------------------------------------------------------
+
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # a scheduler sends them to the whole process group
+
+
+def _as_worker(_index: int, _count: int) -> None:
+    """A worker's first act: the run goes on to its checkpoint after a signal, and needs its data;
+    but with the process that started it the worker ends, however that went."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _end_with(process: Any) -> None:
+    process.join()
+    os._exit(1)
+
+
+def _started_quietly(items: grain.DatasetIterator) -> Iterator[Any]:
+    """``items``; the first one is fetched with signals held back, as processes that are started
+    meanwhile take over: they are deaf to them while they import."""
+    resource_tracker.ensure_running()  # starting it would let the signals in again
+    try:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            first = [*itertools.islice(items, 1)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from first
+        yield from items
+    finally:
+        items.close()
+
+
+# --- order -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -224,7 +269,8 @@ class Stream:
     def __init__(
         self, source: RecordSource, encode: Callable[[Record], Encoded], config: LoaderConfig
     ):
-        self._load, self._config = functools.partial(_load, source, encode), config
+        self._load = functools.partial(_load, source, encode, config.budgets)
+        self._config = config
         indices = _mixed(source, config) if config.mix else _repeated(0, len(source), config)
         batch = config.global_batch_size
         self.share = Share(config.process_index, config.process_count, batch)
@@ -259,7 +305,7 @@ class Stream:
         self._check_shared_memory()
         options = grain.MultiprocessingOptions(self._config.workers, per_worker_buffer_size=2)
         dataset = dataset.map(_to_wire).to_iter_dataset(grain.ReadOptions(1, 2))
-        return iter(dataset.mp_prefetch(options).map(_from_wire))
+        return _started_quietly(iter(dataset.mp_prefetch(options, _as_worker).map(_from_wire)))
 
     def _check_shared_memory(self) -> None:
         """Containers often have 64 MB of it, a large image takes 12."""

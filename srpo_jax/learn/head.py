@@ -170,9 +170,8 @@ def _run_chunks(
         h_BCD, targets_BC, tokens = jax.tree.map(lambda x: x[:, i], inputs)
         logits = _chunk_logits(h_BCD, cast_DV, loss.head)
         logp, entropy, logp_BCV = _logp_and_entropy(logits, targets_BC)
-        more, back, aux_more = jax.vjp(
-            lambda *x: loss.of_tokens(*x, tokens), logp, entropy, has_aux=True
-        )
+        of_these = lambda logp, entropy: loss.of_tokens(logp, entropy, tokens)  # noqa: E731
+        more, back, aux_more = jax.vjp(of_these, logp, entropy, has_aux=True)
         if grads is not None:
             dlogp, dentropy = back(jnp.ones_like(more))
             slopes = (dlogp, dentropy, entropy)

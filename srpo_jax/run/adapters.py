@@ -16,7 +16,7 @@ from srpo_jax.model import peft, sharding
 from srpo_jax.model.config import Lora, ModelConfig
 from srpo_jax.model.peft import abstract_adapters
 from srpo_jax.model.qwen2_5_vl import init_adapters
-from srpo_jax.run import checkpoint, checksums
+from srpo_jax.run import checkpoint, checksums, processes
 from srpo_jax.run.sections import RunSettings
 from srpo_jax.structs import Params, RunError
 
@@ -50,6 +50,8 @@ def find_weights(settings: RunSettings, model: ModelConfig, source: str = "") ->
     else:
         folder = checkpoint.find_params(source)
         meta = checkpoint.read_meta(folder)
+        if key and folder != absolute(source):
+            _tell_if_unfinished(f"{key}{source}", meta)
         if (lora := lora_of(meta)) is None:
             return Weights(str(folder))
         found = Weights(meta["base"]["path"], str(folder), lora)
@@ -114,4 +116,13 @@ def check_base(record: dict[str, Any], weights: Params, hf_dir: str) -> None:
         raise RunError(
             f"{record['path'] or hf_dir}: its weights are not those that the adapter of this run "
             "was trained on (checksum); put those back"
+        )
+
+
+def _tell_if_unfinished(named: str, meta: dict[str, Any]) -> None:
+    """A word where the newest step of the run that was named is not its last one."""
+    step, total = meta.get("step"), meta.get("total_steps")
+    if step and total and step < total:
+        processes.say(
+            f"{named}: that run is not finished; these are the weights after step {step} of {total}"
         )

@@ -119,6 +119,8 @@ class Reader:
 
     def __call__(self, record: Record) -> Encoded:
         """The encoded record; RecordError where a run would set it aside."""
+        if fault := self.budgets.fault_of_text(record):
+            raise fault
         encoded = self.encode(record)
         places = int((encoded.vision_src >= 0).sum())
         if places != encoded.vision.num_merged:

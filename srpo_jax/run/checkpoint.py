@@ -10,9 +10,7 @@ config, and the metric where it was evaluated). A parameter-only checkpoint hold
 import contextlib
 import dataclasses
 import functools
-import json
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,24 +20,29 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from srpo_jax.data.buckets import on_bucket
 from srpo_jax.data.files import AnyPath, absolute, write_json
 from srpo_jax.run import checksums, host_state, processes
+from srpo_jax.run.stored import (
+    FOLDER,
+    FORMAT,
+    META,
+    CheckpointError,
+    DamageError,
+    Meta,
+    check_shapes,
+    check_sums,
+    find_params,
+    in_short,
+    read_items,
+    read_meta,
+    read_metadata,
+    sealed,
+    steps_in,
+)
 from srpo_jax.structs import Params, TrainState
 
-FORMAT = 1  # raised when the layout of a step changes
-FOLDER = "checkpoints"
-DAMAGED = "damaged"  # beside it: steps that were set aside
-META = "meta/metadata"  # where Orbax puts the JSON of a step
-
-Meta = dict[str, Any]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete, or does not fit the run that asks for it."""
-
-
-class DamageError(CheckpointError):
-    """A step does not hold what was saved; the message says what, and in which file."""
+DAMAGED = "damaged"  # beside a run's FOLDER: steps that were set aside
 
 
 class _KeepBest(policies.PreservationPolicy):
@@ -59,6 +62,24 @@ class _KeepBest(policies.PreservationPolicy):
         return [info.step == self.step() for info in checkpoints]
 
 
+class _KeepApplied(policies.PreservationPolicy):
+    """Orbax policy: keep the newest step whose last update was applied.
+
+    Where updates are not finite and left out, the newest steps are no places to go back to.
+    """
+
+    def __init__(self):
+        self.skipping: set[int] = set()  # steps whose last update was left out
+
+    def step(self, steps: Iterable[int]) -> int | None:
+        """That step, of those given."""
+        return max((step for step in steps if step not in self.skipping), default=None)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        kept = self.step(info.step for info in checkpoints)
+        return [info.step == kept for info in checkpoints]
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """What `Checkpoints.restore` gives back."""
@@ -73,22 +94,32 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run: written in the background, renamed into place when complete.
 
-    Kept are the newest ``keep``, the best by the metric given to `note`, and every step that is a
-    multiple of ``keep_every`` (0: none).
+    Kept are the newest ``keep``, the newest whose last update was applied, the best by the metric
+    given to `note`, and every step that is a multiple of ``keep_every`` (0: none).
     """
 
     def __init__(self, workdir: AnyPath, *, keep: int = 2, keep_every: int = 0):
         if keep < 1:
             raise CheckpointError(f"keep={keep} must be >= 1")
         self.folder = absolute(workdir) / FOLDER
-        self._best = _KeepBest()
-        self._kept = [policies.LatestN(keep), self._best]
+        self._best, self._applied = _KeepBest(), _KeepApplied()
+        self._kept = [policies.LatestN(keep), self._best, self._applied]
         if keep_every:
             self._kept.append(policies.EveryNSteps(keep_every))
-        for step in _steps(self.folder):
+        _remove_empty(self.folder)
+        for step in steps_in(self.folder):
             with contextlib.suppress(CheckpointError):  # of a step that nobody asks for
-                if (metric := read_meta(self.folder / str(step)).get("metric")) is not None:
-                    self._best.metrics[step] = metric
+                self._remember(step, read_meta(self.folder / str(step)))
+
+    def _remember(self, step: int, meta: Meta) -> None:
+        if (metric := meta.get("metric")) is not None:
+            self._best.metrics[step] = metric
+        if not meta.get("applied", True):
+            self._applied.skipping.add(step)
+
+    def _forget(self, step: int) -> None:
+        self._best.metrics.pop(step, None)
+        self._applied.skipping.discard(step)
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -103,7 +134,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
-        return max(_steps(self.folder), default=None)
+        return max(steps_in(self.folder), default=None)
 
     def best_step(self) -> int | None:
         """The step with the best metric so far, or None where none was given one."""
@@ -118,7 +149,7 @@ class Checkpoints:
         self.wait()
         if jax.process_index() == 0:
             meta = read_meta(self.folder / str(step)) | {"metric": float(metric)}
-            write_json(self.folder / str(step) / META, _sealed(meta))
+            write_json(self.folder / str(step) / META, sealed(meta))
         self._best.metrics[step] = float(metric)
 
     def save(
@@ -140,7 +171,8 @@ class Checkpoints:
             config: the run's config as plain JSON values.
             host: JSON values and bytes that belong to THIS process (collective: all call).
             arrays: numpy arrays that belong to this process.
-            meta: further JSON values, the same on every process.
+            meta: further JSON values, the same on every process; of them ``applied`` says whether
+                the last update was (it is, where nothing is said).
 
         Returns:
             False where the step had been written before.
@@ -162,8 +194,9 @@ class Checkpoints:
         items = ocp.args.Composite(
             **{name: ocp.args.StandardSave(item) for name, item in arrays_of.items()},
             host=ocp.args.StandardSave(host_item),
-            meta=ocp.args.JsonSave(_sealed(record)),
+            meta=ocp.args.JsonSave(sealed(record)),
         )
+        self._remember(step, record)
         with self._writing():
             return self._manager.save(step, args=items, force=True)
 
@@ -187,7 +220,7 @@ class Checkpoints:
         """
         self.wait()
         damage: dict[int, str] = {}
-        for step in processes.gather(sorted(_steps(self.folder), reverse=True))[0]:
+        for step in processes.gather(sorted(steps_in(self.folder), reverse=True))[0]:
             try:
                 got = _restore(self.folder / str(step), like, check)
             except DamageError as error:
@@ -216,7 +249,30 @@ class Checkpoints:
             taken = sum(path.name.partition("-")[0] == str(step) for path in place.iterdir())
             (self.folder / str(step)).rename(place / (f"{step}-{taken}" if taken else str(step)))
         processes.agree({"set aside": step})
-        self._best.metrics.pop(step, None)
+        self._forget(step)
+
+    def applied_step(self) -> int | None:
+        """The newest complete step whose last update was applied, or None (collective)."""
+        self.wait()
+        return processes.gather(self._applied.step(steps_in(self.folder)))[0]
+
+    def roll_back(self, like: TrainState, step: int) -> TrainState:
+        """The state of a step, into ``like``; the steps after it are deleted (collective).
+
+        Raises as `restore`, except that no other step is sought.
+        """
+        state = _restore(self.folder / str(step), like, lambda meta: None).state
+        for later in processes.gather(sorted(steps_in(self.folder)))[0]:
+            if later > step:
+                with self._writing():
+                    self._manager.delete(later)
+                self._forget(later)
+        return state
+
+    def check(self) -> None:
+        """Between two steps, without waiting: CheckpointError where a save has failed."""
+        if "_manager" in vars(self) and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Block until what was saved is complete on disk; CheckpointError where it is not."""
@@ -230,7 +286,7 @@ class Checkpoints:
             yield
         except Exception as error:  # of Orbax, TensorStore or the file system
             raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written: {_in_short(error)}"
+                f"{self.folder}: a checkpoint could not be written: {in_short(error)}"
             ) from error
 
     def close(self) -> None:
@@ -241,6 +297,15 @@ class Checkpoints:
             finally:
                 with contextlib.suppress(Exception):  # `wait` said why
                     self._manager.close()
+
+
+def _remove_empty(folder: epath.Path) -> None:
+    """Take folders of steps away that hold nothing at all: no step, and in the way of one."""
+    if on_bucket(folder) or not folder.is_dir() or jax.process_index():
+        return
+    for path in folder.iterdir():
+        if path.name.isdigit() and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 # --- parameters alone ------------------------------------------------------------------------
@@ -265,15 +330,15 @@ def load_params(
             wanted.
     """
     folder = find_params(path)
-    stored = _read_metadata(folder, "params")
-    _check_shapes(folder, stored, dict(shapes))
+    stored = read_metadata(folder, "params")
+    check_shapes(folder, stored, dict(shapes))
     target = {
         name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=shardings[name])
         for name, leaf in stored.items()
     }
-    params = _read_items(folder, {"params": target})["params"]
+    params = read_items(folder, {"params": target})["params"]
     same = {name for name, leaf in stored.items() if params[name].dtype == leaf.dtype}
-    _check_sums(folder, read_meta(folder), {"params": {name: params[name] for name in same}})
+    check_sums(folder, read_meta(folder), {"params": {name: params[name] for name in same}})
     return own_buffers(params)
 
 
@@ -283,70 +348,9 @@ def save_params(path: AnyPath, params: Params, meta: Meta) -> None:
     record["checksums"] = checksums.checksums({"params": params})
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(dict(params)), meta=ocp.args.JsonSave(_sealed(record))
+            params=ocp.args.StandardSave(dict(params)), meta=ocp.args.JsonSave(sealed(record))
         )
         writer.save(absolute(path), args=items, force=True)
-
-
-def find_params(path: AnyPath) -> epath.Path:
-    """The directory that holds ``params``: ``path`` itself, or the newest step of a run there.
-
-    Raises:
-        CheckpointError: neither is there.
-    """
-    path = absolute(path)
-    if (path / "params").is_dir():
-        return path
-    folder = path if path.name == FOLDER else path / FOLDER
-    steps = [step for step in _steps(folder) if (folder / str(step) / "params").is_dir()]
-    if not steps:
-        raise CheckpointError(
-            f"{path}: no checkpoint here; expected a parameter checkpoint, a step directory, or a "
-            f"run's --workdir with a {FOLDER} folder"
-        )
-    return folder / str(max(steps))
-
-
-def read_meta(path: AnyPath) -> Meta:
-    """The JSON beside the parameters (config and so on) of any of `load_params`'s paths.
-
-    DamageError where it cannot be read, or is not what was written.
-    """
-    return _read_meta(find_params(path))
-
-
-def _read_meta(folder: epath.Path) -> Meta:
-    file = folder / META
-    try:
-        meta = json.loads(file.read_text())
-        seal = meta.pop("seal", None)
-    except (OSError, ValueError, AttributeError) as error:
-        raise DamageError(f"{file}: {_in_short(error)}") from error
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder}: checkpoint format {meta.get('format')}, this program reads {FORMAT}"
-        )
-    if seal not in (None, _sealed(meta)["seal"]):
-        raise DamageError(f"{file}: its text is not the one that was written")
-    if folder.name.isdigit() and meta.get("step", int(folder.name)) != int(folder.name):
-        raise DamageError(f"{file}: is of step {meta['step']}")
-    return meta
-
-
-def _sealed(meta: Meta) -> Meta:
-    text = json.dumps(meta, sort_keys=True)
-    return json.loads(text) | {"seal": zlib.crc32(text.encode())}
-
-
-def _steps(folder: epath.Path) -> list[int]:
-    """Numbers of the complete steps in a run's folder, in no order."""
-    if not folder.is_dir():
-        return []
-    return [
-        int(path.name)
-        for path in folder.iterdir()
-        if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
-    ]
 
 
 # --- reading, and what tells that something is damaged ---------------------------------------
@@ -359,9 +363,9 @@ def _restore(folder: epath.Path, like: TrainState, check: Callable[[Meta], Any])
         meta, targets = _prepare(folder, like, check)
     except DamageError as error:
         problem = str(error)
-    got = _read_items(folder, targets, problem)
+    got = read_items(folder, targets, problem)
     host_item = got.pop("host")
-    _check_sums(folder, meta, got, {"host": host_state.item_checksum(host_item)})
+    check_sums(folder, meta, got, {"host": host_state.item_checksum(host_item)})
     params, optimizer = own_buffers(got["params"]), own_buffers(got["optimizer"])
     state = TrainState(
         params={k: params[k] for k in like.params},
@@ -379,7 +383,7 @@ def _prepare(
     missing = [n for n in ("params", "optimizer", "host", "meta") if not (folder / n).is_dir()]
     if missing:
         raise DamageError(f"{folder}: {', '.join(missing)} missing")
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     check(meta)
     if meta["processes"] != jax.process_count():
         raise CheckpointError(
@@ -389,56 +393,14 @@ def _prepare(
         )
     wanted = {"params": {**like.params, **like.frozen}, "optimizer": _optimizer_item(like)}
     for name, item in wanted.items():
-        _check_shapes(folder, _read_metadata(folder, name), item)
-    stored = _read_metadata(folder, "host")
+        check_shapes(folder, read_metadata(folder, name), item)
+    stored = read_metadata(folder, "host")
     host = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
     return meta, abstract(wanted) | {"host": host}
 
 
-def _read_items(folder: epath.Path, targets: dict[str, Any], problem: str = "") -> dict[str, Any]:
-    """Items of a step, read into shapes and shardings; ``problem`` is one met before (collective).
-
-    Through the handlers themselves: Orbax's managers would wait at a barrier for a process that
-    met with damage.
-    """
-    got = {}
-    for name, target in targets.items():
-        try:
-            with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-                args = ocp.args.StandardRestore(target)
-                got[name] = handler.restore(folder / name, args=args)
-        except Exception as error:  # TensorStore's are ValueErrors, with a page of text
-            problem = f"{folder / name}: {_in_short(error)}"
-            break
-    found = [text for text in processes.gather(problem) if text]
-    if found:
-        raise DamageError(found[0])
-    return got
-
-
-def _check_sums(
-    folder: epath.Path, meta: Meta, items: dict[str, Any], more: dict[str, int] | None = None
-) -> None:
-    """DamageError unless the arrays are those that were saved (older steps do not tell)."""
-    if "checksums" not in meta:
-        return
-    wrong = checksums.changed(meta["checksums"], checksums.checksums(items) | (more or {}))
-    if wrong:
-        rest = f" and {len(wrong) - 1} more are" if len(wrong) > 1 else " is"
-        raise DamageError(f"{folder}: {wrong[0]}{rest} not what was saved (checksum)")
-
-
 def _describe(damage: dict[int, str]) -> str:
     return "; ".join(f"step {step} is damaged ({text})" for step, text in damage.items())
-
-
-def _in_short(error: BaseException) -> str:
-    """What an error began with, in short: Orbax and TensorStore add pages. Its end says most."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join((str(error) or type(error).__name__).split())
-    text = text.partition(" [source locations=")[0].partition(" [tensorstore_spec=")[0]
-    return text if len(text) <= 320 else f"{text[:60]}... {text[-250:]}"
 
 
 # --- shapes ----------------------------------------------------------------------------------
@@ -469,32 +431,3 @@ def own_buffers(tree: Any) -> Any:
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
-
-
-def _read_metadata(folder: epath.Path, item: str) -> Any:
-    """Tree of array metadata (shape, dtype) of one stored item."""
-    try:
-        return ocp.PyTreeCheckpointHandler().metadata(folder / item).tree
-    except Exception as error:  # files missing, no JSON, damaged: each has an exception of its own
-        raise DamageError(f"{folder / item}: {_in_short(error)}") from error
-
-
-def _check_shapes(path: epath.Path, stored: Any, wanted: Any) -> None:
-    """One error that lists every array that is missing, superfluous or of another shape."""
-    old, new = (
-        {
-            checksums.path_name(k): tuple(leaf.shape)
-            for k, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (stored, wanted)
-    )
-    wrong = [f"{k} missing" for k in sorted(new.keys() - old.keys())]
-    wrong += [f"{k} superfluous" for k in sorted(old.keys() - new.keys())]
-    both = sorted(old.keys() & new.keys())
-    wrong += [f"{k} is {old[k]}, wanted {new[k]}" for k in both if old[k] != new[k]]
-    if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise CheckpointError(
-            f"{path} does not fit: {shown}. Check the model's size and, for a run that goes on, "
-            "frozen parameters and optimizer settings"
-        )

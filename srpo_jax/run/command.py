@@ -3,9 +3,11 @@
 import difflib
 import errno
 import importlib.util
+import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from srpo_jax.data.buckets import is_file
 from srpo_jax.run.resume import flat_config
 from srpo_jax.structs import RunError
 
+AGAIN = 75  # exit code of what was stopped early (EX_TEMPFAIL): the same command goes on
 OVERRIDE = "--config."
 EXAMPLE = "configs/grpo.py:size=7b"
 _SECTION = object()
@@ -30,7 +33,11 @@ _KINDS: dict[type, tuple[Callable[[str], Any], str]] = {
 
 
 def main(run: Callable[[Any, str], Any]) -> None:
-    """--config, --workdir, --debug; exit code 0 only on success, 130 on Ctrl-C."""
+    """--config, --workdir, --debug; exit code 0 only where ``run`` has come to its end.
+
+    130 on Ctrl-C, and `AGAIN` where a signal stopped it early (``run`` returns None, or a dict with
+    ``finished`` False).
+    """
     imported()
     from absl import app, flags, logging  # noqa: PLC0415  (flags exist only in a program)
     from ml_collections import config_flags  # noqa: PLC0415
@@ -65,11 +72,13 @@ def main(run: Callable[[Any, str], Any]) -> None:
         logging.set_verbosity(logging.WARNING if debug.value else logging.FATAL)
         sys.unraisablehook = sys.unraisablehook if debug.value else _no_hook
         try:
-            run(config.value, str(workdir.value))
+            result = run(config.value, str(workdir.value))
         except (Exception, KeyboardInterrupt) as error:
             if debug.value:
                 raise
             _fail(error)
+        if result is None or not result.get("finished", True):
+            _leave(AGAIN)
 
     app.run(call, flags_parser=parse)
 
@@ -86,9 +95,24 @@ def _fail(error: BaseException) -> NoReturn:
     text = text if plain else f"{type(error).__name__}: {text}"
     interrupted = isinstance(error, KeyboardInterrupt)
     print("interrupted" if interrupted else f"error: {text}", file=sys.stderr, flush=True)
-    code = 130 if interrupted else 1
-    # Other processes may be waiting in a collective: leave without their consent.
-    os._exit(code) if jax.process_count() > 1 else sys.exit(code)
+    _leave(130 if interrupted else 1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process, at once where Python would wait.
+
+    For other processes, which may be waiting in a collective; for threads, as Orbax leaves them
+    after a save that failed, which wait for minutes for what will not come.
+    """
+    if jax.process_count() == 1 and all(
+        thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()
+    ):
+        sys.exit(code)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _no_hook(*_: Any) -> None:

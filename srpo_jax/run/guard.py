@@ -1,9 +1,11 @@
 """What watches a run: signals, compilation after warm-up, steps that change nothing."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from srpo_jax.run import processes
 from srpo_jax.structs import RunError
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # what jax calls its event
@@ -20,16 +23,47 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # what jax calls its ev
 # --- signals ---------------------------------------------------------------------------------
 
 
+class Stopped(Exception):
+    """A signal has asked the run to stop; what was being done is given up."""
+
+
 class StopRequest:
     """Turns the first SIGTERM or SIGINT into a request; the second one acts as it always does.
 
-    Used as a context manager; the loop reads ``requested`` between steps, saves and leaves.
+    Used as a context manager. The loop asks `everywhere` between steps, saves and leaves. A step is
+    finished where half of ``grace`` (seconds from the signal on) will do for that, as far as the
+    one before it tells; else it is given up at the next `between_phases`, and the other half is
+    there to save the state before it.
     """
 
     def __init__(self, say: Callable[[str], None] = print):
-        self.requested = False
-        self._say = say
+        self.requested, self.grace, self.say = False, 0.0, say
         self._previous: dict[int, Any] = {}
+        self._asked = math.inf  # when
+        self._begun, self._took = 0.0, math.inf  # the present step, the one before
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one step."""
+        self._begun = time.monotonic()
+        yield
+        self._took = time.monotonic() - self._begun
+
+    def everywhere(self) -> bool:
+        """Whether any process was asked to stop (collective)."""
+        return processes.any_true([self.requested])[0]
+
+    def between_phases(self) -> None:
+        """Stopped where a process was asked to stop and this step would take it too long
+        (collective)."""
+        end = max(self._begun + self._took, time.monotonic())
+        if processes.any_true([self.requested and end > self._asked + self.grace / 2])[0]:
+            raise Stopped
+
+    def between_batches(self) -> None:
+        """Stopped where a process was asked to stop (collective): of work that can go on later."""
+        if self.everywhere():
+            raise Stopped
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -46,10 +80,11 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.requested = True
-        self._say(
-            f"{signal.Signals(number).name}: finishing this step, then saving; a second one kills"
-        )
+        self.requested, self._asked = True, time.monotonic()
+        told = "stopping"
+        if self.grace:
+            told = f"finishing this step if {self.grace / 2:g} s will do, then saving"
+        self.say(f"{signal.Signals(number).name}: {told}; a second one kills")
 
 
 # --- compilation -----------------------------------------------------------------------------
@@ -181,19 +216,27 @@ class SandbagWatch:
             )
 
 
+class NotFinite(RunError):
+    """Updates in a row were not finite."""
+
+
 class Progress:
     """A word where steps in a row teach nothing; an end where updates in a row are not finite."""
 
     def __init__(self, max_skipped: int, skipped: int, say: Callable[[str], None]):
         """``skipped`` updates had been left out before."""
-        self._max_skipped, self._skipped, self._say = max_skipped, skipped, say
-        self._skipped_run = self._quiet_run = 0
+        self._max_skipped, self._say = max_skipped, say
         self._answers = SandbagWatch(say)
+        self.begin(skipped)
+
+    def begin(self, skipped: int) -> None:
+        """From a state on of which ``skipped`` updates had been left out."""
+        self._skipped, self.skipped_run, self._quiet_run = skipped, 0, 0
 
     def look(self, step: int, updates: int, metrics: Mapping[str, Any]) -> None:
         """At each step in turn: its number of updates, its metrics (reading waits for the device).
 
-        RunError where all of the last ``max_skipped`` updates were left out.
+        NotFinite where all of the last ``max_skipped`` updates were left out.
         """
         names = ("skipped", "update_norm", "groups_without_signal")
         found = {
@@ -202,12 +245,11 @@ class Progress:
         skipped = int(found["skipped"]) - self._skipped
         self._skipped += max(skipped, 0)
         if updates:
-            self._skipped_run = self._skipped_run + updates if skipped >= updates else 0
-        if self._skipped_run >= self._max_skipped:
-            raise RunError(
-                f"step {step}: none of the last {self._skipped_run} updates was finite "
-                "(optim.max_skipped): go on from an earlier checkpoint with --config.init_from and "
-                "a lower --config.optim.lr"
+            self.skipped_run = self.skipped_run + updates if skipped >= updates else 0
+        if self.skipped_run >= self._max_skipped:
+            raise NotFinite(
+                f"step {step}: none of the last {self.skipped_run} updates was finite "
+                "(optim.max_skipped)"
             )
         reason = None if skipped else _nothing_learnt(updates, found)
         self._quiet_run = self._quiet_run + 1 if reason else 0

@@ -114,9 +114,9 @@ class MetricWriter:
         row, nonfinite = to_plain(values)
         head = {"run": self.run, "split": split, "step": int(step), "time": round(time.time(), 3)}
         if nonfinite:  # JSON has no NaN: the value is null, and its name stands here
-            head["nonfinite"] = nonfinite
+            head["nonfinite"] = [*nonfinite]
         self._file.append(json.dumps({**head, **row}))
-        self._console.row(step, split, row)
+        self._console.row(step, split, row | nonfinite)
         numbers = {f"{split}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
         if self._board is not None:
             for name, value in numbers.items():
@@ -143,15 +143,16 @@ def _open_wandb(project: str, folder: epath.Path, config: Mapping[str, Any]) -> 
     return run
 
 
-def to_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Numbers as Python values, and the names of those that are not finite (None in the row)."""
+def to_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Numbers as Python values, and by themselves those that are not finite (None in the row)."""
     row: dict[str, Any] = {}
-    nonfinite = []
+    nonfinite: dict[str, float] = {}
     for name, value in jax.device_get(dict(values)).items():
         row[name] = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
         if isinstance(row[name], float):
-            row[name] = float(f"{row[name]:.7g}") if math.isfinite(row[name]) else None
-            nonfinite += [name] if row[name] is None else []
+            row[name] = float(f"{row[name]:.7g}")
+            if not math.isfinite(row[name]):
+                nonfinite[name], row[name] = row[name], None
     return row, nonfinite
 
 

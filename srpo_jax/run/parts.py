@@ -23,7 +23,7 @@ from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.run import checkpoint, compiler, processes
 from srpo_jax.run.adapters import Weights, find_weights, load_adapter, origin_of
-from srpo_jax.run.guard import CompileGuard
+from srpo_jax.run.guard import CompileGuard, StopRequest
 from srpo_jax.run.metrics import ModelFlops, Timers
 from srpo_jax.run.resume import config_hash
 from srpo_jax.run.sections import GradingSettings, RunSettings, TrainSettings
@@ -54,6 +54,7 @@ class Parts:
     grading: GradingSettings
     guard: CompileGuard
     lockstep: processes.Lockstep  # called before each batch of training
+    stop: StopRequest = dataclasses.field(default_factory=lambda: StopRequest(processes.say))
     timers: Timers = dataclasses.field(default_factory=Timers)
 
     def __enter__(self) -> "Parts":

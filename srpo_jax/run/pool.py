@@ -79,9 +79,12 @@ class Pool:
                 self.groups.append(Group(record, step, own))
 
     def drop_old(self, step: int) -> int:
-        """Leave out what is too old in this step; how many groups that were."""
+        """Leave out what is too old in this step; how many groups that were.
+
+        And what is of a later one, from which the run was rolled back.
+        """
         before = len(self.groups)
-        self.groups = [group for group in self.groups if step - group.step <= self._max_age]
+        self.groups = [g for g in self.groups if 0 <= step - g.step <= self._max_age]
         return before - len(self.groups)
 
     def short(self, mesh: Mesh, room: int) -> bool:

@@ -83,6 +83,7 @@ class Generator:
             forbidden_ids=parts.forbidden_ids,
         )
         self._sampler = Sampler(parts.model, sampling, parts.mesh)
+        self._sampler.between_segments = parts.stop.between_phases
 
     def sample(self, params: Params, loaded: LoadedBatch, *, seed: int, step: int) -> Sampled:
         """Encode the images of a batch and sample its group of completions."""

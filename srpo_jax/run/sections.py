@@ -171,6 +171,7 @@ class CheckpointSettings:
     keep: int
     keep_every: int
     fallback: bool
+    grace_seconds: float
     allow_changes: str
 
 

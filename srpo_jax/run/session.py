@@ -11,7 +11,8 @@ from srpo_jax.learn.optim import Optimizer
 from srpo_jax.learn.state import abstract_state, init_state, merge_params, state_shardings
 from srpo_jax.run import checkpoint, processes
 from srpo_jax.run.adapters import base_record, check_base, find_weights, origin_of
-from srpo_jax.run.guard import Progress, StopRequest
+from srpo_jax.run.checkpoint import abstract
+from srpo_jax.run.guard import NotFinite, Progress, Stopped
 from srpo_jax.run.metrics import MetricWriter, to_plain, utilisation
 from srpo_jax.run.parts import Parts, check_export, export, load_base, load_found
 from srpo_jax.run.resume import check_config
@@ -68,7 +69,7 @@ class Session:
         )
         done = self._checkpoints.latest_step() == total_steps
         self._export = check_export(settings.export_hf_dir, done)
-        self.host, self.arrays = {}, {}
+        self.host, self.arrays, self._rolled_back = {}, {}, False
         if self._checkpoints.latest_step() is None:
             found = find_weights(settings, parts.model)
             params = load_found(found, settings, parts, settings.model.param_dtype)
@@ -89,10 +90,13 @@ class Session:
             wandb_project=settings.log.wandb_project,
             config=settings.plain,
         )
-        self._stop = StopRequest(self.writer.say)
+        self._stop = parts.stop
+        self._stop.grace, self._stop.say = settings.checkpoint.grace_seconds, self.writer.say
+        self._stopped = False  # by a signal, with something left to do
         self._progress = Progress(
             settings.optim.max_skipped, int(self.state.skipped), self.writer.say
         )
+        self._kept: tuple[dict[str, Any], dict[str, np.ndarray]] = ({}, {})  # of the present step
         self._unseen: tuple[int, Done] | None = None  # its metrics may be on their way
         self._logged = self.step
         self._last_row: dict[str, Any] = {}
@@ -112,10 +116,9 @@ class Session:
 
         lora = self._parts.model.lora
         newest = self._checkpoints.latest_step()
-        held = dataclasses.replace(like, frozen={}) if lora else like
-        got = self._checkpoints.restore(held, check=check, fallback=keep.fallback)
+        got = self._checkpoints.restore(self._held(like), check=check, fallback=keep.fallback)
         self.state, self.step, self.host, self.arrays = got.state, got.step, got.host, got.arrays
-        self.origin = got.meta["origin"]
+        self.origin, self._rolled_back = got.meta["origin"], got.meta.get("rolled_back", False)
         self.base = {"base": got.meta["base"]} if lora else {}
         if lora:
             settings, path = self._settings, got.meta["base"]["path"]
@@ -149,26 +152,29 @@ class Session:
         """The loop, from the present step to the last one or to a signal.
 
         Args:
-            step: ``step(state, steps done before)``; it may donate the state.
+            step: ``step(state, steps done before)``; it may donate the state, and before that it
+                may raise Stopped.
             host: gives this process's host values and arrays for a checkpoint.
             evaluator: of the held-out file.
 
         Returns:
-            the last row of metrics, with ``step``, ``finished`` (False where a signal stopped the
-            run) and the last evaluation under "eval".
+            the last row of metrics, with ``step``, ``finished`` (False where a signal left
+            something to do) and the last evaluation under "eval".
 
         Raises:
-            RunError: something could not be written; what is saved, and how to go on.
+            RunError: something could not be written (what is saved, and how to go on), or updates
+                were not finite, also after the run was rolled back.
         """
         try:
             with self:
-                self._evaluate(evaluator)  # also a step that the run before saved and had to leave
-                while self.step < self.total_steps:
-                    done = step(self.state, self.step)
-                    self.state, self.step = done.state, self.step + 1
-                    self.log(done)
-                    if self._end_step(evaluator, host):
-                        break
+                # Also of a step that the run before saved and had to leave.
+                self._stopped = self._evaluate(evaluator)
+                self._kept = host()
+                while self.step < self.total_steps and not self._stopped:
+                    try:
+                        self._stopped = self._one(step, host, evaluator)
+                    except NotFinite as error:
+                        self._roll_back(error)
                 return self._finish()
         except (OSError, checkpoint.CheckpointError) as error:
             saved = self._checkpoints.latest_step()
@@ -177,6 +183,82 @@ class Session:
                 f"{error}; {known}: put that right (free space, access) and run the same command "
                 "again"
             ) from error
+
+    def _one(
+        self,
+        step: Callable[[TrainState, int], Done],
+        host: HostState,
+        evaluator: Evaluator | None,
+    ) -> bool:
+        """One step, and what is due behind it; True where a signal asks the run to stop here.
+
+        A step is saved before it is evaluated: whatever happens there costs no training.
+        """
+        try:
+            with self._stop.step():
+                done = step(self.state, self.step)
+        except Stopped:  # the state is still that of the step before
+            self.writer.say(f"step {self.step + 1} is given up")
+            if self.step:
+                self._save()
+            return True
+        self.state, self.step = done.state, self.step + 1
+        self.log(done)
+        self._kept = host()
+        self._checkpoints.check()
+        stop = self._stop.everywhere()
+        last = self.step == self.total_steps
+        owed = self._owes_evaluation(evaluator)
+        if last or stop or owed or self._due(self._settings.checkpoint.every):
+            self._save()
+        return owed if stop and last else stop or self._evaluate(evaluator)
+
+    def _save(self) -> None:
+        """Start writing the present step; its row, and whether its update was applied, go first."""
+        self._look()
+        self.writer.flush()
+        values, arrays = self._kept
+        meta = {"origin": self.origin, "total_steps": self.total_steps, **self.base}
+        meta |= {"applied": not self._progress.skipped_run, "rolled_back": self._rolled_back}
+        with self._parts.timers.outside():
+            self._checkpoints.save(
+                self.step,
+                self._held(self.state),
+                config=self._settings.plain,
+                host=values,
+                arrays=arrays,
+                meta=meta,
+            )
+
+    def _held(self, state: TrainState) -> TrainState:
+        """What checkpoints hold of it: beside adapters no frozen weights."""
+        return dataclasses.replace(state, frozen={}) if self._parts.model.lora else state
+
+    def _roll_back(self, error: NotFinite) -> None:
+        """Once in a run: back to the last state that an update made, on with other data.
+
+        RunError with advice the second time, and where no such state is saved.
+        """
+        target = None if self._rolled_back else self._checkpoints.applied_step()
+        if target is None:
+            again = ", although the run had gone back once" if self._rolled_back else ""
+            raise RunError(
+                f"{error}{again}: go on from an earlier checkpoint with --config.init_from and a "
+                "lower --config.optim.lr"
+            )
+        self.writer.flush()
+        self.writer.say(f"{error}: back to step {target}, once, and on with the data after these")
+        held = self._held(self.state)
+        like, frozen = abstract(held), self.state.frozen
+        self._checkpoints.wait()
+        for leaf in jax.tree.leaves(held):  # there is no room for two
+            leaf.delete()
+        self.state, self.step = self._checkpoints.roll_back(like, target), target
+        if self._parts.model.lora:
+            self.state = dataclasses.replace(self.state, frozen=frozen)
+        self._rolled_back, self._unseen = True, None
+        self._logged = min(self._logged, target)
+        self._progress.begin(int(self.state.skipped))
 
     def __enter__(self) -> "Session":
         self._stop.__enter__()
@@ -222,32 +304,6 @@ class Session:
             self._unseen = None
             self._progress.look(step, done.updates, done.metrics)
 
-    def _end_step(self, evaluator: Evaluator | None, host: HostState) -> bool:
-        """Save and evaluate where they are due; True where a signal asks the run to stop here.
-
-        A step is saved before it is evaluated: whatever happens there costs no training.
-        """
-        last = self.step == self.total_steps
-        stop = bool(processes.maximum(int(self._stop.requested)))
-        saves = last or stop or self._due(self._settings.checkpoint.every)
-        if saves or self._owes_evaluation(evaluator):
-            values, arrays = host()
-            lora = self._parts.model.lora
-            state = dataclasses.replace(self.state, frozen={}) if lora else self.state
-            meta = {"origin": self.origin, "total_steps": self.total_steps, **self.base}
-            with self._parts.timers.outside():
-                self._checkpoints.save(
-                    self.step,
-                    state,
-                    config=self._settings.plain,
-                    host=values,
-                    arrays=arrays,
-                    meta=meta,
-                )
-        if not stop:
-            self._evaluate(evaluator)
-        return stop and not last
-
     def _owes_evaluation(self, evaluator: Evaluator | None) -> bool:
         """Whether the present step is one to evaluate, and has not been."""
         if evaluator is None or self._checkpoints.metric(self.step) is not None:
@@ -257,16 +313,23 @@ class Session:
             return at_start
         return self._due(every) or self.step == self.total_steps
 
-    def _evaluate(self, evaluator: Evaluator | None) -> None:
-        """Where it is due: evaluate, and note the metric at the step's checkpoint."""
+    def _evaluate(self, evaluator: Evaluator | None) -> bool:
+        """Where it is due: evaluate, and note the metric at the step's checkpoint.
+
+        True where a signal cut it off: the next start makes up for it.
+        """
         if evaluator is None or not self._owes_evaluation(evaluator):
-            return
+            return False
         with self._parts.timers.outside():
-            found = evaluator(merge_params(self.state), seed=self._settings.seed)
+            try:
+                found = evaluator(merge_params(self.state), seed=self._settings.seed)
+            except Stopped:
+                return True
             self.writer.write(self.step, found, split="eval")
             if self.step:
                 self._checkpoints.note(self.step, found[BEST])
         self._last_eval = found
+        return False
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -276,7 +339,7 @@ class Session:
         self.writer.flush()
         self._look()
         self._checkpoints.wait()
-        done, best = self.step >= self.total_steps, self._checkpoints.best_step()
+        done, best = not self._stopped, self._checkpoints.best_step()
         if not done:
             self.writer.say(
                 f"stopped after step {self.step} of {self.total_steps}, saved; run the same "
@@ -284,6 +347,7 @@ class Session:
             )
         elif self._export:
             settings = self._settings
+            self._check_learnt()
             base = self.base["base"]["path"] if self.base else ""
             export(merge_params(self.state), self._parts, settings, base)
             self.writer.say(f"exported to {settings.export_hf_dir}")
@@ -293,3 +357,13 @@ class Session:
         row, _ = to_plain(self._last_row)
         ending = {"step": self.step, "finished": done, "best_step": best}
         return row | ending | ({"eval": self._last_eval} if self._last_eval else {})
+
+    def _check_learnt(self) -> None:
+        """RunError where all updates were left out: what would be exported is what came in."""
+        skipped = int(self.state.skipped)
+        if skipped and not int(self.state.step):
+            raise RunError(
+                f"none of the {skipped} updates was finite: export_hf_dir="
+                f"{self._settings.export_hf_dir} is not written; start anew in another --workdir "
+                "with a lower --config.optim.lr"
+            )

@@ -100,6 +100,7 @@ class Sampler:
         _require(not outside, f"token ids {outside} lie outside the vocabulary of {size} tokens")
         self.cfg, self.sampling, self.mesh = cfg, sampling, mesh
         self.shards, self.idle_share = num_data_shards(mesh), 0.0
+        self.between_segments: Callable[[], None] = lambda: None  # may end `generate` by an error
         self._specs = on_device.specs(cfg, mesh)
         self._layout = jax.tree.map(
             lambda spec: NamedSharding(mesh, spec),
@@ -263,6 +264,7 @@ class Sampler:
             # Every process keeps the same schedule, since what it looks at is replicated.
             length_ZJ, done_ZJ, step = (np.asarray(x) for x in look)
             schedule.look(length_ZJ, done_ZJ, int(step))
+            self.between_segments()
         self.idle_share = schedule.idle_share
         return state[2]
 
