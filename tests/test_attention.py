@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from srpo_jax.model import attention as attention_lib
-from srpo_jax.model import cudnn
+from srpo_jax.model import cudnn, decode_kernel
 from srpo_jax.model.attention import (
     Sight,
     attention,
@@ -370,3 +370,57 @@ def test_decode_attention_equals_attention_over_both_caches():
         query = q[0, slot][None, None]
         expected = naive(query, keys[None], values[None], [[1]], visible[None], False)
         np.testing.assert_allclose(out[0, slot], expected[0, 0], atol=1e-6)
+
+
+def part_case(Z=1, C=2, K=2, M=12, R=100, E=32, S=90):
+    """Queries, keys and values with more columns than are looked at, and which of these count."""
+    rng = np.random.default_rng(11)
+    shapes = ((Z, C, K, M, E), (Z, C, K, R, E), (Z, C, K, R, E))
+    q, *kv = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    visible = rng.random((Z, C, S)) < 0.5
+    visible[0, 0, : S // 2] = False
+    return q, tuple(kv), jnp.asarray(visible)
+
+
+def parts_agree(ours, theirs):
+    """Divided values are those of one softmax, whatever maximum each way has taken off."""
+    (out, peak, total), (want, want_peak, want_total) = ours, theirs
+    np.testing.assert_allclose(out / total[..., None], want / want_total[..., None], atol=0.01)
+    np.testing.assert_allclose(peak + np.log(total), want_peak + np.log(want_total), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, dict(C=1, K=1, M=7, R=64, S=64), dict(Z=2, M=20, R=200, S=130), dict(C=40, M=1)]
+)
+def test_the_decode_kernel_equals_plain_jax(sizes):
+    """One block of keys and many, an uneven last one, many programs for a head and one."""
+    case = part_case(**sizes)
+    parts_agree(decode_kernel.part(*case), attention_lib._part(*case))
+
+
+def test_a_row_that_sees_no_key_is_finite_and_weighs_nothing_beside_another_part():
+    q, kv, visible = part_case()
+    out, peak, total = decode_kernel.part(q, kv, visible & False)
+    assert np.isfinite(out).all() and np.isfinite(total).all() and (total > 0).all()
+    _, seen, _ = decode_kernel.part(q, kv, visible)
+    assert (np.exp(np.float32(peak - seen)) == 0).all()
+
+
+def test_the_decode_kernel_on_a_mesh_equals_one_device():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    case = part_case(Z=4)
+    alone = decode_kernel.part(*case)
+    with jax.set_mesh(mesh):
+        parts_agree(jax.jit(decode_kernel.part)(*case), alone)
+
+
+def test_decode_on_a_gpu_takes_the_kernel_where_it_can(monkeypatch):
+    taken, case = [], part_case()
+    monkeypatch.setattr(attention_lib, "target_platform", lambda: "cuda")
+    monkeypatch.setattr(decode_kernel, "part", lambda *args: taken.append(args))
+    attention_lib._part(*case)
+    full = [jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in case[:2]]
+    assert attention_lib._part(*full, case[2])[0].dtype == jnp.float32
+    assert len(taken) == 1
+    many = jnp.zeros((1, 1, 1, 129, 32), jnp.bfloat16)
+    assert "129" in decode_kernel.refusal(many) and decode_kernel.refusal(case[0]) is None

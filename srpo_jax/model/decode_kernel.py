@@ -33,7 +33,7 @@ def refusal(q_ZCKME: jax.Array) -> str | None:
         return f"needs bfloat16 or float16, not {q_ZCKME.dtype}"
     if E & (E - 1) or not 16 <= E <= 256:
         return f"needs a head width that is a power of 2 from 16 to 256, not {E}"
-    return f"takes {MOST_ROWS} queries of a key, not {M}" if M > MOST_ROWS else None
+    return f"takes at most {MOST_ROWS} queries of a key, not {M}" if M > MOST_ROWS else None
 
 
 def part(q_ZCKME: jax.Array, kv_ZCKRE: tuple[jax.Array, jax.Array], visible_ZCS: jax.Array) -> Part:
