@@ -122,7 +122,10 @@ def test_useful_flops_are_those_of_trainings_own_utilisation():
     local = SimpleNamespace(batch=batch, rollout=SimpleNamespace(completion_mask=mask))
     flops = Cost.of(MODEL, sharding.make_mesh(1, 4, 2)).flops
     stage = SimpleNamespace(
-        cfg=step, reference={}, trains_vision=False, parts=SimpleNamespace(flops=flops, model=MODEL)
+        cfg=step,
+        reference=SimpleNamespace(params={}),
+        trains_vision=False,
+        parts=SimpleNamespace(flops=flops, model=MODEL),
     )
     stage.forward_work = lambda *args: Stage.forward_work(stage, *args)
     round_ = SimpleNamespace(local=local, sampled=SimpleNamespace(local=batch))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from srpo_jax.model.sharding import AXES
-from srpo_jax.run import command, compiler, parts, processes, resume
+from srpo_jax.run import adapters, command, compiler, processes, resume
 from srpo_jax.run import guard as guard_module
 from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, Stopped, StopRequest
 from srpo_jax.run.processes import check_agreement, join, once, speakers
@@ -254,7 +254,7 @@ def test_more_steps_need_no_permission_and_a_permission_names_its_keys():
 
 def test_to_begin_from_an_unfinished_run_is_said(capsys):
     for step in (3, 9, None):
-        parts._tell_if_unfinished("init_from=runs/sft", {"step": step, "total_steps": 9})
+        adapters._tell_if_unfinished("init_from=runs/sft", {"step": step, "total_steps": 9})
     said = capsys.readouterr().out
     assert said.startswith("init_from=runs/sft: that run is not finished; these are the weights ")
     assert said.endswith("after step 3 of 9\n") and said.count("\n") == 1

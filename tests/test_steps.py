@@ -288,7 +288,8 @@ def eventful():
     weight = np.array([1, 0.5, 0, 1, 1, 1, 1, 2], np.float32)
     carried = np.arange(P) % 3 == 1
     taken = update_of(ALL_TERMS)
-    return Experience(prompts(), samples, verdict, features(), near, ref, carried, taken, weight)
+    of_group = dict(carried=carried, update=taken, weight=weight)
+    return Experience(prompts(), samples, verdict, features(), near, ref, **of_group)
 
 
 @pytest.mark.parametrize("update", [0, 1])

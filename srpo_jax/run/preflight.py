@@ -57,7 +57,8 @@ def check_answers(source: RecordSource, count: Callable[[str], int], cap: int, r
 
 
 def check_reward(cfg: grpo.GrpoConfig) -> str:
-    """Groups of equal samples, all right or all wrong, give no gradient, and right ones earn more.
+    """Groups of equal samples, all right or all wrong, give no gradient, and right ones earn
+    no less.
 
     RunError where that does not hold, or a term is not a number.
     """
@@ -88,7 +89,7 @@ def check_reward(cfg: grpo.GrpoConfig) -> str:
             f"{cfg.adv_eps} above 0, and does each term depend on the sample alone? {GO_ON}"
         )
     good, bad = np.asarray(terms.total)[:, 0]
-    if good <= bad and not cfg.own:  # whose worth is not known
+    if (good < bad or good == bad == 0) and not cfg.own:  # whose worth is not known
         raise RunError(
             f"{name}: right answers earn {good:.3g}, wrong ones {bad:.3g}; mend the terms or their "
             f"weights; {GO_ON}"
