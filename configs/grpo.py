@@ -151,7 +151,7 @@ def objective() -> ConfigDict:
     update.kl_coef = 0.0  # R: init_kl_coef 0; P has a coefficient but no number
     update.kl_kind = "k3"  # P B.3; or "k1", "k2", "k3+" (its value, the gradient of k2)
     update.kl_in_reward = False  # True: taken off each sample's reward instead
-    update.kl_target = 0.0  # nats a token that kl_coef in the reward is adapted to; 0: it stays
+    update.kl_target = 0.0  # nats a token that kl_coef is adapted to; 0: it stays
     update.ref_every = 0  # steps after which the policy becomes the reference; 0: never
     update.entropy_coef = 0.0
     update.aggregation = "sequence"  # mean over tokens, then over sequences (R)

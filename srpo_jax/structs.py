@@ -119,7 +119,7 @@ class Experience(Generic[Leaf]):
     # the old one); None: this is the only update of the rollout.
     old_logp: Leaf | None = None
     ref_logp: Leaf | None = None  # [P, G, R] of the reference; None when kl_coef is 0
-    # [P] float32 coefficient of the KL in the reward, where it is adapted; None: as configured.
+    # [P] float32 coefficient of the KL, where it is adapted; None: as configured.
     kl_coef: Leaf | None = None
     # [P] bool: sampled by an older policy, whose log-probs are those at sampling. None: none is.
     carried: Leaf | None = None

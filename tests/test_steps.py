@@ -273,7 +273,9 @@ def padded_way(cfg=ALL_TERMS):
         number = jnp.broadcast_to(jnp.arange(G)[None, :, None], (P, G, R)).reshape(P, -1)
         flat = lambda x: x.reshape(P, -1)  # noqa: E731
         counted = flat(weight) != 0
-        tokens = grpo.Tokens(*map(flat, (adv, weight, *logps)), Samples(number, counted, G))
+        kl_coef = flat(jnp.broadcast_to(of_prompt(experience.kl_coef), (P, G, R)))
+        values = map(flat, (adv, weight, *logps))
+        tokens = grpo.Tokens(*values, Samples(number, counted, G), kl_coef=kl_coef)
         return grpo.policy_loss(cfg, flat(logp), flat(entropy), tokens)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -288,7 +290,8 @@ def eventful():
     weight = np.array([1, 0.5, 0, 1, 1, 1, 1, 2], np.float32)
     carried = np.arange(P) % 3 == 1
     taken = update_of(ALL_TERMS)
-    of_group = dict(carried=carried, update=taken, weight=weight)
+    kl_coef = np.linspace(0.05, 0.4, P, dtype=np.float32)
+    of_group = dict(carried=carried, update=taken, weight=weight, kl_coef=kl_coef)
     return Experience(prompts(), samples, verdict, features(), near, ref, **of_group)
 
 

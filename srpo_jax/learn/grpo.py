@@ -63,10 +63,6 @@ class Objective:
         for name in ("kl_target", "ref_every"):
             if (value := getattr(self, name)) and not self.kl_coef:
                 raise ValueError(f"{name}={value}: there is no KL; set kl_coef above 0")
-        if self.kl_target and not self.kl_in_reward:
-            raise ValueError(
-                f"kl_target={self.kl_target}: adapts the KL in the reward; set kl_in_reward=True"
-            )
 
     @property
     def needs_reference(self) -> bool:
@@ -143,6 +139,7 @@ class Tokens:
     ref_logp: jax.Array | None
     samples: Samples
     on_policy: jax.Array | None = None  # bool: here it is the old one, whatever old_logp says
+    kl_coef: jax.Array | None = None  # where it is adapted; None: as configured
 
 
 def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0) -> Prepared:
@@ -276,7 +273,8 @@ def policy_loss(
         per_token["kl"] = objectives.kl_estimate(logp, tokens.ref_logp, cfg.kl_kind)
         parts["loss/kl"] = losses.aggregate(per_token["kl"], weight)
         if not cfg.kl_in_reward:
-            loss = loss + cfg.kl_coef * parts["loss/kl"]
+            coef = cfg.kl_coef if tokens.kl_coef is None else tokens.kl_coef
+            loss = loss + losses.aggregate(coef * per_token["kl"], weight)
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * losses.aggregate(entropy, weight)
     counted = weight != 0

@@ -262,10 +262,10 @@ def make_grpo_steps(
     ) -> Total:
         _check_features(state.params, experience.features)
         batch = without_vision(experience.batch, experience.features)
-        old = (experience.old_logp, experience.carried)
+        old = (experience.old_logp, experience.carried, experience.kl_coef)
         rest = (experience.rollout, _by_sample(ready), experience.ref_logp, old)
         batch, features, rest = _own_part((batch, experience.features, rest), lanes, cfg)
-        rollout, of_sample, ref_logp, (old_logp, carried_P) = rest
+        rollout, of_sample, ref_logp, (old_logp, carried_P, kl_coef_P) = rest
         weight_PG, on_policy_PG = of_sample["weight"], of_sample["on_policy"]
         weight_XCT = take_in_rows(weight_PG.reshape(-1), lanes.sample, len(lanes.row))
         wanted_XCT = (lanes.sample >= 0) & (weight_XCT != 0)
@@ -288,6 +288,7 @@ def make_grpo_steps(
                 samples=Samples(
                     picked.sample_MY, picked.wanted_MY, weight_PG.size // len(lanes.row)
                 ),
+                kl_coef=None if kl_coef_P is None else picked.of_prompts(kl_coef_P, weight_PG),
             )
             if cfg.by_token:
                 return model_token_loss(model, h_MYD, targets_MY, tokens, loss, picked.count)
@@ -346,6 +347,10 @@ class Picked:
     def of_samples(self, x_PG: jax.Array) -> jax.Array:
         """[M, Y]: the sample's entry at each token."""
         return take_in_rows(x_PG.reshape(-1), self.sample_MY, len(self.sample_MY))
+
+    def of_prompts(self, x_P: jax.Array, like_PG: jax.Array) -> jax.Array:
+        """[M, Y]: the prompt's entry at each token; of ``like_PG`` the shape counts."""
+        return self.of_samples(jnp.broadcast_to(x_P[:, None], like_PG.shape))
 
     def of_tokens(self, x_PGR: jax.Array) -> jax.Array:
         """[M, Y]: each token's own entry."""
@@ -416,10 +421,9 @@ def _old_logp(
     where it is so everywhere."""
     if old_PGR is None and carried_P is None:
         return None, None
-    G = rollout.finished.shape[1]
     old_MY = picked.of_tokens(rollout.policy_logp if old_PGR is None else old_PGR)
     if carried_P is not None:
-        carried_MY = picked.of_samples(jnp.repeat(carried_P, G))
+        carried_MY = picked.of_prompts(carried_P, on_policy_PG)
         old_MY = jnp.where(carried_MY, picked.of_tokens(rollout.policy_logp), old_MY)
     return old_MY, picked.of_samples(on_policy_PG)
 
