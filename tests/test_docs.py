@@ -105,3 +105,24 @@ def test_named_files_and_keys_are_there(page):
         for name, key in re.findall(r"^(?:--config\.)?([a-z]+)\.([a-z_]+)(?:=|$)", word):
             sections = [recipe[name] for recipe in RECIPES if name in recipe]
             assert not sections or any(key in section for section in sections), word
+
+
+def slugs(page: Path) -> set[str]:
+    """Anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if not target.startswith("https://"):
+            name, _, anchor = target.partition("#")
+            file = (page.parent / name).resolve() if name else page
+            assert file.is_file(), target
+            assert not anchor or anchor in slugs(file), target
+
+
+def test_every_page_stands_in_the_table_of_contents():
+    listed = set(re.findall(r"\b(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= listed
