@@ -99,6 +99,8 @@ RECIPES = [importlib.import_module(f"configs.{n}").get_config() for n in ("sft",
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_and_keys_are_there(page):
     text = re.sub("^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    if page.name == "coming_from.md":  # the first column holds keys of others
+        text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
     for word in re.findall("`([^`\n]+)`", text):
         if re.fullmatch(r"(srpo_jax|tools|tests|configs|docs)/[a-z0-9_./*]+", word):
             assert list(ROOT.glob(word)), word
