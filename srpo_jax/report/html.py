@@ -26,6 +26,7 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_TEMPLATES.globals["file"] = lambda name: (Path(__file__).parent / name).read_text("utf-8")
 _TEMPLATES.filters["sha256"] = lambda text: base64.b64encode(
     hashlib.sha256(text.encode()).digest()
 ).decode()
@@ -34,7 +35,8 @@ _TEMPLATES.filters["sha256"] = lambda text: base64.b64encode(
 def render(template: str, **values: Any) -> str:
     """A page from a template of this folder, which extends ``base.html.jinja``.
 
-    The base shows ``title`` and ``items``: each the fields of `problem`, and name, note, data
+    The base shows ``title`` and, where the template has no ``main`` of its own, ``items``: each
+    the fields of `problem`, and name, note, data
     (attributes of its article), badges [(text, "good" | "bad" | "mixed" | "")] and rounds
     [(heading, right | wrong | None, [(kind, text)])].
     """
