@@ -1,14 +1,17 @@
 """The page of a training run: what stands in its data, and that model text stays text."""
 
+import base64
+import gzip
 import json
 import re
 from pathlib import Path
 
 import pytest
 from page_helpers import EVIL, Page
+from PIL import Image
 
 from srpo_jax.data.files import write_jsonl
-from srpo_jax.report import curves, run_page
+from srpo_jax.report import curves, rollouts, run_page
 from srpo_jax.structs import RunError
 
 METRICS = Path(__file__).parent.parent / "docs/metrics.md"
@@ -118,3 +121,137 @@ def test_the_page_is_well_formed_and_asks_for_nothing_from_outside(tmp_path):
         assert attrs.get("href", "#").startswith("#") and "src" not in attrs
     assert not any(name.startswith("on") for _, attrs in found.tags for name in attrs)
     assert [attrs.get("type") for attrs in found.all("script")] == ["application/json", None]
+
+
+# --- rollouts ------------------------------------------------------------------------------------
+
+
+def sample(number, **more):
+    """A row of rollouts/."""
+    plain = {
+        "step": 1, "round": 0, "id": "p-0", "sample": number, "gold": "7", "tokens": 5,
+        "first_answer": "7", "final_answer": "7", "first_correct": True, "final_correct": True,
+        "format_ok": True, "completion": "<think>x</think>", "finished": True,
+        "block_tokens": {"first_think": 2}, "reflection_ok": True, "r_acc": 0.123456789,
+        "mine": 2, "total": 1.5, "advantage": -0.5, "rest_advantage": -0.5, "weight": 1.0,
+        "question": "How many?", "choices": ["6", "7"], "images": ["a.png"], "source": "s",
+        "origin": "data.jsonl:1",
+    }  # fmt: skip
+    return plain | more
+
+
+def write_rollouts(folder, *files):
+    for step, rows in enumerate(files, 1):
+        write_jsonl(folder / "rollouts" / f"{step:06d}.jsonl", rows)
+
+
+def packed(*folders, samples=100, problems=10, pictures=lambda run, row: ()):
+    rooms = [folder / "rollouts" for folder in folders]
+    return rollouts.pack(rooms, pictures, samples=samples, problems=problems)
+
+
+def unpacked(parts):
+    return [
+        group
+        for part in parts
+        for group in json.loads(gzip.decompress(base64.b64decode(part)).decode())
+    ]
+
+
+def test_a_group_holds_its_problem_and_its_samples_with_every_term(tmp_path):
+    write_rollouts(tmp_path, [sample(0), sample(1, no_reward="late")])
+    (group,) = unpacked(packed(tmp_path).parts)
+    samples = group.pop("samples")
+    asked = {"id": "p-0", "question": "How many?", "gold": "7", "choices": ["6", "7"]}
+    assert asked.items() <= group.items() and group["images"] == ["a.png"]
+    assert [s["terms"] for s in samples] == [{"r_acc": 0.12346, "mine": 2}] * 2
+    assert samples[0].keys() >= {"completion", "total", "advantage", "tokens", "finished"}
+    assert samples[1]["no_reward"] == "late" and "question" not in samples[1]
+
+
+def test_rows_fall_into_groups_also_where_a_problem_comes_twice(tmp_path):
+    other = [sample(0, id="p-1"), sample(1, id="p-1")]
+    again = [sample(0), sample(1), sample(0, round=1)]
+    write_rollouts(tmp_path, [sample(0), sample(1), *other, *again], [sample(0, step=2)])
+    groups = unpacked(packed(tmp_path).parts)
+    found = [(g["step"], g["round"], g["id"], len(g["samples"])) for g in groups]
+    assert found == [
+        (1, 0, "p-0", 2), (1, 0, "p-1", 2), (1, 0, "p-0", 2), (1, 1, "p-0", 1), (2, 0, "p-0", 1)
+    ]  # fmt: skip
+
+
+def test_the_index_finds_changes_of_verdict_rewards_and_lengths(tmp_path):
+    fixed = sample(1, first_correct=False, total=-1.0, tokens=9)
+    write_rollouts(tmp_path / "a", [sample(0), fixed])
+    write_rollouts(tmp_path / "b", [sample(0, final_correct=False)])
+    assert packed(tmp_path / "a", tmp_path / "b").index == {
+        "run": [0, 1], "step": [1, 1], "changes": [0b1010, 0b0100], "low": [-1.0, 1.5],
+        "high": [1.5, 1.5], "short": [5, 5], "long": [9, 5],
+    }  # fmt: skip
+
+
+def test_parts_are_of_equal_size_so_that_a_group_is_found_by_its_number(tmp_path):
+    write_rollouts(tmp_path, [sample(0, id=f"p-{i}") for i in range(rollouts.PART + 1)])
+    found = packed(tmp_path)
+    assert [len(unpacked([part])) for part in found.parts] == [rollouts.PART, 1]
+    assert len(found.index["step"]) == rollouts.PART + 1
+
+
+def test_of_too_many_samples_every_nth_group_is_taken(tmp_path):
+    steps = [[sample(g, id=f"p-{p}", step=step) for p in range(4) for g in (0, 1)]
+             for step in (1, 2, 3)]  # fmt: skip
+    write_rollouts(tmp_path, *steps)
+    found = packed(tmp_path, samples=12)
+    assert (found.shown, found.total) == (12, 24)
+    assert found.index["step"] == [1, 1, 2, 2, 3, 3]
+    none = packed(tmp_path, samples=0)
+    assert (none.parts, none.shown, none.total) == ([], 0, 24)
+
+
+def test_images_are_held_once_for_a_problem_and_their_faults_told(tmp_path):
+    rows = [sample(0, id=f"p-{i}", origin=f"data.jsonl:{i}") for i in (1, 2)]
+    write_rollouts(tmp_path, rows, [sample(0, step=2), sample(0, id="text", step=2, images=[])])
+    asked = []
+
+    def pictures(run, row):
+        asked.append((run, row["origin"]))
+        if row["origin"].endswith("2"):
+            raise ValueError("a.png is gone")
+        return [Image.new("RGB", (600, 300))]
+
+    found = packed(tmp_path, pictures=pictures)
+    assert asked == [(0, "data.jsonl:1"), (0, "data.jsonl:2")]
+    assert [group.get("picture") for group in unpacked(found.parts)] == [0, 1, 0, None]
+    ((url, *size),) = found.pictures[0]["images"]
+    assert url.startswith("data:image/") and size == [600, 300]
+    assert found.pictures[1] == {"images": [], "image_fault": "a.png is gone"}
+    assert [*packed(tmp_path, problems=1).pictures] == [0]
+    assert packed(tmp_path, problems=0).pictures == {}
+
+
+def test_rollouts_written_before_they_held_questions_are_shown(tmp_path):
+    new = ("question", "choices", "images", "source", "origin")
+    old = {name: value for name, value in sample(0).items() if name not in new}
+    write_rollouts(tmp_path, [old])
+    (group,) = unpacked(packed(tmp_path).parts)
+    assert group["id"] == "p-0" and "picture" not in group
+
+
+def test_nothing_a_model_wrote_stands_in_the_page_as_markup(tmp_path):
+    evil = dict.fromkeys(("id", "completion", "question", "gold", "source", "first_answer"), EVIL)
+    write_rollouts(tmp_path / EVIL[:8], [sample(0, **evil, images=[EVIL], **{EVIL: 1.0})])
+    html = run_page.page([run_of(tmp_path / EVIL[:8], metric_rows(1, **{EVIL: 1.0}))])
+    found = Page(html)
+    assert [s.get("id") for s in found.all("script")] == [
+        "data", "index", "part-0", "picture-0", None
+    ]  # fmt: skip
+    assert found.all("img") == []
+    for script in ("run_curves.js", "run_rollouts.js"):  # text becomes text there, too
+        code = Path(run_page.__file__).with_name(script).read_text("utf-8")
+        assert not re.search("innerHTML|outerHTML|insertAdjacentHTML|document.write|eval", code)
+
+
+def test_a_run_without_rollouts_says_so(tmp_path):
+    assert "No rollouts" in run_page.page([run_of(tmp_path, metric_rows(1))])
+    write_rollouts(tmp_path, [sample(0)])
+    assert "1 samples were left out" in run_page.page([run_page.read(tmp_path)], samples=0)

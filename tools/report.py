@@ -1,13 +1,18 @@
 """Report of a training run: one HTML page that opens from disk.
 
-Curves of every metric, laid over those of other runs (--compare).
+Curves of every metric, laid over those of other runs (--compare), and the rollouts group by group.
+Images are read from the data that the rows name by their origin (file:row).
 """
 
 import argparse
+from collections.abc import Sequence
 
+from srpo_jax.data.fields import Columns
 from srpo_jax.data.files import absolute, write_text
 from srpo_jax.report import run_page
+from srpo_jax.report.rollouts import PICTURES, SAMPLES, Pictures
 from tools.lib import cli
+from tools.lib.record_images import record_images
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -17,6 +22,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--workdir", required=True, help="folder of a training run")
     add("--compare", nargs="+", default=[], metavar="DIR", help="runs to lay over it")
     add("--out", type=cli.output_file, help="the page (default: report.html in --workdir)")
+    add(
+        "--rollouts",
+        type=cli.count,
+        default=SAMPLES,
+        metavar="N",
+        help="samples on the page, at most, 0: none; of more, every n-th group (%(default)s)",
+    )
+    add(
+        "--images",
+        type=cli.count,
+        default=PICTURES,
+        metavar="N",
+        help="problems shown with their images, at most, 0: none (%(default)s)",
+    )
+    add("--image_root", help="folder that image paths are relative to (default: the data file's)")
     return parser
 
 
@@ -24,9 +44,16 @@ def main(args: argparse.Namespace) -> None:
     """Write the page."""
     out = args.out or absolute(args.workdir) / "report.html"
     runs = [run_page.read(folder) for folder in (args.workdir, *args.compare)]
-    html = run_page.page(runs)
+    pictures = run_pictures(runs, args.image_root)
+    html = run_page.page(runs, pictures, samples=args.rollouts, problems=args.images)
     write_text(out, html)
     print(f"{len(html) / 2**20:.1f} MiB: {out}")
+
+
+def run_pictures(runs: Sequence[run_page.Run], root: str | None) -> Pictures:
+    """The images of rollouts, from the data files that their rows name."""
+    readers = [record_images(root, Columns()) for _ in runs]
+    return lambda run, row: readers[run](row)
 
 
 if __name__ == "__main__":

@@ -61,20 +61,26 @@ def problem(
     """
     texts = [str(choice) for choice in choices]
     right = choice_indices(gold, texts) or () if texts else ()
-    pictures, fault = [], None
-    try:
-        pictures = [(thumbnail(image, side), *image.size) for image in images()]
-    except (ValueError, OSError) as error:
-        fault = str(error)
     return {
         "question": question,
         "gold": gold,
         "choices": [
             (letter(n) if n < 26 else str(n + 1), text, n in right) for n, text in enumerate(texts)
         ],
-        "images": pictures,
-        "image_fault": fault,
+        **pictures_of(images, side),
     }
+
+
+def pictures_of(images: Callable[[], Iterable[Image.Image]], side: int) -> dict[str, Any]:
+    """``images`` as [(thumbnail, width, height)], and ``image_fault``: why there are none, or None.
+
+    Arguments as for `problem`.
+    """
+    try:
+        shown = [(thumbnail(image, side), *image.size) for image in images()]
+    except (ValueError, OSError) as error:
+        return {"images": [], "image_fault": str(error)}
+    return {"images": shown, "image_fault": None}
 
 
 def thumbnail(image: Image.Image, side: int) -> str:

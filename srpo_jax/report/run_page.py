@@ -1,16 +1,17 @@
-"""One HTML page of training runs: curves laid over each other."""
+"""One HTML page of training runs: curves laid over each other, and their rollouts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from srpo_jax.data.files import AnyPath, absolute
-from srpo_jax.report import curves
+from srpo_jax.report import curves, rollouts
 from srpo_jax.report.html import render
+from srpo_jax.report.rollouts import Pictures
 from srpo_jax.run.metrics import read_rows
 from srpo_jax.structs import RunError
 
-PARTS = {"curves-part": "Curves"}  # of the page: id -> heading
+PARTS = {"curves-part": "Curves", "rollouts-part": "Rollouts"}  # of the page: id -> heading
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,21 @@ def read(folder: AnyPath) -> Run:
     return Run(folder=str(path), rows=read_rows(path / "metrics.jsonl"))
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page as text; the first run is the one that it is about."""
+def page(
+    runs: Sequence[Run],
+    pictures: Pictures = lambda run, row: (),
+    *,
+    samples: int = rollouts.SAMPLES,
+    problems: int = rollouts.PICTURES,
+) -> str:
+    """The page as text; the first run is the one that it is about.
+
+    The other arguments are those of `rollouts.pack`.
+    """
     named = dict(zip(names([run.folder for run in runs]), runs, strict=True))
     long = any(len(run.rows) > curves.MAX_POINTS for run in runs)
+    folders = [f"{run.folder}/rollouts" for run in runs]
+    packed = rollouts.pack(folders, pictures, samples=samples, problems=problems)
     return render(
         "run_page.html.jinja",
         title=f"Training run {next(iter(named))}",
@@ -44,8 +56,10 @@ def page(runs: Sequence[Run]) -> str:
             {"name": name, "folder": run.folder, "words": _words(run)}
             for name, run in named.items()
         ],
-        data=curves.charts({name: run.rows for name, run in named.items()}),
+        data=curves.charts({name: run.rows for name, run in named.items()})
+        | {"part": rollouts.PART},
         thinned=curves.MAX_POINTS if long else None,
+        packed=packed,
     )
 
 
