@@ -11,8 +11,10 @@ from page_helpers import EVIL, Page
 from PIL import Image
 
 from srpo_jax.data.files import write_jsonl
-from srpo_jax.report import curves, rollouts, run_page
+from srpo_jax.report import curves, health, rollouts, run_page
+from srpo_jax.run.stored import FORMAT
 from srpo_jax.structs import RunError
+from tools import report
 
 METRICS = Path(__file__).parent.parent / "docs/metrics.md"
 
@@ -255,3 +257,138 @@ def test_a_run_without_rollouts_says_so(tmp_path):
     assert "No rollouts" in run_page.page([run_of(tmp_path, metric_rows(1))])
     write_rollouts(tmp_path, [sample(0)])
     assert "1 samples were left out" in run_page.page([run_page.read(tmp_path)], samples=0)
+
+
+# --- warnings ------------------------------------------------------------------------------------
+
+
+def course(**ends):
+    """Rows of 50 steps; each metric goes from the first of its two values to the second."""
+    return [
+        {"split": "train", "step": step}
+        | {name.replace("__", "/"): pair[step >= 25] for name, pair in ends.items()}
+        for step in range(50)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("title", "bad", "good"),
+    [
+        (
+            "Wrong first on purpose?",
+            {"accuracy__first": (0.6, 0.2), "accuracy__final": (0.6, 0.9)},
+            {"accuracy__first": (0.6, 0.7), "accuracy__final": (0.6, 0.9)},
+        ),
+        (
+            "Reflection harms more than it mends",
+            {"fix__count": (5, 1), "harm__count": (1, 5)},
+            {"fix__count": (1, 5), "harm__count": (5, 1)},
+        ),
+        (
+            "The reflection shrinks",
+            {"block_tokens__reflection": (100.0, 30.0)},
+            {"block_tokens__reflection": (100.0, 50.0)},
+        ),
+        (
+            "The reflection does not know right from wrong",
+            {"detection_margin": (0.3, 0.01), "stated_share": (0.9, 0.9)},
+            {"detection_margin": (0.01, 0.3), "stated_share": (0.9, 0.9)},
+        ),
+        ("Samples are cut off", {"truncated_share": (0, 0.1)}, {"truncated_share": (0.5, 0.01)}),
+        (
+            "Most groups teach nothing",
+            {"groups_without_signal": (0.1, 0.9)},
+            {"groups_without_signal": (0.9, 0.1)},
+        ),
+        (
+            "The filter leaves little",
+            {"filter__kept_share": (1, 0.1)},
+            {"filter__kept_share": (0, 1)},
+        ),
+        ("Samples repeat themselves", {"repeat_share": (0.1, 0.5)}, {"repeat_share": (0.5, 0.5)}),
+        (
+            "Samples of a group are copies",
+            {"duplicate_share": (0.1, 0.7)},
+            {"duplicate_share": (0.7, 0.1)},
+        ),
+        ("The entropy collapses", {"entropy": (1.0, 0.1)}, {"entropy": (0.1, 1.0)}),
+        (
+            "Answers are not graded",
+            {"grading__timeouts": (0, 5), "samples": (100, 100)},
+            {"grading__timeouts": (5, 0), "samples": (100, 100)},
+        ),
+        ("Groups without a reward", {"reward__failed": (0, 1)}, {"reward__failed": (1, 0)}),
+        ("Updates were left out", {"skipped": (0, 2)}, {"skipped": (0, 0)}),
+    ],
+)
+def test_a_run_that_goes_wrong_is_warned_of_with_what_helps(title, bad, good):
+    (found,) = health.findings(course(**bad))
+    assert found.title == title and found.found and found.remedy
+    assert health.findings(course(**good)) == []
+
+
+def test_a_run_that_logs_nothing_warns_of_nothing():
+    assert health.findings([]) == health.findings(metric_rows(1)) == []
+
+
+# --- evaluations, configuration ------------------------------------------------------------------
+
+
+def write_meta(folder, step, config):
+    """A checkpoint, as far as its configuration is concerned."""
+    path = folder / "checkpoints" / str(step)
+    (path / "meta").mkdir(parents=True)
+    meta = {"format": FORMAT, "step": step, "config": config, "origin": "runs/sft"}
+    (path / "meta/metadata").write_text(json.dumps(meta))
+    (path / "params").mkdir()
+
+
+def test_what_differs_from_the_recipe_or_between_runs_is_marked():
+    recipe = {"a": 1, "b": {"c": [1], "d": "x", "e": 0}}
+    one = {"a": 2, "b": {"c": [1], "d": "x"}}
+    two = {"a": 2, "b": {"c": [1], "d": "y", "new": 0}}
+    found = run_page.keys([one, two, {}], lambda config: recipe)
+    assert found == [
+        ("a", "1", ["2", "2", "–"], True),
+        ("b.c", "[1]", ["[1]", "[1]", "–"], False),
+        ("b.d", '"x"', ['"x"', '"y"', "–"], True),
+        ("b.new", "–", ["–", "0", "–"], False),
+    ]
+
+
+@pytest.mark.parametrize("stage", ["grpo", "sft"])
+def test_a_runs_recipe_is_that_of_its_stage_and_size(stage):
+    config = getattr(report, stage).get_config("size=3b").to_dict()
+    config["optim"]["lr"] = 0.5
+    found = run_page.keys([json.loads(json.dumps(config))], report.recipe)
+    assert [key for key, _, _, changed in found if changed] == ["optim.lr"]
+
+
+def test_the_configuration_is_that_of_the_newest_checkpoint_that_can_be_read(tmp_path):
+    for step in (1, 2, 3):
+        write_meta(tmp_path, step, {"steps": step})
+    (tmp_path / "checkpoints/3/meta/metadata").write_text("{")
+    run = run_of(tmp_path, metric_rows(1))
+    assert (run.config, run.origin) == ({"steps": 2}, "runs/sft")
+    assert "No checkpoint yet" in run_page.page([run_of(tmp_path / "new", [])])
+
+
+def test_evaluations_stand_in_a_table_with_their_intervals(tmp_path):
+    rates = {"acc@1": 0.4, "acc@2": 0.5, "fix": 0.25, "harm": 0.1, "net_gain": 0.1}
+    rates |= {"records": 8.0, "tokens": 30.2}
+    run = run_of(tmp_path / "a", metric_rows(1) + metric_rows(1, split="eval", **rates))
+    summary = rates | {"records": 8, "interval": {"acc@2": [0.4, 0.6]}}
+    texts = Page(run_page.page([run], evaluations={"test": summary})).texts
+    assert {"a, step 0", "test", "50.0", "50.0 (40.0 to 60.0)"} <= {*texts}
+
+
+def test_the_command_writes_the_page_beside_the_run(tmp_path, capsys):
+    write_rollouts(tmp_path, [sample(0)])
+    run_of(tmp_path, metric_rows(1))
+    parser = report.make_parser()
+    report.main(parser.parse_args(["--workdir", str(tmp_path)]))
+    html = (tmp_path / "report.html").read_text("utf-8")
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    assert data_of(html, "picture-0")["image_fault"] == "data.jsonl:1 is not there"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--workdir", "x", "--images", "-1"])

@@ -125,7 +125,7 @@ function rollouts(data, index) {
 
   function pictures(group) {
     const node = document.getElementById(`picture-${group.picture}`);
-    if (!node) return [make("p", "soft", `image left out: ${group.images.join(", ")}`)];
+    if (!node) return [make("p", "soft", `image left out (--images): ${group.images.join(", ")}`)];
     const { images, image_fault } = JSON.parse(node.textContent);
     if (image_fault) return [make("p", "soft", `no image: ${image_fault}`)];
     return images.map(([url, width, height], i) => {
