@@ -86,7 +86,7 @@ def pack(folders: Sequence[AnyPath], pictures: Pictures, *, samples: int, proble
     return out
 
 
-def _files(folder: AnyPath) -> list[AnyPath]:
+def _files(folder: AnyPath) -> Sequence[AnyPath]:
     """In the order of steps: 000001.jsonl, or 000001.0.jsonl and more of several processes."""
     path = absolute(folder)
     return sorted(path.glob("*.jsonl")) if path.exists() else []
