@@ -54,7 +54,8 @@ function curves(data) {
       const stroke = COLOURS[(names.length > 1 ? name : one.run) % COLOURS.length];
       const dash = names.length > 1 ? DASHES[one.run % DASHES.length] : [];
       const label = many ? `${one.name} · ${data.runs[one.run]}` : one.name;
-      const value = (_, y) => short(y);
+      const value = (plot, y, at, step) =>
+        short(step == null ? plot.data[at].findLast((last) => last != null) : y);
       return [
         { label, stroke, dash, alpha: 0.25, width: 1, class: "raw", points: { show: false } },
         { label, stroke, dash, value, width: 1.5, spanGaps: false },
@@ -103,7 +104,7 @@ function curves(data) {
   for (const chart of data.charts) {
     if (chart.section !== section) {
       section = chart.section;
-      place.append(make("h2", "wide", section));
+      place.append(make("h2", "", section));
     }
     draw(chart);
   }
