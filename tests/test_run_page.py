@@ -172,13 +172,12 @@ def test_a_group_holds_its_problem_and_its_samples_with_every_term(tmp_path):
 
 
 def test_rows_fall_into_groups_also_where_a_problem_comes_twice(tmp_path):
-    other = [sample(0, id="p-1"), sample(1, id="p-1")]
-    again = [sample(0), sample(1), sample(0, round=1)]
-    write_rollouts(tmp_path, [sample(0), sample(1), *other, *again], [sample(0, step=2)])
+    pair, other = [sample(0), sample(1)], [sample(0, id="p-1"), sample(1, id="p-1")]
+    write_rollouts(tmp_path, [*pair, *pair, *other, sample(0, round=1)], [sample(0, step=2)])
     groups = unpacked(packed(tmp_path).parts)
     found = [(g["step"], g["round"], g["id"], len(g["samples"])) for g in groups]
     assert found == [
-        (1, 0, "p-0", 2), (1, 0, "p-1", 2), (1, 0, "p-0", 2), (1, 1, "p-0", 1), (2, 0, "p-0", 1)
+        (1, 0, "p-0", 2), (1, 0, "p-0", 2), (1, 0, "p-1", 2), (1, 1, "p-0", 1), (2, 0, "p-0", 1)
     ]  # fmt: skip
 
 
@@ -229,6 +228,14 @@ def test_images_are_held_once_for_a_problem_and_their_faults_told(tmp_path):
     assert found.pictures[1] == {"images": [], "image_fault": "a.png is gone"}
     assert [*packed(tmp_path, problems=1).pictures] == [0]
     assert packed(tmp_path, problems=0).pictures == {}
+
+
+def test_a_reward_that_is_not_finite_leaves_the_page_readable(tmp_path):
+    write_rollouts(tmp_path, [sample(0, r_acc=float("nan"), total=float("-inf"))])
+    found = packed(tmp_path)
+    (group,) = unpacked(found.parts)
+    assert group["samples"][0]["total"] is group["samples"][0]["terms"]["r_acc"] is None
+    assert found.index["low"] == [0.0]
 
 
 def test_rollouts_written_before_they_held_questions_are_shown(tmp_path):

@@ -8,6 +8,7 @@ import base64
 import functools
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,14 +128,16 @@ def _is_term(name: str, value: Any) -> bool:
 
 
 def _short(value: Any) -> Any:
-    """A float with five digits."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    """A float with five digits; None where it is not finite, which JSON does not have."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _note(index: dict[str, list[Any]], group: dict[str, Any]) -> None:
     """Add a group to the index."""
     samples = group["samples"]
-    totals, tokens = [s["total"] for s in samples], [s["tokens"] for s in samples]
+    totals, tokens = [s["total"] or 0.0 for s in samples], [s["tokens"] for s in samples]
     changes = {1 << (2 * s["first_correct"] + s["final_correct"]) for s in samples}
     found = {"run": group["run"], "step": group["step"], "changes": sum(changes)}
     found |= {"low": min(totals), "high": max(totals), "short": min(tokens), "long": max(tokens)}

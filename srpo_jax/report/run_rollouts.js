@@ -147,7 +147,7 @@ function rollouts(data, index) {
     const values = { ...sample.terms, total: sample.total, advantage: sample.advantage, tokens: sample.tokens };
     for (const [name, value] of Object.entries(values))
       numbers.append(make("div", name === "total" || name === "advantage" ? "main" : "",
-        make("dt", "", name), make("dd", "", String(Number(Number(value).toPrecision(3))))));
+        make("dt", "", name), make("dd", "", value === null ? "not finite" : String(Number(value.toPrecision(3))))));
     const card = make("div", marked ? "sample" : "sample dim", head, numbers, ...blocks(sample));
     if (sample.no_reward) card.append(make("p", "soft", `no reward: ${sample.no_reward}`));
     return card;
