@@ -82,7 +82,7 @@ def _collapse(course: Course) -> Iterator[Finding]:
             "The reflection shrinks",
             f"{name} fell from {before:.3g} to {now:.3g} tokens",
             "Read some rollouts of the last steps. Does the reflection still say anything? Lower "
-            "reward.alpha, which pays for short responses, or raise grpo.kl_coef.",
+            "reward.alpha, the weight of the length term, or raise grpo.kl_coef.",
         )
 
 
@@ -104,7 +104,7 @@ def _harm(course: Course) -> Iterator[Finding]:
             "Reflection harms more than it mends",
             f"{harmed:,.0f} right answers made wrong, {fixed:,.0f} wrong ones made right, "
             + LATEST.format(min(WINDOW, len(course.values("harm/count")))),
-            "Filter rollouts by 'right to wrong'. Is the reflection talked out of right answers? "
+            "Filter rollouts by 'right to wrong'. Does the reflection talk the policy out of them? "
             "reward.profile=balanced pays for keeping as for mending.",
         )
 
