@@ -358,6 +358,24 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
         run.open_folder(tmp_path / "mine", {"plan": 1})
 
 
+def test_a_seed_has_one_page_of_both_runs_and_all_evaluations(tmp_path, capsys):
+    row = {"split": "train", "step": 1, "reward/mean": 1.0}
+    for name in ("srpo", "grpo"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    tested = [f"{n.lower()}_{m}_test" for n in report.MODELS for m in report.MODES]
+    for name in tested:
+        folder = evaluation(tmp_path / "eval" / name, [(False, True, "no")])
+        found = json.loads((folder / "summary.json").read_text())
+        found |= {"records": 1, "net_gain": 0.0}
+        (folder / "summary.json").write_text(json.dumps(found))
+    run.write_page(tmp_path, "test")
+    html = (tmp_path / "report.html").read_text("utf-8")
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    assert '"runs": ["srpo", "grpo"]' in html
+    assert all(f"<td>{name}</td>" in html for name in tested)
+
+
 @pytest.mark.slow
 def test_the_whole_demo_in_its_quick_form(tmp_path, one_device_env):
     """Every stage as a real command; what it exports is what transformers loads."""
@@ -367,6 +385,7 @@ def test_the_whole_demo_in_its_quick_form(tmp_path, one_device_env):
     done = subprocess.run(command, **settings)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| SRPO |" in done.stdout and "not checked" in done.stdout
+    assert str(out / "seed0/report.html") in done.stdout
     results = json.loads((out / "results_test.json").read_text())
     assert [s["seed"] for s in results["seeds"]] == [0]
     assert results["seeds"][0]["rows"]["greedy"]["init"]["samples"] == run.QUICK.test

@@ -328,6 +328,15 @@ def test_grpo_row_has_what_is_promised_and_filtered_groups_teach_nothing(
     samples = [json.loads(line) for line in lines]
     assert len(samples) == 8 * 3 and {s["weight"] for s in samples} == {0.0}
     assert len({s["id"] for s in samples}) == 8
+    for s in samples:  # what it was asked, and where that stands
+        path, _, number = s["origin"].rpartition(":")
+        record = json.loads(Path(path).read_text().splitlines()[int(number) - 1])
+        asked = {
+            "question": record["problem"],
+            "images": record["images"],
+            "gold": record["answer"],
+        }
+        assert asked.items() <= s.items() and {"choices", "source"} <= s.keys()
     for p in range(8):
         group = samples[3 * p : 3 * p + 3]
         totals = [s["total"] for s in group]

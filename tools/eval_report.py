@@ -6,21 +6,15 @@ is gone, items stand without images.
 """
 
 import argparse
-from collections.abc import Callable, Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from srpo_jax.benchmarks.load import load
 from srpo_jax.data.fields import Columns
 from srpo_jax.data.files import write_json, write_text
-from srpo_jax.data.images import load_image
-from srpo_jax.data.records import open_records
 from srpo_jax.report import accounting, eval_page, table
 from tools.lib import cli, eval_folders
 from tools.lib.eval_folders import Evaluation
+from tools.lib.record_images import record_images
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -126,27 +120,6 @@ def _stops(found: dict[str, Any] | None) -> str:
         cells += [f"{100 * point['accuracy']:.1f}", f"{point['tokens']:,.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def record_images(
-    root: str | None, columns: Columns
-) -> Callable[[dict[str, Any]], Iterable[Image.Image]]:
-    """The images of a row, from the file that its origin names."""
-
-    @lru_cache(maxsize=8)
-    def source(benchmark: str | None, path: str) -> Any:
-        if benchmark:
-            return load(benchmark, path, image_root=root, counts=())
-        return open_records(path, root, require_answer=False, columns=columns)
-
-    def images(row: dict[str, Any]) -> list[Image.Image]:
-        path, _, number = row["origin"].rpartition(":")
-        if not number.isdigit() or not Path(path).is_file():
-            raise ValueError(f"{row['origin']} is not there")
-        record = source(row.get("benchmark"), path)[int(number) - 1]
-        return [load_image(ref) for ref in record.images]
-
-    return images
 
 
 if __name__ == "__main__":

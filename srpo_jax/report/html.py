@@ -26,6 +26,7 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_TEMPLATES.globals["file"] = lambda name: (Path(__file__).parent / name).read_text("utf-8")
 _TEMPLATES.filters["sha256"] = lambda text: base64.b64encode(
     hashlib.sha256(text.encode()).digest()
 ).decode()
@@ -34,7 +35,8 @@ _TEMPLATES.filters["sha256"] = lambda text: base64.b64encode(
 def render(template: str, **values: Any) -> str:
     """A page from a template of this folder, which extends ``base.html.jinja``.
 
-    The base shows ``title`` and ``items``: each the fields of `problem`, and name, note, data
+    The base shows ``title`` and, where the template has no ``main`` of its own, ``items``: each
+    the fields of `problem`, and name, note, data
     (attributes of its article), badges [(text, "good" | "bad" | "mixed" | "")] and rounds
     [(heading, right | wrong | None, [(kind, text)])].
     """
@@ -59,20 +61,26 @@ def problem(
     """
     texts = [str(choice) for choice in choices]
     right = choice_indices(gold, texts) or () if texts else ()
-    pictures, fault = [], None
-    try:
-        pictures = [(thumbnail(image, side), *image.size) for image in images()]
-    except (ValueError, OSError) as error:
-        fault = str(error)
     return {
         "question": question,
         "gold": gold,
         "choices": [
             (letter(n) if n < 26 else str(n + 1), text, n in right) for n, text in enumerate(texts)
         ],
-        "images": pictures,
-        "image_fault": fault,
+        **pictures_of(images, side),
     }
+
+
+def pictures_of(images: Callable[[], Iterable[Image.Image]], side: int) -> dict[str, Any]:
+    """``images`` as [(thumbnail, width, height)], and ``image_fault``: why there are none, or None.
+
+    Arguments as for `problem`.
+    """
+    try:
+        shown = [(thumbnail(image, side), *image.size) for image in images()]
+    except (ValueError, OSError) as error:
+        return {"images": [], "image_fault": str(error)}
+    return {"images": shown, "image_fault": None}
 
 
 def thumbnail(image: Image.Image, side: int) -> str:

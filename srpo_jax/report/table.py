@@ -30,7 +30,7 @@ QUALMS = {
     "gold_problem_rows": "{} golds cannot be graded; their {} answers count as wrong",
 }
 
-_HEAD = ("evaluation", "scored by", "problems", "first answer", "final answer", "fix", "harm",
+HEAD = ("evaluation", "scored by", "problems", "first answer", "final answer", "fix", "harm",
          "net gain", "tokens")  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def markdown(summaries: Mapping[str, Summary]) -> str:
         summaries: by a name to show; the benchmark is ``summary["benchmark"]["name"]``, or else
             that name.
     """
-    parts = ["## Accuracy, %, with 95 % intervals", _ours(summaries)]
+    parts = ["## Accuracy, %, with 95 % intervals", table(HEAD, rate_rows(summaries))]
     beside = _beside(summaries)
     if beside:
         parts += ["## Beside the paper, %", beside]
@@ -123,18 +123,19 @@ def _scored_by(summary: Summary) -> str:
     return (summary.get("benchmark") or {}).get("mode", OWN_GRADER)
 
 
-def _ours(summaries: Mapping[str, Summary]) -> str:
+def rate_rows(summaries: Mapping[str, Summary]) -> list[tuple[str, ...]]:
+    """The cells under HEAD: rates with their intervals, of each summary."""
     rows = []
     for name, summary in summaries.items():
         scored = summary.get("benchmark") or {}
         split = scored.get("final", {}).get("complete") or ("not all" if scored else "")
-        problems = f"{summary['records']:,}" + (f" ({split})" if split else "")
+        problems = f"{summary['records']:,.0f}" + (f" ({split})" if split else "")
         cells = [
             _percent(scored or summary, key)
             for key in ("acc@1", "acc@2", "fix", "harm", "net_gain")
         ]
         rows.append((name, _scored_by(summary), problems, *cells, f"{summary['tokens']:,.0f}"))
-    return table(_HEAD, rows)
+    return rows
 
 
 def _percent(rates: Summary, key: str) -> str:

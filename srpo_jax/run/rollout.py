@@ -201,7 +201,10 @@ def graded_samples(
 
 
 def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
-    """The rows of rollouts/ of one round; a group without a reward says why (``no_reward``)."""
+    """The rows of rollouts/ of one round; a group without a reward says why (``no_reward``).
+
+    ``images`` are paths as the record gives them, or its ``origin`` where it holds their bytes.
+    """
     terms, (adv_PG, rest_adv_PG) = processes.to_local(one.scores[:2])
     verdict, rollout, failures = one.graded.verdict, one.graded.rollout, one.graded.failures
     return [
@@ -218,8 +221,13 @@ def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
             "rest_advantage": float(rest_adv_PG[at]),
             "weight": float(one.weight[at[0]]),
             **({"no_reward": failures[at[0]]} if at[0] in failures else {}),
+            "question": record.question,
+            "choices": list(record.choices),
+            "images": [image.path or image.origin for image in record.images],
+            "source": record.source,
+            "origin": record.origin,
         }
-        for _, at, detail, row in graded_samples(one.sampled, one.graded)
+        for record, at, detail, row in graded_samples(one.sampled, one.graded)
     ]
 
 

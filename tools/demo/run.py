@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo_jax.data.files import read_jsonl, write_json
+from tools import report as run_report
 from tools.demo import data, report, tiles
 from tools.demo.stages import ROOT, Clock, Stage, run_stages
 from tools.lib import cli, transformers_check
@@ -212,6 +213,14 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
     return results
 
 
+def write_page(folder: Path, split: str) -> None:
+    """One page of a seed's two RL runs and all evaluations; its path is printed."""
+    tested = [folder / f"eval/{n.lower()}_{m}_{split}" for n in report.MODELS for m in report.MODES]
+    words = ["--workdir", folder / "srpo", "--compare", folder / "grpo", "--evaluations", *tested]
+    words += ["--out", folder / "report.html"]
+    run_report.main(run_report.make_parser().parse_args([*map(str, words)]))
+
+
 def check_export(folder: Path, clock: Clock) -> None:
     """Where torch is installed: transformers loads the export and says what we say."""
     hf_dir, given = folder / "srpo/hf", folder / "data/test.jsonl"
@@ -260,6 +269,9 @@ def main(args: argparse.Namespace) -> int:
     print(
         f"\n{report.table(seeds, split)}\n\n{report.gain_lines(seeds)}\n\n{report.reading(seeds)}"
     )
+    print("\nCurves, rollouts and warnings of each seed, to be opened in a browser:")
+    for one in seeds:
+        write_page(out / f"seed{one['seed']}", split)
     check_export(out / f"seed{args.seed}", clock)
     clock.say(f"all in {out}; the trained model: {out / f'seed{args.seed}/srpo/hf'}")
     if args.quick:

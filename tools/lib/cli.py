@@ -101,6 +101,14 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """``type=`` of an argument that must be a whole number, 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, is {value}")
+    return value
+
+
 def above_zero(text: str) -> float:
     """``type=`` of an argument that must be a number above 0."""
     value = float(text)

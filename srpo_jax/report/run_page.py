@@ -1,0 +1,156 @@
+"""One HTML page of training runs: warnings, evaluations, curves, rollouts, configuration."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from srpo_jax.data.files import AnyPath, absolute
+from srpo_jax.report import curves, rollouts
+from srpo_jax.report.health import findings
+from srpo_jax.report.html import render
+from srpo_jax.report.rollouts import Pictures
+from srpo_jax.report.table import HEAD, rate_rows
+from srpo_jax.run.metrics import read_rows
+from srpo_jax.run.resume import flat_config
+from srpo_jax.run.stored import CheckpointError, read_meta, steps_in
+from srpo_jax.structs import RunError
+
+Config = Mapping[str, Any]
+
+EVALUATIONS = 10  # of a run that stand in the table, the last ones
+PARTS = {  # of the page: id -> heading
+    "warnings-part": "Warnings",
+    "evaluations-part": "Evaluations",
+    "curves-part": "Curves",
+    "rollouts-part": "Rollouts",
+    "configuration-part": "Configuration",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds."""
+
+    folder: str
+    rows: Sequence[Mapping[str, Any]] = field(default=(), repr=False)  # of metrics.jsonl
+    config: Config = field(default_factory=dict)  # of its newest checkpoint, nested; {}: none yet
+    origin: str = ""  # of its first weights
+
+
+def read(folder: AnyPath) -> Run:
+    """A training run's folder; RunError where it is none."""
+    path = absolute(folder)
+    if not (path / "metrics.jsonl").exists():
+        raise RunError(
+            f"{path}: no metrics.jsonl there; --workdir and --compare take the --workdir of a "
+            "training run"
+        )
+    meta = _newest_meta(path / "checkpoints")
+    rows = read_rows(path / "metrics.jsonl")
+    return Run(str(path), rows, meta.get("config", {}), meta.get("origin", ""))
+
+
+def _newest_meta(folder: Any) -> dict[str, Any]:
+    """What the newest checkpoint that can be read says of its run; {} without one."""
+    for step in sorted(steps_in(folder), reverse=True):
+        try:
+            return read_meta(folder / str(step))
+        except CheckpointError:
+            continue
+    return {}
+
+
+# Each argument is a part of the page that may be left out.
+def page(
+    runs: Sequence[Run],
+    pictures: Pictures = lambda run, row: (),
+    *,
+    samples: int = rollouts.SAMPLES,
+    problems: int = rollouts.PICTURES,
+    recipe: Callable[[Config], Config] = lambda config: config,
+    evaluations: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """The page as text; the first run is the one that it is about.
+
+    Args:
+        runs: of `read`.
+        pictures, samples, problems: of `rollouts.pack`.
+        recipe: from a run's configuration to that of its recipe, without changes.
+        evaluations: by name, the ``summary.json`` of evaluations to show beside those of the runs.
+    """
+    named = dict(zip(names([run.folder for run in runs]), runs, strict=True))
+    folders = [f"{run.folder}/rollouts" for run in runs]
+    packed = rollouts.pack(folders, pictures, samples=samples, problems=problems)
+    long = any(len(run.rows) > curves.MAX_POINTS for run in runs)
+    return render(
+        "run_page.html.jinja",
+        title=f"Training run {next(iter(named))}",
+        parts=PARTS,
+        runs=[
+            {"name": name, "folder": run.folder, "words": _words(run), "origin": run.origin}
+            for name, run in named.items()
+        ],
+        warnings=[(name, findings(run.rows)) for name, run in named.items()],
+        evaluation_head=HEAD,
+        evaluations=rate_rows(_evaluations(named) | dict(evaluations or {})),
+        data=curves.charts({name: run.rows for name, run in named.items()})
+        | {"part": rollouts.PART},
+        thinned=curves.MAX_POINTS if long else None,
+        packed=packed,
+        keys=keys([run.config for run in runs], recipe),
+    )
+
+
+def _evaluations(named: Mapping[str, Run]) -> dict[str, Mapping[str, Any]]:
+    """The last evaluations while training, by run and step."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, run in named.items():
+        rows = [row for row in run.rows if {"acc@1", "acc@2", "records"} <= row.keys()]
+        found |= {f"{name}, step {row['step']}": row for row in rows[-EVALUATIONS:]}
+    return found
+
+
+def keys(
+    configs: Sequence[Config], recipe: Callable[[Config], Config]
+) -> list[tuple[str, str, list[str], bool]]:
+    """(key, in the recipe of the first run, in each run, whether it was changed) of every key.
+
+    It was changed where some run has another value than its own recipe, or than another run.
+    """
+    flat = [flat_config(dict(config)) for config in configs]
+    recipes = [flat_config(dict(recipe(config))) if config else {} for config in configs]
+    rows = []
+    for key in sorted(set().union(*flat)):
+        values = [_value(own, key) for own in flat]
+        planned = [_value(own, key) for own in recipes]
+        pairs = zip(values, planned, strict=True)
+        other = any(value != plan for value, plan in pairs if value != NO_KEY != plan)
+        rows.append((key, planned[0], values, other or len({*values} - {NO_KEY}) > 1))
+    return rows
+
+
+NO_KEY = "–"
+
+
+def _value(flat: Config, key: str) -> str:
+    return json.dumps(flat[key], ensure_ascii=False) if key in flat else NO_KEY
+
+
+def names(folders: Sequence[str]) -> list[str]:
+    """The shortest ends of the paths that tell all apart; equal paths are numbered."""
+    parts = [folder.rstrip("/").split("/") for folder in folders]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        ends = ["/".join(own[-depth:]) for own in parts]
+        if len(set(ends)) == len(ends):
+            return ends
+    return [f"{folder} ({n})" for n, folder in enumerate(folders, 1)]
+
+
+def _words(run: Run) -> str:
+    """How far a run is."""
+    if not run.rows:
+        return "no step yet"
+    plan = run.config.get("steps")
+    steps = {row["step"] for row in run.rows if row["split"] == "train"}
+    return f"step {max(steps, default=0):,}" + (f" of {plan:,}" if plan else "")
