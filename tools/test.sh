@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up everything and runs the checks on CPU:  bash tools/test.sh [--slow | --all] [pytest arguments]
 #   (nothing)  lint, types and fast tests        --slow  only the slow tier          --all  both
-# PYTHON=/path/to/python3 chooses the interpreter (3.11 or newer); TEST_JOBS: how many processes run the
-# fast tests (2; each takes up to 4 GB). Needs only the package index.
+# PYTHON=/path/to/python3 chooses the interpreter (3.11 or newer); TEST_JOBS: how many processes run
+# tests (2; each takes up to 5 GB). Needs only the package index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/venv.sh
@@ -31,5 +31,5 @@ if [ "$tier" != slow ]; then
     "$PY" -m pytest -m "not slow" -n "${TEST_JOBS:-2}" --dist loadfile "$@"
 fi
 if [ "$tier" != fast ]; then
-    "$PY" -m pytest -m slow "$@"
+    "$PY" -m pytest -m slow -n "${TEST_JOBS:-2}" --dist loadfile "$@"
 fi
