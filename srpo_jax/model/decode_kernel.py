@@ -88,11 +88,9 @@ def _on_device(
     return tuple(x[:, :, :M].reshape(Z, C, K, M, *x.shape[3:]) for x in found)  # pyright: ignore
 
 
-def _kernel(
-    q_ref: Any, k_ref: Any, v_ref: Any, seen_ref: Any, out_ref: Any, peak_ref: Any, total_ref: Any,
-    *, each: int, scale: float,
-) -> None:  # fmt: skip
+def _kernel(*refs: Any, each: int, scale: float) -> None:
     """Queries [M, E] over ``each`` blocks of keys and values [R, E]; seen [S] says which count."""
+    q_ref, k_ref, v_ref, seen_ref, out_ref, peak_ref, total_ref = refs
     S, (M, E) = seen_ref.shape[0], q_ref.shape
     q, first = q_ref[...], pl.program_id(2) * each
 
