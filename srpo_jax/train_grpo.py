@@ -34,7 +34,7 @@ from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.loader import Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
-from srpo_jax.learn.lanes import LaneBudgets, pack, pair_cost, slots_and_tokens
+from srpo_jax.learn.lanes import LaneBudgets, family_runs, pack, pair_cost, slots_and_tokens
 from srpo_jax.learn.optim import Optimizer, make_optimizer, trains_vision
 from srpo_jax.learn.state import merge_params
 from srpo_jax.learn.steps import GrpoSteps, grpo_update, make_grpo_steps, make_logp_step
@@ -198,7 +198,8 @@ class Stage:
             lesson = Lesson(one.experience, one.local, [one], np.zeros(len(one.weight), np.int32))
         with timers("update"):
             learned_PG = lengths_to_learn(lesson.local, self.cfg)
-            packed = self.pack(lesson.local.batch, learned_PG, update_P=self.update_P)
+            first_PG = lesson.local.verdict.first_end if self.cfg.shares else None
+            packed = self.pack(lesson.local.batch, learned_PG, self.update_P, first_PG)
             state, updates = self.update(state, lesson, packed)
         # While the device is busy with the update:
         with timers("write", behind=updates):
@@ -293,10 +294,18 @@ class Stage:
     # --- lanes ---
 
     def pack(
-        self, local: Batch, lengths_PG: np.ndarray, update_P: np.ndarray | None = None
+        self,
+        local: Batch,
+        lengths_PG: np.ndarray,
+        update_P: np.ndarray | None = None,
+        first_PG: np.ndarray | None = None,
     ) -> Packed:
-        """Lanes of this process's completions: each update's, or all together (collective)."""
+        """Lanes of this process's completions: each update's, or all together (collective). First
+        rounds of ``first_PG`` tokens stand once for their family; None: in every sample."""
         budgets = self.budgets
+        if first_PG is not None:
+            lengths_PG = family_runs(lengths_PG, first_PG, self.cfg.forks)
+            budgets = budgets.of_families(self.cfg.forks)
         if update_P is None:
             together = dataclasses.replace(budgets.layout, updates=1, sharing=1)
             budgets = dataclasses.replace(budgets, layout=together)

@@ -82,7 +82,8 @@ class Generator:
             pad_id=parts.processor.pad_id,
             forbidden_ids=parts.forbidden_ids,
         )
-        self._sampler = Sampler(parts.model, sampling, parts.mesh)
+        text = parts.token_text.token_bytes
+        self._sampler = Sampler(parts.model, sampling, parts.mesh, text)
         self._sampler.between_segments = parts.stop.between_phases
 
     def sample(self, params: Params, loaded: LoadedBatch, *, seed: int, step: int) -> Sampled:
@@ -121,6 +122,9 @@ class Generator:
             profile=self._profile,
         )
         group = rollout.completions.shape[1]
+        if self._sampler.sampling.forks > 1:
+            cut_PG = self._sampler.automaton.cuts(rollout.completions, rollout.completion_mask)
+            verdict = dataclasses.replace(verdict, first_end=cut_PG)
         late = "answers were not compared before grading.step_timeout was over"
         ungraded = {at // group for at, one in enumerate(details) if not one["graded"]}
         failures = {int(p): late for p in sampled.slots if p in ungraded}
