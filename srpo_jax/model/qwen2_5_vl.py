@@ -276,7 +276,7 @@ def predicting_slots(lanes: Lanes[jax.Array], prompts_per_row: int, group: int) 
     source_XT = U - 1 + jnp.arange(C * T)[None]
     if lanes.run is not None:
         begins = lanes.run != jnp.roll(lanes.run, 1, axis=2)
-        trunk_XCT = U + jnp.arange(C)[:, None] * T + lanes.trunk
+        trunk_XCT = (U + jnp.arange(C) * T)[None, :, None] + lanes.trunk
         goes_on = (begins & (lanes.trunk >= 0)).reshape(X, C * T)
         source_XT = jnp.where(goes_on, trunk_XCT.reshape(X, C * T), source_XT)
     return jnp.where(first_XT, of_prompt_XT, source_XT)
