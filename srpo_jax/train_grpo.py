@@ -198,8 +198,7 @@ class Stage:
             lesson = Lesson(one.experience, one.local, [one], np.zeros(len(one.weight), np.int32))
         with timers("update"):
             learned_PG = lengths_to_learn(lesson.local, self.cfg)
-            first_PG = lesson.local.verdict.first_end if self.cfg.shares else None
-            packed = self.pack(lesson.local.batch, learned_PG, self.update_P, first_PG)
+            packed = self.pack(lesson.local.batch, learned_PG, update_P=self.update_P)
             state, updates = self.update(state, lesson, packed)
         # While the device is busy with the update:
         with timers("write", behind=updates):
@@ -294,17 +293,12 @@ class Stage:
     # --- lanes ---
 
     def pack(
-        self,
-        local: Batch,
-        lengths_PG: np.ndarray,
-        update_P: np.ndarray | None = None,
-        first_PG: np.ndarray | None = None,
+        self, local: Batch, lengths_PG: np.ndarray, update_P: np.ndarray | None = None
     ) -> Packed:
-        """Lanes of this process's completions: each update's, or all together (collective). First
-        rounds of ``first_PG`` tokens stand once for their family; None: in every sample."""
+        """Lanes of this process's completions, or of its `family_runs`: each update's, or all
+        together (collective)."""
         budgets = self.budgets
-        if first_PG is not None:
-            lengths_PG = family_runs(lengths_PG, first_PG, self.cfg.forks)
+        if lengths_PG.ndim == 3:
             budgets = budgets.of_families(self.cfg.forks)
         if update_P is None:
             together = dataclasses.replace(budgets.layout, updates=1, sharing=1)
@@ -436,8 +430,7 @@ class Stage:
 
     def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""
-        # The update is a forward and a backward pass, log-probs are forward passes.
-        both = self.parts.model.train_passes
+        both = self.parts.model.train_passes  # the update's; log-probs are forward passes
         flops = both * self.cfg.epochs * self.forward_work(lesson.local.batch, learned_PG)[1]
         own = 0 if self.cfg.epochs > 1 else 1 / self.cfg.updates_per_rollout
         passes = 1 - own if self.cfg.updates > 1 else 0
@@ -453,12 +446,13 @@ class Stage:
 
     def forward_work(self, batch: Batch, lengths_PG: np.ndarray) -> tuple[float, float]:
         """Tokens, and FLOPs of the decoder, for one pass over completions and their prompts."""
-        some, flops = lengths_PG.any(1), self.parts.flops
+        some, flops = lengths_PG.reshape(len(lengths_PG), -1).any(1), self.parts.flops
         prompts = np.asarray(batch.lengths, np.float64)[some]
         lengths = lengths_PG[some].astype(np.float64)
-        total = flops.text(prompts) + flops.text(
-            lengths, prefix=prompts[:, None], head_tokens=lengths.sum()
-        )
+        prefix = prompts.reshape(-1, *[1] * (lengths.ndim - 1))
+        if lengths.ndim == 3:  # what each sample adds comes behind the first round of its family
+            prefix = prefix + lengths[..., :1] * (np.arange(lengths.shape[2]) > 0)
+        total = flops.text(prompts) + flops.text(lengths, prefix, head_tokens=lengths.sum())
         return float(prompts.sum() + lengths.sum()), total
 
     def write_rollouts(self, rounds: list[Round], step: int) -> None:
@@ -492,11 +486,13 @@ def lengths_of(local: Experience) -> np.ndarray:
 
 
 def lengths_to_learn(local: Experience, cfg: GrpoConfig) -> np.ndarray:
-    """[P, G] tokens of the completions that have a weight in the update, 0 of all others."""
+    """[P, G] tokens of the completions that have a weight in the update, 0 of all others; or their
+    `family_runs`, where a first round is computed once."""
     wanted_PG = np.asarray(local.weight)[:, None] != 0
     if cfg.mask_truncated:
         wanted_PG = wanted_PG & np.asarray(local.rollout.finished)
-    return lengths_of(local) * wanted_PG
+    lengths_PG = lengths_of(local) * wanted_PG
+    return family_runs(lengths_PG, local.verdict.first_end, cfg.forks) if cfg.shares else lengths_PG
 
 
 if __name__ == "__main__":

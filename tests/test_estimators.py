@@ -50,10 +50,8 @@ def gradients(found: Groups, scale: float = 1.0, **config) -> np.ndarray:
     first answers pay ``scale`` times as much."""
     first, second, _ = found
     right = RIGHT[first]
-    empty = dict.fromkeys(Verdict.__dataclass_fields__)
-    verdict = Verdict(
-        **empty | dict(first_correct=right, final_correct=right, has_first=right | True)
-    )
+    held = dict(first_correct=right, final_correct=right, has_first=right | True)
+    verdict = Verdict(**dict.fromkeys(Verdict.__dataclass_fields__) | held)
     terms = add_up({"r_acc": scale * R_ACC[first], "i_ref": REST[first, second]}, {})
     cfg = GrpoConfig(**config)
     adv, rest = credited(cfg, terms, verdict, counted_PG=np.ones_like(right))

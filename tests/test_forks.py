@@ -6,12 +6,11 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import step_helpers as helpers
 from step_helpers import G, P, R
 
 from srpo_jax.data.batching import Layout
-from srpo_jax.learn import grpo, lanes
+from srpo_jax.learn import lanes
 from srpo_jax.learn.steps import grpo_update
 from srpo_jax.sampling.forks import CUT, Automaton
 from srpo_jax.structs import Experience

@@ -40,6 +40,7 @@ class Sampled:
     features: jax.Array | None
     rollout: Rollout
     idle_share: float = 0.0  # of the sampler's slots and steps
+    forks: int = 1  # samples of a family, one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Generator:
         fit = relayout(params, parts.mesh, dtype=parts.model.dtype, lora=parts.model.lora)
         rollout = self._sampler.generate(fit, batch, features, keys, seed=seed, step=step)
         idle = self._sampler.idle_share
-        return Sampled(loaded.records, loaded.slots, local, batch, features, rollout, idle)
+        place, forks = (loaded.records, loaded.slots), self._sampler.sampling.forks
+        return Sampled(*place, local, batch, features, rollout, idle, forks)
 
     def encode(self, params: Params, local: Batch) -> tuple[Batch, jax.Array | None]:
         """This process's host arrays -> the global batch and the features of its images."""
@@ -205,7 +207,8 @@ def graded_samples(
 
 
 def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
-    """The rows of rollouts/ of one round; a group without a reward says why (``no_reward``).
+    """The rows of rollouts/ of one round; a group without a reward says why (``no_reward``), and
+    with forks samples of equal ``family`` have one first round.
 
     ``images`` are paths as the record gives them, or its ``origin`` where it holds their bytes.
     """
@@ -224,6 +227,7 @@ def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
             "advantage": float(adv_PG[at]),
             "rest_advantage": float(rest_adv_PG[at]),
             "weight": float(one.weight[at[0]]),
+            **({"family": at[1] // one.sampled.forks} if one.sampled.forks > 1 else {}),
             **({"no_reward": failures[at[0]]} if at[0] in failures else {}),
             "question": record.question,
             "choices": list(record.choices),
