@@ -59,6 +59,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sampling = common.add_sampling(config)
     sampling.group_size = 8  # G (P 4.1)
     sampling.temperature = 1.0  # (P 4.1)
+    sampling.forks = 1  # M: the group is G / M first rounds, each continued M times
 
     config.reward = reward = ConfigDict()
     reward.profile = "paper"  # or "openrlhf", "verl_fixed", "grpo", "balanced"

@@ -147,6 +147,11 @@ class Lanes(Generic[Leaf]):
     # [M, Q] int32: the Q prompts that stand on each shard, counted over the rows of all shards that
     # take part; ``prompt`` and ``sample`` then count among them. None: its own row's.
     pick: Leaf | None = None
+    # [X, C, T] int32, where a first round stands once for its family (as its first sample's, before
+    # what each sample adds): the last slot, counted in the lane, of the run of tokens that a slot
+    # is in; and of the first round that this run goes on from, or -1. None: completions are whole.
+    run: Leaf | None = None
+    trunk: Leaf | None = None
 
 
 @flax.struct.dataclass

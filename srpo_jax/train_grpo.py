@@ -34,7 +34,7 @@ from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.loader import Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
-from srpo_jax.learn.lanes import LaneBudgets, pack, pair_cost, slots_and_tokens
+from srpo_jax.learn.lanes import LaneBudgets, family_runs, pack, pair_cost, slots_and_tokens
 from srpo_jax.learn.optim import Optimizer, make_optimizer, trains_vision
 from srpo_jax.learn.state import merge_params
 from srpo_jax.learn.steps import GrpoSteps, grpo_update, make_grpo_steps, make_logp_step
@@ -295,8 +295,11 @@ class Stage:
     def pack(
         self, local: Batch, lengths_PG: np.ndarray, update_P: np.ndarray | None = None
     ) -> Packed:
-        """Lanes of this process's completions: each update's, or all together (collective)."""
+        """Lanes of this process's completions, or of its `family_runs`: each update's, or all
+        together (collective)."""
         budgets = self.budgets
+        if lengths_PG.ndim == 3:
+            budgets = budgets.of_families(self.cfg.forks)
         if update_P is None:
             together = dataclasses.replace(budgets.layout, updates=1, sharing=1)
             budgets = dataclasses.replace(budgets, layout=together)
@@ -427,8 +430,7 @@ class Stage:
 
     def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""
-        # The update is a forward and a backward pass, log-probs are forward passes.
-        both = self.parts.model.train_passes
+        both = self.parts.model.train_passes  # the update's; log-probs are forward passes
         flops = both * self.cfg.epochs * self.forward_work(lesson.local.batch, learned_PG)[1]
         own = 0 if self.cfg.epochs > 1 else 1 / self.cfg.updates_per_rollout
         passes = 1 - own if self.cfg.updates > 1 else 0
@@ -444,12 +446,13 @@ class Stage:
 
     def forward_work(self, batch: Batch, lengths_PG: np.ndarray) -> tuple[float, float]:
         """Tokens, and FLOPs of the decoder, for one pass over completions and their prompts."""
-        some, flops = lengths_PG.any(1), self.parts.flops
+        some, flops = lengths_PG.reshape(len(lengths_PG), -1).any(1), self.parts.flops
         prompts = np.asarray(batch.lengths, np.float64)[some]
         lengths = lengths_PG[some].astype(np.float64)
-        total = flops.text(prompts) + flops.text(
-            lengths, prefix=prompts[:, None], head_tokens=lengths.sum()
-        )
+        prefix = prompts.reshape(-1, *[1] * (lengths.ndim - 1))
+        if lengths.ndim == 3:  # what each sample adds comes behind the first round of its family
+            prefix = prefix + lengths[..., :1] * (np.arange(lengths.shape[2]) > 0)
+        total = flops.text(prompts) + flops.text(lengths, prefix, head_tokens=lengths.sum())
         return float(prompts.sum() + lengths.sum()), total
 
     def write_rollouts(self, rounds: list[Round], step: int) -> None:
@@ -483,11 +486,13 @@ def lengths_of(local: Experience) -> np.ndarray:
 
 
 def lengths_to_learn(local: Experience, cfg: GrpoConfig) -> np.ndarray:
-    """[P, G] tokens of the completions that have a weight in the update, 0 of all others."""
+    """[P, G] tokens of the completions that have a weight in the update, 0 of all others; or their
+    `family_runs`, where a first round is computed once."""
     wanted_PG = np.asarray(local.weight)[:, None] != 0
     if cfg.mask_truncated:
         wanted_PG = wanted_PG & np.asarray(local.rollout.finished)
-    return lengths_of(local) * wanted_PG
+    lengths_PG = lengths_of(local) * wanted_PG
+    return family_runs(lengths_PG, local.verdict.first_end, cfg.forks) if cfg.shares else lengths_PG
 
 
 if __name__ == "__main__":

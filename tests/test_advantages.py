@@ -1,9 +1,8 @@
-"""Advantages against numbers worked by hand, and as estimators where all groups are enumerated."""
+"""Advantages against numbers worked by hand."""
 
 import itertools
 from typing import get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,50 +78,3 @@ def test_a_light_term_of_a_tied_group_stays_light_where_terms_are_normalised_by_
     np.testing.assert_allclose(got, parts / whole, rtol=1e-5)
     summed = advantages(accuracy + 0.1 * length, eps=1e-9)
     np.testing.assert_allclose(np.abs(summed), 1 / np.sqrt(2), rtol=1e-5)
-
-
-def enumerated(reward, kind, group, alike=None):
-    """Expected gradient of the logits of a policy over K outcomes, over all groups there are."""
-    logits = jnp.array([0.3, -0.2, 0.1])
-    probs, total = np.asarray(jax.nn.softmax(logits)), 0.0
-    for draw in itertools.product(range(3), repeat=group):
-        draw = list(draw)
-        adv = advantages(
-            jnp.array([reward[draw]]), kind, alike_PG=None if alike is None else alike[draw][None]
-        )
-        score = np.eye(3)[draw] - probs  # gradient of the log-probability
-        total = total + probs[draw].prod() * (np.asarray(adv[0])[:, None] * score).mean(0)
-    return total, np.asarray(jax.grad(lambda z: jnp.dot(jax.nn.softmax(z), reward))(logits))
-
-
-def test_expected_gradients_are_those_of_the_expected_reward():
-    reward = np.array([1.0, 0.25, -0.5], np.float32)
-    for group in (2, 3):
-        got, want = enumerated(reward, "rloo", group)
-        np.testing.assert_allclose(got, want, atol=1e-6)
-        got, _ = enumerated(reward, "centred", group)
-        np.testing.assert_allclose(got, want * (group - 1) / group, atol=1e-6)
-
-
-def test_a_second_part_against_samples_with_the_same_first_part_keeps_its_expected_gradient():
-    """First part a of two, second part b of two given a; the second part's logits are b's."""
-    first = np.array([0.6, 0.4])
-    logits, group = jnp.array([0.5, -0.5]), 3
-    second = np.asarray(jax.nn.softmax(logits))
-    reward = np.array([[1.0, 0.0], [0.2, 0.9]], np.float32)
-    total = np.zeros(2)
-    for draw in itertools.product(range(2), repeat=2 * group):
-        a, b = list(draw[:group]), list(draw[group:])
-        adv = advantages(jnp.array([reward[a, b]]), "centred", alike_PG=jnp.array([a]))
-        n = np.array([a.count(x) for x in a])
-        unbiased = np.asarray(adv[0]) * n / np.maximum(n - 1, 1)  # alone: nothing is learnt
-        score = np.eye(2)[b] - second
-        total += first[a].prod() * second[b].prod() * (unbiased[:, None] * score).sum(0)
-
-    def expected(z, a):
-        return jnp.dot(jax.nn.softmax(z), reward[a])
-
-    # A sample learns where another of its group has its first part.
-    learns = [group * p * (1 - (1 - p) ** (group - 1)) for p in first]
-    want = sum(w * np.asarray(jax.grad(expected)(logits, a)) for a, w in enumerate(learns))
-    np.testing.assert_allclose(total, want, atol=1e-6)

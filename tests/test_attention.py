@@ -172,8 +172,10 @@ def test_splash_on_a_mesh_equals_one_device(kv_heads):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
-def lane_case(X=2, U=9, C=2, T=11, H=4, K=2, E=8):
-    """Packed blocks: two prompts in a region, lanes of completions of both, padding everywhere."""
+def lane_case(X=2, U=9, C=2, T=11, H=4, K=2, E=8, forked=False):
+    """Packed blocks: two prompts in a region, lanes of completions of both, padding everywhere.
+
+    ``forked``: in each second lane the last sample goes on from the one before."""
     prompt = np.full((X, U), -1)
     sample, of_prompt = np.full((X, C, T), -1), np.full((X, C, T), -1)
     for x in range(X):
@@ -181,7 +183,9 @@ def lane_case(X=2, U=9, C=2, T=11, H=4, K=2, E=8):
         for c, lane in enumerate([[(0, 4), (3, 3)], [(2, 6 + x % 2), (1, 1), (4, 2)]]):
             ids = np.repeat([s for s, _ in lane], [n for _, n in lane])
             sample[x, c, : len(ids)], of_prompt[x, c, : len(ids)] = ids, ids // 2 % 2
-    mask = LaneMask(*(jnp.asarray(ids, jnp.int32) for ids in (prompt, sample, of_prompt)))
+    trunk = np.where(sample == 4, 1, -1)
+    *ids, trunk = (jnp.asarray(ids, jnp.int32) for ids in (prompt, sample, of_prompt, trunk))
+    mask = LaneMask(*ids, trunk_XCT=trunk if forked else None)
     return draw(12, B=X, T=U + C * T, S=U + C * T, H=H, K=K, E=E), mask
 
 
@@ -198,8 +202,9 @@ def lane_loss(impl, qkv, mask, weight):
     return out, *grads
 
 
-def test_a_token_of_a_lane_sees_its_prompt_and_its_own_completion():
-    qkv, mask = lane_case()
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_token_of_a_lane_sees_its_prompt_and_its_own_completion(forked):
+    qkv, mask = lane_case(forked=forked)
     X, C, T = mask.sample_XCT.shape
     U = mask.prompt_XU.shape[1]
     out = np.asarray(lane_attention(*qkv, mask, "xla"))
@@ -209,8 +214,10 @@ def test_a_token_of_a_lane_sees_its_prompt_and_its_own_completion():
     for x, c in itertools.product(range(X), range(C)):
         for s in set(sample[x, c].tolist()) - {-1}:
             own = U + c * T + np.flatnonzero(sample[x, c] == s)
+            trunk = U + c * T + np.flatnonzero((sample[x, c] == 1) & (s == 4) & forked)
             before = np.flatnonzero(mask.prompt_XU[x] == of_prompt[x, c][sample[x, c] == s][0])
             q, k, v = (np.asarray(a)[x : x + 1] for a in qkv)
+            before = np.concatenate([before, trunk])
             seen = np.concatenate([before, own])
             ones = np.ones((1, len(seen)), int)
             args = (q[:, own], k[:, seen], v[:, seen], ones[:, : len(own)], ones, True, len(before))
@@ -218,7 +225,8 @@ def test_a_token_of_a_lane_sees_its_prompt_and_its_own_completion():
 
 
 def test_splash_lanes_equal_xla_with_gradients():
-    qkv, mask = lane_case(H=3, K=1, E=20, T=140, U=130)  # more than a kernel's block of each
+    sizes = dict(H=3, K=1, E=20, T=140, U=130)  # more than a kernel's block of each
+    qkv, mask = lane_case(**sizes, forked=True)
     weight = jax.random.normal(jax.random.key(9), qkv[0].shape)
     reference = lane_loss("xla", qkv, mask, weight)
     for ours, theirs in zip(lane_loss("splash", qkv, mask, weight), reference, strict=True):

@@ -420,6 +420,33 @@ def test_samples_depend_on_no_width_or_window(plain, params, monkeypatch, shape,
     assert sampler.idle_share == 1 - kept[0].live_steps / kept[0].slot_steps
 
 
+def test_a_family_shares_its_leader_s_first_round_and_each_draws_its_own_from_there(plain, params):
+    # Tags whole, both in one, and merged with a neighbour; refilled, so that slots are anybody's.
+    pieces = [b"<answer>"] * 12 + [b"7</answer>"] * 12 + [b"<answer>7</answer><"] * 4 + [b"x"] * 12
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config = SamplingConfig(**BASE | dict(group_size=4, forks=2, concurrent_rows=1))
+    sampler = Sampler(CFG, config, mesh, pieces)
+    batch, features = make_batch()
+    out = run(sampler, params, batch, features, rows=4)
+    leaders, alone = (jax.tree.map(lambda x: x[:, ::2], one) for one in (out, plain[1]))
+    assert_same(leaders, alone)
+    mask, cut = out.completion_mask, sampler.automaton.cuts(out.completions, out.completion_mask)
+    shared = np.arange(8) < cut[..., None]
+    for x in (out.completions, out.sample_logp, out.policy_logp, mask):
+        np.testing.assert_array_equal((x * shared)[:, 1::2], (x * shared)[:, ::2])
+    parted = (out.completions[:, 1::2] != out.completions[:, ::2]).any(-1)
+    goes_on = (cut < mask.sum(-1)).reshape(P, 2, 2).any(-1)
+    assert not parted[~goes_on].any() and parted.sum() > 4 and not goes_on.all()
+    logits = recomputed_logits(params, batch, features, out)
+    policy = np.log(np.take_along_axis(softmax(logits), out.completions[..., None], -1)[..., 0])
+    np.testing.assert_allclose(out.policy_logp[mask], policy[mask], atol=1e-5)
+    keys = np.asarray(sample_keys(sampling_logits.base_key(6, 0), KEYS, 4))[:, :, None]
+    keys = np.where(shared[..., None], keys[:, [0, 0, 2, 2]], keys)
+    token = np.broadcast_to(np.arange(8), mask.shape)
+    drawn, _ = draw(sampling_logits.token_keys(jnp.asarray(keys), jnp.asarray(token)), logits)
+    np.testing.assert_array_equal(np.asarray(drawn)[mask], out.completions[mask])
+
+
 def test_first_tokens_follow_the_model_s_probabilities(plain, params):
     batch, features = make_batch()
     sampler = make_sampler(group_size=1500, max_new_tokens=1)

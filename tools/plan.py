@@ -146,15 +146,18 @@ def abstract_experience(recipe: Recipe, step: GrpoConfig, sampling: SamplingConf
     )
 
 
-def abstract_lanes(recipe: Recipe, sampling: SamplingConfig) -> Lanes:
+def abstract_lanes(recipe: Recipe, sampling: SamplingConfig, families: bool = False) -> Lanes:
     """A micro-batch whose completions all fill their budget: the largest there is; on several
-    shards these deal prompts out among them."""
+    shards these deal prompts out among them. ``families``: first rounds stand once."""
     array, shapes = _over_rows(recipe.mesh), recipe.shapes
     M, per_row = sharding.num_data_shards(recipe.mesh), shapes.sequences // shapes.rows
     prompt = array((M, per_row * shapes.tokens))
-    sample = array((M, per_row * sampling.group_size, sampling.max_new_tokens))
     pick = array((M, per_row + 1)) if M > 1 else None
-    return Lanes(array((M,)), prompt, prompt, sample, sample, pick)
+    forks = sampling.forks if families else 1
+    lanes, slots = per_row * sampling.group_size // forks, forks * sampling.max_new_tokens
+    sample = array((M, lanes, slots))
+    runs = (sample, sample) if families else ()
+    return Lanes(array((M,)), prompt, prompt, sample, sample, pick, *runs)
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -221,6 +224,7 @@ def grpo_programs(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) ->
     update = steps.make_grpo_steps(model, step, transform, freeze=recipe.freeze, mesh=mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     ready, total = update.prepare.eval_shape(experience, number)
+    lanes = abstract_lanes(recipe, sampling, families=step.shares)
     inputs = (total, state, experience, ready, lanes)
     yield "accumulate", lambda: update.accumulate.lower(*inputs), beside
     beside = reference + device_bytes(experience)

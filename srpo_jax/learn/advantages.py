@@ -63,6 +63,11 @@ def advantages(
     raise ValueError(f"advantage must be group, centred, rloo or batch_std, not {kind!r}")
 
 
+def families(x_PG: jax.Array, forks: int) -> jax.Array:
+    """[P, n, M]: the G samples as n families of M = ``forks``, one after the other."""
+    return x_PG.reshape(len(x_PG), -1, forks)
+
+
 def over_batch_std(centred_PG: jax.Array, eps: float, counted_PG: jax.Array | None) -> jax.Array:
     """Centred values over their standard deviation in the whole update."""
     counted = jnp.ones(centred_PG.shape, bool) if counted_PG is None else counted_PG

@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from srpo_jax.learn import losses, objectives
-from srpo_jax.learn.advantages import AdvantageKind, Credit, advantages, has_signal, of_terms
+from srpo_jax.learn.advantages import (
+    AdvantageKind,
+    Credit,
+    advantages,
+    families,
+    has_signal,
+    of_terms,
+)
 from srpo_jax.learn.head import HeadConfig
 from srpo_jax.learn.objectives import KlKind, Level, ObjectiveKind, Samples
 from srpo_jax.rewards.profiles import PAPER, Profile
@@ -93,7 +100,19 @@ class GrpoConfig(Objective):
     overlong_buffer: int = 0  # tokens before the cap in which "overlong" sets in
     temperature: float = 1.0
     forbidden_ids: tuple[int, ...] = ()
+    forks: int = 1  # samples in a row that have one first round (``SamplingConfig.forks``)
     length_cap: int | None = None  # completion token limit, for aggregation "constant"
+
+    @property
+    def parted(self) -> bool:
+        """Whether tokens behind the first round have an advantage of their own."""
+        return self.credit == "segments" or self.forks > 1
+
+    @property
+    def shares(self) -> bool:
+        """Whether the update computes a family's first round once: where its tokens mean the same
+        in each of its samples."""
+        return self.forks > 1 and self.by_token
 
     @property
     def head(self) -> HeadConfig:
@@ -169,7 +188,12 @@ def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0
         mode=cfg.aggregation,
         length_cap=cfg.length_cap,
     ).reshape(adv_PG.shape)
-    counted = jnp.sum(jnp.where(weight_PG != 0, length_PG, 0), dtype=jnp.float32)
+    counted_PG = jnp.where(weight_PG != 0, length_PG, 0)
+    counted = jnp.sum(counted_PG, dtype=jnp.float32)
+    if cfg.shares:
+        first_PG = jnp.minimum(counted_PG, experience.verdict.first_end)
+        once = jnp.sum(families(first_PG, cfg.forks).max(-1), dtype=jnp.float32)
+        counted += once - jnp.sum(first_PG, dtype=jnp.float32)
     on_policy_P = jnp.broadcast_to(jnp.asarray(update) == 0, include_P.shape)
     if experience.carried is not None:
         on_policy_P &= ~experience.carried
@@ -214,29 +238,40 @@ def credited(
     With ``credit="whole"`` they are the same. With "segments" the profile's ``first_terms`` pay the
     first round and the others what comes after, each normalised by itself; the latter's baseline is
     the mean of the samples whose first answer was as right or wrong, since that was settled before.
-    ``penalty_PG`` is one more term, of weight 1.
+    With forks (then the two are not the same for "whole" either) a first round earns the mean of
+    its continuations, against the other first rounds, and a continuation is compared with those of
+    its own first round alone. ``penalty_PG`` is one more term, of weight 1.
     """
     weights = dict(cfg.weights)
     parts = {name: (weights.get(name, 1.0), term) for name, term in terms.parts.items()}
     if penalty_PG is not None:
         parts["kl"] = (1.0, penalty_PG)
 
-    def score(names: set[str], alike_PG: jax.Array | None) -> jax.Array:
-        held = [part for name, part in parts.items() if name in names]
-        scale = {"eps": cfg.adv_eps, "counted_PG": counted_PG, "alike_PG": alike_PG}
+    def score(names: set[str], forks: int = 1, alike_PG: jax.Array | None = None) -> jax.Array:
+        """Of families of so many samples, [P, n], as if each were one sample."""
+        mean = lambda x_PG: families(x_PG, forks).mean(-1)  # noqa: E731
+        held = [(weight, mean(term)) for name, (weight, term) in parts.items() if name in names]
+        counted_Pn = families(counted_PG, forks).any(-1)
+        scale = {"eps": cfg.adv_eps, "counted_PG": counted_Pn, "alike_PG": alike_PG}
         if cfg.normalise_terms:
             return of_terms(held, **scale)
-        reward_PG = sum((weight * term for weight, term in held), jnp.zeros(counted_PG.shape))
+        reward_Pn = sum((weight * term for weight, term in held), jnp.zeros(counted_Pn.shape))
         if names == set(parts) and penalty_PG is None:
-            reward_PG = terms.total
-        return advantages(reward_PG, cfg.advantage, **scale)
+            reward_Pn = mean(terms.total)
+        return advantages(reward_Pn, cfg.advantage, **scale)
 
+    first, rest = set(parts), set(parts)
+    if cfg.credit == "segments":
+        own = set(cfg.profile.first_terms)
+        first, rest = own or first, rest - own
+    if cfg.forks > 1:
+        family_PG = jnp.broadcast_to(jnp.arange(counted_PG.shape[1]) // cfg.forks, counted_PG.shape)
+        first_PG = jnp.repeat(score(first, cfg.forks), cfg.forks, axis=1)
+        return first_PG, score(rest, alike_PG=family_PG)
+    first_PG = score(first)
     if cfg.credit == "whole":
-        whole_PG = score(set(parts), None)
-        return whole_PG, whole_PG
-    first = set(cfg.profile.first_terms)
-    as_right_PG = right_answers(verdict)[0]
-    return score(first or set(parts), None), score(set(parts) - first, as_right_PG)
+        return first_PG, first_PG
+    return first_PG, score(rest, alike_PG=right_answers(verdict)[0])
 
 
 def policy_loss(

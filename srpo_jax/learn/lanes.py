@@ -2,7 +2,9 @@
 
 A pass costs what its slots cost, whether tokens stand in them or not. So the completions of a row
 are laid one behind the other into lanes, longest first, each into the first lane with room for it
-(first-fit decreasing). Shapes come from short lists, because each of them is a program of its own.
+(first-fit decreasing). Samples with one first round may be laid down as one family: that round
+once, then what each adds. Shapes come from short lists, because each of them is a program of its
+own.
 
 All data shards run the same program at the same time, so a micro-batch costs what its neediest
 shard needs. Each shard's rows are therefore ordered by their work, and, where the budgets allow it
@@ -31,11 +33,16 @@ class LaneBudgets:
     """What a rollout may hold at most, and what weighs one way of cutting rows against another."""
 
     layout: Layout  # of the batch
-    group: int
+    group: int  # completions of a prompt, or families of them
     prompt_tokens: int
-    completion_tokens: int
+    completion_tokens: int  # of each of these
     pair_cost: float = 0.0  # of a query and a key, in units of what a token costs by itself
     spread: bool = False  # completions may change shards inside their micro-batch
+
+    def of_families(self, forks: int) -> "LaneBudgets":
+        """The same for families of so many completions."""
+        tokens = self.completion_tokens * forks
+        return dataclasses.replace(self, group=self.group // forks, completion_tokens=tokens)
 
     def lane_slots(self, longest: int) -> list[int]:
         """Lengths that lanes of completions of at most ``longest`` tokens may have: just that; the
@@ -100,7 +107,14 @@ class Held:
 
     row_M: np.ndarray
     prompt_lengths_P: np.ndarray  # row after row
-    lengths_PG: np.ndarray  # 0: not taken
+    # [P, G, F]: tokens of a completion, or those that a family has in common and that each of its
+    # samples adds. All 0: not taken.
+    runs_PGF: np.ndarray
+
+    @functools.cached_property
+    def lengths_PG(self) -> np.ndarray:
+        """Tokens of each completion, or family."""
+        return self.runs_PGF.sum(-1)
 
     @functools.cached_property
     def length_S(self) -> list[int]:
@@ -143,13 +157,15 @@ def pack(
     Args:
         prompt_lengths_P: tokens of each prompt of this process.
         lengths_PG: tokens of each completion; 0: it is left out (and a prompt without any, too).
+            Of families: `family_runs`, and ``budgets`` are theirs.
         budgets: rows are stored shard after shard, ``layout.rows`` of each.
         update_P: which update takes each prompt; None: all in its rows.
         everyone: rows of an array -> those of all processes, one after the other (collective).
         place: (index, count) of this process among those.
     """
     of_P = np.zeros_like(prompt_lengths_P) if update_P is None else update_P
-    table = everyone(np.column_stack([prompt_lengths_P, of_P, lengths_PG]).astype(np.int32))
+    columns = [prompt_lengths_P, of_P, lengths_PG.reshape(len(of_P), -1)]
+    table = everyone(np.column_stack(columns).astype(np.int32))
     batches = _micro_batches(table, budgets, by_update=update_P is not None)
     # Shards that share their work are alike, and so are their micro-batches: each may take its own
     # shape. Others would take a new one each time.
@@ -160,6 +176,15 @@ def pack(
             packed.append(_arrays(held, dealt, shape, budgets, place) if shape.lanes else None)
     size = len(packed) // budgets.layout.updates
     return [packed[k * size : (k + 1) * size] for k in range(budgets.layout.updates)]
+
+
+def family_runs(lengths_PG: np.ndarray, first_PG: np.ndarray, forks: int) -> np.ndarray:
+    """[P, n, 1 + M]: tokens that each family of M completions lays down once, those of its first
+    round (``first_PG``), and that each of them adds."""
+    of_families = lambda x: x.reshape(len(x), -1, forks)  # noqa: E731
+    first_PnM = of_families(np.minimum(lengths_PG, first_PG))
+    own_PnM = of_families(lengths_PG) - first_PnM
+    return np.concatenate([first_PnM.max(-1, keepdims=True), own_PnM], axis=-1)
 
 
 def _cheapest(batches: list[Held], budgets: LaneBudgets) -> tuple[list[Shape], list[Dealt]]:
@@ -186,11 +211,11 @@ def _micro_batches(table: np.ndarray, budgets: LaneBudgets, *, by_update: bool) 
     layout = budgets.layout
     row_V = np.concatenate([layout.rows_of(k) for k in range(layout.updates)])
     own_MVPX = table.reshape(-1, layout.rows, layout.per_row, table.shape[1])[:, row_V]
-    lengths_MVPG, size = own_MVPX[..., 2:], len(row_V) // layout.updates
+    runs_MVPX, size = own_MVPX[..., 2:], len(row_V) // layout.updates
     if by_update:
         of_V = np.repeat(np.arange(layout.updates), size)
-        lengths_MVPG = lengths_MVPG * (own_MVPX[..., 1] == of_V[:, None])[..., None]
-    work_MUA = lengths_MVPG.sum((2, 3)).reshape(-1, layout.updates, size)
+        runs_MVPX = runs_MVPX * (own_MVPX[..., 1] == of_V[:, None])[..., None]
+    work_MUA = runs_MVPX.sum((2, 3)).reshape(-1, layout.updates, size)
     order_MUA = np.argsort(-work_MUA, axis=-1, kind="stable")
     order_MV = (order_MUA + np.arange(layout.updates)[:, None] * size).reshape(-1, len(row_V))
     every_M = np.arange(len(order_MV))
@@ -198,7 +223,7 @@ def _micro_batches(table: np.ndarray, budgets: LaneBudgets, *, by_update: bool) 
         Held(
             row_V[order_M].astype(np.int32),
             own_MVPX[every_M, order_M, :, 0].reshape(-1),
-            lengths_MVPG[every_M, order_M].reshape(-1, budgets.group),
+            runs_MVPX[every_M, order_M].reshape(len(order_M) * layout.per_row, budgets.group, -1),
         )
         for order_M in order_MV.T
     ]
@@ -330,8 +355,8 @@ def _arrays(
     most, shards = budgets.places(blocks), len(held.row_M) // place[1]
     pick = np.zeros((shards, blocks * most), np.int32)
     prompt, prompt_at = (np.full((shards * blocks, shape.region), n, np.int32) for n in (-1, 0))
-    size = (shards * blocks, shape.lanes, shape.cut.slots)
-    sample, sample_at = (np.full(size, n, np.int32) for n in (-1, 0))
+    size, forks = (shards * blocks, shape.lanes, shape.cut.slots), held.runs_PGF.shape[2] - 1
+    sample, sample_at, run, trunk = (np.full(size, n, np.int32) for n in (-1, 0, -1, -1))
     first, length_S = place[0] * shards, held.length_S
     for x in range(shards * blocks):
         samples, (m, b) = dealt[first * blocks + x], divmod(x, blocks)
@@ -340,21 +365,45 @@ def _arrays(
         if budgets.spread:
             at = {p: b * most + i for i, p in enumerate(prompts)}
             pick[m, list(at.values())] = prompts
-        _fill(prompt[x], prompt_at[x], [(at[p], held.prompt_lengths_P[p]) for p in prompts])
+        _fill(prompt[x], prompt_at[x], [(at[p], 0, held.prompt_lengths_P[p]) for p in prompts])
         for c, lane in enumerate(_lanes(samples, length_S, shape.cut.slots)):
-            items = [(at[s // G] * G + s % G, length_S[s]) for s in lane]
+            runs = [held.runs_PGF[divmod(s, G)].tolist() for s in lane]
+            firsts = [(at[s // G] * G + s % G) * max(forks, 1) for s in lane]
+            items = [item for one in zip(firsts, runs, strict=True) for item in _items(*one)]
             _fill(sample[x, c], sample_at[x, c], items)
-    row_M = held.row_M[first : first + shards]
-    return Lanes(row_M, prompt, prompt_at, sample, sample_at, pick if budgets.spread else None)
+            if forks:
+                _link(run[x, c], trunk[x, c], runs)
+    row_M, pick = held.row_M[first : first + shards], pick if budgets.spread else None
+    links = (run, trunk) if forks else (None, None)
+    return Lanes(row_M, prompt, prompt_at, sample, sample_at, pick, *links)
 
 
-def _fill(which: np.ndarray, at: np.ndarray, items: list[tuple[int, int]]) -> None:
-    """Lays (item, tokens) one behind the other."""
+def _items(sample: int, runs: list[int]) -> Iterable[tuple[int, int, int]]:
+    """(sample, its first token there, tokens) of a completion's runs, or of a family's."""
+    shared, *own = runs
+    yield sample, 0, shared
+    for i, tokens in enumerate(own):
+        yield sample + i, shared, tokens
+
+
+def _fill(which: np.ndarray, at: np.ndarray, items: Iterable[tuple[int, int, int]]) -> None:
+    """Lays (item, its first token, tokens) one behind the other."""
     start = 0
-    for item, tokens in items:
+    for item, begin, tokens in items:
         end = start + int(tokens)
-        which[start:end], at[start:end] = item, np.arange(end - start)
+        which[start:end], at[start:end] = item, np.arange(begin, begin + end - start)
         start = end
+
+
+def _link(run: np.ndarray, trunk: np.ndarray, families: list[list[int]]) -> None:
+    """Fills in ``Lanes.run`` and ``Lanes.trunk`` of a lane of families one behind the other."""
+    end = 0
+    for shared, *own in families:
+        start, end = end, end + shared
+        run[start:end], before = end - 1, end - 1
+        for tokens in own:
+            start, end = end, end + tokens
+            run[start:end], trunk[start:end] = end - 1, before
 
 
 def slots_and_tokens(packed: Iterable[Lanes[np.ndarray] | None]) -> tuple[int, int]:

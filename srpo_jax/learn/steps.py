@@ -29,6 +29,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from srpo_jax.learn import grpo, losses, optim
+from srpo_jax.learn.advantages import families
 from srpo_jax.learn.grpo import GrpoConfig, Prepared, Tokens
 from srpo_jax.learn.head import (
     HeadConfig,
@@ -267,8 +268,9 @@ def make_grpo_steps(
         batch, features, rest = _own_part((batch, experience.features, rest), lanes, cfg)
         rollout, of_sample, ref_logp, (old_logp, carried_P, kl_coef_P) = rest
         weight_PG, on_policy_PG = of_sample["weight"], of_sample["on_policy"]
-        weight_XCT = take_in_rows(weight_PG.reshape(-1), lanes.sample, len(lanes.row))
-        wanted_XCT = (lanes.sample >= 0) & (weight_XCT != 0)
+        weigh = functools.partial(_token_weights, of_sample, lanes.run is not None, cfg.forks)
+        in_lanes = lambda x_PG: take_in_rows(x_PG.reshape(-1), lanes.sample, len(lanes.row))  # noqa: E731
+        wanted_XCT = (lanes.sample >= 0) & (weigh(in_lanes, lanes.sample_at) != 0)
 
         def loss_fn(params: Params):
             model = bind(model_cfg, {**state.frozen, **params})
@@ -278,8 +280,8 @@ def make_grpo_steps(
             adv, later = (picked.of_samples(of_sample[name]) for name in ("adv", "rest_adv"))
             old_MY, on_policy_MY = _old_logp(rollout, old_logp, carried_P, on_policy_PG, picked)
             tokens = Tokens(
-                adv=jnp.where(after_MY, later, adv) if cfg.credit == "segments" else adv,
-                weight=jnp.where(picked.wanted_MY, picked.of_samples(weight_PG), 0.0),
+                adv=jnp.where(after_MY, later, adv) if cfg.parted else adv,
+                weight=jnp.where(picked.wanted_MY, weigh(picked.of_samples, picked.at_MY), 0.0),
                 sample_logp=picked.of_tokens(rollout.sample_logp),
                 policy_logp=picked.of_tokens(rollout.policy_logp),
                 old_logp=old_MY,
@@ -438,6 +440,22 @@ def _by_sample(ready: Prepared) -> dict[str, jax.Array]:
         "weight": ready.weight_PG,
         "on_policy": on_policy_PG,
     }
+
+
+def _token_weights(
+    of_sample: dict[str, jax.Array],
+    once: bool,
+    forks: int,
+    take: Callable[[jax.Array], jax.Array],
+    at: jax.Array,
+) -> jax.Array:
+    """What token ``at`` of the samples weighs whose entries ``take`` picks; in a first round that
+    stands once for its family (``once``) what it weighs in all samples together."""
+    weight = take(of_sample["weight"])
+    if not once:
+        return weight
+    together = jnp.repeat(families(of_sample["weight"], forks).sum(-1), forks, axis=1)
+    return jnp.where(at < take(of_sample["first_end"]), take(together), weight)
 
 
 def _check_features(trained: Params, features_MND: jax.Array | None) -> None:

@@ -49,7 +49,8 @@ def lane_attention(
 ) -> jax.Array:
     """Attention of packed blocks -> [X, Y, H, E]: every token sees, causally, its own sequence.
 
-    That of a prompt is the prompt; that of a completion its prompt, and itself in its lane.
+    That of a prompt is the prompt; that of a completion its prompt, and itself in its lane (with
+    the first round that it goes on from, where that stands by itself).
     """
     impl = choose_impl(impl, q_XYHE)
     U = mask.prompt_XU.shape[1]
@@ -77,14 +78,17 @@ def _lanes_with_prompts(
         jnp.concatenate([_repeat(shared, C), own], axis=1)
         for shared, own in zip(region_kv, (k, v), strict=True)
     )
-    own, lane_prompt = (x.reshape(X * C, T) for x in (mask.sample_XCT, mask.lane_prompt_XCT))
+    by_lane = lambda x: x.reshape(X * C, T)  # noqa: E731
+    own, lane_prompt = by_lane(mask.sample_XCT), by_lane(mask.lane_prompt_XCT)
     # Keys of the region have no own id, those of a lane no segment: neither is found by the other.
     none_BU, none_BT = (jnp.full((X * C, n), UNUSED_SEGMENT, jnp.int32) for n in (U, T))
+    own_kv = jnp.concatenate([none_BU, own], axis=1)
+    seen = [own] if mask.trunk_XCT is None else [own, by_lane(mask.trunk_XCT)]
     both = Mask(
         lane_prompt,
         jnp.concatenate([_repeat(mask.prompt_XU, C), none_BT], axis=1),
         q_offset=U,
-        own_BT_BS=(own, jnp.concatenate([none_BU, own], axis=1)),
+        own_BT_BS=tuple((ids, own_kv) for ids in seen),
     )
     out = attention(q, k, v, both, impl)
     return out.reshape(X, C * T, *out.shape[2:])

@@ -13,7 +13,7 @@ MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Who sees whom: query t sees key s iff their segments (or, if given, their own ids) are equal
+    """Who sees whom: query t sees key s iff their segments (or a pair of their own ids) are equal
     and, if ``causal``, s <= t + q_offset.
 
     ``single``: queries are the keys, and each row is ONE segment with its padding behind it. What
@@ -23,7 +23,7 @@ class Mask:
     kv_segments_BS: jax.Array
     causal: bool = True
     q_offset: int = 0  # where the first query stands among the keys
-    own_BT_BS: tuple[jax.Array, jax.Array] | None = None  # a second pair of ids
+    own_BT_BS: tuple[tuple[jax.Array, jax.Array], ...] = ()  # further pairs of ids
     single: bool = False
 
 
@@ -36,12 +36,13 @@ class LaneMask:
     sample_XCT: jax.Array  # the completion that a slot of a lane belongs to
     lane_prompt_XCT: jax.Array  # and that completion's prompt
     single: bool = False  # a block has one prompt
+    # The entry of ``sample_XCT``, earlier in the lane, of what the slot goes on from; -1: nothing.
+    trunk_XCT: jax.Array | None = None
 
 
 def mask_ids(mask: Mask) -> tuple[jax.Array, jax.Array]:
     """Of queries [B, T, I] and keys [B, S, I]: segments and, if there are any, own ids."""
-    pairs = [(mask.q_segments_BT, mask.kv_segments_BS)]
-    pairs += [] if mask.own_BT_BS is None else [mask.own_BT_BS]
+    pairs = [(mask.q_segments_BT, mask.kv_segments_BS), *mask.own_BT_BS]
     q, kv = (jnp.stack(ids, axis=-1) for ids in zip(*pairs, strict=True))
     return q, kv
 

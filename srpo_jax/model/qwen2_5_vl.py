@@ -138,7 +138,8 @@ class Qwen2_5_VL(nnx.Module):
             region_XUD = _place_features(x_XYD[:, :U], source_XU, features_MND)
             x_XYD = jnp.concatenate([region_XUD, x_XYD[:, U:]], axis=1)
         single = P // M == X // M  # a row has as many blocks as prompts
-        mask = LaneMask(lanes.prompt, lanes.sample, lanes.sample // G, single)
+        own = lanes.sample if lanes.run is None else lanes.run
+        mask = LaneMask(lanes.prompt, own, lanes.sample // G, single, lanes.trunk)
         x_XYD = shard(x_XYD, "batch", None, None)
         return self.text.run(x_XYD, mrope_X3Y, mask, lambda x, k, v: None)[0]
 
@@ -263,7 +264,8 @@ def _path_name(path: tuple) -> str:
 def predicting_slots(lanes: Lanes[jax.Array], prompts_per_row: int, group: int) -> jax.Array:
     """[X, C * T] slots of the block's stream whose states predict the tokens of its lanes.
 
-    The prompt's last token predicts completion token 0, token j - 1 predicts j.
+    The prompt's last token predicts completion token 0, token j - 1 predicts j. A first round that
+    stands once has its last token predict several.
     """
     (X, U), (_, C, T) = lanes.prompt.shape, lanes.sample.shape
     is_prompt_XPU = lanes.prompt[:, None] == jnp.arange(prompts_per_row)[None, :, None]
@@ -271,7 +273,13 @@ def predicting_slots(lanes: Lanes[jax.Array], prompts_per_row: int, group: int) 
     prompt_XT = jnp.maximum(lanes.sample.reshape(X, C * T) // group, 0)
     of_prompt_XT = jnp.take_along_axis(last_XP, prompt_XT, axis=1)
     first_XT = lanes.sample_at.reshape(X, C * T) == 0
-    return jnp.where(first_XT, of_prompt_XT, U - 1 + jnp.arange(C * T)[None])
+    source_XT = U - 1 + jnp.arange(C * T)[None]
+    if lanes.run is not None:
+        begins = lanes.run != jnp.roll(lanes.run, 1, axis=2)
+        trunk_XCT = (U + jnp.arange(C) * T)[None, :, None] + lanes.trunk
+        goes_on = (begins & (lanes.trunk >= 0)).reshape(X, C * T)
+        source_XT = jnp.where(goes_on, trunk_XCT.reshape(X, C * T), source_XT)
+    return jnp.where(first_XT, of_prompt_XT, source_XT)
 
 
 def _place_features(

@@ -76,7 +76,8 @@ def _on_own_part(
 
 
 def attend_lanes(lanes: list[jax.Array], region_kv: list[jax.Array], mask: LaneMask) -> jax.Array:
-    """[X, C * T, H, E]: one splash call over the keys of the region, one over each lane's own."""
+    """[X, C * T, H, E]: one splash call over the keys of the region, one over each lane's own, and
+    one over the first rounds in them that others go on from."""
     X, C, T = mask.sample_XCT.shape
     E = lanes[0].shape[3]
     q = lanes[0] * jnp.asarray(E**-0.5, lanes[0].dtype)
@@ -94,60 +95,66 @@ def attend_lanes(lanes: list[jax.Array], region_kv: list[jax.Array], mask: LaneM
 
     by_head = [*map(padded, (q, *own)), *(pad_to(x, region_block, (1,)) for x in region)]
     by_head = [pad_to(x, LANES, (3,)) for x in by_head]
+    trunks = [] if mask.trunk_XCT is None else [mask.trunk_XCT]
     ids = [
+        pad_to(mask.prompt_XU, region_block, (1,), UNUSED_SEGMENT),
         *(
             padded(x.reshape(X, -1), UNUSED_SEGMENT)
-            for x in (mask.lane_prompt_XCT, mask.sample_XCT)
+            for x in (mask.lane_prompt_XCT, mask.sample_XCT, *trunks)
         ),
-        pad_to(mask.prompt_XU, region_block, (1,), UNUSED_SEGMENT),
     ]
 
     # eight: queries, two sets of keys and values, and who belongs together
-    def local(q, k, v, region_k, region_v, lane_prompt, sample, prompt):
+    def local(q, k, v, region_k, region_v, prompt, lane_prompt, *seen):
         cut = lambda x: x.reshape(-1, x.shape[1] // C, *x.shape[2:])  # noqa: E731
         lane_kernel = _kernel(q.shape[2], (slots, slots), (block, block), 0, join=True)
         lengths = (q.shape[1], region_k.shape[1])
         region_kernel = _kernel(q.shape[2], lengths, region_blocks, None, join=True)
-        segments = (
-            splash.SegmentIds(lane_prompt, prompt),
-            splash.SegmentIds(cut(sample), cut(sample)),
-        )
-        kvs = ((_by_head(region_k), _by_head(region_v)), tuple(_by_head(cut(x)) for x in (k, v)))
-        return _by_head(_joined_splash((region_kernel, lane_kernel), C, _by_head(q), kvs, segments))
+        kernels = (region_kernel, *[lane_kernel] * len(seen))
+        segments = [splash.SegmentIds(cut(x), cut(seen[0])) for x in seen]
+        segments = (splash.SegmentIds(lane_prompt, prompt), *segments)
+        own_kv = tuple(_by_head(cut(x)) for x in (k, v))
+        kvs = ((_by_head(region_k), _by_head(region_v)), *[own_kv] * len(seen))
+        return _by_head(_joined_splash(kernels, C, _by_head(q), kvs, segments))
 
     out = _on_own_part(local, by_head, ids)
     return out.reshape(X, C, -1, *out.shape[2:])[:, :, :T, :, :E].reshape(X, C * T, -1, E)
 
 
-Kernels = tuple[splash.SplashAttentionKernel, splash.SplashAttentionKernel]
+Kernels = tuple[splash.SplashAttentionKernel, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _joined_splash(
     kernels: Kernels, lanes: int, q_XHTE: jax.Array, kvs: Any, ids: Any
 ) -> jax.Array:
-    """One softmax over two sets of keys: those of the region, and (queries cut into ``lanes``)
-    those of the query's own lane. The kernels give away their log-sum-exp, but no gradient of it:
-    both therefore stand under one rule, whose backward pass gives each kernel the joint result."""
+    """One softmax over several sets of keys: those of the region, then (queries cut into ``lanes``)
+    sets of those in the query's own lane. The kernels give away their log-sum-exp, but no gradient
+    of it: all therefore stand under one rule, whose backward pass gives each the joint result."""
     return _joined_forward(kernels, lanes, q_XHTE, kvs, ids)[0]
 
 
 def _joined_forward(kernels, lanes, q, kvs, ids):
-    out_1, (sum_1,) = jax.vmap(kernels[0])(q, *kvs[0], ids[0])
-    out_2, (sum_2,) = jax.vmap(kernels[1])(_cut(q, lanes), *kvs[1], ids[1])
-    out_2, sum_2 = _uncut(out_2, lanes), _uncut(sum_2, lanes)
-    total = jnp.logaddexp(sum_1, sum_2)
-    out = jnp.exp(sum_1 - total)[..., None] * out_1 + jnp.exp(sum_2 - total)[..., None] * out_2
-    out = out.astype(q.dtype)
+    out, (total,) = jax.vmap(kernels[0])(q, *kvs[0], ids[0])
+    parts, cut_q = [(out, total)], _cut(q, lanes)
+    for kernel, kv, own in zip(kernels[1:], kvs[1:], ids[1:], strict=True):
+        out, (sums,) = jax.vmap(kernel)(cut_q, *kv, own)
+        parts.append((_uncut(out, lanes), _uncut(sums, lanes)))
+        total = jnp.logaddexp(total, parts[-1][1])
+    # A set of which a query sees nothing has a log-sum-exp so low that it weighs nothing.
+    out = sum(jnp.exp(sums - total)[..., None] * out for out, sums in parts).astype(q.dtype)
     return out, (kernels, q, kvs, ids, out, total)
 
 
 def _joined_backward(lanes, residuals, d_out):
     kernels, q, kvs, ids, out, total = residuals
-    dq_1, *dkv_1 = _splash_backward(kernels[0], q, kvs[0], ids[0], (out, total, d_out))
-    whole = [_cut(x, lanes) for x in (out, total, d_out)]
-    dq_2, *dkv_2 = _splash_backward(kernels[1], _cut(q, lanes), kvs[1], ids[1], whole)
-    return None, dq_1 + _uncut(dq_2, lanes), (tuple(dkv_1), tuple(dkv_2)), None
+    dq, *dkv = _splash_backward(kernels[0], q, kvs[0], ids[0], (out, total, d_out))
+    whole, cut_q, dkvs = [_cut(x, lanes) for x in (out, total, d_out)], _cut(q, lanes), [tuple(dkv)]
+    for kernel, kv, own in zip(kernels[1:], kvs[1:], ids[1:], strict=True):
+        more, *dkv = _splash_backward(kernel, cut_q, kv, own, whole)
+        dq += _uncut(more, lanes)
+        dkvs.append(tuple(dkv))
+    return None, dq, tuple(dkvs), None
 
 
 _joined_splash.defvjp(_joined_forward, _joined_backward)

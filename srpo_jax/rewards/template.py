@@ -70,9 +70,9 @@ class TokenText:
     """
 
     def __init__(self, token_bytes: Sequence[bytes], eos_ids: Sequence[int] = ()):
-        self._bytes = list(token_bytes)
+        self.token_bytes = list(token_bytes)
         self._eos_ids = np.array(tuple(eos_ids), np.int64)
-        self._lengths = np.array([len(b) for b in self._bytes], np.int64)
+        self._lengths = np.array([len(b) for b in self.token_bytes], np.int64)
 
     def completion(self, token_ids: Sequence[int] | np.ndarray) -> Completion:
         """The completion of sampled ids up to, and without, the first EOS.
@@ -83,9 +83,9 @@ class TokenText:
         ends = np.flatnonzero(np.isin(ids, self._eos_ids))
         if ends.size:
             ids = ids[: ends[0]]
-        known = (ids >= 0) & (ids < len(self._bytes))
+        known = (ids >= 0) & (ids < len(self.token_bytes))
         lengths = np.where(known, self._lengths[np.where(known, ids, 0)], 0)
-        text = b"".join(self._bytes[i] for i in ids[known].tolist())
+        text = b"".join(self.token_bytes[i] for i in ids[known].tolist())
         return Completion(text, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 

@@ -40,6 +40,7 @@ class Sampled:
     features: jax.Array | None
     rollout: Rollout
     idle_share: float = 0.0  # of the sampler's slots and steps
+    forks: int = 1  # samples of a family, one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Generator:
             pad_id=parts.processor.pad_id,
             forbidden_ids=parts.forbidden_ids,
         )
-        self._sampler = Sampler(parts.model, sampling, parts.mesh)
+        text = parts.token_text.token_bytes
+        self._sampler = Sampler(parts.model, sampling, parts.mesh, text)
         self._sampler.between_segments = parts.stop.between_phases
 
     def sample(self, params: Params, loaded: LoadedBatch, *, seed: int, step: int) -> Sampled:
@@ -94,7 +96,8 @@ class Generator:
         fit = relayout(params, parts.mesh, dtype=parts.model.dtype, lora=parts.model.lora)
         rollout = self._sampler.generate(fit, batch, features, keys, seed=seed, step=step)
         idle = self._sampler.idle_share
-        return Sampled(loaded.records, loaded.slots, local, batch, features, rollout, idle)
+        place, forks = (loaded.records, loaded.slots), self._sampler.sampling.forks
+        return Sampled(*place, local, batch, features, rollout, idle, forks)
 
     def encode(self, params: Params, local: Batch) -> tuple[Batch, jax.Array | None]:
         """This process's host arrays -> the global batch and the features of its images."""
@@ -121,6 +124,9 @@ class Generator:
             profile=self._profile,
         )
         group = rollout.completions.shape[1]
+        if self._sampler.sampling.forks > 1:
+            cut_PG = self._sampler.automaton.cuts(rollout.completions, rollout.completion_mask)
+            verdict = dataclasses.replace(verdict, first_end=cut_PG)
         late = "answers were not compared before grading.step_timeout was over"
         ungraded = {at // group for at, one in enumerate(details) if not one["graded"]}
         failures = {int(p): late for p in sampled.slots if p in ungraded}
@@ -201,7 +207,8 @@ def graded_samples(
 
 
 def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
-    """The rows of rollouts/ of one round; a group without a reward says why (``no_reward``).
+    """The rows of rollouts/ of one round; a group without a reward says why (``no_reward``), and
+    with forks samples of equal ``family`` have one first round.
 
     ``images`` are paths as the record gives them, or its ``origin`` where it holds their bytes.
     """
@@ -220,6 +227,7 @@ def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
             "advantage": float(adv_PG[at]),
             "rest_advantage": float(rest_adv_PG[at]),
             "weight": float(one.weight[at[0]]),
+            **({"family": at[1] // one.sampled.forks} if one.sampled.forks > 1 else {}),
             **({"no_reward": failures[at[0]]} if at[0] in failures else {}),
             "question": record.question,
             "choices": list(record.choices),

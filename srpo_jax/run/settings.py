@@ -68,6 +68,12 @@ def grpo_settings(
         raise RunError(
             f"sampling.group_size={group}: an advantage compares at least 2 samples of a prompt"
         )
+    if group < 2 * settings.sampling.forks:
+        raise RunError(
+            f"sampling.forks={settings.sampling.forks}: one first round of "
+            f"sampling.group_size={group} has nothing to be compared with; set "
+            f"--config.sampling.group_size={2 * settings.sampling.forks} or more"
+        )
     # A composite counts quarters of samples.
     parts = group * (4 if settings.filter.on == "composite" else 1)
     if not any(low <= right / parts <= high for right in range(parts + 1)):
@@ -263,6 +269,7 @@ def grpo_config(
         temperature=settings.sampling.temperature,
         forbidden_ids=forbidden_ids,
         length_cap=settings.sampling.max_new_tokens,
+        forks=settings.sampling.forks,
     )
 
 
@@ -271,5 +278,6 @@ def evaluation_sampling(settings: RunSettings) -> SamplingConfig:
     return dataclasses.replace(
         settings.sampling,
         group_size=settings.eval.samples,
+        forks=1,
         temperature=settings.eval.temperature,
     )

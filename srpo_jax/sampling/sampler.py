@@ -12,11 +12,14 @@ All slots write the same physical column (step modulo the window) of their own c
 so that the write is one slice update. A slot sees only the columns that it wrote since its sample
 began, and the window is as long as the oldest sample. Rotary positions are applied before caching,
 hence the physical order does not matter to attention.
+
+With ``forks`` every sample of a family decodes the first round in a slot of its own, on the tokens
+that its leader drew (``forks.py``): where a step costs what its weights cost, the copies are free.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +33,7 @@ from srpo_jax.model.qwen2_5_vl import PROMPT_SEGMENT, bind
 from srpo_jax.model.sharding import batch_sharding, num_data_shards, replicated, to_global
 from srpo_jax.sampling import logits as sampling_logits
 from srpo_jax.sampling import slots as on_device
+from srpo_jax.sampling.forks import CUT, Automaton, follow, of_leader
 from srpo_jax.sampling.schedule import Fill, Move, Places, Schedule
 from srpo_jax.sampling.slots import PER_SLOT, Prompts, Sizes, Slots
 from srpo_jax.structs import Array, Batch, Params, Rollout
@@ -46,11 +50,13 @@ class SamplingConfig:
     looks earlier when it can fill or narrow); ``concurrent_rows`` the rows per data shard whose
     samples are decoded at a time (0: all), which bounds the cache: 2 * layers * kv_heads * head_dim
     * (2 S + G R) numbers per prompt, S instead of 2 S for all. ``forbidden_ids`` are never sampled
-    and have no part in any log-probability.
+    and have no part in any log-probability. ``forks`` samples in a row are a family: to the end of
+    the first answer their tokens and log-probs are those of its first one, then each draws its own.
     """
 
     max_new_tokens: int
     group_size: int = 1
+    forks: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -65,9 +71,13 @@ class SamplingConfig:
         object.__setattr__(self, "eos_ids", tuple(int(i) for i in self.eos_ids))
         forbidden = tuple(sorted({int(i) for i in self.forbidden_ids}))
         object.__setattr__(self, "forbidden_ids", forbidden)
-        for key in ("max_new_tokens", "group_size", "segment"):
+        for key in ("max_new_tokens", "group_size", "forks", "segment"):
             value = getattr(self, key)
             _require(value >= 1, f"{key}: must be at least 1, is {value}")
+        _require(
+            self.group_size % self.forks == 0,
+            f"forks: must divide group_size={self.group_size}, is {self.forks}",
+        )
         object.__setattr__(self, "segment", min(self.segment, self.max_new_tokens))
         rows = self.concurrent_rows
         _require(rows >= 0, f"concurrent_rows: must not be negative (0 is all), is {rows}")
@@ -92,13 +102,24 @@ class Sampler:
     ``idle_share`` is that of the last ``generate``: steps of slots without a live sample.
     """
 
-    def __init__(self, cfg: ModelConfig, sampling: SamplingConfig, mesh: Mesh):
-        """ValueError where an EOS, pad or forbidden id lies outside the vocabulary."""
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        sampling: SamplingConfig,
+        mesh: Mesh,
+        token_bytes: Sequence[bytes] = (),
+    ):
+        """ValueError where an EOS, pad or forbidden id lies outside the vocabulary.
+
+        ``token_bytes`` of every id: where families part (``sampling.forks``); no first answer ever
+        ends without them.
+        """
         size = cfg.text.vocab_size
         ids = {*sampling.eos_ids, sampling.pad_id, *sampling.forbidden_ids}
         outside = sorted(i for i in ids if not 0 <= i < size)
         _require(not outside, f"token ids {outside} lie outside the vocabulary of {size} tokens")
         self.cfg, self.sampling, self.mesh = cfg, sampling, mesh
+        self.automaton = Automaton.of_tokens(token_bytes if sampling.forks > 1 else (), size)
         self.shards, self.idle_share = num_data_shards(mesh), 0.0
         self.between_segments: Callable[[], None] = lambda: None  # may end `generate` by an error
         self._specs = on_device.specs(cfg, mesh)
@@ -159,6 +180,7 @@ class Sampler:
             rows: M where features_MND does not tell; None means one row per data shard.
             limits_PG: int32, this process's part: tokens at which each sample ends, in
                 [1, max_new_tokens]; None: max_new_tokens. With ``eos_ids=()`` nothing else ends it.
+                A family's is that of its first sample.
 
         Returns: Rollout on device, axes [P, G, R], P sharded as in the batch. Log-probs are those
         of ``logits.sample`` and 0 after the end of a sample.
@@ -312,17 +334,25 @@ class Sampler:
             keys_ZG2,
             jnp.zeros(shape, jnp.int32),
         )
+        if limit_ZG is None:
+            limit_ZG = jnp.full(shape, self.sampling.max_new_tokens, jnp.int32)
+        tag_ZG = jnp.full(shape, CUT, jnp.int32)
+        if (forks := self.sampling.forks) > 1:
+            shared = (token_ZG, sample_logp_ZG, policy_logp_ZG, limit_ZG)
+            token_ZG, sample_logp_ZG, policy_logp_ZG, limit_ZG = (
+                of_leader(x, forks) for x in shared
+            )
+            tag_ZG = self.automaton.after(jnp.zeros_like(tag_ZG), token_ZG)
         valid_ZG = jnp.broadcast_to(batch.valid[:, None], shape)
         finished_ZG = self._is_eos(token_ZG) | ~valid_ZG
         length_ZG = valid_ZG.astype(jnp.int32)
-        if limit_ZG is None:
-            limit_ZG = jnp.full(shape, self.sampling.max_new_tokens, jnp.int32)
         first = dict(
             keys=keys_ZG2,
             next_pos=jnp.broadcast_to(batch.next_pos[:, None], shape),
             last=token_ZG,
             length=length_ZG,
             limit=limit_ZG,
+            tag=tag_ZG,
             done=finished_ZG | (length_ZG >= limit_ZG),
             finished=finished_ZG,
             sample_logp=sample_logp_ZG,
@@ -387,10 +417,12 @@ class Sampler:
             slots.step % sight.own_ZJW.shape[-1],
             sight,
         )
-        token_ZJ, sample_logp_ZJ, policy_logp_ZJ = self._sample(
-            model.logits(h_ZJD), slots.keys, slots.length
-        )
-        live_ZJ = ~slots.done
+        drawn = self._sample(model.logits(h_ZJD), slots.keys, slots.length)
+        live_ZJ, tag_ZJ = ~slots.done, slots.tag
+        if (forks := self.sampling.forks) > 1:
+            drawn = follow(drawn, tag_ZJ, sight.place_ZJ, sight.slot_ZCG, forks)
+            tag_ZJ = jnp.where(live_ZJ, self.automaton.after(tag_ZJ, drawn[0]), tag_ZJ)
+        token_ZJ, sample_logp_ZJ, policy_logp_ZJ = drawn
         length_ZJ = slots.length + live_ZJ
         finished_ZJ = slots.finished | (live_ZJ & self._is_eos(token_ZJ))
         slots = dataclasses.replace(
@@ -400,6 +432,7 @@ class Sampler:
             length=length_ZJ,
             done=slots.done | finished_ZJ | (length_ZJ >= slots.limit),
             finished=finished_ZJ,
+            tag=tag_ZJ,
             step=slots.step + 1,
         )
         drawn = dict(completions=token_ZJ, sample_logp=sample_logp_ZJ, policy_logp=policy_logp_ZJ)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from srpo_jax.model.config import ModelConfig
+from srpo_jax.sampling.forks import CUT
 from srpo_jax.sampling.schedule import Fill, Move
 from srpo_jax.structs import Leaf, Rollout
 
@@ -45,12 +46,13 @@ class Slots(Generic[Leaf]):
     limit: Leaf  # [Z, J] int32 tokens at which the sample ends without an EOS
     done: Leaf  # [Z, J] bool
     finished: Leaf  # [Z, J] bool: done by an EOS, or a filler prompt
+    tag: Leaf  # [Z, J] int32 state of `forks.Automaton` after its tokens; CUT without forks
     step: Leaf  # [] int32 tokens decoded so far, of every slot
 
 
 Arrays = tuple[Prompts[jax.Array], Slots[jax.Array], Rollout[jax.Array]]
 Specs = tuple[Prompts[PartitionSpec], Slots[PartitionSpec], Rollout[PartitionSpec]]
-PER_SLOT = ("keys", "next_pos", "last", "length", "limit", "done", "finished")
+PER_SLOT = ("keys", "next_pos", "last", "length", "limit", "done", "finished", "tag")
 
 
 def specs(cfg: ModelConfig, mesh: Mesh) -> Specs:
@@ -94,6 +96,7 @@ def empty(cfg: ModelConfig, pad_id: int, sizes: Sizes) -> Arrays:
         limit=jnp.zeros((Z, J), jnp.int32),
         done=jnp.ones((Z, J), bool),
         finished=jnp.zeros((Z, J), bool),
+        tag=jnp.full((Z, J), CUT, jnp.int32),
         step=jnp.zeros((), jnp.int32),
     )
     rollout = Rollout(
