@@ -191,6 +191,7 @@ class Stage:
     def step(self, state: TrainState, step: int) -> Done:
         """Sample, grade, update, write the rollouts; ``step`` counts those done before."""
         timers = self.parts.timers
+        self.reference.before(step)
         if self.settings.filter.resample:
             lesson = self.resample(state, step)
         else:
