@@ -230,7 +230,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     # What only a benchmark, a judge, "sapo" or a correction for the sampler reads.
     unread = {f"reward.judge.{key}" for key in last.reward.judge if key != "model"}
     unread |= {"eval.scoring", "eval.any_count", "grpo.sapo_negative", "grpo.sapo_positive"}
-    unread |= {"lora.export"}  # nothing is exported
+    unread |= {"lora.export", "grpo.perception_mask"}  # nothing is exported or masked
     assert reads.unread(last) == unread | {"grpo.tis_floor", "grpo.tis_level"}
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
