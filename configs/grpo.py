@@ -155,6 +155,9 @@ def objective() -> ConfigDict:
     update.kl_target = 0.0  # nats a token that kl_coef is adapted to; 0: it stays
     update.ref_every = 0  # steps after which the policy becomes the reference; 0: never
     update.entropy_coef = 0.0
+    update.perception_coef = 0.0  # of the KL to the policy with masked images, raised; 0: off
+    update.perception_mask = 0.6  # share of the patches that are masked
+    update.masked_entropy_coef = 0.0  # as entropy_coef, of the policy with masked images
     update.aggregation = "sequence"  # mean over tokens, then over sequences (R)
     update.mask_truncated = False
     update.tis_cap = 0.0  # cap of the weight against the sampler's probabilities; 0: off

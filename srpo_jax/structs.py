@@ -119,6 +119,9 @@ class Experience(Generic[Leaf]):
     # the old one); None: this is the only update of the rollout.
     old_logp: Leaf | None = None
     ref_logp: Leaf | None = None  # [P, G, R] of the reference; None when kl_coef is 0
+    # Images with masked patches, for ``perception_coef``: their features [M, N/4, D] or, where
+    # ``features`` is None, their patches [M, N, 1176]. None: there are no images, or no such pass.
+    masked: Leaf | None = None
     # [P] float32 coefficient of the KL, where it is adapted; None: as configured.
     kl_coef: Leaf | None = None
     # [P] bool: sampled by an older policy, whose log-probs are those at sampling. None: none is.

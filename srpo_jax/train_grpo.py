@@ -34,8 +34,9 @@ from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.loader import Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
-from srpo_jax.learn.lanes import LaneBudgets, family_runs, pack, pair_cost, slots_and_tokens
+from srpo_jax.learn.lanes import LaneBudgets, pack, pair_cost, slots_and_tokens
 from srpo_jax.learn.optim import Optimizer, make_optimizer, trains_vision
+from srpo_jax.learn.perception import make_mask_step
 from srpo_jax.learn.state import merge_params
 from srpo_jax.learn.steps import GrpoSteps, grpo_update, make_grpo_steps, make_logp_step
 from srpo_jax.model import sharding
@@ -48,6 +49,7 @@ from srpo_jax.run import processes
 from srpo_jax.run.command import main
 from srpo_jax.run.diagnostics import Counts, added_up, counts_of, rates_of
 from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
+from srpo_jax.run.lesson import Lesson, lengths_of, lengths_to_learn
 from srpo_jax.run.metrics import merge_metrics
 from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts, start
@@ -133,17 +135,6 @@ def truncation_note(settings: GrpoSettings) -> str | None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Lesson:
-    """What the updates of a step take: global arrays, and this process's part on the host."""
-
-    experience: Experience
-    local: Experience
-    rounds: list[Round]  # of sampling that it was made from
-    age: np.ndarray  # [P] int32 of this process: how many steps ago each group was sampled
-    dropped: int = 0  # groups of this process that had become too old
-
-
 class Stage:
     """One RL step and what it needs: compiled functions, data, pending groups, the reference."""
 
@@ -179,6 +170,8 @@ class Stage:
         self.generator = Generator(
             parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision, own=own
         )
+        black_X, ratio = parts.processor.black_patch, cfg.perception_mask
+        self.mask_step = watch(make_mask_step(black_X, ratio, mesh=mesh))
         self.told = False  # that a group had no reward
 
     def host_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -191,12 +184,14 @@ class Stage:
     def step(self, state: TrainState, step: int) -> Done:
         """Sample, grade, update, write the rollouts; ``step`` counts those done before."""
         timers = self.parts.timers
+        self.reference.before(step)
         if self.settings.filter.resample:
             lesson = self.resample(state, step)
         else:
             one = self.sample_round(state, step, with_logps=True)
             lesson = Lesson(one.experience, one.local, [one], np.zeros(len(one.weight), np.int32))
         with timers("update"):
+            lesson = self.with_masked(state, lesson, step)
             learned_PG = lengths_to_learn(lesson.local, self.cfg)
             packed = self.pack(lesson.local.batch, learned_PG, update_P=self.update_P)
             state, updates = self.update(state, lesson, packed)
@@ -289,6 +284,21 @@ class Stage:
         if self.reference.params is not None:
             ref_logp = under(merge_params(state, self.reference.params), valid_P)
         return old_logp, ref_logp
+
+    def with_masked(self, state: TrainState, lesson: Lesson, step: int) -> Lesson:
+        """Its images with masked patches beside it, where the objective compares with them."""
+        vision = lesson.local.batch.vision
+        if not self.cfg.perception_coef or vision is None:
+            return lesson
+        with self.parts.guard.step(f"masking, {bucket_of(lesson.local.batch)}"):
+            vision = sharding.to_global(vision, self.parts.mesh)
+            masked = self.mask_step(vision, np.uint32(self.settings.seed), np.int32(step))
+            if self.trains_vision:
+                found = masked.patches
+            else:
+                found = self.parts.encode_step(merge_params(state), masked)
+        experience = dataclasses.replace(lesson.experience, masked=found)
+        return dataclasses.replace(lesson, experience=experience)
 
     # --- lanes ---
 
@@ -430,8 +440,10 @@ class Stage:
 
     def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
         """Tokens sampled and model FLOPs of a step, this process's part."""
-        both = self.parts.model.train_passes  # the update's; log-probs are forward passes
-        flops = both * self.cfg.epochs * self.forward_work(lesson.local.batch, learned_PG)[1]
+        # The update is a forward and a backward pass, log-probs are forward passes.
+        both, views = self.parts.model.train_passes, 1 + bool(self.cfg.perception_coef)
+        updates = both * self.cfg.epochs * views
+        flops = updates * self.forward_work(lesson.local.batch, learned_PG)[1]
         own = 0 if self.cfg.epochs > 1 else 1 / self.cfg.updates_per_rollout
         passes = 1 - own if self.cfg.updates > 1 else 0
         passes += self.reference.params is not None
@@ -441,7 +453,7 @@ class Stage:
             count, sampling = self.forward_work(one.local.batch, lengths_of(one.local))
             vision = self.parts.flops.vision(*vision_work(one.sampled.local))
             tokens += count
-            flops += sampling + vision * (both if self.trains_vision else 1)
+            flops += sampling + vision * views * (both if self.trains_vision else 1)
         return tokens, flops
 
     def forward_work(self, batch: Batch, lengths_PG: np.ndarray) -> tuple[float, float]:
@@ -477,22 +489,6 @@ def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> 
         pair_cost=pair_cost(model.text),
         spread=layout.shards > 1 and not fixed,
     )
-
-
-def lengths_of(local: Experience) -> np.ndarray:
-    """[P, G] tokens of the completions, 0 of fillers."""
-    lengths_PG = np.asarray(local.rollout.completion_mask).sum(-1)
-    return lengths_PG * np.asarray(local.batch.valid)[:, None]
-
-
-def lengths_to_learn(local: Experience, cfg: GrpoConfig) -> np.ndarray:
-    """[P, G] tokens of the completions that have a weight in the update, 0 of all others; or their
-    `family_runs`, where a first round is computed once."""
-    wanted_PG = np.asarray(local.weight)[:, None] != 0
-    if cfg.mask_truncated:
-        wanted_PG = wanted_PG & np.asarray(local.rollout.finished)
-    lengths_PG = lengths_of(local) * wanted_PG
-    return family_runs(lengths_PG, local.verdict.first_end, cfg.forks) if cfg.shares else lengths_PG
 
 
 if __name__ == "__main__":

@@ -237,6 +237,7 @@ def run_grpo(
     ref=None,
     carried=None,
     weight=None,
+    masked=None,
     update=0,
     freeze=state.FREEZE_VISION,
 ):
@@ -251,6 +252,7 @@ def run_grpo(
         carried=carried,
         update=update_of(cfg) if cfg.updates_per_rollout > 1 else None,
         weight=weight,
+        masked=masked,
     )
     at = new_state(freeze=freeze) if at is None else at
     new, metrics = one_update(grpo_steps(cfg, freeze=freeze), cfg, at, experience, update)

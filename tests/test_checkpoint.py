@@ -342,7 +342,7 @@ def test_the_newest_step_whose_update_was_applied_is_kept_and_gone_back_to(tmp_p
     assert steps_on_disk(tmp_path) == [1, 3]
     again = Checkpoints(tmp_path, keep=1)
     assert again.applied_step() == 1
-    assert_same(again.roll_back(checkpoint.abstract(make_state()), 1), make_state(1))
+    assert_same(again.roll_back(checkpoint.abstract(make_state()), 1).state, make_state(1))
     assert steps_on_disk(tmp_path) == [1] and again.best_step() is None
     assert again.save(3, make_state(4), config={}) is True
     assert again.applied_step() == 3

@@ -253,6 +253,12 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
         ({"optim.max_skipped": 0}, "^optim.max_skipped=0: must be at least 1"),
         ({"grpo.clip_high": 0.0}, "^grpo.clip_high=0.0: must be above 0"),
         ({"grpo.dual_clip": 0.5}, "^grpo.dual_clip=0.5: must be above 1, or 0"),
+        ({"grpo.perception_coef": -1.0}, "^grpo.perception_coef=-1.0: must not be negative"),
+        ({"grpo.perception_mask": 1.5}, "^grpo.perception_mask=1.5: must lie between 0 and 1"),
+        (
+            {"grpo.masked_entropy_coef": 0.1},
+            "^grpo.masked_entropy_coef=0.1: no image is masked; set perception_coef above 0",
+        ),
         ({"grpo.ref_every": 9}, "^grpo.ref_every=9: there is no KL; set kl_coef above 0"),
         ({"grpo.kl_target": 0.1}, "^grpo.kl_target=0.1: there is no KL; set kl_coef above 0"),
         ({"filter.max_age": -1}, "^filter.max_age=-1: must not be negative"),

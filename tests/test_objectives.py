@@ -14,6 +14,7 @@ from srpo_jax.learn.objectives import (
     clipped_loss,
     importance_weight,
     kl_estimate,
+    perception_kl,
     ratio_of,
     sapo_loss,
     sequence_ratio,
@@ -206,6 +207,8 @@ DIFFERENTIATED = {
     "k1": lambda x, _: kl_estimate(x, OLD, "k1"),
     "k2": lambda x, _: kl_estimate(x, OLD, "k2"),
     "k3": lambda x, _: kl_estimate(x, OLD, "k3"),
+    "perception": lambda x, _: perception_kl(x, OLD),
+    "perception_masked": lambda x, _: perception_kl(OLD, x),
     "tis": lambda x, at: importance_weight(at, OLD, cap=1.5, samples=SAMPLES) * x,
 }
 

@@ -106,12 +106,32 @@ def grpo_runs(mesh, rows, shards):
     )
 
 
+def perceiving_runs(mesh, rows, shards):
+    """As grpo_runs, beside images their masked counterparts."""
+    other = np.asarray(features()) * 0.5
+    experience = Experience(prompts(), *rollout(), np.asarray(features()), masked=other)
+    experience = repeated(experience, rows)
+    cfg = with_(GRPO, micro_batches=rows, perception_coef=0.5, masked_entropy_coef=-0.2)
+    one = grpo_steps(cfg, ADAM)
+    cfg_many = with_(cfg, micro_batches=rows // shards)
+    many = grpo_steps(cfg_many, ADAM, mesh=mesh)
+    held = (experience.batch, experience.rollout)
+    (every,) = packed(cfg_many, *held, shards=shards, spread=shards % 4 == 0)
+    on_mesh = sharding.to_global((experience, every), mesh)
+    return (
+        lambda now: one_update(one, cfg, now, experience),
+        lambda now: steps.grpo_update(many, now, *on_mesh),
+    )
+
+
 def repeated(tree, rows):
     """Eight shards want eight rows."""
     return jax.tree.map(lambda x: np.concatenate([x, x]), tree) if rows > M else tree
 
 
-@pytest.mark.parametrize("runs", [sft_runs, grpo_runs])
+@pytest.mark.parametrize(
+    "runs", [sft_runs, grpo_runs, pytest.param(perceiving_runs, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "shape",
     [pytest.param(shape, marks=() if shape in QUICK else pytest.mark.slow) for shape in MESHES],

@@ -94,6 +94,31 @@ def assert_bit_identical(one, other):
     assert not different, different
 
 
+def rl_config(paths, folder):
+    """Four steps of stage 2 with all that a checkpoint may have to hold."""
+    (folder / "mine.py").write_text(
+        "def terms(completions, records):\n"
+        "    short = [1 / (1 + len(text)) for text in completions]\n"
+        "    wide = [len(record['images']) for record in records]\n"
+        "    assert not records[0]['id'].endswith('7'), 'no sevens'\n"
+        "    return {'short': short, 'wide': wide}\n"
+    )
+    one = helpers.grpo_config(paths, steps=4, **MESH)
+    one.compilation_cache_dir = paths["cache"]
+    one.optim.lr = 1e-2
+    one.grpo.kl_coef, one.grpo.kl_in_reward = 0.1, True
+    one.grpo.kl_target, one.grpo.ref_every = 0.02, 3
+    one.grpo.updates_per_rollout = 2
+    one.sampling.group_size = 3
+    one.filter.resample = True
+    one.filter.low, one.filter.high = 0.2, 0.8
+    one.checkpoint.every = 2
+    one.reward.function = f"{folder}/mine.py:terms"
+    one.reward.weight = "short=0.5,wide=-0.1"
+    one.reward.workers = 1
+    return one
+
+
 def numbers(workdir, names) -> list[tuple]:
     rows = read_rows(Path(workdir) / "metrics.jsonl", "train")
     return [(row["step"], *(row[name] for name in names)) for row in rows]
@@ -180,28 +205,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     reads = helpers.Reads(monkeypatch, GrpoSettings)
 
     def config():
-        one = helpers.grpo_config(paths, steps=4, **MESH)
-        one.compilation_cache_dir = paths["cache"]
-        one.optim.lr = 1e-2
-        one.grpo.kl_coef, one.grpo.kl_in_reward = 0.1, True
-        one.grpo.kl_target, one.grpo.ref_every = 0.02, 3
-        one.grpo.updates_per_rollout = 2
-        one.sampling.group_size = 3
-        one.filter.resample = True
-        one.filter.low, one.filter.high = 0.2, 0.8
-        one.checkpoint.every = 2
-        one.reward.function = f"{tmp_path}/mine.py:terms"
-        one.reward.weight = "short=0.5,wide=-0.1"
-        one.reward.workers = 1
-        return one
-
-    (tmp_path / "mine.py").write_text(
-        "def terms(completions, records):\n"
-        "    short = [1 / (1 + len(text)) for text in completions]\n"
-        "    wide = [len(record['images']) for record in records]\n"
-        "    assert not records[0]['id'].endswith('7'), 'no sevens'\n"
-        "    return {'short': short, 'wide': wide}\n"
-    )
+        return rl_config(paths, tmp_path)
 
     whole = train_grpo.train(config(), tmp_path / "whole")
     assert whole["finished"] and whole["kl"] > 0 and whole["updates"] == 2
@@ -226,7 +230,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     # What only a benchmark, a judge, "sapo" or a correction for the sampler reads.
     unread = {f"reward.judge.{key}" for key in last.reward.judge if key != "model"}
     unread |= {"eval.scoring", "eval.any_count", "grpo.sapo_negative", "grpo.sapo_positive"}
-    unread |= {"lora.export"}  # nothing is exported
+    unread |= {"lora.export", "grpo.perception_mask"}  # nothing is exported or masked
     assert reads.unread(last) == unread | {"grpo.tis_floor", "grpo.tis_level"}
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
@@ -246,6 +250,40 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
             assert failed or sample["wide"] == 1.0
             assert not (failed and sample["weight"])
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
+
+
+def test_a_run_of_rl_goes_back_to_all_that_the_step_had_begun_with_but_the_data(
+    paths, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
+    config = rl_config(paths, tmp_path)
+    config.steps, config.optim.max_skipped = 5, 2
+    update, seen, asked = train_grpo.Stage.update, [], []
+
+    def watched(self, state, lesson, packed):
+        held = {"state": state, "reference": self.reference.params}
+        seen.append(jax.tree.map(np.array, held) | {"kl_coef": self.reference.kl_coef})
+        asked.append({record.id for one in lesson.rounds for record in one.sampled.records})
+        if len(seen) == 4:  # the step after the one that renewed the reference
+            weight = lesson.experience.weight * jnp.nan
+            experience = dataclasses.replace(lesson.experience, weight=weight)
+            lesson = dataclasses.replace(lesson, experience=experience)
+        return update(self, state, lesson, packed)
+
+    monkeypatch.setattr(train_grpo.Stage, "update", watched)
+    ended = train_grpo.train(config, tmp_path / "run")
+    assert "back to step 2, once, and on with the data after these" in capsys.readouterr().out
+    assert ended["finished"] and ended["step"] == 5 and ended["skipped"] == 0
+    assert ended["update_norm"] > 0 and np.isfinite(ended["loss"])
+
+    begun, again = seen[2], seen[-3]  # the third step, both times
+    assert jax.tree.all(jax.tree.map(np.array_equal, begun, again))
+    assert asked[2] != asked[-3]
+    renewed = seen[3]
+    assert renewed["kl_coef"] != begun["kl_coef"]
+    assert any((renewed["reference"][k] != x).any() for k, x in begun["reference"].items())
+    rows = numbers(tmp_path / "run", ("kl_coef", "update_norm"))
+    assert [row[0] for row in rows] == [1, 2, 3, 4, 5] and all(row[2] > 0 for row in rows)
 
 
 def test_sigterm_from_outside_ends_with_the_code_to_run_again_and_the_command_goes_on(

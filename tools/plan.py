@@ -129,6 +129,7 @@ def abstract_experience(recipe: Recipe, step: GrpoConfig, sampling: SamplingConf
         sample_logp=logp,
         policy_logp=logp,
     )
+    features = array((shapes.rows, merged, width), dtype)
     names = [field.name for field in dataclasses.fields(Verdict) if field.name != "own"]
     fields = {name: array((P, G), jnp.bool_) for name in names}
     numbers = ("stated", "first_tokens", "first_end", "total_tokens")
@@ -138,11 +139,12 @@ def abstract_experience(recipe: Recipe, step: GrpoConfig, sampling: SamplingConf
         batch=dataclasses.replace(abstract_batch(recipe), vision=None),
         rollout=rollout,
         verdict=Verdict(**fields),
-        features=array((shapes.rows, merged, width), dtype),
+        features=features,
         old_logp=logp if step.updates > 1 else None,
         ref_logp=logp if step.needs_reference else None,
         update=array((P,)) if step.updates_per_rollout > 1 else None,
         weight=array((P,), jnp.float32),
+        masked=features if step.perception_coef else None,
     )
 
 

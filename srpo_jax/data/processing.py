@@ -4,6 +4,7 @@
 directory; ``collate`` (from data/batching.py) turns what it returns into one ``Batch``.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -185,6 +186,12 @@ class Processor:
         images = [image if image.mode == "RGB" else to_rgb(image) for image in images]
         out = self.image_processor(images, return_tensors="np")
         return np.asarray(out["pixel_values"], np.float32), np.asarray(out["image_grid_thw"])
+
+    @functools.cached_property
+    def black_patch(self) -> np.ndarray:
+        """[patch_dim] float32: the normalised pixels of a black patch."""
+        side = 2 * self.geometry.patch_size * self.geometry.merge_size
+        return self.images_to_arrays([Image.new("RGB", (side, side))])[0][0]
 
     def _expand(self, text: str, grid: np.ndarray, origin: str) -> str:
         """Repeat the k-th image placeholder once for each merged token of image k."""

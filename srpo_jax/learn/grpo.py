@@ -58,6 +58,10 @@ class Objective:
     kl_target: float = 0.0  # nats a token towards which kl_coef is adapted; 0: it is not
     ref_every: int = 0  # steps after which the policy becomes the reference; 0: never
     entropy_coef: float = 0.0
+    # Of the KL between the policy and itself with masked images, which is raised; 0: no such pass.
+    perception_coef: float = 0.0
+    perception_mask: float = 0.6  # share of an image's patches that are masked
+    masked_entropy_coef: float = 0.0  # as entropy_coef, of the policy with masked images
     aggregation: losses.Aggregation = "sequence"
     mask_truncated: bool = False  # samples cut off by the budget get no gradient
     # Cap of the importance weight against the sampler's log-probs; 0 or None: off.
@@ -70,6 +74,11 @@ class Objective:
         for name in ("kl_target", "ref_every"):
             if (value := getattr(self, name)) and not self.kl_coef:
                 raise ValueError(f"{name}={value}: there is no KL; set kl_coef above 0")
+        if self.masked_entropy_coef and not self.perception_coef:
+            raise ValueError(
+                f"masked_entropy_coef={self.masked_entropy_coef}: no image is masked; set "
+                "perception_coef above 0"
+            )
 
     @property
     def needs_reference(self) -> bool:
@@ -78,9 +87,9 @@ class Objective:
 
     @property
     def by_token(self) -> bool:
-        """Whether what a token adds to the loss does not depend on others of its sample."""
+        """Whether a token's log-prob alone tells what it adds to the loss."""
         whole_sample = self.tis_cap and self.tis_level == "sequence"
-        return self.objective != "gspo" and not whole_sample
+        return self.objective != "gspo" and not whole_sample and not self.perception_coef
 
     @property
     def updates(self) -> int:
@@ -117,9 +126,8 @@ class GrpoConfig(Objective):
     @property
     def head(self) -> HeadConfig:
         """How log-probs are computed."""
-        return HeadConfig(
-            self.logit_chunk, self.temperature, self.forbidden_ids, bool(self.entropy_coef)
-        )
+        learns_entropy = bool(self.entropy_coef or self.masked_entropy_coef)
+        return HeadConfig(self.logit_chunk, self.temperature, self.forbidden_ids, learns_entropy)
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,6 +155,15 @@ class Prepared(Generic[Leaf]):
 
 
 @flax.struct.dataclass
+class Masked:
+    """The same tokens, predicted from prompts with masked images."""
+
+    logp: jax.Array
+    entropy: jax.Array
+    seen: jax.Array  # bool: the prompt has an image
+
+
+@flax.struct.dataclass
 class Tokens:
     """Values of the completion tokens of a micro-batch, all of one shape, and of their samples."""
 
@@ -159,6 +176,7 @@ class Tokens:
     samples: Samples
     on_policy: jax.Array | None = None  # bool: here it is the old one, whatever old_logp says
     kl_coef: jax.Array | None = None  # where it is adapted; None: as configured
+    masked: Masked | None = None  # where perception_coef asks for it
 
 
 def prepare(cfg: GrpoConfig, experience: Experience, update: jax.Array | int = 0) -> Prepared:
@@ -312,6 +330,14 @@ def policy_loss(
             loss = loss + losses.aggregate(coef * per_token["kl"], weight)
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * losses.aggregate(entropy, weight)
+    if tokens.masked is not None:
+        seen, masked = tokens.masked.seen, tokens.masked
+        kl = objectives.perception_kl(logp, masked.logp)
+        per_token["perception/kl"] = jnp.where(seen, kl, 0.0)
+        per_token["perception/entropy"] = jnp.where(seen, masked.entropy, 0.0)
+        gain = cfg.perception_coef * kl + cfg.masked_entropy_coef * masked.entropy
+        parts["loss/perception"] = -losses.aggregate(gain, jnp.where(seen, weight, 0.0))
+        loss = loss + parts["loss/perception"]
     counted = weight != 0
     aux = {
         "parts": parts | {"loss": loss},
@@ -366,7 +392,10 @@ def no_aux(cfg: GrpoConfig) -> Aux:
     nothing = jnp.zeros((1, 1), jnp.float32)
     ref_logp = nothing if cfg.needs_reference else None
     samples = Samples(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), bool), number=1)
-    tokens = Tokens(*(nothing,) * 4, old_logp=None, ref_logp=ref_logp, samples=samples)
+    masked = Masked(nothing, nothing, nothing > 0) if cfg.perception_coef else None
+    tokens = Tokens(
+        *(nothing,) * 4, old_logp=None, ref_logp=ref_logp, samples=samples, masked=masked
+    )
     return policy_loss(cfg, nothing, nothing, tokens)[1]
 
 

@@ -125,6 +125,15 @@ def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: KlKind = "k3") -> ja
     raise ValueError(f"kl kind must be k1, k2, k3 or k3+, not {kind!r}")
 
 
+MAX_PERCEPTION = 10.0  # nats: what is maximised needs a bound, this is that of PAPO's code
+
+
+def perception_kl(logp: jax.Array, masked_logp: jax.Array) -> jax.Array:
+    """Per-token k3 estimate of KL(policy || the same policy with masked images), to be raised
+    (PAPO, arXiv 2507.06448); from 10 nats on without a gradient."""
+    return jnp.minimum(kl_estimate(logp, masked_logp, "k3"), MAX_PERCEPTION)
+
+
 def importance_weight(
     old_logp: jax.Array,
     sample_logp: jax.Array,

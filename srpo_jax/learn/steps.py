@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from srpo_jax.learn import grpo, losses, optim
 from srpo_jax.learn.advantages import families
-from srpo_jax.learn.grpo import GrpoConfig, Prepared, Tokens
+from srpo_jax.learn.grpo import GrpoConfig, Masked, Prepared, Tokens
 from srpo_jax.learn.head import (
     HeadConfig,
     TokenLoss,
@@ -56,6 +56,7 @@ from srpo_jax.learn.micro_batches import (
 )
 from srpo_jax.learn.objectives import Samples
 from srpo_jax.learn.optim import Optimizer
+from srpo_jax.learn.perception import side_by_side, views_of
 from srpo_jax.learn.state import FREEZE_VISION, abstract_state
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
@@ -263,19 +264,32 @@ def make_grpo_steps(
     ) -> Total:
         _check_features(state.params, experience.features)
         batch = without_vision(experience.batch, experience.features)
+        joint = side_by_side(experience.features, experience.masked)
+        masked = experience.masked if joint is None else None
         old = (experience.old_logp, experience.carried, experience.kl_coef)
-        rest = (experience.rollout, _by_sample(ready), experience.ref_logp, old)
-        batch, features, rest = _own_part((batch, experience.features, rest), lanes, cfg)
-        rollout, of_sample, ref_logp, (old_logp, carried_P, kl_coef_P) = rest
+        rest = (experience.rollout, _by_sample(ready), experience.ref_logp, old, masked)
+        batch, joint, rest = _own_part((batch, joint, rest), lanes, cfg)
+        rollout, of_sample, ref_logp, (old_logp, carried_P, kl_coef_P), masked = rest
+        perceives = bool(cfg.perception_coef)
+        view, other_view = views_of(batch, joint, masked, on=perceives)
         weight_PG, on_policy_PG = of_sample["weight"], of_sample["on_policy"]
         weigh = functools.partial(_token_weights, of_sample, lanes.run is not None, cfg.forks)
         in_lanes = lambda x_PG: take_in_rows(x_PG.reshape(-1), lanes.sample, len(lanes.row))  # noqa: E731
         wanted_XCT = (lanes.sample >= 0) & (weigh(in_lanes, lanes.sample_at) != 0)
 
+        def of_masked(model: Qwen2_5_VL, picked: Picked) -> Masked:
+            has_image_P = (batch.vision_src >= 0).any(1)
+            seen_MY = picked.of_prompts(has_image_P, weight_PG)
+            if other_view is None:
+                nothing_MY = jnp.zeros(seen_MY.shape, jnp.float32)
+                return Masked(nothing_MY, nothing_MY, seen_MY)
+            states, targets, _ = _lane_states(model, (*other_view, rollout), lanes, wanted_XCT)
+            found = model_token_logps(model, states, targets, cfg.head, picked.count)
+            return Masked(*found, seen_MY)
+
         def loss_fn(params: Params):
             model = bind(model_cfg, {**state.frozen, **params})
-            data = (batch, features, rollout)
-            h_MYD, targets_MY, picked = _lane_states(model, data, lanes, wanted_XCT)
+            h_MYD, targets_MY, picked = _lane_states(model, (*view, rollout), lanes, wanted_XCT)
             after_MY = picked.at_MY >= picked.of_samples(of_sample["first_end"])
             adv, later = (picked.of_samples(of_sample[name]) for name in ("adv", "rest_adv"))
             old_MY, on_policy_MY = _old_logp(rollout, old_logp, carried_P, on_policy_PG, picked)
@@ -291,6 +305,7 @@ def make_grpo_steps(
                     picked.sample_MY, picked.wanted_MY, weight_PG.size // len(lanes.row)
                 ),
                 kl_coef=None if kl_coef_P is None else picked.of_prompts(kl_coef_P, weight_PG),
+                masked=of_masked(model, picked) if perceives else None,
             )
             if cfg.by_token:
                 return model_token_loss(model, h_MYD, targets_MY, tokens, loss, picked.count)

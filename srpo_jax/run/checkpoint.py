@@ -256,18 +256,18 @@ class Checkpoints:
         self.wait()
         return processes.gather(self._applied.step(steps_in(self.folder)))[0]
 
-    def roll_back(self, like: TrainState, step: int) -> TrainState:
-        """The state of a step, into ``like``; the steps after it are deleted (collective).
+    def roll_back(self, like: TrainState, step: int) -> Restored:
+        """A step, its state into ``like``; the steps after it are deleted (collective).
 
         Raises as `restore`, except that no other step is sought.
         """
-        state = _restore(self.folder / str(step), like, lambda meta: None).state
+        got = _restore(self.folder / str(step), like, lambda meta: None)
         for later in processes.gather(sorted(steps_in(self.folder)))[0]:
             if later > step:
                 with self._writing():
                     self._manager.delete(later)
                 self._forget(later)
-        return state
+        return got
 
     def check(self) -> None:
         """Between two steps, without waiting: CheckpointError where a save has failed."""

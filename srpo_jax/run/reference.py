@@ -28,11 +28,28 @@ class Reference:
     def __init__(self, settings: GrpoSettings, parts: Parts, cfg: GrpoConfig, run: Session):
         """As the run left them, or as it begins; ``params`` is None where there is no KL."""
         self._settings, self._parts, self._cfg, self._run = settings, parts, cfg, run
-        self.kl_coef = float(run.host.get("kl_coef", cfg.kl_coef))
+        self._begin()
         self.params = self._load() if cfg.needs_reference else None
+
+    def _begin(self) -> None:
+        """The coefficient of the run's present step, which it is then of."""
+        self._step = self._run.step
+        self.kl_coef = float(self._run.host.get("kl_coef", self._cfg.kl_coef))
+
+    def before(self, step: int) -> None:
+        """As it was after ``step``, before the next one: a run may have gone back to it."""
+        if step == self._step:
+            return
+        since = self._since(self._step)
+        self._begin()
+        if self.params is not None and self._since(step) != since:
+            self.params = None  # two need not be held at a time
+            with self._parts.timers.outside():
+                self.params = self._load()
 
     def follow(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
         """Log the coefficient of ``step``; it and the weights as they are afterwards."""
+        self._step = step
         if self._cfg.needs_reference:
             metrics["kl_coef"] = self.kl_coef
         if self._cfg.kl_target:

@@ -48,7 +48,8 @@ class Session:
     Attributes:
         state: the train state, fresh or restored, after ``step`` steps.
         step: steps done; 0 for a fresh run.
-        host, arrays: what the restored checkpoint holds for this process; empty for a fresh run.
+        host, arrays: what the checkpoint that was restored or gone back to holds for this process;
+            empty for a fresh run.
         origin: where the initial weights are from (the reference model's, when there is one).
         base: what checkpoints say of frozen weights that they do not hold (with adapters).
     """
@@ -253,7 +254,8 @@ class Session:
         self._checkpoints.wait()
         for leaf in jax.tree.leaves(held):  # there is no room for two
             leaf.delete()
-        self.state, self.step = self._checkpoints.roll_back(like, target), target
+        got = self._checkpoints.roll_back(like, target)
+        self.state, self.step, self.host, self.arrays = got.state, target, got.host, got.arrays
         if self._parts.model.lora:
             self.state = dataclasses.replace(self.state, frozen=frozen)
         self._rolled_back, self._unseen = True, None

@@ -111,7 +111,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
         "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor lora.rank "
         "reward.judge.max_calls grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every "
-        "grpo.adv_eps filter.max_age eval.temperature checkpoint.grace_seconds",
+        "grpo.adv_eps grpo.perception_coef filter.max_age eval.temperature "
+        "checkpoint.grace_seconds",
         lambda value: value is None or 0 <= value < math.inf,
         "must not be negative or infinite",
     ),
@@ -132,7 +133,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "grading.tolerance filter.low filter.high data.max_bad_share optim.warmup_ratio "
-        "optim.final_fraction",
+        "optim.final_fraction grpo.perception_mask",
         lambda value: 0 <= value <= 1,
         "must lie between 0 and 1",
     ),
@@ -143,7 +144,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("seed", lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32"),
     (
-        "grpo.entropy_coef reward.judge.weight reward.judge.temperature",
+        "grpo.entropy_coef grpo.masked_entropy_coef reward.judge.weight reward.judge.temperature",
         math.isfinite,
         "must be a number",
     ),

@@ -86,9 +86,11 @@ def _grpo(
     of_layers = cost.flops.text(prompts_P)
     rest = cost.flops.text(lengths_PG, prompts_P[:, None], head_tokens=lengths_PG.sum())
     passes = sum(some.sum() for some in before) / max((update_P >= 0).sum(), 1)
+    # A pass over masked images, where the objective compares with it, costs as much as the other.
+    views = 1 + bool(step.perception_coef)
     lanes = lambda held, passes: tuple(_of_lanes(cost, step, x, passes) for x in held if x)  # noqa: E731
     phases = [
-        _encode(recipe, cost, prompts_P),
+        _encode(recipe, cost, prompts_P, views),
         _relayout(recipe, cost),
         Phase("prefill", of_layers, (_times(sampled.prefills, cost.prefill(budget[1])),)),
         Phase("decode_segment", rest, _decode(cost, sampled, cached)),
@@ -96,8 +98,8 @@ def _grpo(
         Phase("logp_step", passes * (of_layers + rest), lanes(itertools.chain(*logps), Passes())),
         Phase(
             "accumulate",
-            recipe.model.train_passes * step.epochs * (of_layers + rest),
-            lanes(packed * step.epochs, _training(recipe)),
+            recipe.model.train_passes * step.epochs * views * (of_layers + rest),
+            lanes(packed * step.epochs * views, _training(recipe)),
         ),
         Phase("apply", 0.0, (_times(step.updates, _apply(recipe)),)),
     ]
@@ -177,8 +179,9 @@ def _times(calls: float, piece: Piece) -> Piece:
     return dataclasses.replace(piece, calls=calls)
 
 
-def _encode(recipe: Recipe, cost: Cost, lengths_B: np.ndarray) -> Phase:
-    """The tower, at the largest patch budget; with its backward pass where it is trained."""
+def _encode(recipe: Recipe, cost: Cost, lengths_B: np.ndarray, views: int = 1) -> Phase:
+    """The tower, at the largest patch budget, of each view of the images; with its backward pass
+    where it is trained."""
     vision, shapes = recipe.model.vision, recipe.shapes
     patches_B = lengths_B * IMAGE_SHARE * vision.merge_unit
     window = vision.window_slots
@@ -188,7 +191,8 @@ def _encode(recipe: Recipe, cost: Cost, lengths_B: np.ndarray) -> Phase:
     trained = trains_vision(abstract_params(recipe.model), recipe.freeze)
     once = cost.vision(shapes.rows, shapes.patches, window)
     again = [cost.vision(shapes.rows, shapes.patches, window, 4)] if trained else []
-    return Phase("encode", useful * (recipe.model.train_passes if trained else 1), (once, *again))
+    passes = views * (recipe.model.train_passes if trained else 1)
+    return Phase("encode", useful * passes, (once, *again) * views)
 
 
 def _relayout(recipe: Recipe, cost: Cost) -> Phase:
