@@ -1,6 +1,7 @@
 """The estimate of a step's time: what is counted, by hand, and that it follows what it assumes."""
 
 import argparse
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -107,8 +108,37 @@ def test_a_step_of_full_lengths_by_hand():
     assert found["apply"].calls == 2
 
 
-def vars_of(piece: Piece) -> tuple[float, float]:
-    return piece.flops, piece.memory
+def vars_of(piece: Piece) -> tuple[float, ...]:
+    return dataclasses.astuple(piece)[1:]
+
+
+def test_what_devices_exchange_by_hand():
+    cost = Cost.of(MODEL, sharding.make_mesh(2, 2, 2), trained=1000)
+    train, weights = roofline.TRAIN["block"], 2 * (ENTRIES + 1600) / 2  # bfloat16, over tensor
+    piece = cost.text(tokens=80, pairs=1000, head_tokens=24, passes=train)
+    # Weights collected for two passes, their gradients scattered; sums over data of float32.
+    assert piece.links == 3 * weights + 2 * 4 * 1000 / 4 and piece.network == 0
+    # Of a layer five sums of a shard's 20 tokens, each sent about twice.
+    assert (piece.sums, piece.summed) == (2 * 5, 2 * 5 * 20 * 2 * 16 * 2)
+    assert cost.decode(6, 5, (3, 2, 7)).summed == 2 * 2 * 6 * 2 * 16 * 2
+    alone = Cost.of(MODEL, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), trained=1000)
+    piece = alone.text(80, 1000, 24, train)
+    assert piece.links == piece.network == piece.summed == 0
+
+
+@pytest.mark.parametrize(
+    ("across", "links", "network"), [("", 17, 0), ("data", 7, 10), ("all", 0, 17)]
+)
+def test_what_crosses_slices_takes_the_network(across, links, network):
+    cost = dataclasses.replace(Cost.of(MODEL, sharding.make_mesh(2, 4, 1)), across=across)
+    piece = cost.exchanged(Piece(1, 1.0, 1.0), 7.0, 10.0)
+    assert (piece.links, piece.network) == (links, network)
+    slow = Rates(1e9, 1e9, 1e9, 1.0)
+    assert piece.seconds(slow)[0] == (network or pytest.approx(0, abs=1e-6))
+
+
+def test_steps_cost_hours_of_all_devices():
+    assert step_time.cost(36.0, devices=8, price_per_hour=2.5) == 10 * 8 * 2.5
 
 
 def test_useful_flops_are_those_of_trainings_own_utilisation():
@@ -169,9 +199,11 @@ def test_sft_computes_the_rows_that_packing_leaves():
 
 def test_collected_bytes_are_counted_for_the_programs_that_were_compiled():
     found = step_time.estimate(recipe_of(), None, None)
-    linked = phases_of(step_time.with_links(found, {"accumulate": 7.0}))
+    before = phases_of(found)
+    piece = before["accumulate"].pieces[0]
+    linked = phases_of(step_time.with_links(found, {"accumulate": piece.summed + 7.0}))
     assert linked["accumulate"].total("links") == 7.0 * linked["accumulate"].calls
-    assert linked["logp_step"].total("links") == 0
+    assert linked["logp_step"] == before["logp_step"]
     lines = list(step_time.table(found, Rates(1e9, 1e9, 1e9), 1e9, 8))
     assert "tokens/s a device" in lines[-1] and "idle slots" in lines[0]
 

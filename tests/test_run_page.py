@@ -1,17 +1,22 @@
 """The page of a training run: what stands in its data, and that model text stays text."""
 
 import base64
+import contextlib
 import gzip
 import json
 import re
+import threading
+from http.client import HTTPConnection
 from pathlib import Path
 
+import jax
 import pytest
 from page_helpers import EVIL, Page
 from PIL import Image
 
 from srpo_jax.data.files import write_jsonl
 from srpo_jax.report import curves, health, rollouts, run_page
+from srpo_jax.run.metrics import MetricWriter
 from srpo_jax.run.stored import FORMAT
 from srpo_jax.structs import RunError
 from tools import report
@@ -399,3 +404,69 @@ def test_the_command_writes_the_page_beside_the_run(tmp_path, capsys):
     assert data_of(html, "picture-0")["image_fault"] == "data.jsonl:1 is not there"
     with pytest.raises(SystemExit):
         parser.parse_args(["--workdir", "x", "--images", "-1"])
+
+
+# --- versions, and the page while a run goes on --------------------------------------------------
+
+
+def test_a_run_says_what_it_ran_with_and_the_page_shows_it(tmp_path):
+    MetricWriter(tmp_path / "a", total_steps=1, tensorboard=False).close()
+    run = run_page.read(tmp_path / "a")
+    assert run.versions["jax"] == jax.__version__ and run.versions["srpo_jax"]
+    assert run.versions["devices"] == f"{jax.device_count()} x cpu"
+    html = run_page.page([run, run_of(tmp_path / "old", metric_rows(1))])
+    assert f"<td>jaxlib</td><td>{run.versions['jaxlib']}</td><td>–</td>" in html
+    assert "<h2>Versions</h2>" not in run_page.page([run_of(tmp_path / "older", [])])
+
+
+@pytest.fixture
+def ask():
+    """-> status, headers and text of what a server of a page says to a request."""
+    stop = contextlib.ExitStack()
+
+    def open_at(page):
+        server = stop.enter_context(report.make_server(page, 0))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stop.callback(server.shutdown)
+
+        def get(path="/", **headers):
+            link = HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+            stop.callback(link.close)
+            link.request("GET", path, headers=headers)
+            answer = link.getresponse()
+            return answer.status, dict(answer.headers), answer.read().decode()
+
+        return get
+
+    with stop:
+        yield open_at
+
+
+def test_a_served_page_is_new_and_comes_anew(tmp_path, ask):
+    run_of(tmp_path / "a", metric_rows(2))
+    args = report.make_parser().parse_args(["--workdir", str(tmp_path / "a"), "--serve"])
+    get = ask(lambda: report.current(args))
+    status, headers, text = get()
+    assert status == 200 and data_of(text)["axes"] == [[0, 1]]
+    assert headers["Refresh"] == str(report.REFRESH) and "charset=utf-8" in headers["Content-Type"]
+    run_of(tmp_path / "a", metric_rows(3))
+    assert data_of(get()[2])["axes"] == [[0, 1, 2]]
+
+
+def test_nothing_but_the_page_is_served_and_only_to_this_machine(ask):
+    get = ask(lambda: "page")
+    assert get()[0] == get(Host="localhost:1")[0] == 200
+    assert get("/metrics.jsonl")[0] == get("/../x")[0] == get(Host="elsewhere.org")[0] == 404
+
+
+def test_a_folder_that_cannot_be_read_just_now_is_told_and_tried_again(ask):
+    pages = iter([OSError("no such file"), "page"])
+
+    def page():
+        found = next(pages)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    get = ask(page)
+    assert get()[0] == 503 and get()[2] == "page"

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from srpo_jax.data.files import AnyPath, absolute
+from srpo_jax.data.hf_folder import read_json
 from srpo_jax.report import curves, rollouts
 from srpo_jax.report.health import findings
 from srpo_jax.report.html import render
 from srpo_jax.report.rollouts import Pictures
 from srpo_jax.report.table import HEAD, rate_rows
-from srpo_jax.run.metrics import read_rows
+from srpo_jax.run.metrics import VERSIONS, read_rows
 from srpo_jax.run.resume import flat_config
 from srpo_jax.run.stored import CheckpointError, read_meta, steps_in
 from srpo_jax.structs import RunError
@@ -36,6 +37,7 @@ class Run:
     rows: Sequence[Mapping[str, Any]] = field(default=(), repr=False)  # of metrics.jsonl
     config: Config = field(default_factory=dict)  # of its newest checkpoint, nested; {}: none yet
     origin: str = ""  # of its first weights
+    versions: Mapping[str, str] = field(default_factory=dict)  # what its last start ran with
 
 
 def read(folder: AnyPath) -> Run:
@@ -48,7 +50,8 @@ def read(folder: AnyPath) -> Run:
         )
     meta = _newest_meta(path / "checkpoints")
     rows = read_rows(path / "metrics.jsonl")
-    return Run(str(path), rows, meta.get("config", {}), meta.get("origin", ""))
+    versions = read_json(path / VERSIONS)
+    return Run(str(path), rows, meta.get("config", {}), meta.get("origin", ""), versions)
 
 
 def _newest_meta(folder: Any) -> dict[str, Any]:
@@ -99,7 +102,14 @@ def page(
         thinned=curves.MAX_POINTS if long else None,
         packed=packed,
         keys=keys([run.config for run in runs], recipe),
+        versions=_versions(runs),
     )
+
+
+def _versions(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(what, in each run) of what the runs say that they ran with."""
+    names = dict.fromkeys(name for run in runs for name in run.versions)
+    return [(name, [run.versions.get(name, NO_KEY) for run in runs]) for name in names]
 
 
 def _evaluations(named: Mapping[str, Run]) -> dict[str, Mapping[str, Any]]:

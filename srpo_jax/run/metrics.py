@@ -5,17 +5,22 @@ import dataclasses
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from srpo_jax.data.files import AnyPath, Growing, on_bucket, read_jsonl, write_text
+from srpo_jax import __version__
+from srpo_jax.data.files import AnyPath, Growing, on_bucket, read_jsonl, write_json, write_text
 
 # Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
 # The first match counts, so longer names stand before those they contain.
@@ -32,6 +37,8 @@ PEAK_FLOPS = (
     ("H100", 989e12),
     ("A100", 312e12),
 )
+
+VERSIONS = "versions.json"  # of what the last start of a run ran with
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -60,6 +67,7 @@ class MetricWriter:
         if not self._on:
             return
         folder = epath.Path(workdir)
+        write_json(folder / VERSIONS, versions())
         path = folder / "metrics.jsonl"
         self.run = 1 + _last_run(path.read_text() if path.exists() else "")
         self._file = Growing(path)
@@ -123,6 +131,21 @@ class MetricWriter:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+
+
+def versions() -> dict[str, str]:
+    """What a run runs with: this package, its git commit in a checkout, jax, Python, devices."""
+    found = {"srpo_jax": __version__}
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+            found["commit"] = done.stdout.strip()
+    found |= {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    found["python"] = platform.python_version()
+    found["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return found
 
 
 def _open_wandb(project: str, folder: epath.Path, config: Mapping[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """Seconds of a program from what it computes and moves, and a machine's rates (a roofline).
 
-Everything here is per device. A call takes as long as the slowest of its three: FLOPs, bytes to and
-from memory, bytes to other devices; the other two are taken to be hidden behind it.
+Everything here is per device. A call takes as long as the slowest of its four: FLOPs, bytes to and
+from memory, bytes to other devices, bytes to other slices; the rest is taken to be hidden behind
+it. Sums over tensor hide nothing behind themselves: they come on top.
 """
 
 import dataclasses
@@ -17,33 +18,42 @@ from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sharding import num_data_shards
 from srpo_jax.run.metrics import ModelFlops
 
-LIMITS = ("matmul", "memory", "links")  # what may bind, in the order of `Piece`
+LIMITS = ("matmul", "memory", "links", "network")  # what may bind, in the order of `Piece`
 LOGIT_BYTES = 2 * 4  # of a logit in a pass: float32, written and read
+SUM_SECONDS = 1e-5  # that a sum over tensor takes at least, however small
 DRAW_BYTES = 4 * 4  # of a logit that is drawn from: written, and read for maximum, sums and choice
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a device reaches: FLOP/s, bytes/s of its memory, bytes/s to other devices."""
+    """What a device reaches: FLOP/s, bytes/s of its memory, to other devices, to other slices."""
 
     flops: float
     memory: float
     links: float
+    network: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Calls of one shape: of each the FLOPs, and the bytes moved in memory and between devices."""
+    """Calls of one shape: of each the FLOPs, the bytes moved in memory, between devices and between
+    slices; sums over tensor and their bytes."""
 
     calls: float
     flops: float
     memory: float
     links: float = 0.0
+    network: float = 0.0
+    sums: float = 0.0
+    summed: float = 0.0
 
     def seconds(self, rates: Rates) -> tuple[float, str]:
         """Of all its calls, and which of LIMITS binds."""
-        need = (self.flops / rates.flops, self.memory / rates.memory, self.links / rates.links)
-        return self.calls * max(need), LIMITS[need.index(max(need))]
+        names = ("flops", "memory", "links", "network")
+        need = [getattr(self, name) / getattr(rates, name) for name in names]
+        on_top = self.summed / rates.links + self.sums * SUM_SECONDS
+        limit = LIMITS[need.index(max(need))] if max(need) >= on_top else "links"
+        return self.calls * (max(need) + on_top), limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +89,16 @@ class Passes:
     products: float = 1  # of the layers, with their weights
     pairs: float = 1  # of attention
     head: float = 1
+    collected: float = 1  # weights, over fsdp: once a pass, and gradients once
+    sums: float = 2  # results of a layer, over tensor: attention's and the mlp's
+    gradients: float = 0  # of all that is trained, summed over data
 
 
 # Forward, and backward for inputs and weights; under remat what is not kept once more. The head is
-# always recomputed.
-TRAIN = {"none": Passes(3, 3, 4), "block": Passes(4, 4, 4)}
-TRAIN_OTHERS = Passes(3, 4, 4)  # products are kept, attention is not
+# always recomputed; the last sum of a layer is not.
+TRAIN = {"none": Passes(3, 3, 4, 3, 4, 1), "block": Passes(4, 4, 4, 3, 5, 1)}
+TRAIN["offload"] = TRAIN["block"]
+TRAIN_OTHERS = Passes(3, 4, 4, 3, 4, 1)  # products are kept, attention is not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +115,22 @@ class Cost:
     cache_bytes: float  # keys and values of a token on one device
     tower: float  # bytes of the vision tower's matrices, whole
     patch_bytes: float  # inputs and results of the blocks' products, per patch
+    fsdp: int
+    across: str  # "": one slice; "data": that axis crosses slices; "all": fsdp does too
+    depth: int  # layers whose results are summed over tensor; 0: there is no such axis
+    sum_bytes: float  # of a token in such a sum
+    gradient_bytes: float  # float32 of what is trained, on one device, for a sum over data
 
     @classmethod
-    def of(cls, model: ModelConfig, mesh: Mesh) -> "Cost":
-        """From shapes alone."""
+    def of(cls, model: ModelConfig, mesh: Mesh, trained: int = 0) -> "Cost":
+        """From shapes alone. ``trained``: number of parameters with a gradient."""
         shapes, text, tensor = abstract_params(model), model.text, mesh.shape["tensor"]
         item = jnp.dtype(model.dtype).itemsize
         kv_parts = tensor if text.num_key_value_heads % tensor == 0 else 1
         kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+        slices = len({getattr(device, "slice_index", None) for device in mesh.devices.flat})
+        apart = "all" if mesh.shape["data"] % slices else "data"
+        parts = mesh.shape["fsdp"] * tensor
         return cls(
             flops=ModelFlops.of(shapes, len(model.vision.fullatt_block_indexes)),
             shards=num_data_shards(mesh),
@@ -120,7 +142,25 @@ class Cost:
             cache_bytes=item * kv / kv_parts,
             tower=item * _size(shapes, "vision/"),
             patch_bytes=item * _in_and_out(shapes, "vision/blocks/", model.vision.hidden_size),
+            fsdp=mesh.shape["fsdp"],
+            across=apart if slices > 1 else "",
+            depth=text.num_hidden_layers if tensor > 1 else 0,
+            sum_bytes=2 * text.hidden_size * item,  # an all-reduce sends about twice its operand
+            gradient_bytes=2 * 4 * trained / parts if mesh.shape["data"] > 1 else 0.0,
         )
+
+    def exchanged(self, piece: Piece, weights: float, gradients: float = 0.0) -> Piece:
+        """``piece`` with bytes of weights collected over fsdp and of gradients summed over data."""
+        fast, slow = (weights if self.fsdp > 1 else 0.0), gradients
+        if self.across != "data":
+            fast, slow = fast + slow, 0.0
+        fast, slow = (0.0, fast) if self.across == "all" else (fast, slow)
+        return dataclasses.replace(piece, links=fast, network=slow)
+
+    def summed(self, piece: Piece, tokens: float, sums: float) -> Piece:
+        """``piece`` with so many sums over tensor in each layer, of a device's tokens."""
+        sums *= self.depth
+        return dataclasses.replace(piece, sums=sums, summed=sums * tokens * self.sum_bytes)
 
     # Its numbers of tokens are of all data shards, and head_tokens may differ from tokens.
     def text(
@@ -138,13 +178,17 @@ class Cost:
         memory += 2 * passes.products * self.layers / self.tensor
         memory += passes.head * head_tokens * self.vocabulary * LOGIT_BYTES / parts
         memory += 2 * passes.head * self.head / self.tensor if head_tokens else 0.0
-        return Piece(1, flops / parts, memory)
+        weights = self.layers + (self.head if head_tokens else 0.0)
+        collected, gradients = passes.collected * weights / self.tensor, passes.gradients
+        piece = self.summed(Piece(1, flops / parts, memory), tokens / self.shards, passes.sums)
+        return self.exchanged(piece, collected, gradients * self.gradient_bytes)
 
     def prefill(self, tokens: int) -> Piece:
         """One call: a prompt of every data shard, each query with all keys of its budget."""
         flops = tokens * self.flops.text_token + tokens**2 * self.flops.text_pair
         memory = self.layers + self.head + tokens * self.token_bytes
-        return Piece(1, (flops + self.flops.head_token) / self.tensor, memory / self.tensor)
+        piece = Piece(1, (flops + self.flops.head_token) / self.tensor, memory / self.tensor)
+        return self.summed(piece, tokens, Passes().sums)
 
     def decode(self, slots: int, window: int, cached: tuple[int, int, int]) -> Piece:
         """One token of every slot of a data shard: all weights, all prompt caches once, the window
@@ -155,7 +199,8 @@ class Cost:
         flops += pairs * self.flops.text_pair
         memory = self.layers + self.head + slots * self.vocabulary * DRAW_BYTES
         caches = (rows * tokens + slots * window) * self.cache_bytes
-        return Piece(1, flops / self.tensor, memory / self.tensor + caches)
+        piece = Piece(1, flops / self.tensor, memory / self.tensor + caches)
+        return self.summed(piece, slots, Passes().sums)
 
     def vision(self, rows: int, patches: int, window: int, passes: float = 1) -> Piece:
         """One call: the tower over all rows, every patch slot of a row with every other."""
@@ -164,7 +209,8 @@ class Cost:
         parts = self.shards * self.tensor
         weights = 2 * (rows / self.shards) * self.tower / self.tensor
         memory = slots * self.patch_bytes / parts + weights
-        return Piece(1, passes * flops / parts, passes * memory)
+        piece = Piece(1, passes * flops / parts, passes * memory)
+        return self.exchanged(piece, passes * self.tower / self.tensor)
 
 
 def _size(shapes: Mapping[str, Any], prefix: str) -> int:

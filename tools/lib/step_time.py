@@ -62,7 +62,7 @@ def _grpo(
     budgets: LaneBudgets,
     assumed: tuple[Lengths | None, Lengths | None],
 ) -> Estimate:
-    cost, rng, layout = Cost.of(recipe.model, recipe.mesh), np.random.default_rng(0), budgets.layout
+    cost, rng, layout = _cost(recipe), np.random.default_rng(0), budgets.layout
     budget = (sampling.max_new_tokens, recipe.shapes.tokens)
     defaults = map(default_lengths, ("completions", "prompts"), budget)
     own, of_prompts = (given or mine for given, mine in zip(assumed, defaults, strict=True))
@@ -118,7 +118,7 @@ def _grpo(
 
 def _sft(recipe: Recipe, step: SftConfig, lengths: Lengths | None) -> Estimate:
     """Conversations of which half of the text is the assistant's."""
-    cost, shapes = Cost.of(recipe.model, recipe.mesh), recipe.shapes
+    cost, shapes = _cost(recipe), recipe.shapes
     lengths = lengths or default_lengths("completions", shapes.tokens)
     drawn_B = lengths.draw(np.random.default_rng(0), (shapes.sequences,), shapes.tokens)
     learned = (1 - IMAGE_SHARE) / 2
@@ -135,7 +135,8 @@ def _sft(recipe: Recipe, step: SftConfig, lengths: Lengths | None) -> Estimate:
     useful *= recipe.model.train_passes
     encode = _encode(recipe, cost, drawn_B)
     per_call = [_times(1 / placed.rows, piece) for piece in (*encode.pieces, _apply(recipe))]
-    summed = [sum(p.calls * getattr(p, f) for p in (whole, *per_call)) for f in ("flops", "memory")]
+    fields = ("flops", "memory", "links", "network", "sums", "summed")
+    summed = [sum(p.calls * getattr(p, f) for p in (whole, *per_call)) for f in fields]
     phase = Phase("sft_step", useful + encode.useful, (Piece(placed.rows, *summed),))
     note = (
         f"{shapes.sequences} conversations of {lengths} tokens (mean {drawn_B.mean():.0f} of "
@@ -171,8 +172,15 @@ def _placed(recipe: Recipe, step: SftConfig, drawn_B: np.ndarray) -> Placed:
 def _training(recipe: Recipe) -> Passes:
     passes = TRAIN.get(recipe.model.remat, TRAIN_OTHERS)
     if recipe.model.lora:  # no gradients of weights and head; what adapters compute is left out
-        passes = dataclasses.replace(passes, products=passes.products - 1, head=passes.head - 1)
+        names = ("products", "head", "collected")
+        less = {name: getattr(passes, name) - 1 for name in names}
+        passes = dataclasses.replace(passes, **less)
     return passes
+
+
+def _cost(recipe: Recipe) -> Cost:
+    state = abstract_state(recipe.model, make_optimizer(recipe.optimizer, 1), freeze=recipe.freeze)
+    return Cost.of(recipe.model, recipe.mesh, sum(x.size for x in state.params.values()))
 
 
 def _times(calls: float, piece: Piece) -> Piece:
@@ -198,8 +206,7 @@ def _encode(recipe: Recipe, cost: Cost, lengths_B: np.ndarray, views: int = 1) -
 def _relayout(recipe: Recipe, cost: Cost) -> Phase:
     """Parameters collected for sampling: read where they lie, exchanged, written whole."""
     whole = (cost.layers + cost.head) / cost.tensor
-    apart = recipe.mesh.shape["fsdp"] > 1
-    return Phase("relayout", 0.0, (Piece(1, 0.0, 3 * whole, whole if apart else 0.0),))
+    return Phase("relayout", 0.0, (cost.exchanged(Piece(1, 0.0, 3 * whole), whole),))
 
 
 def _decode(cost: Cost, sampled: Sampled, cached: tuple[int, int, int]) -> tuple[Piece, ...]:
@@ -248,11 +255,22 @@ def with_links(found: Estimate, exchanged: Mapping[str, float]) -> Estimate:
     def add(phase: Phase) -> Phase:
         if phase.name not in exchanged:
             return phase
-        links = exchanged[phase.name]
-        pieces = tuple(dataclasses.replace(p, links=links) for p in phase.pieces)
+        pieces = tuple(_as_compiled(p, exchanged[phase.name]) for p in phase.pieces)
         return dataclasses.replace(phase, pieces=pieces)
 
     return dataclasses.replace(found, phases=[add(phase) for phase in found.phases])
+
+
+def _as_compiled(piece: Piece, exchanged: float) -> Piece:
+    """A compiled program does not say what is summed over tensor or crosses slices: these stay as
+    they were counted."""
+    rest = max(exchanged - piece.network - piece.summed, 0.0)
+    return dataclasses.replace(piece, links=rest)
+
+
+def cost(seconds: float, devices: int, price_per_hour: float, steps: int = 1000) -> float:
+    """Of so many steps: hours x devices x the price of one for an hour."""
+    return steps * seconds / 3600 * devices * price_per_hour
 
 
 def table(found: Estimate, rates: Rates, peak: float, devices: int) -> Iterator[str]:
@@ -267,7 +285,8 @@ def table(found: Estimate, rates: Rates, peak: float, devices: int) -> Iterator[
     yield f"{'':16} {'':7} {'TFLOP':>9} {'TFLOP':>9} {'GB':>9} {'GB':>9}"
     for phase, seconds, limit in rows:
         numbers = [phase.useful / devices / 1e12, phase.total("flops") / 1e12]
-        numbers += [phase.total(name) / 1e9 for name in ("memory", "links")]
+        numbers.append(phase.total("memory") / 1e9)
+        numbers.append(sum(map(phase.total, ("links", "network", "summed"))) / 1e9)
         cells = " ".join(f"{number:9.1f}" for number in numbers)
         share = seconds / total
         yield f"{phase.name:16} {phase.calls:7.0f} {cells} {seconds:8.2f} {share:6.1%}  {limit}"

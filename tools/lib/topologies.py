@@ -1,9 +1,11 @@
 """Hardware that is not there: device topologies to compile for, on any CPU machine.
 
-`tpu:v5p:2x2x2` and `cuda:h100:1x8` (hosts x GPUs) name them. TPU needs `jax[tpu]`, CUDA needs
-`jax-cuda13-plugin`, `jax-cuda13-pjrt` and cuDNN; both come with requirements-aot.txt.
+`tpu:v5p:2x2x2`, `tpu:v5p:2x2x2:4` (four slices of it) and `cuda:h100:1x8` (hosts x GPUs) name them.
+TPU needs `jax[tpu]`, CUDA needs `jax-cuda13-plugin`, `jax-cuda13-pjrt` and cuDNN; both come with
+requirements-aot.txt.
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ class Topology:
     memory_gib: float  # of one device
     bandwidth: float  # bytes/s of one device's memory
     links: float  # bytes/s that one device sends to others
+    network: float = math.inf  # bytes/s of one device to other slices; all fast: inf
+    slices: int = 1
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,17 @@ class _Chip:
     memory_gib: int
     bandwidth: float  # bytes a second
     links: float  # bytes a second, all links, one direction
+    network: float | None = None  # bytes a second to other slices, where it is published
     devices: int = 1
     options: tuple[tuple[str, str], ...] = ()
 
 
 _CHIPS = {
-    "v4": _Chip(32, 1228e9, 300e9, 1, (("chip_config_name", "megacore"),)),
-    "v5e": _Chip(16, 819e9, 200e9),
-    "v5p": _Chip(95, 2765e9, 600e9),
-    "v6e": _Chip(32, 1640e9, 400e9),
-    "tpu7x": _Chip(192, 7380e9, 600e9, 2),
+    "v4": _Chip(32, 1228e9, 300e9, None, 1, (("chip_config_name", "megacore"),)),
+    "v5e": _Chip(16, 819e9, 200e9, 3.125e9),
+    "v5p": _Chip(95, 2765e9, 600e9, 6.25e9),
+    "v6e": _Chip(32, 1640e9, 400e9, 12.5e9),
+    "tpu7x": _Chip(192, 7380e9, 600e9, None, 2),
 }
 
 
@@ -108,7 +113,7 @@ def _target_config(gpu: _Gpu) -> str:
 
 
 def describe(name: str) -> Topology:
-    """Topology for `tpu:KIND:AxBxC` or `cuda:KIND:HOSTSxGPUS`.
+    """Topology for `tpu:KIND:AxBxC[:SLICES]` or `cuda:KIND:HOSTSxGPUS`.
 
     Raises:
         ValueError: an unknown name, with the known kinds.
@@ -118,20 +123,25 @@ def describe(name: str) -> Topology:
 
     platform, _, rest = name.partition(":")
     kind, _, shape = rest.partition(":")
-    if platform == "tpu" and kind in _CHIPS and shape:
+    shape, _, count = shape.partition(":")
+    slices = int(count) if count.isdecimal() else 0 if count else 1
+    if platform == "tpu" and kind in _CHIPS and shape and slices:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         chip = _CHIPS[kind]
+        if slices > 1 and not chip.network:
+            raise ValueError(f"{name}: the network between slices of {kind} is not known; plan one")
         options = {"topology_name": f"{kind}:{shape}", **dict(chip.options)}
-        parts = (chip.memory_gib, chip.bandwidth, chip.links)
-        device = [part / chip.devices for part in parts]
-    elif platform == "cuda" and kind in _GPUS and re.fullmatch(r"\d+x\d+", shape):
+        options |= {"num_slices": slices} if slices > 1 else {}
+        parts = (chip.memory_gib, chip.bandwidth, chip.links, chip.network)
+        device = [part / chip.devices for part in parts if part]
+    elif platform == "cuda" and kind in _GPUS and not count and re.fullmatch(r"\d+x\d+", shape):
         gpu, (hosts, gpus) = _GPUS[kind], (int(n) for n in shape.split("x"))
         options = {"target_config": _target_config(gpu), "topology": f"1x{hosts}x{gpus}"}
         # What passes between hosts takes all their cards and is spread inside by NVLink.
         links = gpu.nvlink if hosts == 1 else min(gpu.nvlink, gpus * gpu.network)
-        device = [gpu.memory_bytes / GIB, gpu.bandwidth, links]
+        device = [gpu.memory_bytes / GIB, gpu.bandwidth, links, links]
     else:
-        known = [f"tpu:{k}:AxB" for k in _CHIPS] + [f"cuda:{k}:HOSTSxGPUS" for k in _GPUS]
+        known = [f"tpu:{k}:AxB[:SLICES]" for k in _CHIPS] + [f"cuda:{k}:HOSTSxGPUS" for k in _GPUS]
         raise ValueError(f"unknown topology {name!r}; known: {', '.join(known)}")
     try:
         found = topologies.get_topology_desc(platform=platform, **options)
@@ -141,7 +151,7 @@ def describe(name: str) -> Topology:
             "pip install -r requirements-aot.txt; "
             "pip install --no-deps -r requirements-aot-nodeps.txt"
         ) from error
-    return Topology(name, tuple(found.devices), *device)
+    return Topology(name, tuple(found.devices), *device, slices=slices)
 
 
 def memory_gib(compiled: jax.stages.Compiled) -> dict[str, float]:
