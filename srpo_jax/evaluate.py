@@ -107,10 +107,10 @@ def evaluate(
             return None
         log.append(unasked)
         told = evaluator.grading_counts()
-    told |= {"weights": origin, "made_by": made_by}
-    summary = conclude(settings, evaluator.source, log.rows, told)
-    log.finish()
-    return summary
+        told |= {"weights": origin, "made_by": made_by}
+        summary = conclude(settings, evaluator.source, log.rows, told)
+        log.finish()
+        return summary
 
 
 def finished(folder: epath.Path, made_by: str) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ assert jax.device_count() == 8, f"tests need 8 simulated devices, found {jax.dev
 def pytest_addoption(parser):
     """Here, because pytest reads this file before the command line."""
     help = "how often tests/faults kills runs at random moments, all kinds together"
-    parser.addoption("--kills", type=int, default=7, help=help)
+    parser.addoption("--kills", type=int, default=6, help=help)
 
 
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -34,7 +34,7 @@ _KINDS: dict[type, tuple[Callable[[str], Any], str]] = {
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM while a run is being set up, which has nothing to save yet."""
+    """SIGTERM while a run is set up or has come to its end: there is nothing to save."""
 
 
 def main(run: Callable[[Any, str], Any]) -> None:
@@ -105,7 +105,7 @@ def _fail(error: BaseException) -> NoReturn:
     text = text if plain else f"{type(error).__name__}: {text}"
     said, code = f"error: {text}", 1
     if isinstance(error, Terminated):
-        said, code = "stopped before the run began; the same command starts it", AGAIN
+        said, code = "stopped by SIGTERM; run the same command again", AGAIN
     elif isinstance(error, KeyboardInterrupt):
         said, code = "interrupted", 130
     print(said, file=sys.stderr, flush=True)

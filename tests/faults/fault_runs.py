@@ -222,7 +222,7 @@ def left_behind(workdir: Path) -> dict[str, object]:
     """
     found: dict[str, object] = {}
     if (workdir / "checkpoints").is_dir():
-        newest = max((int(p.name) for p in (workdir / "checkpoints").iterdir()))
+        newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
         meta = checkpoint.read_meta(workdir)
         assert meta["step"] == newest
         found["newest"] = newest
