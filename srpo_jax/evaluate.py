@@ -11,6 +11,7 @@ that a run that was stopped goes on where it stood, and become ``samples.jsonl``
 for the periodic evaluation of both training stages.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +37,7 @@ from srpo_jax.run.budgets import Reader, prompt_budgets
 from srpo_jax.run.command import main
 from srpo_jax.run.guard import Stopped
 from srpo_jax.run.parts import Parts, load_weights, start
-from srpo_jax.run.resume import below, flat_config
+from srpo_jax.run.resume import below, config_hash, flat_config
 from srpo_jax.run.rollout import Generator, Graded, Sampled, graded_samples
 from srpo_jax.run.sections import EvaluateSettings, RunSettings
 from srpo_jax.run.settings import evaluate_settings, evaluation_sampling
@@ -55,6 +56,7 @@ NOT_SETTINGS = (
     "compilation_cache_dir", "compile_guard", "compiler_defaults", "bootstrap", "eval.scoring",
     "eval.stop_after",
 )  # fmt: skip
+OF_SUMMARY = ("bootstrap", "eval.scoring", "eval.stop_after")  # of these, what summary.json follows
 
 
 def evaluate(
@@ -64,7 +66,8 @@ def evaluate(
 
     Args:
         config: of configs/eval.py.
-        workdir: folder for samples.jsonl and summary.json; an interrupted run there is continued.
+        workdir: folder for samples.jsonl and summary.json; an interrupted run there is continued,
+            of one that had come to its end the summary is given back.
         encode: record -> Encoded, instead of the configured prompt.
 
     Returns:
@@ -79,6 +82,10 @@ def evaluate(
         flat = flat_config(settings.plain)
         kept = {key: value for key, value in flat.items() if not below(key, NOT_SETTINGS)}
         kept |= {"weights": origin, "records": evaluator.source.fingerprint}
+        made_by = config_hash(kept | {key: flat[key] for key in OF_SUMMARY})
+        if (found := finished(settings.workdir, made_by)) is not None:
+            processes.say(f"{settings.workdir}: this evaluation has come to its end before")
+            return found
         log = RowLog(settings.workdir, kept)
         done = {row["origin"] for row in log.rows}
         processes.say(
@@ -100,10 +107,28 @@ def evaluate(
             return None
         log.append(unasked)
         told = evaluator.grading_counts()
-    told |= {"weights": origin}
-    summary = conclude(settings, evaluator.source, log.rows, told)
-    log.finish()
-    return summary
+        told |= {"weights": origin, "made_by": made_by}
+        summary = conclude(settings, evaluator.source, log.rows, told)
+        log.finish()
+        return summary
+
+
+def finished(folder: epath.Path, made_by: str) -> dict[str, Any] | None:
+    """The summary of an evaluation that had come to its end in a folder, or None; a run that was
+    killed right there has nothing left to do. RunError where that was another evaluation."""
+
+    def look() -> dict[str, Any] | None:
+        path = folder / "samples.jsonl"
+        if not path.exists():
+            return None
+        summary = folder / "summary.json"
+        found = json.loads(summary.read_text()) if summary.exists() else {}
+        if found.get("made_by") != made_by:
+            raise RunError(f"{path} is there already, of other settings; give another --workdir")
+        (folder / "samples.jsonl.partial").unlink(missing_ok=True)
+        return found
+
+    return processes.gather(look() if jax.process_index() == 0 else None)[0]
 
 
 def conclude(
@@ -173,11 +198,8 @@ class RowLog:
         self._log: JsonlLog | None = None
         own: list[Row] = []
         if jax.process_index() == 0:
-            path = folder / "samples.jsonl"
-            if path.exists():
-                raise RunError(f"{path} is there already; give another --workdir")
             try:
-                self._log = JsonlLog(path, settings)
+                self._log = JsonlLog(folder / "samples.jsonl", settings)
             except ValueError as error:
                 raise RunError(str(error)) from None
             own = list(self._log.rows())

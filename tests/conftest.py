@@ -20,6 +20,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
 assert jax.device_count() == 8, f"tests need 8 simulated devices, found {jax.device_count()}"
 
+
+def pytest_addoption(parser):
+    """Here, because pytest reads this file before the command line."""
+    help = "how often tests/faults kills runs at random moments, all kinds together"
+    parser.addoption("--kills", type=int, default=6, help=help)
+
+
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 

@@ -482,8 +482,12 @@ def test_evaluation_counts_every_record_and_goes_on_where_it_was_stopped(
     asked = [row["final_correct"] for row in one if "reason" not in row]
     assert len(asked) == 12 and whole["acc@2"] == pytest.approx(sum(asked) / 16)
     assert {"prompt", "response", "blocks", "first_answer", "final_answer", "tokens"} <= set(one[0])
-    with pytest.raises(RunError, match="is there already"):
-        evaluate.evaluate(config(), tmp_path / "broken")
+    partial.touch()  # a kill between the two: there is nothing left to do
+    assert evaluate.evaluate(config(), tmp_path / "broken") == whole and not partial.exists()
+    changed = config()
+    changed.bootstrap = 7
+    with pytest.raises(RunError, match="is there already, of other settings; give another"):
+        evaluate.evaluate(changed, tmp_path / "broken")
 
 
 # --- what a run keeps for itself ---

@@ -294,7 +294,7 @@ class JsonlLog:
             if not line:  # torn at its very start: nothing to keep
                 self._file.append(self._head)
                 return
-            found, wanted = json.loads(line)["settings"], json.loads(self._head)["settings"]
+            found, wanted = self._value(line, "settings", 1), json.loads(self._head)["settings"]
             if found != wanted:
                 self._file.close()
                 changed = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
@@ -303,9 +303,19 @@ class JsonlLog:
                     "delete it to start anew, or run with the settings it was begun with"
                 )
             end = len(line)
-            for line in iter(file.readline, b""):
-                self._offsets[str(json.loads(line)["id"])] = end
+            for number, line in enumerate(iter(file.readline, b""), 2):
+                self._offsets[str(self._value(line, "id", number))] = end
                 end += len(line)
+
+    def _value(self, line: bytes, name: str, number: int) -> Any:
+        """What a line says; ValueError, with the remedy, where it was damaged."""
+        try:
+            return json.loads(line)[name]
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(
+                f"{self.partial}:{number}: is damaged; delete that line (its rows are made again) "
+                "or, if it is the first, the file"
+            ) from None
 
     def append(self, row_id: Any, rows: list[dict[str, Any]]) -> None:
         """Append all rows of one id."""

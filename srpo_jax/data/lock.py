@@ -57,7 +57,8 @@ def hold(folder: AnyPath, say: Callable[[str], None] = print) -> Iterator[None]:
         beat.join()
         _held.discard(own["token"])
         if _read(path).get("token") == own["token"]:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk gone read-only: what went wrong is told
+                path.unlink(missing_ok=True)
         if made and not on_bucket(folder):
             with contextlib.suppress(OSError):  # it stays where there is something in it
                 os.rmdir(folder)

@@ -191,6 +191,13 @@ def _started_quietly(items: grain.DatasetIterator) -> Iterator[Any]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield from first
         yield from items
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):  # Grain's words
+            raise
+        raise RunError(
+            "a process of data.workers was ended from outside, for want of memory perhaps: lower "
+            "data.workers, or 0 for threads; the same command goes on from the last checkpoint"
+        ) from error
     finally:
         items.close()
 

@@ -6,6 +6,7 @@ import importlib.util
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 from collections import Counter
@@ -32,11 +33,15 @@ _KINDS: dict[type, tuple[Callable[[str], Any], str]] = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM while a run is set up or has come to its end: there is nothing to save."""
+
+
 def main(run: Callable[[Any, str], Any]) -> None:
     """--config, --workdir, --debug; exit code 0 only where ``run`` has come to its end.
 
     130 on Ctrl-C, and `AGAIN` where a signal stopped it early (``run`` returns None, or a dict with
-    ``finished`` False).
+    ``finished`` False), or SIGTERM before it began.
     """
     imported()
     from absl import app, flags, logging  # noqa: PLC0415  (flags exist only in a program)
@@ -71,6 +76,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
         # Orbax reports every file it touches; what fails is raised as well, and said in one line.
         logging.set_verbosity(logging.WARNING if debug.value else logging.FATAL)
         sys.unraisablehook = sys.unraisablehook if debug.value else _no_hook
+        signal.signal(signal.SIGTERM, _terminated)  # until the run has its own way to stop
         try:
             result = run(config.value, str(workdir.value))
         except (Exception, KeyboardInterrupt) as error:
@@ -87,15 +93,23 @@ def _asks_for_help(argv: list[str]) -> bool:
     return any(word.lstrip("-") in ("help", "helpshort", "helpfull") for word in argv[1:])
 
 
+def _terminated(*_: Any) -> NoReturn:
+    raise Terminated
+
+
 def _fail(error: BaseException) -> NoReturn:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         text += "; free space and run the same command again: it goes on from what is saved"
     plain = isinstance(error, ValueError | OSError | RuntimeError) and text
     text = text if plain else f"{type(error).__name__}: {text}"
-    interrupted = isinstance(error, KeyboardInterrupt)
-    print("interrupted" if interrupted else f"error: {text}", file=sys.stderr, flush=True)
-    _leave(130 if interrupted else 1)
+    said, code = f"error: {text}", 1
+    if isinstance(error, Terminated):
+        said, code = "stopped by SIGTERM; run the same command again", AGAIN
+    elif isinstance(error, KeyboardInterrupt):
+        said, code = "interrupted", 130
+    print(said, file=sys.stderr, flush=True)
+    _leave(code)
 
 
 def _leave(code: int) -> NoReturn:

@@ -343,8 +343,9 @@ class Session:
         self._checkpoints.wait()
         done, best = not self._stopped, self._checkpoints.best_step()
         if not done:
+            saved = ", saved" if self.step else ""
             self.writer.say(
-                f"stopped after step {self.step} of {self.total_steps}, saved; run the same "
+                f"stopped after step {self.step} of {self.total_steps}{saved}; run the same "
                 "command again to go on"
             )
         elif self._export:

@@ -60,12 +60,12 @@ def read_meta(path: AnyPath) -> Meta:
         seal = meta.pop("seal", None)
     except (OSError, ValueError, AttributeError) as error:
         raise DamageError(f"{file}: {in_short(error)}") from error
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder}: checkpoint format {meta.get('format')}, this program reads {FORMAT}"
-        )
-    if seal not in (None, sealed(meta)["seal"]):
+    if "format" not in meta or seal not in (None, sealed(meta)["seal"]):
         raise DamageError(f"{file}: its text is not the one that was written")
+    if meta["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder}: checkpoint format {meta['format']}, this program reads {FORMAT}"
+        )
     if folder.name.isdigit() and meta.get("step", int(folder.name)) != int(folder.name):
         raise DamageError(f"{file}: is of step {meta['step']}")
     return meta
