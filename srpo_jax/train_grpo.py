@@ -111,10 +111,10 @@ def train(
         run = Session(settings, parts, optimizer, settings.steps, SHOWN)
         if note := truncation_note(settings):
             processes.say(note)
-        if run.host:
+        if run.hosts:
             mended = allows(settings.checkpoint.allow_changes, "data.train")
-            loader.set_state(run.host["data"], mended=mended)
-            pool.load(run.host, run.arrays, len(own.names))
+            loader.set_state(*[values["data"] for values, _ in run.hosts], mended=mended)
+            pool.load(run.hosts, place, len(own.names))
         reference = Reference(settings, parts, cfg, run)
         stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference, own)
         return run.run(stage.step, stage.host_state, evaluator)
@@ -457,9 +457,17 @@ class Stage:
         every = self.settings.rollouts.every
         if not every or step % every or not processes.speaks(self.parts.mesh):
             return
-        part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+        folder, several = self.settings.workdir / "rollouts", jax.process_count() > 1
+        names = {
+            process: f"{step:06d}{f'.{process}' * several}.jsonl"
+            for process in processes.speakers(self.parts.mesh)
+        }
         rows = [row for i, one in enumerate(rounds) for row in rollout_rows(one, step, i)]
-        write_jsonl(self.settings.workdir / "rollouts" / f"{step:06d}{part}.jsonl", rows)
+        write_jsonl(folder / names[jax.process_index()], rows)
+        if jax.process_index() == 0:  # of this step done before, by other processes
+            for old in folder.glob(f"{step:06d}*.jsonl"):
+                if old.name not in names.values():
+                    old.unlink()
 
 
 def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> LaneBudgets:

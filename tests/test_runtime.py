@@ -20,7 +20,7 @@ from srpo_jax.run import adapters, command, compiler, processes, resume
 from srpo_jax.run import guard as guard_module
 from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, Stopped, StopRequest
 from srpo_jax.run.processes import check_agreement, join, once, speakers
-from srpo_jax.run.resume import check_config
+from srpo_jax.run.resume import check_config, moved_from
 from srpo_jax.structs import RunError
 
 
@@ -250,6 +250,20 @@ def test_more_steps_need_no_permission_and_a_permission_names_its_keys():
     check_config(saved, now, "True")
     with pytest.raises(RunError, match="allow_changes=optim.rl: there is no key optim.rl"):
         check_config(saved, now, "optim.rl")
+
+
+def test_devices_and_rows_may_change_between_two_runs_and_the_batch_may_not():
+    saved = {"mesh": {"data": 2}, "data": {"global_batch_size": 8, "prompts_per_row": 4}}
+    check_config(saved, {"mesh": {"data": 1}, "data": saved["data"] | {"prompts_per_row": 1}})
+    with pytest.raises(RunError, match="was 8, is 4 .devices, processes and .* the batch may not"):
+        check_config(saved, saved | {"data": saved["data"] | {"global_batch_size": 4}})
+    meta = {"processes": 2, "devices": 4, "config": saved}
+    assert moved_from(meta, {"data": 1}) == (
+        "going on elsewhere (processes were 2, are 1; devices were 4, are 8; mesh were "
+        "{'data': 2}, are {'data': 1}): the same batches, and the same losses but for the order "
+        "of sums"
+    )
+    assert moved_from(meta | {"processes": 1, "devices": 8}, saved["mesh"]) == ""
 
 
 def test_to_begin_from_an_unfinished_run_is_said(capsys):

@@ -28,7 +28,7 @@ class Reference:
     def __init__(self, settings: GrpoSettings, parts: Parts, cfg: GrpoConfig, run: Session):
         """As the run left them, or as it begins; ``params`` is None where there is no KL."""
         self._settings, self._parts, self._cfg, self._run = settings, parts, cfg, run
-        self.kl_coef = float(run.host.get("kl_coef", cfg.kl_coef))
+        self.kl_coef = float(run.hosts[0][0]["kl_coef"] if run.hosts else cfg.kl_coef)
         self.params = self._load() if cfg.needs_reference else None
 
     def follow(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
