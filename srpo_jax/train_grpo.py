@@ -30,7 +30,6 @@ import numpy as np
 
 from srpo_jax.data.batching import Layout
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.loader import Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
@@ -60,8 +59,8 @@ from srpo_jax.run.rollout import (
     Round,
     Sampled,
     make_score_step,
-    rollout_rows,
     vision_work,
+    write_rollouts,
 )
 from srpo_jax.run.sections import GrpoSettings
 from srpo_jax.run.session import Done, Session
@@ -457,17 +456,7 @@ class Stage:
         every = self.settings.rollouts.every
         if not every or step % every or not processes.speaks(self.parts.mesh):
             return
-        folder, several = self.settings.workdir / "rollouts", jax.process_count() > 1
-        names = {
-            process: f"{step:06d}{f'.{process}' * several}.jsonl"
-            for process in processes.speakers(self.parts.mesh)
-        }
-        rows = [row for i, one in enumerate(rounds) for row in rollout_rows(one, step, i)]
-        write_jsonl(folder / names[jax.process_index()], rows)
-        if jax.process_index() == 0:  # of this step done before, by other processes
-            for old in folder.glob(f"{step:06d}*.jsonl"):
-                if old.name not in names.values():
-                    old.unlink()
+        write_rollouts(self.settings.workdir / "rollouts", rounds, step, self.parts.mesh)
 
 
 def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> LaneBudgets:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import train_helpers as helpers
+from etils import epath
 
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.loader import LoadedBatch
@@ -21,6 +22,7 @@ from srpo_jax.model.sharding import make_mesh
 from srpo_jax.run import host_state, processes
 from srpo_jax.run.feed import prompt_keys
 from srpo_jax.run.pool import Group, Pool, informative, moves
+from srpo_jax.run.rollout import write_rollouts
 from srpo_jax.run.sections import FilterOn
 from srpo_jax.structs import Rollout, Verdict
 from srpo_jax.train_grpo import Lesson, Stage
@@ -345,3 +347,10 @@ def test_a_prompt_drawn_again_samples_with_another_key_and_neighbours_change_non
     assert keys(["b", "c"], [0, 0])[0] == first[1]
     later = keys(["a", "b", "a"], [1, 1, 1])
     assert not {*first[:3].tolist()} & {*later[:3].tolist()}
+
+
+def test_files_of_a_step_that_other_processes_wrote_before_give_way(tmp_path):
+    for name in ("000003.0.jsonl", "000003.1.jsonl", "000002.1.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    write_rollouts(epath.Path(tmp_path), [], 3, make_mesh())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002.1.jsonl", "000003.jsonl"]

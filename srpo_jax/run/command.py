@@ -17,6 +17,7 @@ import jax
 
 from srpo_jax import imported
 from srpo_jax.data.buckets import is_file
+from srpo_jax.run import processes
 from srpo_jax.run.resume import flat_config
 from srpo_jax.structs import RunError
 
@@ -75,9 +76,11 @@ def main(run: Callable[[Any, str], Any]) -> None:
             result = run(config.value, str(workdir.value))
         except (Exception, KeyboardInterrupt) as error:
             if debug.value:
+                processes.leave(str(error))
                 raise
             _fail(error)
         if result is None or not result.get("finished", True):
+            processes.leave()
             _leave(AGAIN)
 
     app.run(call, flags_parser=parse)
@@ -94,7 +97,10 @@ def _fail(error: BaseException) -> NoReturn:
     plain = isinstance(error, ValueError | OSError | RuntimeError) and text
     text = text if plain else f"{type(error).__name__}: {text}"
     interrupted = isinstance(error, KeyboardInterrupt)
-    print("interrupted" if interrupted else f"error: {text}", file=sys.stderr, flush=True)
+    said = "interrupted" if interrupted else f"error: {text}"
+    processes.name_the_lost(said)
+    print(said, file=sys.stderr, flush=True)
+    processes.leave(said)
     _leave(130 if interrupted else 1)
 
 
