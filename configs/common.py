@@ -75,9 +75,11 @@ def base(size: str) -> ConfigDict:
 
     config.distributed = distributed = ConfigDict()
     distributed.enabled = False  # True: several processes
-    distributed.coordinator = ""  # host:port; empty: found on TPU pods and under SLURM
+    distributed.coordinator = ""  # host:port; empty: found on TPU pods, under SLURM, Kubernetes
     distributed.num_processes = 0
     distributed.process_id = -1
+    # Seconds without a sign of life of a process until the others end, naming it; 0: jax's own way.
+    distributed.timeout = 120.0
 
     config.compilation_cache_dir = ""  # where compiled programs are kept for later runs
     config.compile_guard = True  # a recompilation after warm-up stops the run

@@ -30,7 +30,6 @@ import numpy as np
 
 from srpo_jax.data.batching import Layout
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.loader import Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
@@ -62,8 +61,8 @@ from srpo_jax.run.rollout import (
     Round,
     Sampled,
     make_score_step,
-    rollout_rows,
     vision_work,
+    write_rollouts,
 )
 from srpo_jax.run.sections import GrpoSettings
 from srpo_jax.run.session import Done, Session
@@ -113,10 +112,10 @@ def train(
         run = Session(settings, parts, optimizer, settings.steps, SHOWN)
         if note := truncation_note(settings):
             processes.say(note)
-        if run.host:
+        if run.hosts:
             mended = allows(settings.checkpoint.allow_changes, "data.train")
-            loader.set_state(run.host["data"], mended=mended)
-            pool.load(run.host, run.arrays, len(own.names))
+            loader.set_state(*[values["data"] for values, _ in run.hosts], mended=mended)
+            pool.load(run.hosts, place, len(own.names))
         reference = Reference(settings, parts, cfg, run)
         stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference, own)
         return run.run(stage.step, stage.host_state, evaluator)
@@ -472,9 +471,7 @@ class Stage:
         every = self.settings.rollouts.every
         if not every or step % every or not processes.speaks(self.parts.mesh):
             return
-        part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
-        rows = [row for i, one in enumerate(rounds) for row in rollout_rows(one, step, i)]
-        write_jsonl(self.settings.workdir / "rollouts" / f"{step:06d}{part}.jsonl", rows)
+        write_rollouts(self.settings.workdir / "rollouts", rounds, step, self.parts.mesh)
 
 
 def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> LaneBudgets:

@@ -65,9 +65,9 @@ def train(
         total = settings.steps or max(1, int(records * settings.epochs) // batch_size)
         optimizer = make_optimizer(settings.optim, total, settings.seed)
         run = Session(settings, parts, optimizer, total, SHOWN)
-        if run.host:
+        if run.hosts:
             mended = allows(settings.checkpoint.allow_changes, "data.train")
-            loader.set_state(run.host["data"], mended=mended)
+            loader.set_state(*[values["data"] for values, _ in run.hosts], mended=mended)
         cfg, freeze = sft_config(settings, parts.shards), settings.freeze
         sft_step = parts.guard.watch(
             make_sft_step(parts.model, cfg, optimizer, freeze=freeze, mesh=parts.mesh)

@@ -1,14 +1,17 @@
 """One process of test_distributed.py: both loops, stopped on one process and resumed.
 
-    python tests/distributed_run.py INDEX COUNT PORT WORLD WORKDIR [differ | shared | resample]
+    python tests/distributed_run.py INDEX COUNT PORT WORLD WORKDIR
+        [differ | shared | resample | until=STEP mesh=DATA,FSDP,TENSOR]
 
 COUNT processes hold 8 / COUNT simulated CPU devices each, as data x fsdp x tensor = 2 x 2 x 2.
 With COUNT 1 nothing is interrupted: that is the run to compare with. ``differ``: their configs do.
+``until``: both loops go to that step, on the devices of ``mesh``; what is there goes on.
 ``shared``: tensor spans them all, so that they hold the same rows; one step of GRPO, an evaluation.
 ``resample``: GRPO with groups that wait and move, straight on and stopped.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -16,7 +19,14 @@ from pathlib import Path
 
 INDEX, COUNT = int(sys.argv[1]), int(sys.argv[2])
 os.environ["JAX_PLATFORMS"] = "cpu"
-OWN = 1 if {"shared", "resample"} & {*sys.argv} else 8 // COUNT
+WORDS = dict(word.split("=") for word in sys.argv[6:] if "=" in word)
+MESH = {
+    axis: int(size)
+    for axis, size in zip(
+        ("data", "fsdp", "tensor"), WORDS.get("mesh", "2,2,2").split(","), strict=True
+    )
+}
+OWN = 1 if {"shared", "resample"} & {*sys.argv} else math.prod(MESH.values()) // COUNT
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OWN}"
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
@@ -39,7 +49,7 @@ def prepare(config, world: Path):
 
 
 def spread(config, world: Path):
-    config.compilation_cache_dir = str(world / f"cache{COUNT}_{INDEX}")
+    config.compilation_cache_dir = str(world / f"cache{COUNT}_{INDEX}_{OWN}")
     if COUNT > 1:
         config.distributed.enabled = True
         config.distributed.coordinator = f"localhost:{sys.argv[3]}"
@@ -62,13 +72,16 @@ def stop_after(step: int) -> None:
 
 def run(train, config, workdir: Path) -> None:
     log = session.Session.log
-    if COUNT > 1:
-        stop_after(config.steps - 1)
+    until = int(WORDS.get("until", config.steps - 1 if COUNT > 1 else config.steps))
+    if until < config.steps:
+        stop_after(until)
         stopped = train(config, workdir)
-        assert stopped["step"] == config.steps - 1 and not stopped["finished"], stopped
+        assert stopped["step"] == until and not stopped["finished"], stopped
+        session.Session.log = log
+        if WORDS:
+            return
     ended = train(config, workdir)
     assert ended["step"] == config.steps and ended["finished"], ended
-    session.Session.log = log
 
 
 def own_reward(world: Path, value: str) -> str:
@@ -147,21 +160,20 @@ def main() -> None:
         return share_rows(paths, world, workdir)
     if "resample" in sys.argv:
         return carry_groups(paths, world, workdir)
-    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    config = prepare(helpers.sft_config(paths, steps=3, **mesh), world)
+    config = prepare(helpers.sft_config(paths, steps=3, **MESH), world)
     config.export_hf_dir = str(workdir / "hf")
     if "differ" in sys.argv:
         config.optim.lr = float(INDEX)
     run(train_sft.train, config, workdir / "sft")
 
     rollout.grade = helpers.fake_grade
-    config = prepare(helpers.grpo_config(paths, steps=3, **mesh), world)
+    config = prepare(helpers.grpo_config(paths, steps=3, **MESH), world)
     config.grpo.kl_coef = 0.1
     config.sampling.group_size = 3
     config.filter.low, config.filter.high = 0.2, 0.8
     run(train_grpo.train, config, workdir / "grpo")
-    assert jax.process_count() == COUNT and jax.device_count() == 8
+    assert jax.process_count() == COUNT and jax.device_count() == OWN * COUNT
     print("done", flush=True)
 
 

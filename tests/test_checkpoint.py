@@ -70,8 +70,9 @@ def test_everything_comes_back_bit_for_bit_and_where_it_lay(tmp_path):
 
     got = Checkpoints(tmp_path).restore(checkpoint.abstract(make_state(0)))
     assert got.step == 7 and got.meta["config"] == {"lr": 1e-6}
-    assert got.host == {"it": b"\0\xff", "n": [1, 2]}
-    np.testing.assert_array_equal(got.arrays["completions"], pending["completions"])
+    ((host, arrays),) = got.hosts
+    assert host == {"it": b"\0\xff", "n": [1, 2]}
+    np.testing.assert_array_equal(arrays["completions"], pending["completions"])
     assert_same(got.state, state)
     assert got.state.params["text/w/kernel"].sharding.spec == P("fsdp")
     mu = got.state.opt_state[1][0].mu["text/w/kernel"]
@@ -235,7 +236,7 @@ def test_with_fallback_a_run_goes_on_from_the_whole_step_and_may_write_the_damag
     os.truncate(largest(folder / "checkpoints" / "6" / "params"), 20)
     saver = Checkpoints(folder)
     got = saver.restore(make_state(), fallback=True)
-    assert got.step == 3 and got.host == {"at": 3} and saver.best_step() == 3
+    assert got.step == 3 and got.hosts[0][0] == {"at": 3} and saver.best_step() == 3
     assert_same(got.state, make_state(3))
     assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["6", "9"]
     assert saver.save(6, make_state(6), config={}) is True
@@ -359,7 +360,7 @@ def test_a_run_on_a_bucket_saves_and_goes_on(tmp_path, monkeypatch):
     again = Checkpoints(f"{bucket}/run")
     assert again.latest_step() == 2
     got = again.restore(make_state())
-    assert got.host == {"at": 2}
+    assert got.hosts[0][0] == {"at": 2}
     assert_same(got.state, make_state(2))
     assert str(checkpoint.find_params(f"{bucket}/run")) == "gs://bucket/run/checkpoints/2"
 
@@ -396,15 +397,36 @@ def test_missing_checkpoint_says_where_it_looked(tmp_path):
         checkpoint.load_params(tmp_path, {}, {})
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
+def test_what_other_processes_kept_is_there_for_those_that_go_on(tmp_path, monkeypatch):
+    held = [({"at": i, "data": {"process_index": i // 2}}, {"x": np.arange(i)}) for i in range(4)]
+    packed = [host_state.pack_host(*one) for one in held]
     saver = Checkpoints(tmp_path)
-    saver.save(1, make_state(), config={})
-    saver.wait()
-    meta = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "processes": 4, "seal": None}))
-    with pytest.raises(CheckpointError, match="written by 4 processes, this run has 1"):
-        saver.restore(make_state())
+    with monkeypatch.context() as patch:
+        patch.setattr(host_state.processes, "gather_bytes", lambda own: packed)
+        saver.save(1, make_state(), config={})
+    got = saver.restore(make_state()).hosts
     saver.close()
+    assert [host for host, _ in got] == [host for host, _ in held]
+    assert [len(arrays["x"]) for _, arrays in got] == [0, 1, 2, 3]
+    # Two processes had read the same data: of each two one goes on.
+    assert [host["data"]["process_index"] for host, _ in host_state.one_a_place(got)] == [0, 1]
+
+
+@pytest.mark.parametrize("count", [4, 2])
+def test_a_state_of_eight_devices_goes_on_on_fewer(tmp_path, count):
+    saver = Checkpoints(tmp_path)
+    saver.save(1, make_state(5), config={})
+    fewer = jax.make_mesh((count,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:count])
+
+    def moved(leaf):
+        spec = P("fsdp") if leaf.ndim == 2 else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(fewer, spec))
+
+    like = jax.tree.map(moved, make_state())
+    got = saver.restore(like).state
+    saver.close()
+    assert_same(got, make_state(5))
+    assert len(got.params["text/w/kernel"].sharding.device_set) == count
 
 
 def test_parameters_alone_come_back_sharded_and_cast(tmp_path):

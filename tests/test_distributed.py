@@ -25,7 +25,7 @@ def run(count: int, world: Path, workdir: Path, *more: str) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    workdir.mkdir()
+    workdir.mkdir(exist_ok=True)
     processes = []
     for index in range(count):
         log = open(workdir / f"log{index}", "w")
@@ -44,28 +44,41 @@ def run(count: int, world: Path, workdir: Path, *more: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_stopped_and_resumed_give_the_losses_of_one(tmp_path):
+def test_processes_stopped_and_resumed_and_moved_elsewhere_give_the_losses_of_one(tmp_path):
     helpers.world(tmp_path)
     run(1, tmp_path, tmp_path / "one")
     run(2, tmp_path, tmp_path / "two")
+    assert_alike(tmp_path, "two")
+    assert checkpoint.read_meta(tmp_path / "two" / "sft")["processes"] == 2
+    exported = hf.load_params(tmp_path / "two" / "hf", load_config(tmp_path / "two" / "hf"))
+    params = stored_params(tmp_path / "two" / "sft")
+    for name, value in exported.items():
+        np.testing.assert_array_equal(np.asarray(value), params[name])
 
+    # Two processes, one, two, on ever fewer devices.
+    for count, until, mesh in ((2, 1, "2,2,2"), (1, 2, "1,4,1"), (2, 3, "2,1,1")):
+        run(count, tmp_path, tmp_path / "moved", f"until={until}", f"mesh={mesh}")
+    assert_alike(tmp_path, "moved")
+
+
+def assert_alike(tmp_path: Path, other: str) -> None:
+    """Losses, parameters, evaluations and completions of a run are those of "one"."""
     for stage, names in (
         ("sft", ("loss", "grad_norm", "tokens")),
         ("grpo", ("loss", "kl", "reward/mean", "grad_norm", "filter/kept_share")),
     ):
         one, two = (
-            read_rows(tmp_path / d / stage / "metrics.jsonl", "train") for d in ("one", "two")
+            read_rows(tmp_path / d / stage / "metrics.jsonl", "train") for d in ("one", other)
         )
         assert [row["step"] for row in two] == [1, 2, 3]
         for a, b in zip(one, two, strict=True):
             for name in names:
                 assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-7), (stage, name)
-        first, second = (stored_params(tmp_path / d / stage) for d in ("one", "two"))
-        assert checkpoint.read_meta(tmp_path / "two" / stage)["processes"] == 2
+        first, second = (stored_params(tmp_path / d / stage) for d in ("one", other))
         for name, value in first.items():
             np.testing.assert_allclose(second[name], value, atol=1e-5, err_msg=name)
         one, two = (
-            read_rows(tmp_path / d / stage / "metrics.jsonl", "eval") for d in ("one", "two")
+            read_rows(tmp_path / d / stage / "metrics.jsonl", "eval") for d in ("one", other)
         )
         assert [row["acc@2"] for row in one] == [row["acc@2"] for row in two] != []
 
@@ -77,14 +90,9 @@ def test_two_processes_stopped_and_resumed_give_the_losses_of_one(tmp_path):
                 for file in (tmp_path / d / "grpo" / "rollouts").glob(f"{step:06d}*.jsonl")
                 for row in map(json.loads, file.read_text().splitlines())
             )
-            for d in ("one", "two")
+            for d in ("one", other)
         )
         assert one == two and one
-
-    exported = hf.load_params(tmp_path / "two" / "hf", load_config(tmp_path / "two" / "hf"))
-    params = stored_params(tmp_path / "two" / "sft")
-    for name, value in exported.items():
-        np.testing.assert_array_equal(np.asarray(value), params[name])
 
 
 @pytest.mark.slow

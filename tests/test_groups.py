@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import train_helpers as helpers
+from etils import epath
 
 from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.loader import LoadedBatch
@@ -21,6 +22,7 @@ from srpo_jax.model.sharding import make_mesh
 from srpo_jax.run import host_state, processes
 from srpo_jax.run.feed import prompt_keys
 from srpo_jax.run.pool import Group, Pool, informative, moves
+from srpo_jax.run.rollout import write_rollouts
 from srpo_jax.run.sections import FilterOn
 from srpo_jax.structs import Rollout, Verdict
 from srpo_jax.train_grpo import Lesson, Stage
@@ -149,15 +151,31 @@ def test_group_that_does_not_fit_a_rows_patches_waits(world):
 def test_pool_survives_the_checkpoint(world):
     pool, again = (new_pool(world, per_row=3, budgets=(256,)) for _ in range(2))
     fill(pool, world, 0, step=3)
-    values, arrays = host_state.unpack_host(host_state.pack_host(*pool.state()))
-    again.load(values, arrays)
+    again.load([host_state.unpack_host(host_state.pack_host(*pool.state()))])
     assert [g.step for g in again.groups] == [3, 3, 3]
     one, other = (p.take(4, np.ones(3, bool)) for p in (pool, again))
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(x, y)
     empty = new_pool(world)
-    empty.load(*new_pool(world).state())
+    empty.load([new_pool(world).state()])
     assert empty.groups == []
+
+
+def test_groups_that_wait_are_dealt_out_to_another_number_of_processes(world):
+    held = [new_pool(world), new_pool(world)]
+    for step, pool in enumerate(held):
+        fill(pool, world, 3 * step, step=step)
+    states = [pool.state() for pool in held]
+    ids = [[group.record.id for group in pool.groups] for pool in held]
+    for count in (1, 2, 3):
+        taken = []
+        for index in range(count):
+            pool = new_pool(world)
+            pool.load(states, (index, count))
+            taken.append([group.record.id for group in pool.groups])
+        assert sorted(sum(taken, [])) == sorted(sum(ids, [])), count  # each of them once
+        assert taken == ids or count != 2  # as many as before: each has its own
+        assert max(map(len, taken)) - min(map(len, taken)) <= 1
 
 
 def test_groups_wait_with_their_own_terms_and_without_them_are_left_out(world):
@@ -165,11 +183,11 @@ def test_groups_wait_with_their_own_terms_and_without_them_are_left_out(world):
     own = np.arange(len(FINAL) * G * 2, dtype=np.float32).reshape(-1, G, 2)
     fill(pool, world, 0, step=3, own=own)
     state = host_state.unpack_host(host_state.pack_host(*pool.state()))
-    again.load(*state, own_terms=2)
+    again.load([state], own_terms=2)
     update, _ = again.take(4, PLACES)
     np.testing.assert_array_equal(update.verdict.own[:3], own[2:5])
     for number in (0, 1):
-        again.load(*state, own_terms=number)
+        again.load([state], own_terms=number)
         assert again.groups == []
 
 
@@ -278,8 +296,7 @@ def test_image_bytes_and_odd_fields_of_a_record_go_through_the_checkpoint(world)
     extra = {"kept": [1], "odd": np.zeros(2)}
     record = dataclasses.replace(old.record, images=(image,), extra=extra)
     pool.groups[0] = dataclasses.replace(old, record=record)
-    values, arrays = host_state.unpack_host(host_state.pack_host(*pool.state()))
-    again.load(values, arrays)
+    again.load([host_state.unpack_host(host_state.pack_host(*pool.state()))])
     got = again.groups[0].record
     assert got.images[0].data == data and got.extra == {"kept": [1]}
     assert json.dumps(got.answer) == json.dumps(record.answer)
@@ -330,3 +347,10 @@ def test_a_prompt_drawn_again_samples_with_another_key_and_neighbours_change_non
     assert keys(["b", "c"], [0, 0])[0] == first[1]
     later = keys(["a", "b", "a"], [1, 1, 1])
     assert not {*first[:3].tolist()} & {*later[:3].tolist()}
+
+
+def test_files_of_a_step_that_other_processes_wrote_before_give_way(tmp_path):
+    for name in ("000003.0.jsonl", "000003.1.jsonl", "000002.1.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    write_rollouts(epath.Path(tmp_path), [], 3, make_mesh())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002.1.jsonl", "000003.jsonl"]

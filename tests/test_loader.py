@@ -379,6 +379,54 @@ def test_the_batches_of_a_mix_do_not_depend_on_the_number_of_processes(count):
         assert 0.3 < sum(i < 40 for i in numbers) / len(numbers) < 0.7
 
 
+def go_on(source, encoder, states, count, steps, rows=1, **settings):
+    """Batches and places of ``count`` processes that go on from ``states``, in step."""
+    loaders = []
+    for index in range(count):
+        settings |= {"process_index": index, "process_count": count, "num_shards": count}
+        settings["rows_per_shard"] = max(1, rows // count)
+        loaders.append(load(source, encoder, max_bad_share=0.9, **settings))
+        if states:
+            loaders[-1].set_state(*states)
+    batches = [[next(loader) for loader in loaders] for _ in range(steps)]
+    return batches, json.loads(json.dumps([loader.get_state() for loader in loaders]))
+
+
+@pytest.mark.parametrize("counts", [(2, 1, 2), (1, 4, 3), (8, 4, 2, 8)])
+def test_another_number_of_processes_goes_on_with_the_same_batches(counts):
+    source, settings = Numbers(50), {"global_batch_size": 8}
+    straight, _ = go_on(source, encode, [], 1, 3 * len(counts), **settings)
+    got, states = [], []
+    for count in counts:
+        batches, states = go_on(source, encode, states, count, 3, **settings)
+        got += batches
+    ids = [[sorted(sum(map(ids_of, parts), [])) for parts in run] for run in (straight, got)]
+    assert ids[0] == ids[1]
+    assert sum(state["seen"] for state in states) == 24 * len(counts)
+
+
+@pytest.mark.parametrize("counts", [(2, 1, 2), (4, 2, 1, 2)])
+def test_with_bad_and_waiting_records_nothing_comes_twice_and_nothing_is_lost(counts):
+    """Where processes are at different places: some read further, some hold records back."""
+    source = Numbers(500, bad=tuple(range(0, 500, 7)))
+    settings = {"global_batch_size": 12, "rows": 4}
+    settings |= {"patch_budgets": (64, 320), "token_budget": 64}
+    seen, states, uneven = [], [], False
+    for count in counts:
+        batches, states = go_on(source, encode_with_images, states, count, 5, **settings)
+        seen += [name for parts in batches for part in parts for name in ids_of(part)]
+        uneven |= any(state["waiting"] or state["ahead"] for state in states)
+    assert uneven and len(seen) == len(set(seen)) == 60 * len(counts)
+    total = sum(state["seen"] for state in states)
+    assert sum(state["bad"] for state in states) == total - len(seen) - sum(
+        len(state["waiting"]) for state in states
+    )
+    # What was read or left out is the beginning of the stream, but for what one read ahead.
+    order = sum(map(ids_of, take(load(source, encode, max_bad_share=0.9), 100)), [])
+    held = 40 * max(counts)
+    assert set(order[: len(seen) - held]) <= set(seen) <= set(order[: len(seen) + held])
+
+
 def test_a_mix_needs_a_weight_for_each_source():
     with pytest.raises(RunError, match=r"data.mix=\(0.5, 0.5\): 2 weights for 3 sources of rec"):
         load(Numbers(9, sizes=(3, 3, 3)), mix=(0.5, 0.5))
@@ -390,7 +438,6 @@ def test_a_place_in_other_data_is_refused(tmp_path):
         (load(Numbers(9)), "records was 8 and is 9"),
         (load(Numbers(8), seed=4), "seed was 3 and is 4"),
         (load(Numbers(8), shuffle=False), "shuffle"),
-        (load(Numbers(8), num_shards=2, process_count=2), "process_count"),
         (load(Numbers(8, sizes=(4, 4)), mix=(1, 3)), r"mix was \[\] and is \[\[1, 3\], \[4"),
     ):
         with pytest.raises(ValueError, match=name):

@@ -20,7 +20,7 @@ from srpo_jax.run import adapters, command, compiler, processes, resume
 from srpo_jax.run import guard as guard_module
 from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, Stopped, StopRequest
 from srpo_jax.run.processes import check_agreement, join, once, speakers
-from srpo_jax.run.resume import check_config
+from srpo_jax.run.resume import check_config, moved_from
 from srpo_jax.structs import RunError
 
 
@@ -147,16 +147,54 @@ def test_a_coordinator_whose_port_is_taken_or_that_is_not_there_is_one_line(monk
     assert capsys.readouterr().err.count(f"{place}: waiting for process 0") == 1
 
 
-def test_a_port_that_is_taken_is_one_line_under_slurm_too(monkeypatch):
+def under_slurm(monkeypatch, **more) -> list:
+    """The variables of a step of two nodes; what jax is then told to join."""
     nodes = {"SLURM_JOB_ID": "4099", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "node[1-2]"}
-    for name, value in nodes.items():
+    nodes |= {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    for name, value in (nodes | more).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "")
     monkeypatch.delenv("JAX_COORDINATOR_PORT")
     begun = []
-    monkeypatch.setattr("jax.distributed.initialize", lambda *args: begun.append(args))
+    record = lambda *args, **settings: begun.append((args, settings))  # noqa: E731
+    monkeypatch.setattr("jax.distributed.initialize", record)
+    return begun
+
+
+def test_what_was_found_is_told_and_a_process_takes_all_devices_of_a_node_of_its_own(
+    monkeypatch, capsys
+):
+    begun = under_slurm(monkeypatch)
     join(True)
-    assert begun == [()] and os.environ["JAX_COORDINATOR_PORT"] == "61443"  # as jax has it
+    told = "distributed: 2 processes, told by SLURM; 0 is at node1:61443\n"
+    assert capsys.readouterr().err == told
+    assert begun[0][1]["local_device_ids"] is None
+    # Eight of a node: one device each.
+    begun = under_slurm(monkeypatch, SLURM_STEP_TASKS_PER_NODE="8(x2)", SLURM_LOCALID="3")
+    join(True)
+    assert begun[0][1]["local_device_ids"] == [3]
+
+
+def test_where_nothing_is_found_the_three_are_asked_for(monkeypatch):
+    monkeypatch.setattr("jax._src.clusters.ClusterEnv._cluster_types", [])
+    with pytest.raises(RunError, match="neither SLURM, .*: give distributed.coordinator, num_proc"):
+        join(True)
+
+
+def test_jax_is_given_more_time_than_the_heartbeat(monkeypatch):
+    begun = under_slurm(monkeypatch, SLURM_PROCID="1")
+    monkeypatch.setattr(processes, "_start_heartbeat", lambda *args: begun.append(args))
+    join(True, timeout=120.0)
+    ((address, *_), settings), started = begun
+    assert address.startswith("127.0.0.1:") and settings["heartbeat_timeout_seconds"] == 460
+    assert started[:3] == (1, 2, 120.0)
+
+
+def test_a_port_that_is_taken_is_one_line_under_slurm_too(monkeypatch):
+    begun = under_slurm(monkeypatch)
+    join(True)
+    assert begun[0][0] == ("node1:61443", 2, 0)
+    assert os.environ["JAX_COORDINATOR_PORT"] == "61443"  # as jax has it
     with socket.create_server(("", 0)) as other:
         port = str(other.getsockname()[1])
         monkeypatch.setenv("JAX_COORDINATOR_PORT", port)
@@ -250,6 +288,20 @@ def test_more_steps_need_no_permission_and_a_permission_names_its_keys():
     check_config(saved, now, "True")
     with pytest.raises(RunError, match="allow_changes=optim.rl: there is no key optim.rl"):
         check_config(saved, now, "optim.rl")
+
+
+def test_devices_and_rows_may_change_between_two_runs_and_the_batch_may_not():
+    saved = {"mesh": {"data": 2}, "data": {"global_batch_size": 8, "prompts_per_row": 4}}
+    check_config(saved, {"mesh": {"data": 1}, "data": saved["data"] | {"prompts_per_row": 1}})
+    with pytest.raises(RunError, match="was 8, is 4 .devices, processes and .* the batch may not"):
+        check_config(saved, saved | {"data": saved["data"] | {"global_batch_size": 4}})
+    meta = {"processes": 2, "devices": 4, "config": saved}
+    assert moved_from(meta, {"data": 1}) == (
+        "going on elsewhere (processes were 2, are 1; devices were 4, are 8; mesh were "
+        "{'data': 2}, are {'data': 1}): the same batches, and the same losses but for the order "
+        "of sums"
+    )
+    assert moved_from(meta | {"processes": 1, "devices": 8}, saved["mesh"]) == ""
 
 
 def test_to_begin_from_an_unfinished_run_is_said(capsys):

@@ -1,12 +1,16 @@
 """What the loop does around its steps: when it saves and evaluates, and which step is the best."""
 
+import functools
 import os
 import signal
 
+import jax
+import numpy as np
 import pytest
 import train_helpers as helpers
 
 from srpo_jax import train_sft
+from srpo_jax.model import sharding
 from srpo_jax.run import checkpoint, session
 from srpo_jax.run.guard import Stopped
 from srpo_jax.run.metrics import read_rows
@@ -135,6 +139,30 @@ def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_finished(train, tmp
     assert "stopped after step 2 of 2, saved; run the same" in capsys.readouterr().out
     ended = train(2, 2, [0.5], export_hf_dir=folder)
     assert ended["finished"] and ended["eval"] == {"acc@2": 0.5} and os.path.exists(folder)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_other_devices_and_draws_each_record_once(train, monkeypatch, capsys):
+    make_mesh, seen, stops = sharding.make_mesh, [], [3, 2]
+
+    def noting(state, batch):
+        if int(state.step) in stops[-1:]:
+            stops.pop()
+            raise Stopped
+        seen.extend(np.asarray(batch.tokens)[np.asarray(batch.valid)].tolist())
+        return count(state, batch)
+
+    for devices, mesh in (
+        (8, {"data": 2, "fsdp": 2, "tensor": 2}),
+        (4, {"data": 1, "fsdp": 4, "tensor": 1}),
+        (2, {"data": 1, "fsdp": 2, "tensor": 1}),
+    ):
+        some = functools.partial(make_mesh, **mesh, devices=jax.devices()[:devices])
+        monkeypatch.setattr(sharding, "make_mesh", lambda some=some, **_: some())
+        changes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+        ended = train(5, 0, [0.1], noting, **changes, **{"data.pack": False})
+    assert ended["finished"] and len(seen) == len({*map(tuple, seen)}) == 40
+    assert capsys.readouterr().out.count("going on elsewhere (mesh were ") == 2
 
 
 def test_rows_are_written_before_the_step_that_they_are_of_is_saved(train, tmp_path, monkeypatch):

@@ -117,6 +117,7 @@ class Loader:
         self._iterator: Iterator[Item | BadItem] | None = None
         self._waiting: deque[Item] = deque()
         self._position, self._done = 0, False
+        self._ahead: set[int] = set()  # positions that other processes had read (`Share.dealt`)
         self.seen, self.bad, self._bad_run = 0, 0, 0
         self._new, self._last_error = 0, ""  # set aside since the last batch, not listed before
 
@@ -138,6 +139,9 @@ class Loader:
             self._iterator = self._stream.start(self._position)
         for item in self._iterator:
             position, self._position = self._position, self._position + 1
+            if position in self._ahead:
+                self._ahead.remove(position)
+                continue
             self.seen += 1
             error = item.error if isinstance(item, BadItem) else self._fault(item)
             if error is not None:
@@ -332,33 +336,45 @@ class Loader:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a saved place to mean anything."""
-        settings = ("seed", "shuffle", "process_index", "process_count")
-        held = {name: getattr(self.config, name) for name in settings}
+        held = {name: getattr(self.config, name) for name in ("seed", "shuffle")}
         mix = [list(self.config.mix), list(sizes_of(self.source))] if self.config.mix else []
         return {"records": len(self.source), "mix": mix} | held
 
     def _fingerprint(self) -> str:
         return getattr(self.source, "fingerprint", str(len(self.source)))
 
+    def _part(self) -> dict[str, int]:
+        """What this process's positions count."""
+        config = self.config
+        place = {"process_index": config.process_index, "process_count": config.process_count}
+        return place | {"batch": config.global_batch_size}
+
     def get_state(self) -> dict[str, Any]:
         """The place right after the last batch, JSON values only; one for each process."""
         return {
             "data": self._fingerprint(),
             **self._identity(),
+            **self._part(),
             "position": self._position,
             "waiting": [item.position for item in self._waiting],
+            "ahead": sorted(self._ahead),
             "seen": self.seen,
             "bad": self.bad,
             "bad_run": self._bad_run,
         }
 
-    def set_state(self, state: dict[str, Any], *, mended: bool = False) -> None:
+    def set_state(self, *states: dict[str, Any], mended: bool = False) -> None:
         """Go on exactly where ``get_state`` stood, with any number of workers.
 
-        ``mended`` allows other contents of as many records, and counts bad ones anew.
+        Args:
+            states: of every place in the data. Where these were others than this run has, or of
+                another batch, what is left is dealt out anew: nothing comes twice, nothing is lost.
+            mended: allow other contents of as many records, and count bad ones anew.
 
-        ValueError, naming it, when the data, the seed or the number of processes changed.
+        Raises:
+            ValueError: naming it, when the data or the seed changed.
         """
+        part, state = self._part(), states[0]
         same = same_content(state["data"], self._fingerprint())
         found = self._identity() | ({} if same or mended else {"data": self._fingerprint()})
         for name, value in found.items():
@@ -368,6 +384,8 @@ class Loader:
                     f"{value!r}; restore with the same data and settings (mended records go with "
                     "checkpoint.allow_changes=data)"
                 )
+        own = [one for one in states if part.items() <= {"batch": part["batch"], **one}.items()]
+        state = own[0] if own else self._stream.share.dealt(states)
         if not same:
             state = state | {"seen": 0, "bad": 0, "bad_run": 0}
         self.close()
@@ -375,6 +393,7 @@ class Loader:
         self._position = int(state["position"])
         self.seen, self.bad = int(state["seen"]), int(state["bad"])
         self._bad_run = int(state["bad_run"])
+        self._ahead = {*state.get("ahead", ())}
         self._waiting.clear()
         for position in state["waiting"]:
             item = self._stream.item(int(position))

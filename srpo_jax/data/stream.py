@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from typing import Any
@@ -223,6 +223,38 @@ class Share:
         batches, rest = divmod(total, self.batch)
         each = len(range(self.index, self.batch, self.count))
         return batches * each + len(range(self.index, rest, self.count))
+
+    def own(self, place: int) -> int | None:
+        """The inverse: this process's position of a place in the whole stream, or None."""
+        batches, rest = divmod(place, self.batch)
+        first, other = divmod(rest, self.count)
+        each = len(range(self.index, self.batch, self.count))
+        return batches * each + first if other == self.index else None
+
+    def dealt(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Of the places that other processes had come to, all of them: this process's place.
+
+        What nobody had read comes in its order, what waited waits, what one of them had read ahead
+        of another is left out (``ahead``); counts go to the first process.
+        """
+        shares = [
+            (Share(one["process_index"], one["process_count"], one.get("batch", self.batch)), one)
+            for one in states
+            if one["process_index"] < one.get("batch", self.batch)  # others have nothing to read
+        ]
+        begin, read, waiting = min(old(one["position"]) for old, one in shares), [], []
+        for old, one in shares:
+            back = map(old, reversed(range(one["position"])))
+            read += [*itertools.takewhile(begin.__le__, back), *map(old, one.get("ahead", ()))]
+            waiting += map(old, one["waiting"])
+        own = {"waiting": map(self.own, sorted(waiting)), "ahead": map(self.own, sorted(read))}
+        mine = self.index == 0
+        return {
+            **{name: [at for at in places if at is not None] for name, places in own.items()},
+            **{name: mine * sum(state[name] for state in states) for name in ("seen", "bad")},
+            "position": self.part_of(begin),
+            "bad_run": 0,
+        }
 
 
 def _at(indices: Any, share: Share, position: int) -> int:

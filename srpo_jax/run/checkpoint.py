@@ -86,8 +86,7 @@ class Restored:
 
     step: int
     state: TrainState
-    host: dict[str, Any]  # what this process passed as ``host`` to `save`
-    arrays: dict[str, np.ndarray]  # what this process passed as ``arrays``
+    hosts: list[host_state.Host]  # what each process passed as ``host`` and ``arrays`` to `save`
     meta: Meta
 
 
@@ -187,6 +186,7 @@ class Checkpoints:
             "format": FORMAT,
             "step": int(step),
             "processes": jax.process_count(),
+            "devices": jax.device_count(),
             "config": config,
             "checksums": checksums.checksums(arrays_of),
         }
@@ -216,7 +216,7 @@ class Checkpoints:
                 those after it to ``<workdir>/damaged``.
 
         Raises:
-            CheckpointError: no step, a damaged one, other shapes, or another number of processes.
+            CheckpointError: no step, a damaged one, or other shapes.
         """
         self.wait()
         damage: dict[int, str] = {}
@@ -372,8 +372,8 @@ def _restore(folder: epath.Path, like: TrainState, check: Callable[[Meta], Any])
         frozen={k: params[k] for k in like.frozen},
         **optimizer,
     )
-    host, arrays = host_state.unpack_host(host_state.own_bytes(host_item))
-    return Restored(step=meta["step"], state=state, host=host, arrays=arrays, meta=meta)
+    hosts = host_state.parts_of(host_item)
+    return Restored(step=meta["step"], state=state, hosts=hosts, meta=meta)
 
 
 def _prepare(
@@ -385,12 +385,6 @@ def _prepare(
         raise DamageError(f"{folder}: {', '.join(missing)} missing")
     meta = read_meta(folder)
     check(meta)
-    if meta["processes"] != jax.process_count():
-        raise CheckpointError(
-            f"{folder} was written by {meta['processes']} processes, this run has "
-            f"{jax.process_count()}: the data position of each process is kept, so resume "
-            "with the same number, or start a new run with --config.init_from"
-        )
     wanted = {"params": {**like.params, **like.frozen}, "optimizer": _optimizer_item(like)}
     for name, item in wanted.items():
         check_shapes(folder, read_metadata(folder, name), item)

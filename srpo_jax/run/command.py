@@ -18,6 +18,7 @@ import jax
 
 from srpo_jax import imported
 from srpo_jax.data.buckets import is_file
+from srpo_jax.run import processes
 from srpo_jax.run.resume import flat_config
 from srpo_jax.structs import RunError
 
@@ -81,9 +82,11 @@ def main(run: Callable[[Any, str], Any]) -> None:
             result = run(config.value, str(workdir.value))
         except (Exception, KeyboardInterrupt) as error:
             if debug.value:
+                processes.leave(str(error))
                 raise
             _fail(error)
         if result is None or not result.get("finished", True):
+            processes.leave()
             _leave(AGAIN)
 
     app.run(call, flags_parser=parse)
@@ -108,7 +111,9 @@ def _fail(error: BaseException) -> NoReturn:
         said, code = "stopped by SIGTERM; run the same command again", AGAIN
     elif isinstance(error, KeyboardInterrupt):
         said, code = "interrupted", 130
+    processes.name_the_lost(said)
     print(said, file=sys.stderr, flush=True)
+    processes.leave(said)
     _leave(code)
 
 

@@ -4,12 +4,14 @@ import base64
 import io
 import json
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from srpo_jax.run import processes
+
+Host = tuple[dict[str, Any], dict[str, np.ndarray]]  # JSON values and arrays of one process
 
 
 def pack_host(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
@@ -21,7 +23,7 @@ def pack_host(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     return out.getvalue()
 
 
-def unpack_host(packed: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def unpack_host(packed: bytes) -> Host:
     """The inverse of `pack_host`."""
     with np.load(io.BytesIO(packed), allow_pickle=False) as parts:
         values = json.loads(parts["json"].tobytes().decode(), object_hook=_bytes_from_json)
@@ -50,10 +52,16 @@ def gathered_item(own: bytes) -> dict[str, np.ndarray]:
     return {"sizes": np.array([len(part) for part in parts]), "bytes": rows}
 
 
-def own_bytes(gathered: dict[str, np.ndarray]) -> bytes:
-    """This process's part of a `gathered_item`."""
-    index = jax.process_index()
-    return np.asarray(gathered["bytes"])[index, : int(gathered["sizes"][index])].tobytes()
+def parts_of(gathered: dict[str, np.ndarray]) -> list[Host]:
+    """What each process had packed into a `gathered_item`, in process order."""
+    rows = zip(np.asarray(gathered["bytes"]), gathered["sizes"].tolist(), strict=True)
+    return [unpack_host(row[:size].tobytes()) for row, size in rows]
+
+
+def one_a_place(hosts: Sequence[Host]) -> list[Host]:
+    """Of processes that read the same data one, in the order of their places in it."""
+    places = {h[0].get("data", {}).get("process_index", i): h for i, h in enumerate(hosts)}
+    return [places[place] for place in sorted(places)]
 
 
 def item_checksum(gathered: dict[str, np.ndarray]) -> int:

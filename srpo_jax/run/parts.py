@@ -107,7 +107,7 @@ def start(settings: RunSettings) -> Parts:
     if settings.compiler_defaults:
         compiler.prepare()
     spread = settings.distributed
-    processes.join(spread.enabled, spread.coordinator, spread.num_processes, spread.process_id)
+    processes.join(**dataclasses.asdict(spread))
     if settings.compiler_defaults:
         told = compiler.tune(jax.default_backend(), jax.device_count())
         if told:

@@ -24,7 +24,7 @@ from srpo_jax.data.processing import Processor
 from srpo_jax.rewards.profiles import OPENRLHF
 from srpo_jax.run import processes
 from srpo_jax.run.feed import Encode
-from srpo_jax.run.host_state import pack_host, unpack_host
+from srpo_jax.run.host_state import Host, pack_host, unpack_host
 from srpo_jax.run.rollout import Round
 from srpo_jax.run.sections import DataSettings, FilterOn
 from srpo_jax.structs import Experience, Rollout, Verdict
@@ -172,15 +172,25 @@ class Pool:
 
     # --- checkpoint ---
 
-    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def state(self) -> Host:
         """JSON values and arrays from which `load` makes the same pool."""
         return _packed(self.groups)
 
     def load(
-        self, values: dict[str, Any], arrays: dict[str, np.ndarray], own_terms: int = 0
+        self, held: Sequence[Host], place: tuple[int, int] = (0, 1), own_terms: int = 0
     ) -> None:
-        """The inverse of `state`; groups without this run's number of own terms are left out."""
-        groups = _unpacked(values, arrays)
+        """The inverse of `state`; groups without this run's number of own terms are left out.
+
+        Args:
+            held: of every place in the data; where their number is another, groups are dealt out.
+            place: this process's (`processes.data_place`).
+        """
+        index, count = place
+        if len(held) == count:
+            groups = _unpacked(*held[index])
+        else:
+            everyone = [group for one in held for group in _unpacked(*one)]
+            groups = sorted(everyone, key=lambda group: group.step)[index::count]
         held = [0 if g.samples[1].own is None else g.samples[1].own.shape[-1] for g in groups]
         self.groups = [g for g, n in zip(groups, held, strict=True) if n == own_terms]
 
@@ -199,7 +209,7 @@ def moves(held: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return list(zip(givers, takers, strict=True))
 
 
-def _packed(groups: list[Group]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _packed(groups: list[Group]) -> Host:
     values = [{"record": _record_values(group.record), "step": group.step} for group in groups]
     if not groups:
         return {"pending": values}, {}

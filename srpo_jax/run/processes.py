@@ -4,9 +4,11 @@ Every function here that talks is collective: all processes call it, in the same
 process each of them is the identity.
 """
 
+import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,33 +19,47 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from srpo_jax.data import lock
 from srpo_jax.data.files import AnyPath
 from srpo_jax.model import sharding
+from srpo_jax.run import heartbeat
 from srpo_jax.structs import RunError
 
 T = TypeVar("T")
 MEET_SECONDS = 300.0  # that processes wait for each other at the start, as jax does
 
 
+_heartbeat: heartbeat.Heartbeat | None = None  # where there are other processes
+# What errors of a collective say where the other end is gone: Gloo, NCCL, gRPC.
+_BROKEN = "Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|[Cc]oordination service|reset by peer"
+
+
 def join(
-    enabled: bool, coordinator: str = "", num_processes: int = 0, process_id: int = -1
+    enabled: bool,
+    coordinator: str = "",
+    num_processes: int = 0,
+    process_id: int = -1,
+    timeout: float = 0.0,
 ) -> None:
     """Join the other processes of this run, once, before anything touches a device.
+
+    From then on all of them end within ``timeout`` of the death of one (`heartbeat`).
 
     Args:
         enabled: the config's switch. The variable SRPO_COORDINATOR asks for it too.
         coordinator: ``host:port`` of process 0; empty: SRPO_COORDINATOR, and without that what
-            jax finds by itself on a TPU pod, under SLURM or under MPI.
+            jax finds by itself on a TPU pod, under SLURM, Open MPI or Kubernetes.
         num_processes: how many; 0: SRPO_NUM_PROCESSES, or found by jax.
         process_id: which one this is; -1: SRPO_PROCESS_ID, or found by jax.
+        timeout: seconds without a sign of life; 0: no heartbeat but jax's own.
 
     Raises:
-        RunError: some of the three are given and some are not, process 0 cannot listen or cannot
-            be reached, or joining failed.
+        RunError: some of the three are given and some are not, or nothing is found; process 0
+            cannot listen or cannot be reached, or joining failed.
     """
     coordinator = coordinator or os.environ.get("SRPO_COORDINATOR", "")
     if not (enabled or coordinator) or jax.distributed.is_initialized():
@@ -56,21 +72,100 @@ def join(
             f"distributed: coordinator={coordinator!r}, num_processes={num_processes}, "
             f"process_id={process_id}: give all three, or none where jax finds them (TPU, SLURM)"
         )
+    found = "the configuration or SRPO_COORDINATOR"
     if all(given):
         _meet(coordinator, num_processes, process_id)
     else:
-        _check_slurm_port()
+        found, coordinator, num_processes, process_id = _detected()
+    if process_id == 0:
+        _tell(f"distributed: {num_processes} processes, told by {found}; 0 is at {coordinator}")
+    gone, address = threading.Event(), coordinator
+    if timeout and process_id:
+        address = heartbeat.relay(coordinator, gone)
     try:
         with _ended_by_ctrl_c():
-            if all(given):
-                jax.distributed.initialize(coordinator, num_processes, process_id)
-            else:
-                jax.distributed.initialize()
+            jax.distributed.initialize(
+                address,
+                num_processes,
+                process_id,
+                local_device_ids=_own_device(),
+                cluster_detection_method="deactivate",
+                heartbeat_timeout_seconds=100 + int(3 * timeout),  # of jax's own: after ours
+            )
     except (RuntimeError, ValueError) as error:
+        raise RunError(f"distributed: joining the other processes failed ({error})") from error
+    if timeout and num_processes > 1:
+        _start_heartbeat(process_id, num_processes, timeout, gone)
+
+
+def _start_heartbeat(index: int, count: int, timeout: float, gone: threading.Event) -> None:
+    global _heartbeat
+    store = distributed.global_state.client  # jax offers no other way to it
+    assert store is not None
+    _heartbeat = heartbeat.Heartbeat(store, index, count, timeout, gone=gone)
+    _heartbeat.start()
+    atexit.register(_heartbeat.leave, wait=False)
+
+
+def name_the_lost(error: str) -> None:
+    """Where an error may come from the loss of another process: end with that one's name."""
+    if _heartbeat and re.search(_BROKEN, error):
+        _heartbeat.suspect()
+
+
+def leave(error: str = "") -> None:
+    """This process is about to end, as the others do too, or with an error that they end with."""
+    if _heartbeat:
+        _heartbeat.leave(error)
+
+
+_CLUSTERS = {
+    "slurm": "SLURM",
+    "ompi": "Open MPI",
+    "gketpu": "the TPU slice on GKE",
+    "gcetpu": "the TPU pod",
+    "": "Kubernetes",
+}
+
+
+def _detected() -> tuple[str, str, int, int]:
+    """What jax finds by itself: in words, process 0's address, how many, which one this is."""
+    _check_slurm_port()
+    kinds = clusters.ClusterEnv._cluster_types
+    found = next(
+        (one for one in kinds if not one.opt_in_only_method and one.is_env_present()), None
+    )
+    if found is None:
         raise RunError(
-            f"distributed: joining the other processes failed ({error}); outside of a TPU pod, "
-            "SLURM and MPI give distributed.coordinator, num_processes and process_id"
-        ) from error
+            "distributed.enabled=True: neither SLURM, Open MPI, a TPU pod nor Kubernetes (with its "
+            "Python package) is found: give distributed.coordinator, num_processes and process_id"
+        )
+    port = os.environ.get("JAX_COORDINATOR_PORT")
+    try:
+        told = os.environ.get("JAX_COORDINATOR_ADDRESS") or found.get_coordinator_address(
+            timeout_secs=int(MEET_SECONDS), override_coordinator_port=port
+        )
+        place = told, found.get_process_count(), found.get_process_id()
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise RunError(
+            f"distributed: {_CLUSTERS[found.name]} does not tell all ({error})"
+        ) from None
+    return _CLUSTERS.get(found.name, found.name), *place
+
+
+def _own_device() -> list[int] | None:
+    """The one device of this process where a launcher started several on its machine, else all.
+
+    (jax takes one under SLURM and Open MPI in any case, and leaves the others of the machine idle.)
+    """
+    for local, count in (
+        ("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ):
+        several = not re.fullmatch(r"1(\(x\d+\))?", os.environ.get(count, "1"))
+        if several and os.environ.get(local, "").isdecimal():
+            return [int(os.environ[local])]
+    return None
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -34,7 +34,8 @@ class Reference:
     def _begin(self) -> None:
         """The coefficient of the run's present step, which it is then of."""
         self._step = self._run.step
-        self.kl_coef = float(self._run.host.get("kl_coef", self._cfg.kl_coef))
+        hosts = self._run.hosts
+        self.kl_coef = float((hosts[0][0] if hosts else {}).get("kl_coef", self._cfg.kl_coef))
 
     def before(self, step: int) -> None:
         """As it was after ``step``, before the next one: a run may have gone back to it."""

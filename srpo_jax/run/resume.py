@@ -5,22 +5,29 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from srpo_jax.structs import RunError
 
-# Keys that a resumed run may change: they do not enter the numbers.
+# Keys that a resumed run may change: they do not enter the numbers, or only in the order of sums.
 FREE = (
     "checkpoint",
     "compilation_cache_dir",
     "compile_guard",
     "compiler_defaults",
     "data.max_bad_share",
+    "data.prompts_per_row",
     "data.workers",
     "distributed",
     "eval",
     "export_hf_dir",
     "grading.workers",
+    "grpo.logit_chunk",
     "log",
+    "logit_chunk",
     "lora.export",
+    "mesh",
+    "model.remat",
     "optim.max_skipped",
     "preflight",
     "reward.judge.concurrency",
@@ -30,6 +37,7 @@ FREE = (
     "reward.timeout",
     "reward.workers",
     "rollouts",
+    "sampling.concurrent_rows",
 )
 _MAY_GROW = ("steps", "epochs")
 _PER_PROCESS = ("distributed", "compilation_cache_dir")  # may differ between processes
@@ -63,10 +71,27 @@ def check_config(saved: dict[str, Any], current: dict[str, Any], allowed: str = 
     ]
     if changed and "True" not in names:
         shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+        if "data.global_batch_size" in changed:
+            shown += " (devices, processes and data.prompts_per_row may change, the batch may not)"
         raise RunError(
             f"the checkpoint to resume was written under another config: {shown}. Set these back, "
             f"use a new --workdir, or pass --config.checkpoint.allow_changes={','.join(changed)}"
         )
+
+
+def moved_from(meta: dict[str, Any], mesh: dict[str, Any]) -> str:
+    """What to say where a checkpoint is of other processes, devices or another mesh; "" else."""
+    now = {"processes": jax.process_count(), "devices": jax.device_count(), "mesh": mesh}
+    was = now | {n: value for n, value in (meta["config"] | meta).items() if n in now}
+    changed = [
+        f"{name} were {was[name]}, are {now[name]}" for name in now if was[name] != now[name]
+    ]
+    if not changed:
+        return ""
+    return (
+        f"going on elsewhere ({'; '.join(changed)}): the same batches, and the same losses but for "
+        "the order of sums"
+    )
 
 
 def allows(allowed: str, key: str) -> bool:

@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from srpo_jax.data.fields import Record
+from srpo_jax.data.files import write_jsonl
 from srpo_jax.data.loader import LoadedBatch
 from srpo_jax.learn import grpo
 from srpo_jax.learn.state import relayout
@@ -237,6 +239,18 @@ def rollout_rows(one: Round, step: int, number: int) -> list[dict[str, Any]]:
         }
         for record, at, detail, row in graded_samples(one.sampled, one.graded)
     ]
+
+
+def write_rollouts(folder: epath.Path, rounds: Sequence[Round], step: int, mesh: Mesh) -> None:
+    """The rows of a step as <step>.jsonl, one file of each process; of `processes.speakers`."""
+    several = jax.process_count() > 1
+    names = {i: f"{step:06d}{f'.{i}' * several}.jsonl" for i in processes.speakers(mesh)}
+    rows = [row for i, one in enumerate(rounds) for row in rollout_rows(one, step, i)]
+    write_jsonl(folder / names[jax.process_index()], rows)
+    if jax.process_index() == 0 and folder.is_dir():
+        for path in folder.glob(f"{step:06d}*.jsonl"):
+            if path.name not in names.values():  # of this step done before, by other processes
+                path.unlink()
 
 
 def vision_work(batch: Batch) -> tuple[float, float, float]:

@@ -64,6 +64,7 @@ class DistributedSettings:
     coordinator: str
     num_processes: int
     process_id: int
+    timeout: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,10 @@ from srpo_jax.run import checkpoint, processes
 from srpo_jax.run.adapters import base_record, check_base, find_weights, origin_of
 from srpo_jax.run.checkpoint import abstract
 from srpo_jax.run.guard import NotFinite, Progress, Stopped
+from srpo_jax.run.host_state import one_a_place
 from srpo_jax.run.metrics import MetricWriter, to_plain, utilisation
 from srpo_jax.run.parts import Parts, check_export, export, load_base, load_found
-from srpo_jax.run.resume import check_config
+from srpo_jax.run.resume import check_config, moved_from
 from srpo_jax.run.sections import TrainSettings
 from srpo_jax.structs import Params, RunError, TrainState
 
@@ -48,7 +49,8 @@ class Session:
     Attributes:
         state: the train state, fresh or restored, after ``step`` steps.
         step: steps done; 0 for a fresh run.
-        host, arrays: what the checkpoint that was restored or gone back to holds for this process;
+        hosts: what the checkpoint that was restored or gone back to holds of each place in the data
+            (JSON values, arrays), which are those of this run or of another number of processes;
             empty for a fresh run.
         origin: where the initial weights are from (the reference model's, when there is one).
         base: what checkpoints say of frozen weights that they do not hold (with adapters).
@@ -70,7 +72,7 @@ class Session:
         )
         done = self._checkpoints.latest_step() == total_steps
         self._export = check_export(settings.export_hf_dir, done)
-        self.host, self.arrays, self._rolled_back = {}, {}, False
+        self.hosts, self._rolled_back = [], False
         if self._checkpoints.latest_step() is None:
             found = find_weights(settings, parts.model)
             params = load_found(found, settings, parts, settings.model.param_dtype)
@@ -118,7 +120,7 @@ class Session:
         lora = self._parts.model.lora
         newest = self._checkpoints.latest_step()
         got = self._checkpoints.restore(self._held(like), check=check, fallback=keep.fallback)
-        self.state, self.step, self.host, self.arrays = got.state, got.step, got.host, got.arrays
+        self.state, self.step, self.hosts = got.state, got.step, one_a_place(got.hosts)
         self.origin, self._rolled_back = got.meta["origin"], got.meta.get("rolled_back", False)
         self.base = {"base": got.meta["base"]} if lora else {}
         if lora:
@@ -131,7 +133,9 @@ class Session:
                 f"step {newest} is damaged and was moved to {checkpoint.DAMAGED}/: going on from "
                 f"step {self.step}"
             )
-        if got.host.get("data", {}).get("data", "::").count(":") == 1:
+        if moved := moved_from(got.meta, self._settings.plain["mesh"]):
+            processes.say(moved)
+        if self.hosts[0][0].get("data", {}).get("data", "::").count(":") == 1:
             processes.say(
                 "this checkpoint is of an older version: whether the records are still the same is "
                 "checked by their number and size only"
@@ -255,7 +259,7 @@ class Session:
         for leaf in jax.tree.leaves(held):  # there is no room for two
             leaf.delete()
         got = self._checkpoints.roll_back(like, target)
-        self.state, self.step, self.host, self.arrays = got.state, target, got.host, got.arrays
+        self.state, self.step, self.hosts = got.state, target, one_a_place(got.hosts)
         if self._parts.model.lora:
             self.state = dataclasses.replace(self.state, frozen=frozen)
         self._rolled_back, self._unseen = True, None
