@@ -36,6 +36,7 @@ from srpo_jax.run.budgets import Reader, prompt_budgets
 from srpo_jax.run.command import main
 from srpo_jax.run.guard import Stopped
 from srpo_jax.run.parts import Parts, load_weights, start
+from srpo_jax.run.recipe import write_config
 from srpo_jax.run.resume import below, flat_config
 from srpo_jax.run.rollout import Generator, Graded, Sampled, graded_samples
 from srpo_jax.run.sections import EvaluateSettings, RunSettings
@@ -80,6 +81,8 @@ def evaluate(
         kept = {key: value for key, value in flat.items() if not below(key, NOT_SETTINGS)}
         kept |= {"weights": origin, "records": evaluator.source.fingerprint}
         log = RowLog(settings.workdir, kept)
+        if jax.process_index() == 0:
+            write_config(settings.workdir, settings.plain)
         done = {row["origin"] for row in log.rows}
         processes.say(
             f"{len(evaluator)} records, {len(done)} of them done before; weights of {origin}"
