@@ -195,7 +195,7 @@ def check_key(place: str, key: str, known: dict[str, Any]) -> None:
 def _check_value(place: str, text: Any, default: Any) -> None:
     """RunError unless ``text`` can stand where the configuration holds ``default``."""
     if default is _SECTION:
-        raise RunError(f"{place}: is a section; change its keys, as {place}.KEY=...")
+        raise RunError(f"{place}: is a section; change its keys, as {place.split()[-1]}.KEY=...")
     read, takes = _KINDS.get(type(default), (str, ""))
     try:
         read(text)
