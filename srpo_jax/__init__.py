@@ -19,7 +19,11 @@ def imported() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# `python -m` looks for one of our programs: while it imports, which takes seconds, Ctrl-C is one
-# line and not the traceback of whatever was being imported.
-if sys.argv[:1] == ["-m"]:
+def importing() -> None:
+    """While a program imports, which takes seconds, Ctrl-C is one line and not the traceback of
+    whatever was being imported."""
     signal.signal(signal.SIGINT, _leave)
+
+
+if sys.argv[:1] == ["-m"]:  # `python -m` looks for one of our programs
+    importing()

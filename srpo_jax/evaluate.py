@@ -37,6 +37,7 @@ from srpo_jax.run.budgets import Reader, prompt_budgets
 from srpo_jax.run.command import main
 from srpo_jax.run.guard import Stopped
 from srpo_jax.run.parts import Parts, load_weights, start
+from srpo_jax.run.recipe import write_config
 from srpo_jax.run.resume import below, config_hash, flat_config
 from srpo_jax.run.rollout import Generator, Graded, Sampled, graded_samples
 from srpo_jax.run.sections import EvaluateSettings, RunSettings
@@ -87,6 +88,8 @@ def evaluate(
             processes.say(f"{settings.workdir}: this evaluation has come to its end before")
             return found
         log = RowLog(settings.workdir, kept)
+        if jax.process_index() == 0:
+            write_config(settings.workdir, settings.plain)
         done = {row["origin"] for row in log.rows}
         processes.say(
             f"{len(evaluator)} records, {len(done)} of them done before; weights of {origin}"

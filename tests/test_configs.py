@@ -22,7 +22,8 @@ from srpo_jax.data.vision_arrays import VisionGeometry
 from srpo_jax.learn.optim import OptimConfig, make_optimizer
 from srpo_jax.model.sizes import SIZES, size_config
 from srpo_jax.run.budgets import check_images, largest_image, prompt_budgets
-from srpo_jax.run.command import check_arguments, one_word_each
+from srpo_jax.run.command import one_word_each
+from srpo_jax.run.recipe import check_arguments
 from srpo_jax.run.resume import flat_config
 from srpo_jax.run.sections import GrpoSettings
 from srpo_jax.run.settings import (

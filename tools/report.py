@@ -12,11 +12,11 @@ import json
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from configs import grpo, sft
 from srpo_jax.data.fields import Columns
 from srpo_jax.data.files import absolute, write_text
 from srpo_jax.report import run_page
 from srpo_jax.report.rollouts import PICTURES, SAMPLES, Pictures
+from srpo_jax.run.recipe import stock
 from tools.lib import cli, eval_folders
 from tools.lib.record_images import record_images
 
@@ -72,7 +72,7 @@ def build(args: argparse.Namespace) -> str:
         run_pictures(runs, args.image_root),
         samples=args.rollouts,
         problems=args.images,
-        recipe=recipe,
+        recipe=stock,
         evaluations={name: one.summary for name, one in zip(named, tested, strict=True)},
     )
 
@@ -132,12 +132,6 @@ def make_server(page: Callable[[], str], port: int) -> HTTPServer:
             """Nothing: a line for each refresh tells nobody anything."""
 
     return HTTPServer(("127.0.0.1", port), Handler)
-
-
-def recipe(config: run_page.Config) -> run_page.Config:
-    """The recipe of configs/ that a run's configuration began with: of its stage and size."""
-    stage = grpo if "grpo" in config else sft
-    return json.loads(json.dumps(stage.get_config(f"size={config['size']}").to_dict()))
 
 
 def run_pictures(runs: Sequence[run_page.Run], root: str | None) -> Pictures:

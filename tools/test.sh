@@ -13,7 +13,7 @@ case "${1:-}" in
     --all) tier=all; shift ;;
 esac
 
-files=(requirements-test.txt)
+files=(requirements.txt requirements-test.txt)
 # Compilers for TPU and GPU topologies (no hardware needed) serve only the slow tier.
 [ "$tier" = fast ] || files+=(requirements-aot.txt)
 use_venv "${files[@]}"

@@ -16,6 +16,7 @@ from srpo_jax.run.guard import NotFinite, Progress, Stopped
 from srpo_jax.run.host_state import one_a_place
 from srpo_jax.run.metrics import MetricWriter, to_plain, utilisation
 from srpo_jax.run.parts import Parts, check_export, export, load_base, load_found
+from srpo_jax.run.recipe import write_config
 from srpo_jax.run.resume import check_config, moved_from
 from srpo_jax.run.sections import TrainSettings
 from srpo_jax.structs import Params, RunError, TrainState
@@ -268,6 +269,8 @@ class Session:
 
     def __enter__(self) -> "Session":
         self._stop.__enter__()
+        if jax.process_index() == 0:
+            write_config(self._settings.workdir, self._settings.plain)
         where = f"from step {self.step}" if self.step else f"from weights of {self.origin}"
         self.writer.say(f"{self.total_steps} steps, {where}; {jax.device_count()} devices")
         self._parts.timers.take()

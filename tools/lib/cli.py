@@ -23,6 +23,7 @@ from typing import NoReturn
 
 from srpo_jax import imported
 from srpo_jax.data.files import write_json, write_text
+from srpo_jax.launch import program
 
 PLAIN_PROGRESS_SECONDS = 10.0  # between two lines of progress where stderr is not a terminal
 
@@ -42,6 +43,7 @@ class Parser(argparse.ArgumentParser):
 def base_parser(description: str | None, example: str) -> argparse.ArgumentParser:
     """An argument parser whose ``--help`` ends with ``example``, with ``--debug`` already there."""
     out = Parser(
+        prog=program(),
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
