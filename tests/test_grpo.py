@@ -229,7 +229,7 @@ def test_rollout_metrics_count_first_and_final_answers():
         "harm/count": 0,
         "harm/of": 1,
         # Reflections of all say "wrong" but of the last: of a right one, two wrong ones, nothing.
-        "reflected/count": 3,
+        "reflected/count": 4,
         "right_reflected/count": 3,
         "right_one_round/of": 0,
         "stated/count": 3,

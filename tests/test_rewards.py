@@ -220,14 +220,12 @@ def test_terms_beside_the_profile_s_by_hand():
 
 
 def test_tokens_have_a_price_only_where_the_final_answer_is_right():
-    costs = [float(price(verdict(o, total_tokens=30))) for o in ("rr", "wr", "rw", "ww")]
+    costs = [float(price(verdict(o, total_tokens=30))[0, 0]) for o in ("rr", "wr", "rw", "ww")]
     assert costs == [-30, -30, 0, 0]
     cfg = GrpoConfig(profile=GRPO, weights=(("price", 0.01),))
-    long, short = (
-        reward_terms(cfg, verdict("rr", total_tokens=n, has_second=n == 30)).total for n in (30, 10)
-    )
-    wrong = reward_terms(cfg, verdict("ww", total_tokens=10)).total
-    np.testing.assert_allclose([long, short, wrong], [1.2, 1.4, 0.5], rtol=1e-6)
+    samples = [verdict("rr", total_tokens=30), verdict("rr", total_tokens=10), verdict("ww")]
+    totals = [float(reward_terms(cfg, one).total[0, 0]) for one in samples]
+    np.testing.assert_allclose(totals, [1.2, 1.4, 0.5], rtol=1e-6)
 
 
 def test_an_unknown_profile_is_refused():

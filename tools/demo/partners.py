@@ -1,11 +1,11 @@
 """Partners: dot tiles with something to search for, where a verdict must be looked up.
 
 A picture of 56x84 pixels holds six tiles (tiles.py), one of each colour. The question ``with red
-11`` asks which tile has, together with the red one, 11 dots; exactly one has. The first round reads
-the red tile and names a partner at a glance; the reflection counts that partner's dots and says
-whether the sum is 11; the second round keeps a partner that holds and names another in place of one
-that does not. So a search is hard and its check is one look at one tile, and whoever says "no"
-without that look gives a right answer away.
+11`` asks which tile has, together with the red one, 11 dots; exactly one has. The first round counts
+the red tile and one other, and guesses where that does not fit; the reflection counts the tile that
+was named and says whether it fits; the second round keeps one that does, and looks for the partner
+among the tiles that are left where it does not. So the check is one look at the picture, and
+whoever says "no" without it gives a right answer away.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from tools.demo.tiles import COLOURS, WRONG_SHARE
+from tools.demo.tiles import COLOURS
 
-NEAR_SHARE = 0.85  # of the wrong first answers: a tile that nearly fits; the rest are any other
+HIT_SHARE = 0.35  # of first looks that find the partner at once, beside those that happen to
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,33 @@ def draw_problem(rng: np.random.Generator) -> Problem:
             return Problem(colours[asked], dots[asked] + dots[partner], tiles)
 
 
-def wrong_partner(problem: Problem, rng: np.random.Generator) -> str:
-    """The colour that a first look takes for the partner: mostly one of nearly as many dots."""
-    wrong = [(c, n) for c, n in problem.tiles if c not in (problem.asked, problem.answer)]
-    near = [c for c, n in wrong if abs(n - problem.need) <= 2]
-    if near and rng.random() < NEAR_SHARE:
-        return near[rng.integers(len(near))]
-    return wrong[rng.integers(len(wrong))][0]
+def first_look(problem: Problem, rng: np.random.Generator) -> tuple[str, str]:
+    """(the tile that is counted, the answer) of a hurried first round: one look at one tile, which
+    is the answer where it fits; else a guess among the others."""
+    others = [colour for colour, _ in problem.tiles if colour != problem.asked]
+    if rng.random() < HIT_SHARE:
+        return problem.answer, problem.answer
+    looked = others[rng.integers(len(others))]
+    if looked == problem.answer:
+        return looked, looked
+    guesses = [colour for colour in others if colour != looked]
+    return looked, guesses[rng.integers(len(guesses))]
 
 
 def reflection_fields(problem: Problem, rng: np.random.Generator) -> dict[str, Any]:
-    """The five blocks of a response, written by a program that knows the counts; half of the first
-    answers are wrong."""
-    dots, gold = dict(problem.tiles), problem.answer
-    first = wrong_partner(problem, rng) if rng.random() < WRONG_SHARE else gold
-    known, seen = dots[problem.asked], dots[first]
+    """The five blocks of a response, written by a program that knows the counts; about half of the
+    first answers are wrong. A search ends where a tile fits, after one to three looks."""
+    dots, gold, asked = dict(problem.tiles), problem.answer, problem.asked
+    looked, first = first_look(problem, rng)
+    known, seen, total = dots[asked], dots[first], problem.total
+    left = [c for c, _ in problem.tiles if c not in (asked, looked, first, gold)]
+    searched = [left[i] for i in rng.permutation(len(left))[: rng.integers(len(left) + 1)]]
+    search = " ".join(f"{colour}={dots[colour]}" for colour in (*searched, gold))
     return {
-        "first_think": f"{problem.asked}={known}",
+        "first_think": f"{asked}={known} {looked}={dots[looked]}",
         "first_answer": first,
         "reflection": f"{first}={seen} {known + seen} {'yes' if first == gold else 'no'}",
-        "second_think": f"{problem.total}-{known}={problem.need}",
+        "second_think": f"{known}+{dots[gold]}={total}" if first == gold else search,
         "second_answer": gold,
         "first_correct": first == gold,
         "teacher": "program",

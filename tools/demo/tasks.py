@@ -37,6 +37,6 @@ class Task:
 # 15 prompt tokens are used, and a whole response has 31 to 33; 19, and 28 to 31.
 DOT_TILES = Task("dot_tiles", tiles.draw_problem, tiles.reflection_fields, tiles.SIDE, 16, 36)
 PARTNERS = Task(
-    "partners", partners.draw_problem, partners.reflection_fields, 3 * tiles.TILE, 20, 36
+    "partners", partners.draw_problem, partners.reflection_fields, 3 * tiles.TILE, 20, 40
 )
 TASKS = {task.name: task for task in (DOT_TILES, PARTNERS)}
