@@ -32,8 +32,8 @@ def rates(rows: Sequence[Row], *, bootstrap: int = 0, seed: int = 0) -> dict[str
     fix is the share of wrong first answers whose final answer is right, harm that of right first
     answers whose final answer is wrong, net_gain is acc@2 - acc@1. reflected is the share of
     samples with a reflection; acc@2/reflected is of those, acc@2/one_round of those that end after
-    their first answer. A rate of nothing is 0. "unasked" of the records did not fit or could not be read;
-    they are among the wrong ones.
+    their first answer. A rate of nothing is 0. "unasked" of the records did not fit or could not
+    be read; they are among the wrong ones.
 
     Args:
         rows: of an evaluation, one for each completion.

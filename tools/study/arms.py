@@ -10,8 +10,6 @@ from tools.demo import run as demo
 from tools.demo.stages import Stage
 from tools.demo.tasks import Task
 
-CONFIDENT = "mean probability of the first answer's tokens"
-
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
