@@ -4,8 +4,8 @@ A picture of 56x84 pixels holds six tiles (tiles.py), one of each colour. The qu
 11`` asks which tile has, together with the red one, 11 dots; exactly one has. The first round
 counts the red tile and one other, and guesses where that does not fit; the reflection counts the
 tile that was named and says whether it fits; the second round keeps one that does, and looks for
-the partner among the tiles that are left where it does not. So the check is one look at the picture, and
-whoever says "no" without it gives a right answer away.
+the partner among the tiles that are left where it does not. So the check is one look at the
+picture, and whoever says "no" without it gives a right answer away.
 """
 
 from dataclasses import dataclass

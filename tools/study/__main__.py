@@ -23,7 +23,7 @@ from tools.demo.stages import ROOT, Clock
 from tools.demo.tasks import TASKS
 from tools.lib import cli
 from tools.study import summary
-from tools.study.arms import ARMS, Arm, Budget, budget_of, eval_stage, rl_stage, start_stage
+from tools.study.arms import ARMS, FULL, QUICK, Arm, Budget, eval_stage, rl_stage, start_stage
 from tools.study.jobs import Job, Worker, run_jobs
 from tools.study.measure import evaluated, learning_curve, steps_within, tokens_of, training_rows
 
@@ -66,7 +66,7 @@ def run_arm(
     worker: Worker, folder: Path, seed: int, args: argparse.Namespace, task: str, arm: Arm
 ) -> None:
     """Train, evaluate in both modes, keep the result, delete what only training needed."""
-    budget = budget_of(task, args.quick)
+    budget = QUICK if args.quick else FULL
     began = time.monotonic()
     if arm.overrides:
         train(worker, folder, task, seed, budget, arm)
@@ -95,7 +95,7 @@ def jobs_of(args: argparse.Namespace, arms: list[Arm]) -> list[Job]:
     jobs, workdir = [], Path(args.workdir).resolve()
     for seed in args.seeds:
         for task in args.tasks:
-            folder, budget = workdir / task / f"seed{seed}", budget_of(task, args.quick)
+            folder, budget = workdir / task / f"seed{seed}", QUICK if args.quick else FULL
             name, ready = f"{task} seed {seed}", folder / "prepared"
             work = functools.partial(prepare, folder=folder, task=task, seed=seed, quick=args.quick)
             jobs.append(Job(f"{name}: data", ready, work))

@@ -93,23 +93,14 @@ class Budget:
 
 
 # RL data for arms whose steps cost less than GRPO's: twice the problems of ``rl_steps``.
-FULL = Budget(demo.Plan(sft_steps=500, rl_steps=50, test=512, validation=512))
+FULL = Budget(demo.Plan(rl_steps=50, test=512, validation=512))
 QUICK = Budget(
     demo.Plan(
         sft_steps=6, sft_batch=8, rl_steps=2, rl_prompts=4, group_size=4, test=16, validation=16
     ),
     samples=2,
 )
-SFT_STEPS = {"partners": 350}  # a task that reads more tiles in a response needs fewer
 ONE_ROUND_SHARE = 0.5  # of the right first answers in the "mix": a response ends there
-
-
-def budget_of(task: str, quick: bool) -> Budget:
-    """The budget of a task."""
-    if quick:
-        return QUICK
-    plan = dataclasses.replace(FULL.plan, sft_steps=SFT_STEPS.get(task, FULL.plan.sft_steps))
-    return dataclasses.replace(FULL, plan=plan)
 
 
 def sizes(plan: demo.Plan) -> dict[str, int]:

@@ -11,7 +11,7 @@ from srpo_jax.structs import BLOCKS
 from tools.demo import data
 from tools.demo.tasks import TASKS
 from tools.lib import cli
-from tools.study.arms import ONE_ROUND_SHARE, budget_of, sizes
+from tools.study.arms import FULL, ONE_ROUND_SHARE, QUICK, sizes
 
 
 def cut_to_one_round(table: pa.Table, seed: int) -> pa.Table:
@@ -28,7 +28,7 @@ def cut_to_one_round(table: pa.Table, seed: int) -> pa.Table:
 def main(args: argparse.Namespace) -> None:
     """Everything that an SFT start and the arms after it read."""
     folder, task = Path(args.folder), TASKS[args.task]
-    plan = budget_of(args.task, args.quick).plan
+    plan = (QUICK if args.quick else FULL).plan
     data.write_records(folder / "data", args.seed, sizes(plan), task)
     data.write_model(folder / "data", folder / "init/hf", args.seed)
     file = folder / "data/sft.parquet"
