@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data = data = ConfigDict()
     data.root = ""  # folder that images must lie in; empty: the file's
     common.add_columns(data)
-    data.prompt = "srpo"  # or "plain"
+    data.prompt = "srpo"  # or "plain", "adaptive"
     data.prompt_tokens = 1664  # budget, images included, as in RL
     data.prompts_per_row = 4  # prompts whose images one data shard encodes at a time
     data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 3584))

@@ -42,7 +42,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data.mix = ()  # weights of several, as in data.train=a.jsonl,b.jsonl; (): by their sizes
     data.root = ""  # folder that images must lie in; empty: the file's
     common.add_columns(data)
-    data.prompt = "srpo"  # or "plain": one round of think and answer (GRPO control)
+    # "plain": one round of think and answer (GRPO control). "adaptive": the policy may end after
+    # its first answer, or write all five blocks; format is right in both cases.
+    data.prompt = "srpo"
     data.global_batch_size = 128  # prompts of a step (P 4.1)
     data.prompts_per_row = common.SIZES[args.size].prompts_per_row  # at most: memory of a row
     # Budget: 426 for the template, up to 640 for an image, the rest for the question
@@ -68,6 +70,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     common.add_words(reward)
     reward.overlong = 0.0  # weight of DAPO's penalty, which sets in overlong_buffer tokens before
     reward.overlong_buffer = 0  # sampling.max_new_tokens; 0: none
+    # Reward per token of a response whose final answer is right, taken off: with "adaptive" the
+    # policy learns when a reflection is worth its tokens (profile "grpo"; docs/objectives.md).
+    reward.token_price = 0.0
     own_rewards(reward)
 
     config.filter = groups = ConfigDict()

@@ -30,7 +30,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data.root = ""  # folder that images must lie in; empty: the file's
     common.add_columns(data)
     # "rl_aligned": five blocks, as RL wants them; "paper": the paper's one think and two answers;
-    # "plain": one round; "gold": the gold answer in five blocks, where nobody wrote reasoning.
+    # "plain": one round; "gold": the gold answer in five blocks, where nobody wrote reasoning;
+    # "adaptive": five blocks, or a first round that is right where a record has no more.
     data.target = "rl_aligned"
     # No loss on a wrong first attempt: "true", "false", or "auto": so for rl_aligned, while paper
     # imitates all (P, R).

@@ -78,7 +78,7 @@ def evaluate(
     check_benchmark(settings)
     with start(settings) as parts, processes.hold(settings.workdir), parts.stop:
         encode = encode or PromptEncoder(parts.processor, settings.data.prompt)
-        evaluator = Evaluator(settings, parts, settings.reward.design, encode)
+        evaluator = Evaluator(settings, parts, settings.design, encode)
         params, origin = load_weights(settings, parts, settings.model.dtype)
         flat = flat_config(settings.plain)
         kept = {key: value for key, value in flat.items() if not below(key, NOT_SETTINGS)}

@@ -107,7 +107,7 @@ def train(
         pool = Pool(encode, parts.processor, settings.data, settings.filter.max_age)
         evaluator = None
         if settings.eval.file:
-            evaluator = Evaluator(settings, parts, settings.reward.design, encode)
+            evaluator = Evaluator(settings, parts, settings.design, encode)
         optimizer = make_optimizer(settings.optim, settings.steps * cfg.updates, settings.seed)
         run = Session(settings, parts, optimizer, settings.steps, SHOWN)
         if note := truncation_note(settings):

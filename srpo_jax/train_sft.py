@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from srpo_jax.data.encoders import PromptEncoder, SftEncoder
+from srpo_jax.data.encoders import PromptEncoder, SftEncoder, prompt_of
 from srpo_jax.data.loader import LoadedBatch
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.optim import make_optimizer, trains_vision
 from srpo_jax.learn.steps import make_sft_step
 from srpo_jax.model import sharding
-from srpo_jax.rewards.profiles import PAPER
+from srpo_jax.rewards.profiles import PAPER, asked_by
 from srpo_jax.run import processes
 from srpo_jax.run.command import main
 from srpo_jax.run.feed import Encode, bucket_of, open_training
@@ -58,9 +58,9 @@ def train(
         loader, records = open_training(settings, parts, encode)
         evaluator = None
         if settings.eval.file:
-            prompt = "plain" if data.target == "plain" else "srpo"
+            prompt = prompt_of(data.target)
             encode_prompt = encode_prompt or PromptEncoder(parts.processor, prompt)
-            evaluator = Evaluator(settings, parts, PAPER, encode_prompt)
+            evaluator = Evaluator(settings, parts, asked_by(prompt, PAPER), encode_prompt)
         batch_size = data.global_batch_size
         total = settings.steps or max(1, int(records * settings.epochs) // batch_size)
         optimizer = make_optimizer(settings.optim, total, settings.seed)

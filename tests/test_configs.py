@@ -263,6 +263,10 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
         ({"grpo.ref_every": 9}, "^grpo.ref_every=9: there is no KL; set kl_coef above 0"),
         ({"grpo.kl_target": 0.1}, "^grpo.kl_target=0.1: there is no KL; set kl_coef above 0"),
         ({"filter.max_age": -1}, "^filter.max_age=-1: must not be negative"),
+        (
+            {"reward.token_price": 0.1, "sampling.max_new_tokens": 36},
+            "^reward.token_price=0.1 takes 3.6 off a right answer of .*: set it below 0.028$",
+        ),
         ({"filter.low": 0.9, "filter.high": 0.1}, "^filter.low=0.9 and filter.high=0.1: no group"),
         (
             {"filter.low": 0.9, "filter.high": 0.95},

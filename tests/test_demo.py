@@ -21,6 +21,7 @@ from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS
 from tools.demo import data, report, run, stages, tiles
+from tools.demo.tasks import DOT_TILES
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"sft": 200, "rl": 12, "validation": 8, "test": 16}
@@ -163,9 +164,12 @@ def test_tags_and_words_are_one_token_each_and_a_response_is_short(demo, process
     assert text.count("<|image_pad|>") == 4  # one for each tile
     for tag in ("<think>", "</think>Ċ", "<answer>", "</answer>Ċ", "</answer>", "<reflection>"):
         assert tag in text, text
-    assert encoded.num_tokens <= run.TOKENS and 27 <= encoded.loss_mask.sum() <= 32
+    assert (
+        encoded.num_tokens <= DOT_TILES.prompt_tokens + DOT_TILES.completion_tokens
+        and 27 <= encoded.loss_mask.sum() <= 32
+    )
     prompt = PromptEncoder(processor)(record)
-    assert prompt.num_tokens == 15 <= run.PROMPT_TOKENS
+    assert prompt.num_tokens == 15 <= DOT_TILES.prompt_tokens
     assert (encoded.token_ids[:15] == prompt.token_ids).all()
     # The system prompt is left out, and only the response is learned.
     assert "system" not in processor.tokenizer.decode(encoded.token_ids)
@@ -179,7 +183,7 @@ def test_the_longest_response_fits_the_budget(processor):
     from srpo_jax.data.prompts import srpo_response
 
     text = srpo_response(*(fields[name] for name in data.BLOCK_FIELDS)) + "<|im_end|>"
-    assert len(processor.tokenizer.encode(text)) == 32 <= run.COMPLETION_TOKENS
+    assert len(processor.tokenizer.encode(text)) == 32 <= DOT_TILES.completion_tokens
 
 
 def test_the_tokenizer_is_byte_level_and_loses_nothing(processor):
@@ -194,7 +198,7 @@ def test_the_model_is_a_small_qwen_with_one_window_a_picture(demo, processor):
     cfg = load_config(demo / "init/hf")
     count = sum(int(np.prod(leaf.shape)) for leaf in abstract_params(cfg).values())
     assert 1.0e6 < count < 1.2e6
-    assert cfg.vision.window_slots == run.PATCHES == 16
+    assert cfg.vision.window_slots == DOT_TILES.patches == 16
     assert processor.vocab_size <= cfg.text.vocab_size
     generation = json.loads((demo / "init/hf/generation_config.json").read_text())
     assert generation["eos_token_id"] == list(processor.eos_ids) and len(processor.eos_ids) == 2

@@ -229,6 +229,9 @@ def test_rollout_metrics_count_first_and_final_answers():
         "harm/count": 0,
         "harm/of": 1,
         # Reflections of all say "wrong" but of the last: of a right one, two wrong ones, nothing.
+        "reflected/count": 4,
+        "right_reflected/count": 3,
+        "right_one_round/of": 0,
         "stated/count": 3,
         "stated/of": 4,
         "detection/count": 2,
@@ -260,6 +263,19 @@ def test_rollout_metrics_count_first_and_final_answers():
     }
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_samples_of_one_round_are_counted_apart():
+    second = jnp.array([[True, False], [False, False]])
+    answered = jnp.array([[True, True], [True, False]])
+    blocks = VERDICT.block_tokens * second[..., None]
+    verdict = VERDICT.replace(has_second=second, has_first=answered, block_tokens=blocks + 1)
+    verdict = verdict.replace(block_tokens=verdict.block_tokens.at[..., 2].set(2 * second))
+    got = grpo.rollout_metrics(grpo.reward_terms(GrpoConfig(), verdict), verdict, _rollout(), BOTH)
+    assert (got["reflected/count"], got["reflected/of"]) == (1, 4)
+    assert (got["right_reflected/count"], got["right_reflected/of"]) == (1, 1)
+    # Two end after the first answer, one of them right; one has no answer at all.
+    assert (got["right_one_round/count"], got["right_one_round/of"]) == (1, 2)
 
 
 def test_rollout_metrics_ignore_fillers():

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from srpo_jax.data.encoders import SftEncoder, conversation_images, sft_response
+from srpo_jax.data.encoders import SftEncoder, conversation_images, prompt_of, sft_response
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.fields import Record
 from srpo_jax.data.prompts import (
@@ -164,6 +164,20 @@ def test_sft_targets():
         sft_response(_record(**{**REFLECTION, "reflection": " "}), "rl_aligned")
     with pytest.raises(ValueError, match="choose one of rl_aligned, paper, plain, gold"):
         sft_response(record, "other")
+
+
+def test_the_adaptive_target_is_one_round_where_the_record_has_no_reflection():
+    first = {"first_think": "a", "first_answer": "12", "first_correct": True}
+    rest = dict.fromkeys(("reflection", "second_think", "second_answer"))
+    for extra in (first, first | rest):
+        assert sft_response(_record(**extra), "adaptive") == plain_response("a", "12")
+    full = _record(**REFLECTION)
+    assert sft_response(full, "adaptive") == sft_response(full, "rl_aligned")
+    with pytest.raises(RecordError, match="one round, and its answer is wrong"):
+        sft_response(_record(**first | {"first_correct": False}), "adaptive")
+    with pytest.raises(RecordError, match=r"no text in the fields \['second_think'"):
+        sft_response(_record(**first | {"reflection": "hm"}), "adaptive")
+    assert [prompt_of(t) for t in ("adaptive", "plain", "gold")] == ["adaptive", "plain", "srpo"]
 
 
 def test_only_wrong_first_attempts_are_masked():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from srpo_jax.learn.grpo import GrpoConfig, reward_terms
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.grade import grade, grade_sequences
 from srpo_jax.rewards.profiles import (
@@ -30,6 +31,7 @@ from srpo_jax.rewards.terms import (
     excess_factor,
     length_factor,
     overlong,
+    price,
     stated_rightly,
 )
 from srpo_jax.rewards.verifier import Verifier
@@ -215,6 +217,15 @@ def test_terms_beside_the_profile_s_by_hand():
     )
     with pytest.raises(ValueError, match=r"weights of \['f_length'\], but the terms are .*'f_len'"):
         add_up({"r_acc": np.ones(2)}, {"f_length": 0.5})
+
+
+def test_tokens_have_a_price_only_where_the_final_answer_is_right():
+    costs = [float(price(verdict(o, total_tokens=30))[0, 0]) for o in ("rr", "wr", "rw", "ww")]
+    assert costs == [-30, -30, 0, 0]
+    cfg = GrpoConfig(profile=GRPO, weights=(("price", 0.01),))
+    samples = [verdict("rr", total_tokens=30), verdict("rr", total_tokens=10), verdict("ww")]
+    totals = [float(reward_terms(cfg, one).total[0, 0]) for one in samples]
+    np.testing.assert_allclose(totals, [1.2, 1.4, 0.5], rtol=1e-6)
 
 
 def test_an_unknown_profile_is_refused():

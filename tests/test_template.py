@@ -6,7 +6,15 @@ import time
 import numpy as np
 import pytest
 
-from srpo_jax.rewards.profiles import OPENRLHF, PAPER, PROFILES, VERL_FIXED, Profile, answer_blocks
+from srpo_jax.rewards.profiles import (
+    OPENRLHF,
+    PAPER,
+    PROFILES,
+    VERL_FIXED,
+    Profile,
+    answer_blocks,
+    asked_by,
+)
 from srpo_jax.rewards.template import Completion, TokenText, parse_response
 from srpo_jax.structs import BLOCKS
 
@@ -152,6 +160,18 @@ def test_format_rule_of_each_profile(name):
     names = [profile.name for profile in profiles]
     found = [int(parse(text, profile).format_ok) for profile in profiles]
     assert dict(zip(names, found, strict=True)) == dict(zip(names, expected, strict=True))
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: profile.name)
+def test_under_the_adaptive_prompt_one_round_is_as_right_as_five_blocks(profile):
+    either = asked_by("adaptive", profile)
+    assert asked_by("srpo", profile) is asked_by("plain", profile) is profile
+    assert parse(respond(), either).format_ok and parse(ONE_ROUND, either).format_ok
+    for text in (ONE_ROUND + "x", ONE_ROUND + "<reflection>r</reflection>", "<think>a</think>"):
+        assert not parse(text, either).format_ok
+    # The only answer is the first and the final one.
+    one = answer_blocks(Completion.of_text(ONE_ROUND), parse(ONE_ROUND, either))
+    assert (one.first, one.final) == ("2", "2")
 
 
 REFLECTION_CASES = {

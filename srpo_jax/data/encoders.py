@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from srpo_jax.data.batching import Encoded
 from srpo_jax.data.errors import RecordError, shown
-from srpo_jax.data.fields import Record, image_ref
+from srpo_jax.data.fields import Record, image_ref, missing
 from srpo_jax.data.images import ImageRef, load_image
 from srpo_jax.data.processing import Processor
 from srpo_jax.data.prompts import (
@@ -16,7 +16,7 @@ from srpo_jax.data.prompts import (
 )
 from srpo_jax.structs import BLOCKS
 
-TARGETS = ("rl_aligned", "paper", "plain", "gold")
+TARGETS = ("rl_aligned", "paper", "plain", "gold", "adaptive")
 
 
 def _fields(record: Record, names: tuple[str, ...]) -> list[str]:
@@ -30,14 +30,18 @@ def _fields(record: Record, names: tuple[str, ...]) -> list[str]:
 
 
 def sft_response(record: Record, target: str) -> str:
-    """What the assistant should say: target "rl_aligned", "paper", "plain" or "gold".
+    """What the assistant should say: target "rl_aligned", "paper", "plain", "gold" or "adaptive".
 
     "rl_aligned" (the five blocks that RL rewards) and "paper" need reflection fields. "plain" takes
     the last thinking and the answer.
-    "gold" puts the gold answer into the template where nobody wrote reasoning.
+    "gold" puts the gold answer into the template where nobody wrote reasoning. "adaptive" is
+    "rl_aligned", or the first round alone for a record without the fields that come after it; its
+    first answer must be right.
     """
     try:
-        if target == "rl_aligned":
+        if target == "adaptive" and all(missing(record.extra.get(name)) for name in BLOCKS[2:]):
+            return _one_round(record)
+        if target in ("rl_aligned", "adaptive"):
             return srpo_response(*_fields(record, BLOCKS))
         if target == "paper":
             think, first, reflection = _fields(record, BLOCKS[:3])
@@ -55,6 +59,21 @@ def sft_response(record: Record, target: str) -> str:
     except ValueError as error:
         raise RecordError(record.origin, str(error)) from None
     raise ValueError(f"target {target!r}: choose one of {', '.join(TARGETS)}")
+
+
+def _one_round(record: Record) -> str:
+    """The first round alone, which is the whole response."""
+    response = plain_response(*_fields(record, BLOCKS[:2]))
+    if _first_is_wrong(record):
+        raise RecordError(
+            record.origin, "one round, and its answer is wrong", "add a reflection, or leave it out"
+        )
+    return response
+
+
+def prompt_of(target: str) -> str:
+    """The prompt that an SFT target answers (``prompts.MESSAGES``)."""
+    return target if target in ("plain", "adaptive") else "srpo"
 
 
 def conversation_images(messages: list[Message], root: str, origin: str) -> list[ImageRef]:
@@ -75,7 +94,7 @@ def _messages(record: Record, prompt: str) -> list[Message]:
 class PromptEncoder:
     """``encode(record)`` for RL and evaluation: the prompt up to the assistant's first token.
 
-    ``prompt`` is "srpo" or "plain". Picklable, so that worker processes can run it.
+    ``prompt`` is a key of MESSAGES. Picklable, so that worker processes can run it.
     """
 
     processor: Processor
@@ -101,7 +120,7 @@ class SftEncoder:
 
     def __call__(self, record: Record) -> Encoded:
         response = sft_response(record, self.target)
-        messages = _messages(record, "plain" if self.target == "plain" else "srpo")
+        messages = _messages(record, prompt_of(self.target))
         masks = self.mask_wrong_first and self.target != "plain"
         return self.processor.encode_conversation(
             [*messages, {"role": "assistant", "content": response}],

@@ -49,6 +49,25 @@ multiplied, not added. The first answer is wrong.</reflection>
 8, 12, which agrees.</think>
 <answer>$3 \times 4 = \boxed{12}$</answer>""".replace("\\\n", "")
 
+ADAPTIVE_SYSTEM_PROMPT = r"""You solve problems about images and look critically at your own work \
+where that is needed. First write two blocks:
+
+1. <think> ... </think> Your reasoning: look at the image, state what you need from it, and work \
+step by step.
+2. <answer> ... </answer> Your answer: LaTeX between dollar signs, with the result itself in \
+\boxed{ }. For multiple choice, box the letter.
+
+If you are certain of that answer, end there. Otherwise go on with three more:
+
+3. <reflection> ... </reflection> An honest review of the reasoning and the answer above: check \
+what you read from the image, each step and the final result; name every error, gap or unclear \
+step, or say what makes the result certain.
+4. <think> ... </think> A full new solution that uses the review.
+5. <answer> ... </answer> Your final answer, written as in block 2.
+
+Write nothing before, between or after the blocks except line breaks, never leave one empty, and \
+use each pair of tags only as shown.""".replace("\\\n", "")
+
 PLAIN_SYSTEM_PROMPT = r"""You solve problems about images. First reason step by step inside \
 <think> </think>, then give the result inside <answer> </answer> as LaTeX between dollar signs, \
 with the result itself in \boxed{ }. For multiple choice, box the letter. Write nothing else.
@@ -160,8 +179,10 @@ def _messages(
 
 srpo_messages = functools.partial(_messages, SYSTEM_PROMPT)  # the five-block template
 plain_messages = functools.partial(_messages, PLAIN_SYSTEM_PROMPT)  # the baselines: one round
+# One round or five blocks, as the policy sees fit.
+adaptive_messages = functools.partial(_messages, ADAPTIVE_SYSTEM_PROMPT)
 # How a template's prompt is called in configurations and on command lines.
-MESSAGES = {"srpo": srpo_messages, "plain": plain_messages}
+MESSAGES = {"srpo": srpo_messages, "plain": plain_messages, "adaptive": adaptive_messages}
 
 
 def add_box(answer: str) -> str:

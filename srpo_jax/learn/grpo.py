@@ -29,6 +29,7 @@ from srpo_jax.rewards.terms import (
     RewardTerms,
     add_up,
     overlong,
+    price,
     right_answers,
     stated_rightly,
 )
@@ -103,7 +104,7 @@ class GrpoConfig(Objective):
 
     micro_batches: int = 1  # rows of a data shard; gradients are summed over them
     profile: Profile = PAPER
-    # Weights of reward terms that are not 1; those of "verdict" and "overlong" bring the term in.
+    # Weights of reward terms that are not 1; those of "verdict", "overlong", "price" bring it in.
     weights: tuple[tuple[str, float], ...] = (("f_len", ALPHA),)
     own: tuple[str, ...] = ()  # names of the terms in ``Verdict.own``
     overlong_buffer: int = 0  # tokens before the cap in which "overlong" sets in
@@ -236,6 +237,8 @@ def reward_terms(cfg: GrpoConfig, verdict: Verdict) -> RewardTerms:
         parts |= {name: verdict.own[..., i] for i, name in enumerate(cfg.own)}
     if weights.get("verdict"):
         parts["verdict"] = stated_rightly(verdict)
+    if weights.get("price"):
+        parts["price"] = price(verdict)
     if weights.get("overlong") and cfg.length_cap:
         parts["overlong"] = overlong(verdict.total_tokens, cfg.length_cap, cfg.overlong_buffer)
     return add_up(
@@ -417,8 +420,9 @@ def rollout_metrics(
 
     Rates are shares of samples. Those of some samples come as ``NAME/count`` of ``NAME/of``, so
     that they can be added up over steps: ``fix`` (wrong, then right), ``harm`` (right, then wrong);
-    of those with a reflection ``stated`` (it says right or wrong), ``detection`` (a wrong first
-    answer is called so), ``false_alarm`` (a right one is called wrong); ``tokens_right`` and
+    ``right_reflected`` and ``right_one_round`` (final answers of samples with and without a second
+    round); of those with a reflection ``stated`` (it says right or wrong), ``detection`` (a wrong
+    first answer is called so), ``false_alarm`` (a right one is called wrong); ``tokens_right`` and
     ``tokens_wrong`` (tokens of samples by their final answer).
     """
     include_PG = jnp.broadcast_to(include_P.astype(jnp.float32)[:, None], terms.total.shape)
@@ -434,6 +438,7 @@ def rollout_metrics(
     first, final = verdict.first_correct, verdict.final_correct
     length_PG = rollout.completion_mask.sum(-1).astype(jnp.float32)
     reflected, doubted = verdict.block_tokens[..., 2] > 0, verdict.stated < 0
+    one_round = verdict.has_first & ~verdict.has_second
     reward_mean = mean(terms.total)
     spread_PG = jnp.square(terms.total - terms.total.mean(1, keepdims=True))
     group_std_P = jnp.sqrt(spread_PG.sum(1) / max(1, terms.total.shape[1] - 1))
@@ -449,6 +454,12 @@ def rollout_metrics(
         "fix/of": total(~first),
         "harm/count": total(first & ~final),
         "harm/of": total(first),
+        "reflected/count": total(reflected),
+        "reflected/of": samples,
+        "right_reflected/count": total(final & verdict.has_second),
+        "right_reflected/of": total(verdict.has_second),
+        "right_one_round/count": total(final & one_round),
+        "right_one_round/of": total(one_round),
         "stated/count": total(reflected & (verdict.stated != 0)),
         "stated/of": total(reflected),
         "detection/count": total(reflected & ~first & doubted),

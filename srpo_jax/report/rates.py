@@ -16,6 +16,9 @@ RATES = {
     "fix": ("fixed", "wrong_first"),
     "harm": ("harmed", "first"),
     "net_gain": ("gain", "samples"),
+    "reflected": ("reflected", "samples"),
+    "acc@2/reflected": ("reflected_final", "reflected"),
+    "acc@2/one_round": ("one_round_final", "one_round"),
     "format_rate": ("format", "samples"),
     "truncated": ("truncated", "samples"),
     "tokens": ("tokens", "samples"),
@@ -27,8 +30,10 @@ def rates(rows: Sequence[Row], *, bootstrap: int = 0, seed: int = 0) -> dict[str
     """Rates over all samples.
 
     fix is the share of wrong first answers whose final answer is right, harm that of right first
-    answers whose final answer is wrong, net_gain is acc@2 - acc@1. A rate of nothing is 0.
-    "unasked" of the records did not fit or could not be read; they are among the wrong ones.
+    answers whose final answer is wrong, net_gain is acc@2 - acc@1. reflected is the share of
+    samples with a reflection; acc@2/reflected is of those, acc@2/one_round of those that end after
+    their first answer. A rate of nothing is 0. "unasked" of the records did not fit or could not
+    be read; they are among the wrong ones.
 
     Args:
         rows: of an evaluation, one for each completion.
@@ -40,6 +45,9 @@ def rates(rows: Sequence[Row], *, bootstrap: int = 0, seed: int = 0) -> dict[str
     sums = {name: np.zeros(len(origins)) for pair in RATES.values() for name in pair}
     for row in rows:
         first, final, i = row["first_correct"], row["final_correct"], origins[row["origin"]]
+        tokens = dict(zip(BLOCKS, row["block_tokens"], strict=True))
+        reflected = tokens["reflection"] > 0
+        one_round = tokens["first_answer"] > 0 and not tokens["second_answer"]
         counted = {
             "samples": 1,
             "first": first,
@@ -49,9 +57,13 @@ def rates(rows: Sequence[Row], *, bootstrap: int = 0, seed: int = 0) -> dict[str
             "harmed": first and not final,
             "gain": int(final) - int(first),
             "format": row["format_ok"],
+            "reflected": reflected,
+            "reflected_final": reflected and final,
+            "one_round": one_round,
+            "one_round_final": one_round and final,
             "truncated": row["truncated"],
             "tokens": row["tokens"],
-            **dict(zip(BLOCKS, row["block_tokens"], strict=True)),
+            **tokens,
         }
         for name, value in counted.items():
             sums[name][i] += value

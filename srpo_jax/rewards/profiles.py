@@ -228,6 +228,18 @@ BALANCED = dataclasses.replace(PAPER, name="balanced", terms=balanced_terms)
 PROFILES = (PAPER, OPENRLHF, VERL_FIXED, GRPO, BALANCED)
 
 
+def asked_by(prompt: str, profile: Profile) -> Profile:
+    """``profile``, under whose format one round is as right as five blocks where the prompt is
+    "adaptive" (the first answer is then the final one, too)."""
+    rule = profile.template.format_ok
+    if prompt != "adaptive" or not isinstance(rule, FormatRule):
+        return profile
+    either = dataclasses.replace(rule, orders=(FIVE_BLOCKS, ONE_ROUND))
+    return dataclasses.replace(
+        profile, template=dataclasses.replace(profile.template, format_ok=either)
+    )
+
+
 def profile_named(name: str) -> Profile:
     """The profile of PROFILES that a configuration or a command line names; ValueError if none."""
     for profile in PROFILES:

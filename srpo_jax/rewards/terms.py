@@ -81,6 +81,15 @@ def stated_rightly(verdict: Verdict) -> jax.Array:
     return jnp.where(verdict.has_first, truth * verdict.stated, 0).astype(jnp.float32)
 
 
+def price(verdict: Verdict) -> jax.Array:
+    """Minus the tokens of a response whose final answer is right, 0 of any other.
+
+    So the price orders right responses among themselves, and brevity never pays for an error.
+    """
+    tokens = jnp.asarray(verdict.total_tokens, jnp.float32)
+    return jnp.where(right_answers(verdict)[1], -tokens, 0.0)
+
+
 def overlong(tokens: Array, cap: int, buffer: int) -> jax.Array:
     """Soft penalty of the last ``buffer`` tokens before the cap: from 0 down to -1 (DAPO, arXiv
     2503.14476, equation 13)."""

@@ -16,6 +16,9 @@ SOURCES = 32  # of the records, at most, whose accuracies a row holds
 _NAMES = {
     "duplicates": "duplicate_share",
     "repeats": "repeat_share",
+    "reflected": "reflected_share",
+    "right_reflected": "accuracy/final_reflected",
+    "right_one_round": "accuracy/final_one_round",
     "stated": "stated_share",
     "tokens_right": "completion_length/right",
     "tokens_wrong": "completion_length/wrong",

@@ -25,7 +25,19 @@ from srpo_jax.structs import BLOCKS, RunError, Verdict
 
 # Names of metrics, rows and other terms that no term of one's own may have.
 TAKEN = (
-    *(*TERMS, "verdict", "overlong", "kl", "mean", "std", "group_std", "failed", "step", "round"),
+    *(
+        *TERMS,
+        "verdict",
+        "overlong",
+        "price",
+        "kl",
+        "mean",
+        "std",
+        "group_std",
+        "failed",
+        "step",
+        "round",
+    ),
     *("id", "sample", "gold", "tokens", "completion", "finished", "total", "advantage", "weight"),
 )
 _RIGHT, _WRONG = r"\boxed{1}", r"\boxed{2}"

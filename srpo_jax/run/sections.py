@@ -13,7 +13,7 @@ from srpo_jax.data.fields import Columns
 from srpo_jax.learn.grpo import Objective
 from srpo_jax.learn.optim import OptimConfig
 from srpo_jax.model.config import Lora
-from srpo_jax.rewards.profiles import Profile, no_terms
+from srpo_jax.rewards.profiles import Profile, asked_by, no_terms
 from srpo_jax.rewards.stated import Words
 from srpo_jax.rewards.terms import ALPHA
 from srpo_jax.sampling.sampler import SamplingConfig
@@ -102,6 +102,7 @@ class RewardSettings:
     verdict: float = 0.0
     overlong: float = 0.0
     overlong_buffer: int = 0
+    token_price: float = 0.0
     function: str = ""
     weight: str = "1"
     replace: bool = False
@@ -127,6 +128,7 @@ class RewardSettings:
     def weights(self) -> tuple[tuple[str, float], ...]:
         """As `GrpoConfig` takes them."""
         given = {"f_len": self.alpha, "verdict": self.verdict, "overlong": self.overlong}
+        given["price"] = self.token_price
         return tuple((name, w) for name, w in given.items() if w or name == "f_len")
 
     def own_weights(self, names: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
@@ -257,7 +259,7 @@ class SftData(TrainData):
     def masks_wrong_first(self) -> bool:
         """``mask_wrong_first`` as yes or no; "auto" depends on the target."""
         text = str(self.mask_wrong_first).lower()
-        return self.target == "rl_aligned" if text == "auto" else text == "true"
+        return self.target in ("rl_aligned", "adaptive") if text == "auto" else text == "true"
 
 
 # --- programs --------------------------------------------------------------------------------
@@ -332,6 +334,11 @@ class GrpoSettings(TrainSettings):
     grpo: Objective
     rollouts: RolloutSettings
 
+    @property
+    def design(self) -> Profile:
+        """The reward's, under the format that the prompt asks for."""
+        return asked_by(self.data.prompt, self.reward.design)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(RunSettings):
@@ -340,3 +347,8 @@ class EvaluateSettings(RunSettings):
     data: ProblemData
     reward: RewardSettings
     bootstrap: int
+
+    @property
+    def design(self) -> Profile:
+        """The reward's, under the format that the prompt asks for."""
+        return asked_by(self.data.prompt, self.reward.design)

@@ -63,6 +63,13 @@ def grpo_settings(
         settings = dataclasses.replace(settings, reward=reward, plain=plain)
     if settings.steps < 1:
         raise RunError(f"steps={settings.steps}: must be at least 1")
+    price, budget = settings.reward.token_price, settings.sampling.max_new_tokens
+    if price * budget >= 1:
+        raise RunError(
+            f"reward.token_price={price} takes {price * budget:g} off a right answer of "
+            f"sampling.max_new_tokens={budget} tokens, as much as it is worth: set it below "
+            f"{1 / budget:.2g}"
+        )
     group, low, high = settings.sampling.group_size, settings.filter.low, settings.filter.high
     if group < 2:
         raise RunError(
@@ -109,8 +116,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
         "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
-        "reward.verdict reward.overlong reward.overlong_buffer grpo.tis_floor lora.rank "
-        "reward.judge.max_calls grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every "
+        "reward.verdict reward.overlong reward.overlong_buffer reward.token_price grpo.tis_floor "
+        "lora.rank reward.judge.max_calls grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every "
         "grpo.adv_eps grpo.perception_coef filter.max_age eval.temperature "
         "checkpoint.grace_seconds distributed.timeout",
         lambda value: value is None or 0 <= value < math.inf,
@@ -263,7 +270,7 @@ def grpo_config(
     return GrpoConfig(
         **vars(settings.grpo),
         micro_batches=layout.rows,
-        profile=settings.reward.design,
+        profile=settings.design,
         weights=settings.reward.weights + own,
         own=tuple(name for name, _ in own),
         overlong_buffer=settings.reward.overlong_buffer,

@@ -7,6 +7,7 @@ from pathlib import Path
 from srpo_jax.data.prompts import srpo_response
 from srpo_jax.model.sizes import Shape
 from tools.demo import tiles
+from tools.demo.tasks import DOT_TILES, Task
 from tools.demo.tokenizer import train_tokenizer, write_tokenizer
 from tools.make_hf import TOKEN_KEYS, make_config, write_random_hf
 
@@ -19,12 +20,13 @@ INIT_STD = 0.06
 VOCAB_MULTIPLE = 128
 
 
-def write_records(folder: Path, seed: int, sizes: dict[str, int]) -> None:
+def write_records(folder: Path, seed: int, sizes: dict[str, int], task: Task = DOT_TILES) -> None:
     """All splits as a user's data would come: the large one as parquet with the images inside, the
     others as JSONL with a PNG file each. Only ``sft`` has reflections."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, problems in tiles.draw_splits(seed, sizes).items():
-        rows = tiles.records(problems, seed, split, reflect=split == "sft")
+    for split, problems in tiles.draw_splits(seed, sizes, task.draw).items():
+        answered = {"reflect": split == "sft", "fields": task.fields}
+        rows = tiles.records(problems, seed, split, **answered, source=task.name.replace("_", " "))
         if split == "sft":
             tiles.write_parquet(folder / "sft.parquet", rows)
         else:
@@ -65,7 +67,7 @@ def write_model(data: Path, out_dir: Path, seed: int) -> int:
         tied=True,
     )
     config = make_config(shape, {key: ids[token] for key, token in TOKEN_KEYS.items()})
-    # One window is one picture; positions are few.
+    # One window is one picture of four tiles; positions are few.
     config["vision_config"]["window_size"] = tiles.SIDE
     config["rope_theta"] = 10_000.0
     config["max_position_embeddings"] = 1024

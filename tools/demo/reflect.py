@@ -16,6 +16,7 @@ from typing import Any
 from tools.demo import report, teacher, tiles
 from tools.demo import run as demo
 from tools.demo.stages import ROOT, Clock, Stage, run_stages
+from tools.demo.tasks import DOT_TILES
 from tools.lib import cli
 
 MODES = ("self", "gold_blind")
@@ -32,12 +33,12 @@ def build(folder: Path, out: Path, mode: str, seed: int, plan: demo.Plan, clock:
         *(sys.executable, "-m", "tools.build_reflection_data", "run"),
         *("--workdir", str(out / mode), "--records", str(folder / "data/rl.jsonl")),
         *("--policy_hf_dir", str(folder / "sft/hf"), "--attempt_prompt", "srpo"),
-        *("--attempt_temperature", "1.0", "--attempt_max_tokens", str(demo.COMPLETION_TOKENS)),
+        *("--attempt_temperature", "1.0", "--attempt_max_tokens", str(DOT_TILES.completion_tokens)),
         *("--mode", mode, "--seed", str(seed), "--share_correct", "-1", "--batch_size", "128"),
         *("--tries", "8" if mode == "self" else "2", "--grading_workers", "1"),
     ]
     if mode == "self":
-        command += ["--teacher_max_tokens", str(demo.COMPLETION_TOKENS)]
+        command += ["--teacher_max_tokens", str(DOT_TILES.completion_tokens)]
         subprocess.run(command, cwd=ROOT, check=True)
     else:
         problems = tiles.draw_splits(seed, plan.sizes)["rl"]

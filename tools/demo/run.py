@@ -17,8 +17,9 @@ from typing import Any
 
 from srpo_jax.data.files import read_jsonl, write_json
 from tools import report as run_report
-from tools.demo import data, report, tiles
+from tools.demo import data, report
 from tools.demo.stages import ROOT, Clock, Stage, run_stages
+from tools.demo.tasks import DOT_TILES, Task
 from tools.lib import cli, transformers_check
 
 
@@ -53,30 +54,21 @@ class Plan:
 QUICK = Plan(
     sft_steps=6, sft_batch=8, rl_steps=2, rl_prompts=4, group_size=4, test=16, validation=8
 )
-PROMPT_TOKENS = 16  # 15 are used
-COMPLETION_TOKENS = 36  # a whole response has 31 to 33
-TOKENS = PROMPT_TOKENS + COMPLETION_TOKENS
-PATCHES = (tiles.SIDE // 14) ** 2  # of one picture
 
 
-def budgets(per_row: int) -> str:
-    """The patch budget of rows of so many pictures, as a config argument."""
-    return f"({per_row * PATCHES},)"
-
-
-def common(folder: Path, hf_dir: Path, seed: int) -> dict[str, Any]:
+def common(folder: Path, hf_dir: Path, seed: int, task: Task) -> dict[str, Any]:
     """Overrides of every stage."""
     return {
         "hf_dir": hf_dir,
         "seed": seed,
-        "max_pixels": tiles.SIDE**2,
+        "max_pixels": task.max_pixels,
         "grading.workers": 1,
         "data.workers": 0,
         "compilation_cache_dir": folder / "compiled",
     }
 
 
-def sft_stage(folder: Path, seed: int, plan: Plan) -> Stage:
+def sft_stage(folder: Path, seed: int, plan: Plan, task: Task = DOT_TILES) -> Stage:
     """Reflection SFT from random weights; the vision tower learns too."""
     out = folder / "sft"
     return Stage(
@@ -86,13 +78,13 @@ def sft_stage(folder: Path, seed: int, plan: Plan) -> Stage:
         out,
         done=out / "hf",
         steps=plan.sft_steps,
-        overrides=common(folder, folder / "init/hf", seed)
+        overrides=common(folder, folder / "init/hf", seed, task)
         | {
             "data.train": folder / "data/sft.parquet",
             "data.global_batch_size": plan.sft_batch,
             "data.prompts_per_row": plan.sft_batch,
-            "data.tokens": TOKENS,
-            "data.patch_budgets": budgets(plan.sft_batch),
+            "data.tokens": task.prompt_tokens + task.completion_tokens,
+            "data.patch_budgets": task.budgets(plan.sft_batch),
             # From random weights even a wrong first attempt teaches reading and the template.
             "data.mask_wrong_first": "false",
             "steps": plan.sft_steps,
@@ -109,7 +101,7 @@ def sft_stage(folder: Path, seed: int, plan: Plan) -> Stage:
     )
 
 
-def rl_stage(folder: Path, seed: int, plan: Plan, name: str) -> Stage:
+def rl_stage(folder: Path, seed: int, plan: Plan, name: str, task: Task = DOT_TILES) -> Stage:
     """SRPO, or GRPO: the same with a reward for the final answer alone."""
     out, per_row = folder / name.lower(), plan.rl_prompts // 2
     return Stage(
@@ -119,7 +111,7 @@ def rl_stage(folder: Path, seed: int, plan: Plan, name: str) -> Stage:
         out,
         done=out / "hf",
         steps=plan.rl_steps,
-        overrides=common(folder, folder / "sft/hf", seed)
+        overrides=common(folder, folder / "sft/hf", seed, task)
         | {
             "reward.profile": {"SRPO": "paper", "GRPO": "grpo"}[name],
             "reward.right_words": report.WORDS.right,
@@ -127,12 +119,12 @@ def rl_stage(folder: Path, seed: int, plan: Plan, name: str) -> Stage:
             "data.train": folder / "data/rl.jsonl",
             "data.global_batch_size": plan.rl_prompts,
             "data.prompts_per_row": per_row,
-            "data.prompt_tokens": PROMPT_TOKENS,
-            "data.patch_budgets": budgets(per_row),
+            "data.prompt_tokens": task.prompt_tokens,
+            "data.patch_budgets": task.budgets(per_row),
             "steps": plan.rl_steps,
             "sampling.group_size": plan.group_size,
-            "sampling.max_new_tokens": COMPLETION_TOKENS,
-            "sampling.segment": COMPLETION_TOKENS,
+            "sampling.max_new_tokens": task.completion_tokens,
+            "sampling.segment": task.completion_tokens,
             "filter.low": 0.0,
             "filter.high": 1.0,
             "grpo.updates_per_rollout": 2,
@@ -147,7 +139,15 @@ def rl_stage(folder: Path, seed: int, plan: Plan, name: str) -> Stage:
     )
 
 
-def eval_stage(folder: Path, seed: int, plan: Plan, name: str, mode: str, split: str) -> Stage:
+def eval_stage(
+    folder: Path,
+    seed: int,
+    plan: Plan,
+    name: str,
+    mode: str,
+    split: str,
+    task: Task = DOT_TILES,
+) -> Stage:
     """One model's Hugging Face directory on the held-out problems, in one decoding mode."""
     batch = min(128, plan.test)
     out = folder / "eval" / f"{name.lower()}_{mode}_{split}"
@@ -157,16 +157,16 @@ def eval_stage(folder: Path, seed: int, plan: Plan, name: str, mode: str, split:
         "configs/eval.py:size=tiny",
         out,
         done=out / "summary.json",
-        overrides=common(folder, folder / name.lower() / "hf", seed)
+        overrides=common(folder, folder / name.lower() / "hf", seed, task)
         | {
             "eval.file": folder / f"data/{split}.jsonl",
             "eval.temperature": {"sampled": 1.0, "greedy": 0.0}[mode],
             "eval.batch_size": batch,
             "data.prompts_per_row": batch // 4,
-            "data.prompt_tokens": PROMPT_TOKENS,
-            "data.patch_budgets": budgets(batch // 4),
-            "sampling.max_new_tokens": COMPLETION_TOKENS,
-            "sampling.segment": COMPLETION_TOKENS,
+            "data.prompt_tokens": task.prompt_tokens,
+            "data.patch_budgets": task.budgets(batch // 4),
+            "sampling.max_new_tokens": task.completion_tokens,
+            "sampling.segment": task.completion_tokens,
         },
     )
 
@@ -231,7 +231,7 @@ def check_export(folder: Path, clock: Clock) -> None:
         )
         return
     records = read_jsonl(given)[:8]
-    tokens = transformers_check.compare(hf_dir, records, given.parent, COMPLETION_TOKENS)
+    tokens = transformers_check.compare(hf_dir, records, given.parent, DOT_TILES.completion_tokens)
     clock.say(f"transformers loads the export; all {tokens} greedy tokens equal ours")
 
 

@@ -81,13 +81,13 @@ def run_stages(stages: Sequence[Stage], clock: Clock) -> None:
     todo = [stage for stage in stages if not stage.done.exists()]
     for stage in stages:
         clock.say(f"{stage.name}: " + ("started" if stage in todo else "done before"))
-    cores = _cores()
+    cores = cores_here()
     shared = len(todo) > 1 and len(cores) >= len(todo)
     running: dict[Stage, subprocess.Popen] = {}
     try:
         for i, stage in enumerate(todo):
             share = cores[i :: len(todo)] if shared else cores
-            running[stage] = _start(stage, share)
+            running[stage] = launch(stage.arguments, stage.log, share)
         _watch(running, clock)
     finally:
         for process in running.values():
@@ -97,26 +97,27 @@ def run_stages(stages: Sequence[Stage], clock: Clock) -> None:
             process.wait()
 
 
-def _shown(stage: Stage) -> str:
+def _shown(arguments: Sequence[str]) -> str:
     """The command as one may type it, paths relative to the checkout."""
-    words = (word.replace(f"{ROOT}{os.sep}", "") for word in stage.arguments)
+    words = (word.replace(f"{ROOT}{os.sep}", "") for word in arguments)
     return "python " + " ".join(shlex.quote(word) for word in words)
 
 
-def _cores() -> list[int]:
+def cores_here() -> list[int]:
     """The CPU cores this process may use; none where the system does not tell."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def _start(stage: Stage, cores: list[int]) -> subprocess.Popen:
-    stage.workdir.mkdir(parents=True, exist_ok=True)
-    with open(stage.log, "a") as log:
-        print(f"$ {_shown(stage)}", file=log, flush=True)
+def launch(arguments: Sequence[str], log: Path, cores: list[int]) -> subprocess.Popen:
+    """``python ARGUMENTS`` on these cores (none: on all), its output at the end of ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as out:
+        print(f"$ {_shown(arguments)}", file=out, flush=True)
         process = subprocess.Popen(
-            [sys.executable, *stage.arguments],
+            [sys.executable, *arguments],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=out,
             stderr=subprocess.STDOUT,
         )
     if cores:
@@ -140,7 +141,7 @@ def _watch(running: dict[Stage, subprocess.Popen], clock: Clock) -> None:
             if process.returncode or not stage.done.exists():
                 raise RuntimeError(
                     f"{stage.name} failed (exit code {process.returncode}), see {stage.log}: "
-                    + _tail(stage.log)
+                    + tail(stage.log)
                 )
             clock.say(f"{stage.name}: done in {time.monotonic() - begun[stage]:.0f} s")
         if open_stages and time.monotonic() - last >= REPORT_SECONDS:
@@ -151,7 +152,8 @@ def _watch(running: dict[Stage, subprocess.Popen], clock: Clock) -> None:
             told = line
 
 
-def _tail(log: Path, lines: int = 12) -> str:
+def tail(log: Path, lines: int = 12) -> str:
+    """The last lines, each on one of its own."""
     return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 

@@ -9,7 +9,7 @@ absolute difference), so that answers are 0 to 18.
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,21 +71,24 @@ def draw_problem(rng: np.random.Generator) -> Problem:
     return Problem(op, (colours[first], colours[second]), tiles)
 
 
-def draw_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[Problem]]:
+def draw_splits(
+    seed: int, sizes: dict[str, int], draw: Callable[[np.random.Generator], Any] | None = None
+) -> dict[str, list[Any]]:
     """Problems of every split, each from its own seed; no problem occurs in two splits.
 
     ``sizes`` maps names of ``SPLITS`` to counts. A problem counts as the same when question and
     tiles are the same, whatever the pixels, so that "unseen" means unseen content.
     """
-    taken: set[Problem] = set()
+    draw = draw or draw_problem
+    taken: set[Any] = set()
     splits = {}
     # Test and validation first: the training splits give way, never the other way round.
     for name in sorted(sizes, key=SPLITS.index, reverse=True):
         rng = np.random.default_rng([seed, SPLITS.index(name)])
-        problems: list[Problem] = []
-        own: set[Problem] = set()
+        problems: list[Any] = []
+        own: set[Any] = set()
         while len(problems) < sizes[name]:
-            problem = draw_problem(rng)
+            problem = draw(rng)
             if problem not in taken:
                 problems.append(problem)
                 own.add(problem)
@@ -94,29 +97,30 @@ def draw_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[Problem]]:
     return {name: splits[name] for name in sizes}
 
 
-def render(problems: list[Problem], rng: np.random.Generator) -> np.ndarray:
-    """Pictures [N, 56, 56, 3] uint8: dots on a jittered 3x3 grid, shifted colours, noise."""
-    n = len(problems)
+def render(problems: Sequence[Any], rng: np.random.Generator) -> np.ndarray:
+    """Pictures [N, 28 * rows, 56, 3] uint8 of problems with as many ``tiles`` each, two in a row:
+    dots on a jittered 3x3 grid, shifted colours, noise."""
+    n, count = len(problems), len(problems[0].tiles)
     colour = np.array([[COLOURS[c] for c, _ in p.tiles] for p in problems], np.float32)
     dots = np.array([[k for _, k in p.tiles] for p in problems])
     colour = np.clip(colour + rng.normal(0, 0.04, colour.shape), 0, 1).astype(np.float32)
     # Which cells of the 3x3 grid hold a dot: the first `dots` of a random order.
-    order = rng.random((n, 4, 9)).argsort(-1)
+    order = rng.random((n, count, 9)).argsort(-1)
     present = order < dots[..., None]
     grid = np.stack(np.divmod(np.arange(9), 3), -1) * 8.0 + 5.5
-    offset = rng.uniform(-1, 1, (n, 4, 1, 2))
-    centre = (grid + offset + rng.uniform(-1, 1, (n, 4, 9, 2))).astype(np.float32)
-    radius = (2.6 * rng.uniform(0.75, 1.25, (n, 4, 9))).astype(np.float32)
+    offset = rng.uniform(-1, 1, (n, count, 1, 2))
+    centre = (grid + offset + rng.uniform(-1, 1, (n, count, 9, 2))).astype(np.float32)
+    radius = (2.6 * rng.uniform(0.75, 1.25, (n, count, 9))).astype(np.float32)
     axis = np.arange(TILE, dtype=np.float32)
-    ink = np.zeros((n, 4, TILE, TILE), np.float32)
+    ink = np.zeros((n, count, TILE, TILE), np.float32)
     for cell in range(9):
         dy = axis[:, None] - centre[:, :, cell, 0, None, None]
         dx = axis[None, :] - centre[:, :, cell, 1, None, None]
         inside = np.clip(radius[:, :, cell, None, None] + 0.5 - np.sqrt(dy**2 + dx**2), 0, 1)
         ink = np.maximum(ink, inside * present[:, :, cell, None, None])
     tiles = colour[:, :, None, None, :] * (1 - ink[..., None]) + ink[..., None]
-    image = tiles.reshape(n, 2, 2, TILE, TILE, 3).transpose(0, 1, 3, 2, 4, 5)
-    image = image.reshape(n, SIDE, SIDE, 3)
+    image = tiles.reshape(n, -1, 2, TILE, TILE, 3).transpose(0, 1, 3, 2, 4, 5)
+    image = image.reshape(n, -1, SIDE, 3)
     image = image + rng.standard_normal(image.shape, np.float32) * 0.03
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
@@ -167,9 +171,17 @@ def reflection_fields(problem: Problem, rng: np.random.Generator) -> dict[str, A
 
 
 def records(
-    problems: list[Problem], seed: int, split: str, *, reflect: bool, chunk: int = 1024
+    problems: Sequence[Any],
+    seed: int,
+    split: str,
+    *,
+    reflect: bool,
+    fields: Callable[[Any, np.random.Generator], dict[str, Any]] = reflection_fields,
+    source: str = "dot tiles",
+    chunk: int = 1024,
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """(record without its image, PNG bytes) of every problem, rendered in chunks."""
+    """(record without its image, PNG bytes) of every problem, rendered in chunks; with ``reflect``
+    it has a response by ``fields``."""
     rng = np.random.default_rng([seed, SPLITS.index(split), 1])
     for start in range(0, len(problems), chunk):
         part = problems[start : start + chunk]
@@ -178,10 +190,10 @@ def records(
                 "id": f"{split}-{start + i}",
                 "problem": problem.question,
                 "answer": str(problem.answer),
-                "source": "dot tiles",
+                "source": source,
             }
             if reflect:
-                record |= reflection_fields(problem, rng)
+                record |= fields(problem, rng)
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG", compress_level=1)
             yield record, png.getvalue()

@@ -1,0 +1,148 @@
+"""What is compared: arms, how much of everything, and the commands of one arm."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from configs import grpo
+from tools.demo import run as demo
+from tools.demo.stages import Stage
+from tools.demo.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One method: where it starts, and what its RL sets. Without overrides there is no RL."""
+
+    name: str
+    what: str
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: str = "five"  # SFT on five blocks, or on a "mix" with one round where that is right
+    prompt: str = "srpo"
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """Keys that it sets and this version does not have."""
+        known = _known_keys()
+        return [key for key in self.overrides if key not in known]
+
+
+@functools.cache
+def _known_keys() -> frozenset[str]:
+    flat = grpo.get_config("size=tiny")
+    return frozenset(
+        f"{section}.{key}"
+        for section, keys in flat.items()
+        if hasattr(keys, "keys")
+        for key in keys.keys()
+    )
+
+
+GRPO = {"reward.profile": "grpo"}
+FORKS = GRPO | {"sampling.forks": 2}
+VERDICT = {"reward.verdict": 0.25}
+# The price is a trade: a reflection of 18 tokens is worth it where it wins 9 points of accuracy.
+# "centred" keeps that trade; the end token is judged among samples of the same first verdict.
+ON_DEMAND = GRPO | {
+    "data.prompt": "adaptive",
+    "reward.token_price": 0.005,
+    "grpo.advantage": "centred",
+    "grpo.credit": "segments",
+}
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("sft", "no RL"),
+        Arm("grpo", "final answer and format", GRPO),
+        Arm("srpo", "the paper's reward", {"reward.profile": "paper"}),
+        Arm("openrlhf", "the authors' OpenRLHF reward", {"reward.profile": "openrlhf"}),
+        Arm("balanced", "profile `balanced`", {"reward.profile": "balanced"}),
+        Arm(
+            "normalised",
+            "the paper's, `grpo.normalise_terms`",
+            {"reward.profile": "paper", "grpo.normalise_terms": True},
+        ),
+        Arm(
+            "segments",
+            "`balanced`, `grpo.credit=segments`",
+            {"reward.profile": "balanced", "grpo.credit": "segments"},
+        ),
+        Arm("forks", "GRPO's, `sampling.forks=2`", FORKS),
+        Arm("forks_verdict", "forks, `reward.verdict=0.25`", FORKS | VERDICT),
+        Arm("verdict", "GRPO's, `reward.verdict=0.25`", GRPO | VERDICT),
+        Arm("sft_mix", "no RL, SFT with one-round records", start="mix", prompt="adaptive"),
+        Arm(
+            "adaptive",
+            "on demand, SFT with one-round records",
+            ON_DEMAND,
+            start="mix",
+            prompt="adaptive",
+        ),
+        Arm("adaptive_five", "on demand, SFT on five blocks", ON_DEMAND, prompt="adaptive"),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much of everything; ``plan`` is the demo's, of which the study takes less."""
+
+    plan: demo.Plan
+    samples: int = 4  # of a test problem at temperature 1
+
+
+# RL data for arms whose steps cost less than GRPO's: twice the problems of ``rl_steps``.
+FULL = Budget(demo.Plan(rl_steps=50, test=512, validation=512))
+QUICK = Budget(
+    demo.Plan(
+        sft_steps=6, sft_batch=8, rl_steps=2, rl_prompts=4, group_size=4, test=16, validation=16
+    ),
+    samples=2,
+)
+ONE_ROUND_SHARE = 0.5  # of the right first answers in the "mix": a response ends there
+
+
+def sizes(plan: demo.Plan) -> dict[str, int]:
+    """Problems of each split."""
+    return plan.sizes | {"rl": 2 * plan.rl_steps * plan.rl_prompts}
+
+
+def start_stage(folder: Path, seed: int, plan: demo.Plan, task: Task, start: str) -> Stage:
+    """SFT on one of the two files; arms share it."""
+    stage, out = demo.sft_stage(folder, seed, plan, task), folder / start
+    own = {"data.train": folder / f"data/{start}.parquet", "export_hf_dir": out / "hf"}
+    if start == "mix":
+        own["data.target"] = "adaptive"
+    overrides = stage.overrides | own | {"checkpoint.every": 100}
+    return dataclasses.replace(stage, workdir=out, done=out / "hf", overrides=overrides)
+
+
+def rl_stage(folder: Path, seed: int, plan: demo.Plan, task: Task, arm: Arm, steps: int) -> Stage:
+    """RL of an arm to ``steps``; it goes on from what its folder holds."""
+    stage, out = demo.rl_stage(folder, seed, plan, "GRPO", task), folder / arm.name
+    overrides = stage.overrides | {
+        "hf_dir": folder / arm.start / "hf",
+        "steps": steps,
+        # As many steps as GRPO's compute allows are not known before: no schedule by their number.
+        "optim.schedule": "constant",
+        "checkpoint.every": 10,
+        "rollouts.every": 0,
+        "export_hf_dir": "",
+    }
+    overrides |= arm.overrides
+    return dataclasses.replace(stage, workdir=out, steps=steps, overrides=overrides)
+
+
+def eval_stage(
+    folder: Path, seed: int, budget: Budget, task: Task, arm: Arm, mode: str, split: str
+) -> Stage:
+    """An arm's held-out problems: several samples of each at temperature 1, or greedy."""
+    plan = budget.plan
+    stage = demo.eval_stage(folder, seed, plan, arm.name, mode, split, task)
+    own: dict[str, Any] = {"hf_dir": folder / arm.start / "hf", "data.prompt": arm.prompt}
+    if arm.overrides:
+        own["init_from"] = folder / arm.name
+    if mode == "sampled":
+        own["eval.samples"] = budget.samples
+    return dataclasses.replace(stage, overrides=stage.overrides | own)

@@ -1,0 +1,223 @@
+"""Results of all arms -> table, figures and targets, written into docs/study.md."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from srpo_jax.data.files import write_text
+from tools.study.arms import ARMS
+from tools.study.figure import Line, chart
+from tools.study.measure import accuracy_at
+
+Result = dict[str, Any]
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+SHARES = (0.55, 0.6)  # of GRPO's tokens
+MARGIN = 0.3  # of detection over false alarms, that is asked for
+HEAD = (
+    *("arm", "seeds", "final", "final - GRPO's", "first", "greedy", "at 55 %", "at 60 %"),
+    *("at 60 % - GRPO's final", "tokens", "reflects", "margin", "steps", "M tokens"),
+)
+
+
+def read(folder: Path) -> dict[str, dict[str, dict[int, Result]]]:
+    """Results by task, arm (in the order of ARMS) and seed."""
+    found: dict[str, dict[str, dict[int, Result]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        one = json.loads(path.read_text())
+        found.setdefault(one["task"], {}).setdefault(one["arm"], {})[one["seed"]] = one
+    return {
+        task: {name: arms[name] for name in ARMS if name in arms} for task, arms in found.items()
+    }
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def final(one: Result) -> float:
+    """Accuracy of final answers at temperature 1."""
+    return one["sampled"]["acc@2"]
+
+
+def at_share(one: Result, grpo: Result, share: float) -> float | None:
+    """Accuracy at a share of the tokens of GRPO's responses."""
+    return accuracy_at(one["sampled"]["stop"], share * grpo["sampled"]["tokens"])
+
+
+def margin(one: Result) -> float:
+    """How much more often a wrong first answer is called wrong than a right one."""
+    return one["sampled"]["detect"] - one["sampled"]["false_alarm"]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval over seeds (Student's t); None for one seed."""
+    x = np.array(values)
+    if len(x) < 2:
+        return float(x.mean()), None
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return float(x.mean()), float(half)
+
+
+def paired(
+    arm: dict[int, Result], grpo: dict[int, Result], value: Callable[[Result, Result], float | None]
+) -> tuple[float, float | None] | None:
+    """`interval` of ``value(arm's, GRPO's) - GRPO's final`` over the seeds that both have."""
+    pairs = [(value(arm[seed], grpo[seed]), final(grpo[seed])) for seed in arm if seed in grpo]
+    if not pairs or any(own is None for own, _ in pairs):
+        return None
+    return interval([own - base for own, base in pairs if own is not None])
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def percent(found: tuple[float, float | None] | None, sign: str = "") -> str:
+    """A rate in per cent with its interval."""
+    if found is None:
+        return "-"
+    mean, half = found
+    return f"{100 * mean:{sign}.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
+
+
+def row(name: str, arm: dict[int, Result], grpo: dict[int, Result]) -> list[str]:
+    """One line of the table."""
+
+    def mean(value: Callable[[Result], float]) -> float:
+        return float(np.mean([value(one) for one in arm.values()]))
+
+    def shared(share: float) -> tuple[float, float | None] | None:
+        found = [at_share(one, grpo[seed], share) for seed, one in arm.items() if seed in grpo]
+        known = [value for value in found if value is not None]
+        return interval(known) if known and len(known) == len(found) else None
+
+    own = name == "grpo"
+    return [
+        name,
+        str(len(arm)),
+        percent(interval([final(one) for one in arm.values()])),
+        "" if own else percent(paired(arm, grpo, lambda one, _: final(one)), "+"),
+        percent(interval([one["sampled"]["acc@1"] for one in arm.values()])),
+        percent(interval([one["greedy"]["acc@2"] for one in arm.values()])),
+        *(percent(shared(share)) for share in SHARES),
+        percent(paired(arm, grpo, lambda one, base: at_share(one, base, SHARES[1])), "+"),
+        f"{mean(lambda one: one['sampled']['tokens']):.1f}",
+        f"{100 * mean(lambda one: one['sampled']['reflected']):.0f}",
+        f"{mean(margin):+.2f}",
+        f"{mean(lambda one: one['compute']['steps']):.0f}",
+        f"{mean(lambda one: one['compute']['total']) / 1e6:.2f}",
+    ]
+
+
+def table(results: dict[str, dict[str, dict[int, Result]]]) -> str:
+    """Markdown, a table for each task."""
+    parts = []
+    for task, arms in results.items():
+        rows = [[*HEAD], ["---"] * len(HEAD)]
+        rows += [row(name, arm, arms.get("grpo", {})) for name, arm in arms.items()]
+        lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+        parts.append("\n".join([f"**{task.replace('_', ' ')}**", "", *lines]))
+    return "\n\n".join(parts) or "no results yet"
+
+
+def targets(results: dict[str, dict[str, dict[int, Result]]]) -> str:
+    """Which arms reach what was aimed at, a line each."""
+
+    def those(holds: Callable[[str, dict[str, dict[int, Result]]], bool], tasks: list[str]) -> str:
+        named = [n for n in ARMS if n != "grpo" and all(n in results[t] for t in tasks)]
+        reached = [n for n in named if all(holds(n, results[t]) for t in tasks)]
+        return ", ".join(reached) or "none"
+
+    def equals_at_60(name: str, arms: dict[str, dict[int, Result]]) -> bool:
+        found = paired(arms[name], arms["grpo"], lambda one, base: at_share(one, base, SHARES[1]))
+        return found is not None and found[0] + (found[1] or 0.0) >= 0
+
+    def beats(name: str, arms: dict[str, dict[int, Result]]) -> bool:
+        found = paired(arms[name], arms["grpo"], lambda one, _: final(one))
+        return found is not None and found[1] is not None and found[0] - found[1] > 0
+
+    def knows(name: str, arms: dict[str, dict[int, Result]]) -> bool:
+        return float(np.mean([margin(one) for one in arms[name].values()])) >= MARGIN
+
+    several = [task for task in results if "grpo" in results[task]]
+    lines = [
+        "At 60 % of GRPO's tokens not below GRPO's final accuracy (the interval reaches it), on "
+        f"every task: {those(equals_at_60, several)}."
+    ]
+    for task in several:
+        words = task.replace("_", " ")
+        lines += [
+            f"{words}: a final answer beyond GRPO's interval: {those(beats, [task])}.",
+            f"{words}: detection less false alarms of at least {MARGIN}: {those(knows, [task])}.",
+        ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def figures(results: dict[str, dict[str, dict[int, Result]]]) -> dict[str, str]:
+    """File name -> SVG: accuracy against tokens and learning curves, means over seeds."""
+    found = {}
+    for task, arms in results.items():
+        words = task.replace("_", " ")
+        trade = [Line(name, trade_off(list(arm.values()))) for name, arm in arms.items()]
+        found[f"{task}_tokens.svg"] = chart(
+            f"{words}: accuracy against tokens of a response",
+            "mean tokens of a response",
+            "accuracy, %",
+            trade,
+        )
+        curves = [Line(name, learning(list(arm.values()))) for name, arm in arms.items()]
+        if any(line.points for line in curves):
+            found[f"{task}_learning.svg"] = chart(
+                f"{words}: final answers of training samples against compute",
+                "million tokens, sampled and learned from",
+                "accuracy, %",
+                [line for line in curves if line.points],
+            )
+    return found
+
+
+def trade_off(ones: Sequence[Result]) -> list[tuple[float, float]]:
+    """Points of mean tokens and accuracy; of several seeds by the place on the curve."""
+    curves = np.array([sorted(one["sampled"]["stop"]) for one in ones])
+    return [(float(x), 100 * float(y)) for x, y in curves.mean(0)]
+
+
+def learning(ones: Sequence[Result]) -> list[tuple[float, float]]:
+    """Points of tokens spent, in millions, and final accuracy of the samples since the last."""
+    curves = [one["curve"] for one in ones if one["curve"]]
+    points = zip(*curves, strict=False)
+    return [
+        (
+            float(np.mean([p["tokens"] for p in at])) / 1e6,
+            100 * float(np.mean([p["accuracy/final"] for p in at])),
+        )
+        for at in points
+    ]
+
+
+def write(folder: Path, docs: Path) -> str:
+    """docs/study.md between its markers, docs/measurements/study/*; the table.
+
+    ValueError where there are no results, or the page has no markers.
+    """
+    results, page = read(folder), docs / "study.md"
+    if not results:
+        raise ValueError(f"{folder}: no results yet; run without --summary first")
+    text = page.read_text(encoding="utf-8")
+    if not 0 <= text.find(BEGIN) < text.find(END):
+        raise ValueError(f"{page}: the lines {BEGIN} and {END} are missing")
+    out = docs / "measurements/study"
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = figures(results)
+    for name, svg in drawn.items():
+        write_text(out / name, svg)
+    for task, arms in results.items():
+        rows = [one for arm in arms.values() for one in arm.values()]
+        lines = ",\n".join(json.dumps(one) for one in rows)
+        write_text(out / f"{task}.json", f"[\n{lines}\n]\n")
+    images = "\n".join(f"![{name[:-4]}](measurements/study/{name})" for name in drawn)
+    body = "\n\n".join([BEGIN, table(results), targets(results), images, END])
+    write_text(page, text[: text.find(BEGIN)] + body + text[text.find(END) + len(END) :])
+    return table(results)
