@@ -8,7 +8,6 @@ data that the rows name by their origin (file:row). --serve shows the page while
 import argparse
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 

@@ -1,0 +1,1 @@
+"""The study of methods on drawn tasks."""
