@@ -1,0 +1,1 @@
+"""The study of methods at equal compute: ``python -m tools.study``."""
