@@ -1,1 +1,1 @@
-"""The study of methods on drawn tasks."""
+"""The study of methods at equal compute: ``python -m tools.study``."""

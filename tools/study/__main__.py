@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -144,6 +145,7 @@ def main(args: argparse.Namespace) -> int:
     clock, jobs = Clock(), jobs_of(args, arms)
     left = sum(not job.done.exists() for job in jobs)
     clock.say(f"{left} of {len(jobs)} jobs to do, {args.jobs} at a time")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what runs is stopped
     failures = run_jobs(jobs, args.jobs, 60 * (args.minutes or math.inf), clock)
     for line in failures:
         print(f"error: {line}")
