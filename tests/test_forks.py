@@ -6,14 +6,19 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import step_helpers as helpers
 from step_helpers import G, P, R
 
+from configs import grpo as grpo_recipe
 from srpo_jax.data.batching import Layout
 from srpo_jax.learn import lanes
+from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.steps import grpo_update
+from srpo_jax.run.preflight import check_reward
+from srpo_jax.run.settings import grpo_settings
 from srpo_jax.sampling.forks import CUT, Automaton
-from srpo_jax.structs import Experience
+from srpo_jax.structs import Experience, RunError
 
 FIRST_ANSWER = re.compile(rb"<answer>.*?</answer>", re.DOTALL)
 # Tags whole, in pieces, and merged with what stands beside them; an id without bytes.
@@ -111,3 +116,26 @@ def test_computing_a_first_round_once_changes_neither_loss_nor_gradient():
     tokens = [sum(int((part.sample >= 0).sum()) for part in held if part) for held in (whole, once)]
     assert tokens == [lengths.sum(), runs.sum()] and metrics["trained_tokens"] == runs.sum()
     assert tokens[1] < 0.8 * tokens[0]
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("group", "forks", "words"),
+    [
+        (8, 3, "sampling.forks: must divide group_size=8, is 3"),
+        (8, 0, "sampling.forks: must be at least 1"),
+        (2, 2, "set --config.sampling.group_size=4"),
+    ],
+)
+def test_families_that_cannot_be_compared_are_named(group, forks, words):
+    config = grpo_recipe.get_config("size=tiny")
+    config.sampling.group_size, config.sampling.forks = group, forks
+    with pytest.raises(RunError, match=re.escape(words)):
+        grpo_settings(config)
+
+
+def test_a_reward_is_looked_at_before_training_for_any_number_of_forks():
+    for forks in (2, 3):
+        assert "teach nothing" in check_reward(GrpoConfig(forks=forks))

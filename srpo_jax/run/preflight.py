@@ -62,7 +62,7 @@ def check_reward(cfg: grpo.GrpoConfig) -> str:
 
     RunError where that does not hold, or a term is not a number.
     """
-    shape = (2, 4)
+    shape = (2, 4 * cfg.forks)
     yes, right = np.ones(shape, bool), np.repeat([[True], [False]], shape[1], axis=1)
     tokens = np.full(shape, 100, np.int32)
     verdict = Verdict(
