@@ -274,7 +274,7 @@ def predicting_slots(lanes: Lanes[jax.Array], prompts_per_row: int, group: int) 
     of_prompt_XT = jnp.take_along_axis(last_XP, prompt_XT, axis=1)
     first_XT = lanes.sample_at.reshape(X, C * T) == 0
     source_XT = U - 1 + jnp.arange(C * T)[None]
-    if lanes.run is not None:
+    if lanes.run is not None and lanes.trunk is not None:
         begins = lanes.run != jnp.roll(lanes.run, 1, axis=2)
         trunk_XCT = (U + jnp.arange(C) * T)[None, :, None] + lanes.trunk
         goes_on = (begins & (lanes.trunk >= 0)).reshape(X, C * T)

@@ -142,7 +142,8 @@ def _joined_forward(kernels, lanes, q, kvs, ids):
         parts.append((_uncut(out, lanes), _uncut(sums, lanes)))
         total = jnp.logaddexp(total, parts[-1][1])
     # A set of which a query sees nothing has a log-sum-exp so low that it weighs nothing.
-    out = sum(jnp.exp(sums - total)[..., None] * out for out, sums in parts).astype(q.dtype)
+    shares = (jnp.exp(sums - total)[..., None] * out for out, sums in parts)
+    out = functools.reduce(jnp.add, shares).astype(q.dtype)
     return out, (kernels, q, kvs, ids, out, total)
 
 

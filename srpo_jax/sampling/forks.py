@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srpo_jax.structs import Array
-
 OPENING, CLOSING = b"<answer>", b"</answer>"
 CUT = len(OPENING) + len(CLOSING)  # the state in which the first answer is closed, for good
 
@@ -68,7 +66,7 @@ def _steps() -> np.ndarray:
     return step_SB
 
 
-def of_leader(x_ZG: Array, forks: int) -> Array:
+def of_leader(x_ZG: jax.Array, forks: int) -> jax.Array:
     """Each family's first entry in the place of all, along the second axis: [Z, G, ...]."""
     return x_ZG[:, np.arange(x_ZG.shape[1]) // forks * forks]
 
