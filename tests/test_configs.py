@@ -254,6 +254,10 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
         ({"optim.max_skipped": 0}, "^optim.max_skipped=0: must be at least 1"),
         ({"grpo.clip_high": 0.0}, "^grpo.clip_high=0.0: must be above 0"),
         ({"grpo.dual_clip": 0.5}, "^grpo.dual_clip=0.5: must be above 1, or 0"),
+        (
+            {"rollouts.late": True, "filter.resample": True},
+            "^rollouts.late=True and filter.resample=True: .*set one of them$",
+        ),
         ({"grpo.perception_coef": -1.0}, "^grpo.perception_coef=-1.0: must not be negative"),
         ({"grpo.perception_mask": 1.5}, "^grpo.perception_mask=1.5: must lie between 0 and 1"),
         (
