@@ -106,6 +106,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.rollouts = rollouts = ConfigDict()
     rollouts.every = 1  # steps between files of completions; 0: none
+    # True: those of a step are sampled before the update of the step before, during which they are
+    # graded; the policy is then one update step older than the one that learns from them.
+    rollouts.late = False
 
     if args.recipe == "authors":
         config.update_from_flattened_dict(AUTHORS)

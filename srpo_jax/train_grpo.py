@@ -19,7 +19,6 @@ same command goes on from there, bit for bit.
 import contextlib
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,10 +29,10 @@ import numpy as np
 
 from srpo_jax.data.batching import Layout
 from srpo_jax.data.encoders import PromptEncoder
-from srpo_jax.data.loader import Loader
+from srpo_jax.data.loader import LoadedBatch, Loader
 from srpo_jax.evaluate import Evaluator
 from srpo_jax.learn.grpo import GrpoConfig
-from srpo_jax.learn.lanes import LaneBudgets, pack, pair_cost, slots_and_tokens
+from srpo_jax.learn.lanes import LaneBudgets, pack, pair_cost
 from srpo_jax.learn.optim import Optimizer, make_optimizer, trains_vision
 from srpo_jax.learn.perception import make_mask_step
 from srpo_jax.learn.state import merge_params
@@ -46,10 +45,16 @@ from srpo_jax.rewards.answers import gold_problem
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
 from srpo_jax.run.command import main
-from srpo_jax.run.diagnostics import Counts, added_up, counts_of, rates_of
+from srpo_jax.run.diagnostics import added_up, counts_of
 from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
-from srpo_jax.run.lesson import Lesson, lengths_of, lengths_to_learn
-from srpo_jax.run.metrics import merge_metrics
+from srpo_jax.run.late import Stored, Waiting
+from srpo_jax.run.lesson import (
+    Lesson,
+    Packed,
+    lengths_to_learn,
+    row_of,
+    work_of,
+)
 from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.pool import Pool, informative
@@ -58,10 +63,10 @@ from srpo_jax.run.reference import Reference
 from srpo_jax.run.resume import allows
 from srpo_jax.run.rollout import (
     Generator,
+    Graded,
     Round,
     Sampled,
     make_score_step,
-    vision_work,
     write_rollouts,
 )
 from srpo_jax.run.sections import GrpoSettings
@@ -71,7 +76,6 @@ from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import Batch, Experience, Lanes, Params, TrainState
 
 SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")
-Packed = list[list[Lanes | None]]  # of each update, of each of its micro-batches
 Logps = tuple[jax.Array | None, jax.Array | None]  # [P, G, R] before the update, of the reference
 
 
@@ -118,6 +122,8 @@ def train(
             pool.load(run.hosts, place, len(own.names))
         reference = Reference(settings, parts, cfg, run)
         stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference, own)
+        if len(run.hosts) == place[1]:
+            stage.stored = Stored.of(run.hosts[place[0]])
         return run.run(stage.step, stage.host_state, evaluator)
 
 
@@ -172,23 +178,34 @@ class Stage:
         black_X, ratio = parts.processor.black_patch, cfg.perception_mask
         self.mask_step = watch(make_mask_step(black_X, ratio, mesh=mesh))
         self.told = False  # that a group had no reward
+        # Of ``rollouts.late``: the round for the next step, and the one that a checkpoint held.
+        self.waiting: Waiting | None = None
+        self.stored: Stored | None = None
 
     def host_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What the checkpoint keeps of this process: place in the data, pending groups, kl_coef."""
+        """What the checkpoint keeps of this process: place in the data, what waits, kl_coef."""
         values, arrays = self.pool.state()
-        return values | {"data": self.loader.get_state(), "kl_coef": self.reference.kl_coef}, arrays
+        values |= {"data": self.loader.get_state(), "kl_coef": self.reference.kl_coef}
+        if self.waiting:
+            late, held = self.waiting.state()
+            values, arrays = values | late | {"data": self.waiting.data}, arrays | held
+        return values, arrays
 
     # --- a step ---
 
     def step(self, state: TrainState, step: int) -> Done:
         """Sample, grade, update, write the rollouts; ``step`` counts those done before."""
-        timers = self.parts.timers
+        timers, ahead, place = self.parts.timers, None, {}
+        left, late = self.settings.steps - step - 1, self.settings.rollouts.late
         self.reference.before(step)
         if self.settings.filter.resample:
             lesson = self.resample(state, step)
+        elif late:
+            lesson, place = self.late_lesson(state, step), self.loader.get_state()
+            if left:
+                ahead = self.sample(state, self.next_batch(step + 1), step + 1)
         else:
-            one = self.sample_round(state, step, with_logps=True)
-            lesson = Lesson(one.experience, one.local, [one], np.zeros(len(one.weight), np.int32))
+            lesson = self.lesson_of(*self.sample_round(state, step, with_logps=True))
         with timers("update"):
             lesson = self.with_masked(state, lesson, step)
             learned_PG = lengths_to_learn(lesson.local, self.cfg)
@@ -198,7 +215,11 @@ class Stage:
         with timers("write", behind=updates):
             self.write_rollouts(lesson.rounds, step + 1)
             counts = added_up(map(counts_of, lesson.rounds))
-        if step + 1 < self.settings.steps:
+        if ahead:
+            with timers("grade", behind=updates):
+                one = self.round_of(ahead, self.generator.grade(ahead))
+                self.waiting = Waiting(one, step + 1, place)
+        if left > int(late):
             with timers("data", behind=updates):
                 self.loader.draw()
         with timers("update"):
@@ -206,42 +227,91 @@ class Stage:
         if self.check_first_update and updates:
             self.check_first_update = False
             processes.say(f"preflight: {check_sampler(updates[0], self.parts.model.dtype)}")
-        metrics = self.metrics(lesson, updates, packed, counts)
+        pending = len(self.pool.groups)
+        metrics, reason = row_of(lesson, updates, packed, counts, self.parts, pending)
+        self.tell(reason)
         self.reference.follow(state, step + 1, metrics)
-        return Done(state, metrics, *self.work(lesson, learned_PG), len(updates))
+        kinds = {"refers": self.reference.params is not None, "trains_vision": self.trains_vision}
+        work = work_of(lesson, learned_PG, self.cfg, self.parts, **kinds)
+        return Done(state, metrics, *work, len(updates))
 
-    def sample_round(self, state: TrainState, step: int, *, with_logps: bool) -> Round:
-        """The next batch of prompts: completions, verdicts and, on the way, log-probs."""
-        timers, parts = self.parts.timers, self.parts
-        with timers("data"):
+    def next_batch(self, step: int) -> LoadedBatch:
+        """The prompts of ``step``."""
+        with self.parts.timers("data"):
             loaded = next(self.loader)
-        bucket = bucket_of(loaded.arrays)
-        parts.lockstep(step, bucket)
-        with parts.guard.step(f"sampling, {bucket}"):
-            params = merge_params(state)
-            with timers("sample"):
-                seed = self.settings.seed
-                sampled = self.generator.sample(params, loaded, seed=seed, step=step)
-            parts.stop.between_phases()
-            # Dispatched before grading: the host checks answers while the device computes.
-            logps = (None, None)
-            if with_logps:
-                logps = self.logps(state, sampled, old=self.cfg.updates > 1)
-            with timers("grade", behind=logps):
-                graded = self.generator.grade(sampled)
-            with timers("logp"):
-                jax.block_until_ready(logps)
-            parts.stop.between_phases()
-            groups = self.settings.filter
-            weight = informative(graded.verdict, groups.low, groups.high, groups.on)
-            weight *= graded.rewarded
-            rewarded = np.asarray(sampled.local.valid) & graded.rewarded
-            verdict, weight_P, rewarded_P = sharding.to_global(
-                (graded.verdict, weight, rewarded), parts.mesh
-            )
-            experience = self.experience(sampled, verdict, logps, weight_P)
-            scores = self.score_step(verdict, sampled.rollout, rewarded_P)
-        return Round(sampled, graded, experience, weight, scores)
+        self.parts.lockstep(step, bucket_of(loaded.arrays))
+        return loaded
+
+    def sample(self, state: TrainState, loaded: LoadedBatch, step: int) -> Sampled:
+        """Completions that the updates of ``step`` are to take."""
+        with self.sampling(loaded.arrays), self.parts.timers("sample"):
+            seed, params = self.settings.seed, merge_params(state)
+            sampled = self.generator.sample(params, loaded, seed=seed, step=step)
+        self.parts.stop.between_phases()
+        return sampled
+
+    def sampling(self, local: Batch) -> AbstractContextManager:
+        """Around what is compiled for a batch of prompts."""
+        return self.parts.guard.step(f"sampling, {bucket_of(local)}")
+
+    def sample_round(
+        self, state: TrainState, step: int, *, with_logps: bool
+    ) -> tuple[Round, Logps]:
+        """The next batch of prompts: completions, verdicts and, on the way, log-probs."""
+        sampled, logps = self.sample(state, self.next_batch(step), step), (None, None)
+        # Dispatched before grading: the host checks answers while the device computes.
+        if with_logps:
+            logps = self.logps(state, sampled, old=self.cfg.updates > 1)
+        with self.parts.timers("grade", behind=logps):
+            one = self.round_of(sampled, self.generator.grade(sampled))
+        with self.parts.timers("logp"):
+            jax.block_until_ready(logps)
+        self.parts.stop.between_phases()
+        return one, logps
+
+    def round_of(self, sampled: Sampled, graded: Graded) -> Round:
+        """What is sampled and graded, with weights and scores."""
+        groups = self.settings.filter
+        weight = informative(graded.verdict, groups.low, groups.high, groups.on) * graded.rewarded
+        rewarded = np.asarray(sampled.local.valid) & graded.rewarded
+        held = sharding.to_global((graded.verdict, graded.rollout, rewarded), self.parts.mesh)
+        with self.sampling(sampled.local):
+            return Round(sampled, graded, weight, self.score_step(*held))
+
+    def lesson_of(self, one: Round, logps: Logps, age: int = 0) -> Lesson:
+        """A whole round for the updates, ``age`` steps after it was sampled."""
+        verdict, weight_P = sharding.to_global((one.graded.verdict, one.weight), self.parts.mesh)
+        experience = self.experience(one.sampled, verdict, logps, weight_P)
+        age_P = np.where(one.weight != 0, age, 0).astype(np.int32)
+        return Lesson(experience, one.local, [one], age_P)
+
+    def late_lesson(self, state: TrainState, step: int) -> Lesson:
+        """The round that was sampled in the step before; where there is none, a new one.
+
+        The old policy is the sampler's, of whatever age: its programs do not depend on that.
+        """
+        one, age = self.late_round(state, step)
+        _, ref_logp = self.logps(state, one.sampled, old=False)
+        late_P = sharding.to_global(np.full(len(one.weight), age > 0), self.parts.mesh)
+        old_logp = one.sampled.rollout.policy_logp if self.cfg.updates > 1 else None
+        lesson = self.lesson_of(one, (old_logp, ref_logp), age)
+        experience = dataclasses.replace(lesson.experience, carried=late_P)
+        return dataclasses.replace(lesson, experience=experience)
+
+    def late_round(self, state: TrainState, step: int) -> tuple[Round, int]:
+        """The round for ``step``, and how many steps ago it was sampled."""
+        waiting, self.waiting, stored, self.stored = self.waiting, None, self.stored, None
+        if waiting and waiting.step == step:  # not of steps from which the run went back
+            return waiting.one, 1
+        loaded = self.next_batch(step)
+        if stored and stored.fits(loaded, step):
+            self.check_first_update = False  # of no use where the policy is another
+            with self.sampling(loaded.arrays):
+                found = stored.round(loaded, merge_params(state), self.generator)
+            return self.round_of(*found), 1
+        sampled = self.sample(state, loaded, step)
+        with self.parts.timers("grade"):
+            return self.round_of(sampled, self.generator.grade(sampled)), 0
 
     def experience(
         self, sampled: Sampled, verdict: Any, logps: Logps, weight_P: jax.Array
@@ -360,7 +430,7 @@ class Stage:
         while len(rounds) < self.settings.filter.max_rounds:
             if rounds and not self.pool.short(mesh, room):
                 break
-            rounds.append(self.sample_round(state, step, with_logps=False))
+            rounds.append(self.sample_round(state, step, with_logps=False)[0])
             self.pool.add(rounds[-1], step)
         self.pool.even_out(mesh, room)
         local, age = self.pool.take(step, usable_P)
@@ -379,56 +449,6 @@ class Stage:
         experience = dataclasses.replace(experience, carried=carried_P)
         return Lesson(experience, local, rounds, age, dropped)
 
-    # --- what is reported ---
-
-    def metrics(
-        self,
-        lesson: Lesson,
-        updates: list[dict[str, np.ndarray]],
-        packed: Packed,
-        counts: Counts,
-    ) -> dict[str, float]:
-        """One row: what the samples were like (before the filter), and what the updates did."""
-        rounds = lesson.rounds
-        samples = merge_metrics([dict(jax.device_get(r.scores[2])) for r in rounds], "samples")
-        samples |= rates_of(samples)
-        samples["detection_margin"] = samples["detection_rate"] - samples["false_alarm_rate"]
-        samples["accuracy/net"] = samples["accuracy/final"] - samples["accuracy/first"]
-        sampled_names = set(samples)
-        learned = merge_metrics(updates, "trained_tokens") if updates else {}
-        slots, tokens = slots_and_tokens(itertools.chain(*packed))
-        own = {
-            "slots": slots,
-            "tokens": tokens,
-            "kept": sum(float(r.weight[r.sampled.slots].sum()) for r in rounds),
-            "valid": sum(len(r.sampled.slots) for r in rounds),
-            "used": int(np.asarray(lesson.local.weight).sum()),
-            "age": int(lesson.age.sum()),
-            "oldest": int(lesson.age.max()),
-            "filter/pending_groups": len(self.pool.groups),
-            "filter/dropped_groups": lesson.dropped,
-            "reward/failed": sum(len(r.graded.failures) for r in rounds),
-            **self.parts.verifier.counts(),
-        }
-        why = [reason for r in rounds for reason in r.graded.failures.values()]
-        everyone = processes.once(processes.gather((own, counts, why[:1])), self.parts.mesh)
-        held, counted, said = zip(*everyone, strict=True)
-        self.tell(next(itertools.chain(*said), ""))
-        total = {name: sum(one[name] for one in held) for name in own}
-        return {
-            **samples,
-            **{k: v for k, v in learned.items() if k not in sampled_names},
-            "updates": len(updates),
-            **{name: value for name, value in total.items() if "/" in name},
-            **rates_of(added_up(counted)),
-            "filter/kept_share": total["kept"] / max(total["valid"], 1),
-            "update/padding_share": 1 - total["tokens"] / max(total["slots"], 1),
-            "filter/rounds": len(rounds),
-            "filter/age_mean": total["age"] / max(total["used"], 1),
-            "filter/age_max": max(one["oldest"] for one in held),
-            "sampling/idle_share": sum(r.sampled.idle_share for r in rounds) / len(rounds),
-        }
-
     def tell(self, reason: str) -> None:
         """Say once why groups have no reward."""
         if reason and not self.told:
@@ -436,35 +456,6 @@ class Stage:
             processes.say(
                 f"a group without a reward gets weight 0 (reward/failed counts them): {reason}"
             )
-
-    def work(self, lesson: Lesson, learned_PG: np.ndarray) -> tuple[float, float]:
-        """Tokens sampled and model FLOPs of a step, this process's part."""
-        # The update is a forward and a backward pass, log-probs are forward passes.
-        both, views = self.parts.model.train_passes, 1 + bool(self.cfg.perception_coef)
-        updates = both * self.cfg.epochs * views
-        flops = updates * self.forward_work(lesson.local.batch, learned_PG)[1]
-        own = 0 if self.cfg.epochs > 1 else 1 / self.cfg.updates_per_rollout
-        passes = 1 - own if self.cfg.updates > 1 else 0
-        passes += self.reference.params is not None
-        flops += passes * self.forward_work(lesson.local.batch, lengths_of(lesson.local))[1]
-        tokens = 0.0
-        for one in lesson.rounds:
-            count, sampling = self.forward_work(one.local.batch, lengths_of(one.local))
-            vision = self.parts.flops.vision(*vision_work(one.sampled.local))
-            tokens += count
-            flops += sampling + vision * views * (both if self.trains_vision else 1)
-        return tokens, flops
-
-    def forward_work(self, batch: Batch, lengths_PG: np.ndarray) -> tuple[float, float]:
-        """Tokens, and FLOPs of the decoder, for one pass over completions and their prompts."""
-        some, flops = lengths_PG.reshape(len(lengths_PG), -1).any(1), self.parts.flops
-        prompts = np.asarray(batch.lengths, np.float64)[some]
-        lengths = lengths_PG[some].astype(np.float64)
-        prefix = prompts.reshape(-1, *[1] * (lengths.ndim - 1))
-        if lengths.ndim == 3:  # what each sample adds comes behind the first round of its family
-            prefix = prefix + lengths[..., :1] * (np.arange(lengths.shape[2]) > 0)
-        total = flops.text(prompts) + flops.text(lengths, prefix, head_tokens=lengths.sum())
-        return float(prompts.sum() + lengths.sum()), total
 
     def write_rollouts(self, rounds: list[Round], step: int) -> None:
         """rollouts/<step>.jsonl: every completion with its verdict, reward terms, advantage."""

@@ -24,7 +24,7 @@ from srpo_jax.model.sizes import SIZES, size_config
 from srpo_jax.run.budgets import check_images, largest_image, prompt_budgets
 from srpo_jax.run.command import one_word_each
 from srpo_jax.run.recipe import check_arguments
-from srpo_jax.run.resume import flat_config
+from srpo_jax.run.resume import check_config, flat_config
 from srpo_jax.run.sections import GrpoSettings
 from srpo_jax.run.settings import (
     batch_layout,
@@ -254,6 +254,10 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
         ({"optim.max_skipped": 0}, "^optim.max_skipped=0: must be at least 1"),
         ({"grpo.clip_high": 0.0}, "^grpo.clip_high=0.0: must be above 0"),
         ({"grpo.dual_clip": 0.5}, "^grpo.dual_clip=0.5: must be above 1, or 0"),
+        (
+            {"rollouts.late": True, "filter.resample": True},
+            "^rollouts.late=True and filter.resample=True: .*set one of them$",
+        ),
         ({"grpo.perception_coef": -1.0}, "^grpo.perception_coef=-1.0: must not be negative"),
         ({"grpo.perception_mask": 1.5}, "^grpo.perception_mask=1.5: must lie between 0 and 1"),
         (
@@ -336,3 +340,14 @@ def test_of_buckets_only_those_that_can_be_reached_are_taken():
     config.data.train = "gs://bucket/a.jsonl,s3://bucket/b.jsonl"
     with pytest.raises(RunError, match="data.train=gs://.*: of buckets only gs:// is supported"):
         sft_settings(config)
+
+
+def test_a_run_goes_on_with_other_files_of_rollouts_but_not_with_rollouts_of_another_age():
+    plain = grpo.get_config().to_dict()
+    seldom = grpo.get_config()
+    seldom.rollouts.every = 10
+    check_config(plain, seldom.to_dict())
+    late = grpo.get_config()
+    late.rollouts.late = True
+    with pytest.raises(RunError, match="rollouts.late"):
+        check_config(plain, late.to_dict())

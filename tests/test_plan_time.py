@@ -17,9 +17,9 @@ from srpo_jax.learn.optim import OptimConfig
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model import sharding
 from srpo_jax.model.sizes import Shape
+from srpo_jax.run.lesson import work_of
 from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.sampling.schedule import Schedule
-from srpo_jax.train_grpo import Stage
 from tools.lib import assumed, roofline, step_time
 from tools.lib.assumed import Lengths, parse_lengths
 from tools.lib.collectives import collective_bytes
@@ -151,16 +151,11 @@ def test_useful_flops_are_those_of_trainings_own_utilisation():
     batch = SimpleNamespace(lengths=prompts_P, valid=np.ones(8, bool), vision=None)
     local = SimpleNamespace(batch=batch, rollout=SimpleNamespace(completion_mask=mask))
     flops = Cost.of(MODEL, sharding.make_mesh(1, 4, 2)).flops
-    stage = SimpleNamespace(
-        cfg=step,
-        reference=SimpleNamespace(params={}),
-        trains_vision=False,
-        parts=SimpleNamespace(flops=flops, model=MODEL),
-    )
-    stage.forward_work = lambda *args: Stage.forward_work(stage, *args)
+    parts = SimpleNamespace(flops=flops, model=MODEL)
     round_ = SimpleNamespace(local=local, sampled=SimpleNamespace(local=batch))
     lesson = SimpleNamespace(local=local, rounds=[round_])
-    tokens, work = Stage.work(stage, lesson, mask.sum(-1))
+    kinds = {"refers": True, "trains_vision": False}
+    tokens, work = work_of(lesson, mask.sum(-1), step, parts, **kinds)
     useful = sum(phase.useful for phase in found.phases if phase.name != "encode")
     assert useful == pytest.approx(work)
     assert found.written + prompts_P.sum() == tokens

@@ -252,6 +252,53 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
 
 
+def test_late_rollouts_are_of_the_step_before_and_go_on_exactly_after_a_stop(
+    paths, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
+
+    def config():
+        one = rl_config(paths, tmp_path)
+        one.filter.resample, one.rollouts.late = False, True
+        return one
+
+    sample, update = train_grpo.Stage.sample, train_grpo.Stage.update
+    seen = []
+
+    def sampled(self, state, loaded, step):
+        seen.append(("sampled", step, int(state.step)))
+        return sample(self, state, loaded, step)
+
+    def updated(self, state, lesson, packed):
+        age = set(np.asarray(lesson.experience.carried).tolist())
+        seen.append(("learned", age, int(state.step)))
+        return update(self, state, lesson, packed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo.Stage, "sample", sampled)
+        patch.setattr(train_grpo.Stage, "update", updated)
+        whole = train_grpo.train(config(), tmp_path / "whole")
+    done = [count for what, _, count in seen if what == "learned"]
+    assert [told[:2] for told in seen] == [
+        *(("sampled", 0), ("sampled", 1), ("learned", {False})),
+        *(("sampled", 2), ("learned", {True}), ("sampled", 3), ("learned", {True})),
+        ("learned", {True}),
+    ]
+    # Step n + 1 is sampled by the very policy that step n begins with.
+    assert [count for what, step, count in seen if what == "sampled" and step] == done[:-1]
+    assert whole["finished"] and whole["filter/age_mean"] == 1 and whole["ratio/max"] > 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 3, crash)
+        train_grpo.train(config(), tmp_path / "broken")
+    assert train_grpo.train(config(), tmp_path / "broken")["finished"]
+    assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
+    names = ("loss", "kl", "kl_coef", "reward/mean", "filter/age_mean", "trained_tokens")
+    rows = numbers(tmp_path / "whole", names)
+    assert rows == numbers(tmp_path / "broken", names) and [row[5] for row in rows] == [0, 1, 1, 1]
+    for file in sorted((tmp_path / "whole" / "rollouts").iterdir()):
+        assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
+
+
 def test_a_run_of_rl_goes_back_to_all_that_the_step_had_begun_with_but_the_data(
     paths, tmp_path, monkeypatch, capsys
 ):

@@ -50,10 +50,13 @@ def views_of(
     ``joint`` is of `side_by_side`; where it is None, ``masked_MNX`` are patches, to be encoded. The
     second view is None where there are no images.
     """
-    if not on or (joint is None and masked_MNX is None):
+    vision = batch.vision
+    if not on:
         return (batch, joint), None
-    if joint is None:
-        vision = dataclasses.replace(batch.vision, patches=masked_MNX)
-        return (batch, None), (dataclasses.replace(batch, vision=vision), None)
-    features, masked = jnp.split(joint, 2, axis=-1)
-    return (batch, features), (batch, masked)
+    if joint is not None:
+        features, masked = jnp.split(joint, 2, axis=-1)
+        return (batch, features), (batch, masked)
+    if masked_MNX is None or vision is None:
+        return (batch, None), None
+    vision = dataclasses.replace(vision, patches=masked_MNX)
+    return (batch, None), (dataclasses.replace(batch, vision=vision), None)

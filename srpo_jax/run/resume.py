@@ -36,7 +36,7 @@ FREE = (
     "reward.judge.url",
     "reward.timeout",
     "reward.workers",
-    "rollouts",
+    "rollouts.every",
     "sampling.concurrent_rows",
 )
 _MAY_GROW = ("steps", "epochs")

@@ -153,7 +153,6 @@ class Round:
 
     sampled: Sampled
     graded: Graded
-    experience: Experience  # global arrays
     weight: np.ndarray  # [P] of this process: 0 for groups that the filter leaves out
     scores: tuple[Any, ...]  # of score_step, on device
 

@@ -204,9 +204,10 @@ class FilterSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """Files of completions."""
+    """Files of completions, and when they are sampled."""
 
     every: int
+    late: bool
 
 
 @dataclasses.dataclass(frozen=True)

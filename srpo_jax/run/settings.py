@@ -70,6 +70,11 @@ def grpo_settings(
             f"sampling.max_new_tokens={budget} tokens, as much as it is worth: set it below "
             f"{1 / budget:.2g}"
         )
+    if settings.rollouts.late and settings.filter.resample:
+        raise RunError(
+            "rollouts.late=True and filter.resample=True: what is sampled until a batch is full is "
+            "graded at once, so nothing is left to be late; set one of them"
+        )
     group, low, high = settings.sampling.group_size, settings.filter.low, settings.filter.high
     if group < 2:
         raise RunError(
