@@ -419,6 +419,29 @@ def test_a_run_says_what_it_ran_with_and_the_page_shows_it(tmp_path):
     assert "<h2>Versions</h2>" not in run_page.page([run_of(tmp_path / "older", [])])
 
 
+def answer(step, **more):
+    plain = {
+        "origin": "a.jsonl:1", "prompt": f"How many? {EVIL}", "gold": "7", "sample": 0, "tokens": 9,
+        "first_answer": None, "final_answer": str(step), "first_correct": False,
+        "final_correct": step == 7, "response": f"<think>{EVIL}</think>",
+    }  # fmt: skip
+    return plain | more
+
+
+def test_the_same_held_out_problems_are_shown_over_time(tmp_path):
+    writer = MetricWriter(tmp_path / "a", total_steps=1)
+    for step in (5, 7):
+        writer.keep(step, [answer(step), answer(step, origin="a.jsonl:2", prompt="Other?")])
+    writer.close()
+    assert list((tmp_path / "a/tensorboard").iterdir())  # as text, too
+    first, second = run_page.over_time(run_page.read(tmp_path / "a"))
+    assert second["question"] == "Other?" and [r["step"] for r in second["rows"]] == [5, 7]
+    assert [row["final_correct"] for row in first["rows"]] == [False, True]
+    html = run_page.page([run_page.read(tmp_path / "a")])
+    assert '<span class="badge bad">5</span> <span class="badge good">7</span>' in html
+    assert EVIL not in html and html.count("&lt;think&gt;") == 4
+
+
 @pytest.fixture
 def ask():
     """-> status, headers and text of what a server of a page says to a request."""

@@ -20,7 +20,15 @@ import numpy as np
 from etils import epath
 
 from srpo_jax import __version__
-from srpo_jax.data.files import AnyPath, Growing, on_bucket, read_jsonl, write_json, write_text
+from srpo_jax.data.files import (
+    AnyPath,
+    Growing,
+    on_bucket,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 # Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
 # The first match counts, so longer names stand before those they contain.
@@ -39,6 +47,8 @@ PEAK_FLOPS = (
 )
 
 VERSIONS = "versions.json"  # of what the last start of a run ran with
+EVALUATIONS = "evaluations"  # folder of the same few problems' answers at each evaluation
+TEXTS = 4  # of them in TensorBoard
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -66,7 +76,7 @@ class MetricWriter:
         self._pending: tuple[int, str, Any] | None = None
         if not self._on:
             return
-        folder = epath.Path(workdir)
+        self._folder = folder = epath.Path(workdir)
         write_json(folder / VERSIONS, versions())
         path = folder / "metrics.jsonl"
         self.run = 1 + _last_run(path.read_text() if path.exists() else "")
@@ -92,6 +102,16 @@ class MetricWriter:
         """Write one row now, after any that was deferred."""
         self.flush()
         self._write(step, split, values)
+
+    def keep(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Rows of an evaluation: evaluations/<step>.jsonl, and the first as text of TensorBoard."""
+        if not self._on or not rows:
+            return
+        write_jsonl(self._folder / EVALUATIONS / f"{step:06d}.jsonl", rows)
+        for number, row in enumerate(rows[:TEXTS] if self._board is not None else ()):
+            # Markdown: four spaces, so that the model's text stays text.
+            text = "\n".join(f"    {line}" for line in _told(row).splitlines())
+            self._board.add_text(f"eval/{number}", text, step)
 
     def flush(self) -> None:
         """Write the deferred row, if any."""
@@ -131,6 +151,10 @@ class MetricWriter:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    return f"{row['prompt']}\n\ngold: {row['gold']}\n\n{row['response']}"
 
 
 def versions() -> dict[str, str]:

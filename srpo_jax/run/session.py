@@ -39,7 +39,9 @@ class Done:
 
 
 class Evaluator(Protocol):
-    """Rates of a model on the held-out file."""
+    """Rates of a model on the held-out file; ``shown``: rows of a few of its problems."""
+
+    shown: list[dict[str, Any]]
 
     def __call__(self, params: Params, *, seed: int) -> dict[str, float]: ...
 
@@ -335,6 +337,7 @@ class Session:
             except Stopped:
                 return True
             self.writer.write(self.step, found, split="eval")
+            self.writer.keep(self.step, evaluator.shown)
             if self.step:
                 self._checkpoints.note(self.step, found[BEST])
         self._last_eval = found
