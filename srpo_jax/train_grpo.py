@@ -49,7 +49,7 @@ from srpo_jax.run.command import main
 from srpo_jax.run.diagnostics import Counts, added_up, counts_of, rates_of
 from srpo_jax.run.feed import Ahead, Encode, bucket_of, open_training
 from srpo_jax.run.lesson import Lesson, lengths_of, lengths_to_learn
-from srpo_jax.run.metrics import merge_metrics
+from srpo_jax.run.metrics import Example, merge_metrics
 from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.pool import Pool, informative
@@ -60,6 +60,7 @@ from srpo_jax.run.rollout import (
     Generator,
     Round,
     Sampled,
+    examples_of,
     make_score_step,
     vision_work,
     write_rollouts,
@@ -196,7 +197,7 @@ class Stage:
             state, updates = self.update(state, lesson, packed)
         # While the device is busy with the update:
         with timers("write", behind=updates):
-            self.write_rollouts(lesson.rounds, step + 1)
+            examples = self.write_rollouts(lesson.rounds, step + 1)
             counts = added_up(map(counts_of, lesson.rounds))
         if step + 1 < self.settings.steps:
             with timers("data", behind=updates):
@@ -208,7 +209,7 @@ class Stage:
             processes.say(f"preflight: {check_sampler(updates[0], self.parts.model.dtype)}")
         metrics = self.metrics(lesson, updates, packed, counts)
         self.reference.follow(state, step + 1, metrics)
-        return Done(state, metrics, *self.work(lesson, learned_PG), len(updates))
+        return Done(state, metrics, *self.work(lesson, learned_PG), len(updates), examples)
 
     def sample_round(self, state: TrainState, step: int, *, with_logps: bool) -> Round:
         """The next batch of prompts: completions, verdicts and, on the way, log-probs."""
@@ -466,12 +467,14 @@ class Stage:
         total = flops.text(prompts) + flops.text(lengths, prefix, head_tokens=lengths.sum())
         return float(prompts.sum() + lengths.sum()), total
 
-    def write_rollouts(self, rounds: list[Round], step: int) -> None:
-        """rollouts/<step>.jsonl: every completion with its verdict, reward terms, advantage."""
+    def write_rollouts(self, rounds: list[Round], step: int) -> list[Example]:
+        """rollouts/<step>.jsonl: every completion with its verdict, reward terms, advantage; a few
+        of these."""
         every = self.settings.rollouts.every
         if not every or step % every or not processes.speaks(self.parts.mesh):
-            return
+            return []
         write_rollouts(self.settings.workdir / "rollouts", rounds, step, self.parts.mesh)
+        return examples_of(rounds[0])
 
 
 def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> LaneBudgets:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from srpo_jax.data.files import (
     write_jsonl,
     write_text,
 )
+from srpo_jax.data.images import ImageRef, load_image, to_rgb
 
 # Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
 # The first match counts, so longer names stand before those they contain.
@@ -48,7 +49,18 @@ PEAK_FLOPS = (
 
 VERSIONS = "versions.json"  # of what the last start of a run ran with
 EVALUATIONS = "evaluations"  # folder of the same few problems' answers at each evaluation
-TEXTS = 4  # of them in TensorBoard
+EXAMPLES = 4  # of a step or an evaluation in TensorBoard
+THUMBNAIL = 256  # pixels of the longer side
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """What a model was asked and said."""
+
+    question: str
+    gold: Any
+    response: str
+    image: ImageRef | None = None
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -108,10 +120,24 @@ class MetricWriter:
         if not self._on or not rows:
             return
         write_jsonl(self._folder / EVALUATIONS / f"{step:06d}.jsonl", rows)
-        for number, row in enumerate(rows[:TEXTS] if self._board is not None else ()):
+        told = [Example(row["prompt"], row["gold"], row["response"]) for row in rows[:EXAMPLES]]
+        self.show(step, "eval", told)
+
+    def show(self, step: int, name: str, examples: Sequence[Example]) -> None:
+        """Examples as text and images of TensorBoard."""
+        if not self._on or self._board is None:
+            return
+        for number, one in enumerate(examples):
+            text = f"{one.question}\n\ngold: {one.gold}\n\n{one.response}"
             # Markdown: four spaces, so that the model's text stays text.
-            text = "\n".join(f"    {line}" for line in _told(row).splitlines())
-            self._board.add_text(f"eval/{number}", text, step)
+            quoted = "\n".join(f"    {line}" for line in text.splitlines())
+            self._board.add_text(f"{name}/{number}", quoted, step)
+            with contextlib.suppress(OSError, ValueError):  # no reason to end a run
+                if one.image is not None:
+                    picture = to_rgb(load_image(one.image))
+                    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+                    pixels = np.asarray(picture)
+                    self._board.add_image(f"{name}/{number}", pixels, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Write the deferred row, if any."""
@@ -151,10 +177,6 @@ class MetricWriter:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
-
-
-def _told(row: Mapping[str, Any]) -> str:
-    return f"{row['prompt']}\n\ngold: {row['gold']}\n\n{row['response']}"
 
 
 def versions() -> dict[str, str]:
