@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import gzip
+import importlib
 import json
 import re
 import threading
@@ -17,6 +18,7 @@ from PIL import Image
 from srpo_jax.data.files import write_jsonl
 from srpo_jax.report import curves, health, rollouts, run_page
 from srpo_jax.run.metrics import MetricWriter
+from srpo_jax.run.recipe import stock
 from srpo_jax.run.stored import FORMAT
 from srpo_jax.structs import RunError
 from tools import report
@@ -370,9 +372,9 @@ def test_what_differs_from_the_recipe_or_between_runs_is_marked():
 
 @pytest.mark.parametrize("stage", ["grpo", "sft"])
 def test_a_runs_recipe_is_that_of_its_stage_and_size(stage):
-    config = getattr(report, stage).get_config("size=3b").to_dict()
+    config = importlib.import_module(f"configs.{stage}").get_config("size=3b").to_dict()
     config["optim"]["lr"] = 0.5
-    found = run_page.keys([json.loads(json.dumps(config))], report.recipe)
+    found = run_page.keys([json.loads(json.dumps(config))], lambda own: stock(dict(own)))
     assert [key for key, _, _, changed in found if changed] == ["optim.lr"]
 
 
