@@ -45,6 +45,7 @@ from srpo_jax.run.settings import evaluate_settings, evaluation_sampling
 from srpo_jax.structs import BLOCKS, Params, RunError
 
 Row = dict[str, Any]
+SHOWN = 16  # problems whose answers are kept of each evaluation while training
 
 # Config keys that do not change what a sample is: a partial run may be continued under others. A
 # sample's random numbers are those of its record and the seed, wherever and beside whatever it is
@@ -229,11 +230,15 @@ class RowLog:
 
 
 class Evaluator:
-    """Evaluates parameters on one set of problems, again and again with the same programs."""
+    """Evaluates parameters on one set of problems, again and again with the same programs.
+
+    ``shown`` are rows of its last call: one sample of each of the same few problems.
+    """
 
     def __init__(self, settings: RunSettings, parts: Parts, profile: Profile, encode: feed.Encode):
         """As the sections ``eval``, ``data`` and ``sampling`` say; raises as `open_problems`."""
         self._settings, self._parts, self._encode = settings, parts, encode
+        self.shown: list[Row] = []
         self._generator = Generator(parts, evaluation_sampling(settings), profile)
         source = open_problems(settings)
         count = min(settings.eval.limit or len(source), len(source))
@@ -331,8 +336,10 @@ class Evaluator:
 
     def __call__(self, params: Params, *, seed: int) -> dict[str, float]:
         """The `rates`, without intervals, and `grading_counts`."""
-        found = rates([row for rows in self.run(params, seed=seed) for row in rows])
-        return found | self.grading_counts()
+        rows = [row for rows in self.run(params, seed=seed) for row in rows]
+        first = sorted((r for r in rows if r["sample"] == 0), key=lambda row: row["origin"])
+        self.shown = first[:: max(1, len(first) // SHOWN)][:SHOWN]
+        return rates(rows) | self.grading_counts()
 
     def grading_counts(self) -> dict[str, float]:
         """Checks that failed and answers that could not be read since the last call."""

@@ -55,6 +55,7 @@ from srpo_jax.run.lesson import (
     row_of,
     work_of,
 )
+from srpo_jax.run.metrics import Example
 from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.pool import Pool, informative
@@ -66,6 +67,7 @@ from srpo_jax.run.rollout import (
     Graded,
     Round,
     Sampled,
+    examples_of,
     make_score_step,
     write_rollouts,
 )
@@ -213,7 +215,7 @@ class Stage:
             state, updates = self.update(state, lesson, packed)
         # While the device is busy with the update:
         with timers("write", behind=updates):
-            self.write_rollouts(lesson.rounds, step + 1)
+            examples = self.write_rollouts(lesson.rounds, step + 1)
             counts = added_up(map(counts_of, lesson.rounds))
         if ahead:
             with timers("grade", behind=updates):
@@ -233,7 +235,7 @@ class Stage:
         self.reference.follow(state, step + 1, metrics)
         kinds = {"refers": self.reference.params is not None, "trains_vision": self.trains_vision}
         work = work_of(lesson, learned_PG, self.cfg, self.parts, **kinds)
-        return Done(state, metrics, *work, len(updates))
+        return Done(state, metrics, *work, len(updates), examples)
 
     def next_batch(self, step: int) -> LoadedBatch:
         """The prompts of ``step``."""
@@ -457,12 +459,14 @@ class Stage:
                 f"a group without a reward gets weight 0 (reward/failed counts them): {reason}"
             )
 
-    def write_rollouts(self, rounds: list[Round], step: int) -> None:
-        """rollouts/<step>.jsonl: every completion with its verdict, reward terms, advantage."""
+    def write_rollouts(self, rounds: list[Round], step: int) -> list[Example]:
+        """rollouts/<step>.jsonl: every completion with its verdict, reward terms, advantage; a few
+        of these."""
         every = self.settings.rollouts.every
         if not every or step % every or not processes.speaks(self.parts.mesh):
-            return
+            return []
         write_rollouts(self.settings.workdir / "rollouts", rounds, step, self.parts.mesh)
+        return examples_of(rounds[0])
 
 
 def lane_budgets(settings: GrpoSettings, layout: Layout, model: ModelConfig) -> LaneBudgets:

@@ -1,5 +1,6 @@
 """Metric rows that survive restarts, timers, and FLOP counts worked by hand."""
 
+import contextlib
 import json
 import sys
 import time
@@ -10,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX import SummaryWriter
 
+from srpo_jax.data.images import ImageRef
 from srpo_jax.run import metrics
-from srpo_jax.run.metrics import MetricWriter, ModelFlops, Timers, read_rows
+from srpo_jax.run.metrics import Example, MetricWriter, ModelFlops, Timers, read_rows
 
 
 def writer(tmp_path, **kw) -> MetricWriter:
@@ -226,3 +230,19 @@ def test_peak_is_known_for_accelerators_and_none_for_the_rest():
 def test_utilisation_is_of_all_devices(monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e12)
     assert metrics.utilisation(4e12, 2.0) == pytest.approx(4e12 / (2.0 * 1e12 * 8))
+
+
+def test_examples_go_to_tensorboard_as_text_and_small_images(tmp_path, monkeypatch):
+    Image.new("RGB", (600, 300)).save(tmp_path / "a.png")
+    found = []
+    add = lambda kind: lambda _, name, value, step, **__: found.append((kind, name, value, step))  # noqa: E731
+    monkeypatch.setattr(SummaryWriter, "add_text", add("text"))
+    monkeypatch.setattr(SummaryWriter, "add_image", add("image"))
+    there, gone = (ImageRef("d:1", name, str(tmp_path)) for name in ("a.png", "gone.png"))
+    with contextlib.closing(MetricWriter(tmp_path / "run", total_steps=1)) as writer:
+        examples = [Example("# How many?", "7", "six", image) for image in (there, gone, None)]
+        writer.show(3, "rollouts", examples)
+    texts = [value for kind, _, value, _ in found if kind == "text"]
+    assert texts == ["    # How many?\n    \n    gold: 7\n    \n    six"] * 3
+    ((_, name, pixels, step),) = (one for one in found if one[0] == "image")
+    assert (name, step, pixels.shape) == ("rollouts/0", 3, (128, 256, 3))

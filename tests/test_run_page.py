@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import gzip
+import importlib
 import json
 import re
 import threading
@@ -17,6 +18,7 @@ from PIL import Image
 from srpo_jax.data.files import write_jsonl
 from srpo_jax.report import curves, health, rollouts, run_page
 from srpo_jax.run.metrics import MetricWriter
+from srpo_jax.run.recipe import stock
 from srpo_jax.run.stored import FORMAT
 from srpo_jax.structs import RunError
 from tools import report
@@ -370,9 +372,9 @@ def test_what_differs_from_the_recipe_or_between_runs_is_marked():
 
 @pytest.mark.parametrize("stage", ["grpo", "sft"])
 def test_a_runs_recipe_is_that_of_its_stage_and_size(stage):
-    config = getattr(report, stage).get_config("size=3b").to_dict()
+    config = importlib.import_module(f"configs.{stage}").get_config("size=3b").to_dict()
     config["optim"]["lr"] = 0.5
-    found = run_page.keys([json.loads(json.dumps(config))], report.recipe)
+    found = run_page.keys([json.loads(json.dumps(config))], lambda own: stock(dict(own)))
     assert [key for key, _, _, changed in found if changed] == ["optim.lr"]
 
 
@@ -417,6 +419,29 @@ def test_a_run_says_what_it_ran_with_and_the_page_shows_it(tmp_path):
     html = run_page.page([run, run_of(tmp_path / "old", metric_rows(1))])
     assert f"<td>jaxlib</td><td>{run.versions['jaxlib']}</td><td>–</td>" in html
     assert "<h2>Versions</h2>" not in run_page.page([run_of(tmp_path / "older", [])])
+
+
+def answer(step, **more):
+    plain = {
+        "origin": "a.jsonl:1", "prompt": f"How many? {EVIL}", "gold": "7", "sample": 0, "tokens": 9,
+        "first_answer": None, "final_answer": str(step), "first_correct": False,
+        "final_correct": step == 7, "response": f"<think>{EVIL}</think>",
+    }  # fmt: skip
+    return plain | more
+
+
+def test_the_same_held_out_problems_are_shown_over_time(tmp_path):
+    writer = MetricWriter(tmp_path / "a", total_steps=1)
+    for step in (5, 7):
+        writer.keep(step, [answer(step), answer(step, origin="a.jsonl:2", prompt="Other?")])
+    writer.close()
+    assert list((tmp_path / "a/tensorboard").iterdir())  # as text, too
+    first, second = run_page.over_time(run_page.read(tmp_path / "a"))
+    assert second["question"] == "Other?" and [r["step"] for r in second["rows"]] == [5, 7]
+    assert [row["final_correct"] for row in first["rows"]] == [False, True]
+    html = run_page.page([run_page.read(tmp_path / "a")])
+    assert '<span class="badge bad">5</span> <span class="badge good">7</span>' in html
+    assert EVIL not in html and html.count("&lt;think&gt;") == 4
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def train(paths, tmp_path, monkeypatch):
                 raise now
             return {"acc@2": now}
 
+        evaluation.shown = []
         monkeypatch.setattr(train_sft, "Evaluator", lambda *_: evaluation)
         config = helpers.sft_config(paths, steps=steps)
         config.eval.file, config.eval.every = paths["held_out"], every

@@ -71,7 +71,7 @@ def build(args: argparse.Namespace) -> str:
         run_pictures(runs, args.image_root),
         samples=args.rollouts,
         problems=args.images,
-        recipe=stock,
+        recipe=lambda config: stock(dict(config)),
         evaluations={name: one.summary for name, one in zip(named, tested, strict=True)},
     )
 

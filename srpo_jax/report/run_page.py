@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from srpo_jax.data.files import AnyPath, absolute
+from srpo_jax.data.files import AnyPath, absolute, read_jsonl
 from srpo_jax.data.hf_folder import read_json
 from srpo_jax.report import curves, rollouts
 from srpo_jax.report.health import findings
 from srpo_jax.report.html import render
 from srpo_jax.report.rollouts import Pictures
 from srpo_jax.report.table import HEAD, rate_rows
+from srpo_jax.run.metrics import EVALUATIONS as ANSWERS
 from srpo_jax.run.metrics import VERSIONS, read_rows
 from srpo_jax.run.resume import flat_config
 from srpo_jax.run.stored import CheckpointError, read_meta, steps_in
@@ -38,6 +39,8 @@ class Run:
     config: Config = field(default_factory=dict)  # of its newest checkpoint, nested; {}: none yet
     origin: str = ""  # of its first weights
     versions: Mapping[str, str] = field(default_factory=dict)  # what its last start ran with
+    answers: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict, repr=False)
+    # ^ step of an evaluation -> rows of the same few held-out problems
 
 
 def read(folder: AnyPath) -> Run:
@@ -51,7 +54,9 @@ def read(folder: AnyPath) -> Run:
     meta = _newest_meta(path / "checkpoints")
     rows = read_rows(path / "metrics.jsonl")
     versions = read_json(path / VERSIONS)
-    return Run(str(path), rows, meta.get("config", {}), meta.get("origin", ""), versions)
+    files = sorted((path / ANSWERS).glob("*.jsonl")) if (path / ANSWERS).exists() else []
+    answers = {int(file.stem): read_jsonl(file) for file in files[-EVALUATIONS:]}
+    return Run(str(path), rows, meta.get("config", {}), meta.get("origin", ""), versions, answers)
 
 
 def _newest_meta(folder: Any) -> dict[str, Any]:
@@ -97,6 +102,7 @@ def page(
         warnings=[(name, findings(run.rows)) for name, run in named.items()],
         evaluation_head=HEAD,
         evaluations=rate_rows(_evaluations(named) | dict(evaluations or {})),
+        problems=[(name, over_time(run)) for name, run in named.items() if run.answers],
         data=curves.charts({name: run.rows for name, run in named.items()})
         | {"part": rollouts.PART},
         thinned=curves.MAX_POINTS if long else None,
@@ -104,6 +110,18 @@ def page(
         keys=keys([run.config for run in runs], recipe),
         versions=_versions(runs),
     )
+
+
+def over_time(run: Run) -> list[dict[str, Any]]:
+    """Each held-out problem with its answers at the run's evaluations: question, gold, rows of
+    (step, answers, correct, tokens, response)."""
+    found: dict[str, dict[str, Any]] = {}
+    for step, rows in sorted(run.answers.items()):
+        for row in rows:
+            own = {"question": row["prompt"], "gold": row["gold"], "rows": []}
+            own = found.setdefault(row["origin"], own)
+            own["rows"].append({"step": step, **row})
+    return [*found.values()]
 
 
 def _versions(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

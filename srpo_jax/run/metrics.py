@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,16 @@ import numpy as np
 from etils import epath
 
 from srpo_jax import __version__
-from srpo_jax.data.files import AnyPath, Growing, on_bucket, read_jsonl, write_json, write_text
+from srpo_jax.data.files import (
+    AnyPath,
+    Growing,
+    on_bucket,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from srpo_jax.data.images import ImageRef, load_image, to_rgb
 
 # Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
 # The first match counts, so longer names stand before those they contain.
@@ -39,6 +48,19 @@ PEAK_FLOPS = (
 )
 
 VERSIONS = "versions.json"  # of what the last start of a run ran with
+EVALUATIONS = "evaluations"  # folder of the same few problems' answers at each evaluation
+EXAMPLES = 4  # of a step or an evaluation in TensorBoard
+THUMBNAIL = 256  # pixels of the longer side
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """What a model was asked and said."""
+
+    question: str
+    gold: Any
+    response: str
+    image: ImageRef | None = None
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -66,7 +88,7 @@ class MetricWriter:
         self._pending: tuple[int, str, Any] | None = None
         if not self._on:
             return
-        folder = epath.Path(workdir)
+        self._folder = folder = epath.Path(workdir)
         write_json(folder / VERSIONS, versions())
         path = folder / "metrics.jsonl"
         self.run = 1 + _last_run(path.read_text() if path.exists() else "")
@@ -92,6 +114,30 @@ class MetricWriter:
         """Write one row now, after any that was deferred."""
         self.flush()
         self._write(step, split, values)
+
+    def keep(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Rows of an evaluation: evaluations/<step>.jsonl, and the first as text of TensorBoard."""
+        if not self._on or not rows:
+            return
+        write_jsonl(self._folder / EVALUATIONS / f"{step:06d}.jsonl", rows)
+        told = [Example(row["prompt"], row["gold"], row["response"]) for row in rows[:EXAMPLES]]
+        self.show(step, "eval", told)
+
+    def show(self, step: int, name: str, examples: Sequence[Example]) -> None:
+        """Examples as text and images of TensorBoard."""
+        if not self._on or self._board is None:
+            return
+        for number, one in enumerate(examples):
+            text = f"{one.question}\n\ngold: {one.gold}\n\n{one.response}"
+            # Markdown: four spaces, so that the model's text stays text.
+            quoted = "\n".join(f"    {line}" for line in text.splitlines())
+            self._board.add_text(f"{name}/{number}", quoted, step)
+            with contextlib.suppress(OSError, ValueError):  # no reason to end a run
+                if one.image is not None:
+                    picture = to_rgb(load_image(one.image))
+                    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+                    pixels = np.asarray(picture)
+                    self._board.add_image(f"{name}/{number}", pixels, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Write the deferred row, if any."""

@@ -5,6 +5,7 @@ features serve the sampler and, where the tower is frozen, every later pass of t
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from srpo_jax.rewards.grade import grade
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
 from srpo_jax.run.feed import prompt_keys
+from srpo_jax.run.metrics import EXAMPLES, Example
 from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig
@@ -250,6 +252,16 @@ def write_rollouts(folder: epath.Path, rounds: Sequence[Round], step: int, mesh:
         for path in folder.glob(f"{step:06d}*.jsonl"):
             if path.name not in names.values():  # of this step done before, by other processes
                 path.unlink()
+
+
+def examples_of(one: Round) -> list[Example]:
+    """The first sample of a few prompts, with the prompt's first image."""
+    samples = graded_samples(one.sampled, one.graded)
+    first = ((record, detail["text"]) for record, at, detail, _ in samples if at[1] == 0)
+    return [
+        Example(record.question, record.answer, text, next(iter(record.images), None))
+        for record, text in itertools.islice(first, EXAMPLES)
+    ]
 
 
 def vision_work(batch: Batch) -> tuple[float, float, float]:

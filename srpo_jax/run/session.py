@@ -1,7 +1,7 @@
 """What both training loops do around their steps: restore, log, evaluate, save, stop, export."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -14,7 +14,7 @@ from srpo_jax.run.adapters import base_record, check_base, find_weights, origin_
 from srpo_jax.run.checkpoint import abstract
 from srpo_jax.run.guard import NotFinite, Progress, Stopped
 from srpo_jax.run.host_state import one_a_place
-from srpo_jax.run.metrics import MetricWriter, to_plain, utilisation
+from srpo_jax.run.metrics import Example, MetricWriter, to_plain, utilisation
 from srpo_jax.run.parts import Parts, check_export, export, load_base, load_found
 from srpo_jax.run.recipe import write_config
 from srpo_jax.run.resume import check_config, moved_from
@@ -36,10 +36,13 @@ class Done:
     tokens: float  # real tokens that the step went through
     flops: float  # model FLOPs
     updates: int = 1
+    examples: Sequence[Example] = ()  # what was sampled
 
 
 class Evaluator(Protocol):
-    """Rates of a model on the held-out file."""
+    """Rates of a model on the held-out file; ``shown``: rows of a few of its problems."""
+
+    shown: list[dict[str, Any]]
 
     def __call__(self, params: Params, *, seed: int) -> dict[str, float]: ...
 
@@ -305,6 +308,7 @@ class Session:
             "mfu": utilisation(done.flops * parts, per_step),
         }
         self.writer.defer(self.step, self._last_row)
+        self.writer.show(self.step, "rollouts", done.examples)
 
     def _look(self) -> None:
         """At the last step, but one step late: nothing waits for the device."""
@@ -335,6 +339,7 @@ class Session:
             except Stopped:
                 return True
             self.writer.write(self.step, found, split="eval")
+            self.writer.keep(self.step, evaluator.shown)
             if self.step:
                 self._checkpoints.note(self.step, found[BEST])
         self._last_eval = found

@@ -130,7 +130,7 @@ def describe(name: str) -> Topology:
         chip = _CHIPS[kind]
         if slices > 1 and not chip.network:
             raise ValueError(f"{name}: the network between slices of {kind} is not known; plan one")
-        options = {"topology_name": f"{kind}:{shape}", **dict(chip.options)}
+        options: dict[str, Any] = {"topology_name": f"{kind}:{shape}", **dict(chip.options)}
         options |= {"num_slices": slices} if slices > 1 else {}
         parts = (chip.memory_gib, chip.bandwidth, chip.links, chip.network)
         device = [part / chip.devices for part in parts if part]
