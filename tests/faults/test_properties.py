@@ -26,7 +26,7 @@ often = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=40,
+    max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 TAGS = [f"<{slash}{kind}>" for slash in ("", "/") for kind in ("think", "answer", "reflection")]
