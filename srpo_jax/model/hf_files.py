@@ -19,6 +19,11 @@ from srpo_jax.model.hf_write import INDEX_FILE
 
 SHOWN = 6  # faults that a message tells
 HEADER_BYTES = 100_000_000  # at most, by the format
+# What a damaged header comes to: no JSON, JSON of another kind or depth, missing or odd values.
+_UNREADABLE = (
+    *(SafetensorError, OSError, ValueError, LookupError),
+    *(TypeError, AttributeError, RecursionError),
+)
 REQUESTS = 8  # for one tensor on a bucket, at a time
 
 
@@ -62,7 +67,7 @@ def _naming(file: epath.Path) -> Iterator[None]:
     """HFError, with the remedy, for a file that is missing or no safetensors."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+    except _UNREADABLE as error:
         reason = f"is not readable as safetensors ({error}); download it again"
         if not file.exists():
             reason = "is missing; download it again"
@@ -96,7 +101,7 @@ def _in_header(file: epath.Path) -> list[Stored]:
             continue
         shape, dtype, (start, end) = tuple(told["shape"]), told["dtype"], told["data_offsets"]
         size = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - start
-        if start < 0 or end - start != size or 8 + length + end > ranges.size:
+        if min(start, *shape) < 0 or end - start != size or 8 + length + end > ranges.size:
             raise ValueError(f"{key} does not lie inside of the file")
         found.append(Stored(file, key, shape, dtype, ranges, 8 + length + start))
     return found

@@ -177,7 +177,7 @@ class Run:
         self.process.kill()
         self.process.join()
 
-    def end(self, seconds: float = 240) -> int:
+    def end(self, seconds: float = 600) -> int:
         """The exit code; killed where it takes longer."""
         ended = self.ended_within(seconds)
         if not ended:

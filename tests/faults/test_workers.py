@@ -56,7 +56,7 @@ def test_a_call_that_balloons_or_freezes_costs_itself_alone(tmp_path):
         Call(f"{place}:freeze", (3, str(tmp_path / "frozen"))),
         Call(f"{place}:double", (2,)),
     ]
-    workers = Workers(2, Limits(wall=1.0, memory_mb=512))
+    workers = Workers(2, Limits(wall=3.0, memory_mb=512))
     try:
         assert workers.run(calls) == [
             *(Outcome(2), Outcome(failure="crash")),
