@@ -28,7 +28,7 @@ def check_command(words: list[str]) -> None:
     }
 
 
-def run(script: str, folder: Path, codes: tuple[int, ...] = (0,), **environment: str):
+def run(script: str, folder: Path, codes: tuple[int, ...], environment: dict[str, str]):
     """A script of launch/ among programs that only note how they were called; and those calls."""
     notes, told = folder / "notes", folder / "codes"
     told.write_text("\n".join(map(str, codes)) + "\n")
@@ -64,7 +64,7 @@ def test_slurm_starts_a_process_a_node_and_queues_again_what_can_go_on(
     tmp_path, code, restarts, again
 ):
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4", "SLURM_RESTART_COUNT": str(restarts)}
-    ended, (srun, *others) = run("slurm.sbatch", tmp_path, (code,), **slurm)
+    ended, (srun, *others) = run("slurm.sbatch", tmp_path, (code,), slurm)
     assert ended == code and others == ([["scontrol", "requeue", "7"]] if again else [])
     check_command(srun[2:])
     assert "--config.mesh.data=4" in srun
@@ -74,7 +74,7 @@ def test_slurm_starts_a_process_a_node_and_queues_again_what_can_go_on(
 
 def test_a_tpu_pod_starts_the_command_on_every_worker_until_it_has_ended(tmp_path):
     place = {"TPU": "pod", "ZONE": "z"}
-    ended, (call,) = run("tpu_pod.sh", tmp_path, **place)
+    ended, (call,) = run("tpu_pod.sh", tmp_path, (0,), place)
     assert ended == 0 and "--worker=all" in call
     _, _, command = call[-1].partition(" && . .venv/bin/activate && bash launch/again.sh ")
     check_command(["python", "-m", *shlex.split(command)])
@@ -86,14 +86,14 @@ def test_a_tpu_pod_starts_the_command_on_every_worker_until_it_has_ended(tmp_pat
 )
 def test_what_can_go_on_is_started_again_and_an_error_is_not(tmp_path, codes, ended, count):
     tries = {"PYTHON": "srun", "TRIES": "3" if ended == LOST else "20"}
-    found, calls = run("again.sh", tmp_path, codes, **tries)
+    found, calls = run("again.sh", tmp_path, codes, tries)
     assert found == ended and len(calls) == count
     assert all(call == ["srun", "-m", *WORDS] for call in calls)
 
 
 def test_xpk_is_told_slices_and_exit_codes(tmp_path):
     place = {"CLUSTER": "c", "TPU_TYPE": "v5p-64", "IMAGE": "i", "SLICES": "2"}
-    ended, (call,) = run("xpk.sh", tmp_path, **place)
+    ended, (call,) = run("xpk.sh", tmp_path, (0,), place)
     assert ended == 0 and f"--restart-on-exit-codes={LOST},{AGAIN}" in call
     command = shlex.split(call[-1].removeprefix("--command="))
     check_command(command)

@@ -202,12 +202,13 @@ def relay(coordinator: str, gone: threading.Event) -> str:
                 threading.Thread(target=_pump, args=way, daemon=True).start()
 
     def broken(inner: socket.socket) -> None:
-        try:
-            socket.create_connection(place, timeout=10).close()
-        except OSError:
-            gone.set()
-        else:  # it listens: gRPC connects again
-            _shut(inner)
+        for _ in range(10):  # a process that is being killed listens for a while
+            time.sleep(0.5)
+            try:
+                socket.create_connection(place, timeout=10).close()
+            except OSError:
+                return gone.set()
+        _shut(inner)  # it lives: gRPC connects again
 
     threading.Thread(target=serve, daemon=True).start()
     return f"127.0.0.1:{server.getsockname()[1]}"
