@@ -95,7 +95,7 @@ def test_one_that_ends_with_an_error_is_quoted_and_one_that_ends_well_is_not_mis
     beats[1]._ended, beats[2]._ended = "", "error: no such file"
     seconds(beats, 1)
     assert seconds(beats, 1, awake=(0,))[0] == ""  # it may say itself what happened
-    assert seconds(beats, 3, awake=(0,))[0].endswith(") has ended: error: no such file")
+    assert seconds(beats, 3, awake=(0,))[0].endswith(") has ended with an error: no such file")
     _, beats = three()
     seconds(beats, 2)
     beats[1]._ended = ""

@@ -374,18 +374,18 @@ class Loader:
         Raises:
             ValueError: naming it, when the data or the seed changed.
         """
-        part, state = self._part(), states[0]
-        same = same_content(state["data"], self._fingerprint())
+        part, first = self._part(), states[0]
+        same = same_content(first["data"], self._fingerprint())
         found = self._identity() | ({} if same or mended else {"data": self._fingerprint()})
         for name, value in found.items():
-            if state.get(name, value) != value:
+            if first.get(name, value) != value:
                 raise ValueError(
-                    f"the saved place in the data does not fit: {name} was {state[name]!r} and is "
+                    f"the saved place in the data does not fit: {name} was {first[name]!r} and is "
                     f"{value!r}; restore with the same data and settings (mended records go with "
                     "checkpoint.allow_changes=data)"
                 )
         own = [one for one in states if part.items() <= {"batch": part["batch"], **one}.items()]
-        state = own[0] if own else self._stream.share.dealt(states)
+        state: dict[str, Any] = own[0] if own else self._stream.share.dealt(states)
         if not same:
             state = state | {"seen": 0, "bad": 0, "bad_run": 0}
         self.close()

@@ -71,7 +71,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
             result = run(config.value, str(workdir.value))
         except (Exception, KeyboardInterrupt) as error:
             if debug.value:
-                processes.leave(str(error))
+                processes.leave(f"error: {error}")
                 raise
             _fail(error)
         if result is None or not result.get("finished", True):

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol
 
 LOST = 69  # exit code of a run that has lost a process (EX_UNAVAILABLE)
 GRACE = 2.0  # seconds in which a process that fails as well says so itself
+_ERROR = " has ended with an "  # error: ...
 _BEATS, _WORD = "srpo/beat/", "srpo/word/"  # of all processes for the first; of it for the others
 
 
@@ -31,12 +32,16 @@ class Store(Protocol):
 
 
 def end_run(text: str) -> NoReturn:
-    """Say it and end this process at once: its main thread may wait in a collective for ever."""
-    advice = "run the same command again: it goes on from the last checkpoint"
-    print(f"error: {text}; {advice}", file=sys.stderr, flush=True)
+    """Say it and end this process at once: its main thread may wait in a collective for ever.
+
+    With code 1 where it ends with another one's error, which running it again does not mend.
+    """
+    failed = _ERROR in text
+    advice = "; run the same command again: it goes on from the last checkpoint"
+    print(f"error: {text}{'' if failed else advice}", file=sys.stderr, flush=True)
     for worker in multiprocessing.active_children():
         worker.kill()
-    os._exit(LOST)
+    os._exit(1 if failed else LOST)
 
 
 class Heartbeat:
@@ -116,7 +121,7 @@ class Heartbeat:
             name = f"process {i} ({said.get('host', 'not heard of yet')})"
             ended = said.get("ended")
             if ended and self._silent[i] > GRACE:
-                return f"{name} has ended: {ended}"
+                return f"{name}{_ERROR}{ended}"
             if ended is None and self._silent[i] > self._limit:
                 quiet = f"{self._silent[i]:.0f} s (distributed.timeout={self._timeout:g})"
                 return f"{name} has not been heard of for {quiet}"
@@ -197,12 +202,13 @@ def relay(coordinator: str, gone: threading.Event) -> str:
                 threading.Thread(target=_pump, args=way, daemon=True).start()
 
     def broken(inner: socket.socket) -> None:
-        try:
-            socket.create_connection(place, timeout=10).close()
-        except OSError:
-            gone.set()
-        else:  # it listens: gRPC connects again
-            _shut(inner)
+        for _ in range(10):  # a process that is being killed listens for a while
+            time.sleep(0.5)
+            try:
+                socket.create_connection(place, timeout=10).close()
+            except OSError:
+                return gone.set()
+        _shut(inner)  # it lives: gRPC connects again
 
     threading.Thread(target=serve, daemon=True).start()
     return f"127.0.0.1:{server.getsockname()[1]}"

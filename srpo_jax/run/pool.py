@@ -191,8 +191,8 @@ class Pool:
         else:
             everyone = [group for one in held for group in _unpacked(*one)]
             groups = sorted(everyone, key=lambda group: group.step)[index::count]
-        held = [0 if g.samples[1].own is None else g.samples[1].own.shape[-1] for g in groups]
-        self.groups = [g for g, n in zip(groups, held, strict=True) if n == own_terms]
+        terms = [0 if g.samples[1].own is None else g.samples[1].own.shape[-1] for g in groups]
+        self.groups = [g for g, n in zip(groups, terms, strict=True) if n == own_terms]
 
 
 def moves(held: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
