@@ -119,7 +119,9 @@ def add_training(config: ConfigDict) -> None:
 
     config.log = log = ConfigDict()
     log.every = 1  # steps between rows of metrics.jsonl
-    log.tensorboard = True
+    log.console = "auto"  # a live table on a terminal, else a line a step; or "plain", "json"
+    log.keep = 10  # steps between lines that stay above the live table; 0: none
+    log.tensorboard = True  # events of the same numbers in tensorboard/
     log.wandb_project = ""  # empty: no W&B
 
 
