@@ -55,7 +55,8 @@ def base(size: str) -> ConfigDict:
     config.size = size  # of the model, as in the argument
     config.seed = 0  # of data order, samples and adapters
 
-    # A Hugging Face directory: config, tokenizer, image processor; weights where init_from is empty.
+    # A Hugging Face directory: config, tokenizer and image processor; weights too where init_from
+    # is empty.
     config.hf_dir = ""
     # Where weights come from: a parameter checkpoint, a step, a run's --workdir, or a PEFT adapter
     # of hf_dir.
@@ -64,7 +65,8 @@ def base(size: str) -> ConfigDict:
     config.model = model = ConfigDict()
     model.dtype = "float32" if size == "tiny" else "bfloat16"  # matrix products (R: bf16)
     model.param_dtype = "float32"  # master weights
-    # What the backward pass computes again: "block", all; "dots": more memory, less work; "offload": less memory, on a GPU or TPU.
+    # What the backward pass computes again: "block", all; "dots": more memory, less work;
+    # "offload": less memory, on a GPU or TPU.
     model.remat = "none" if size == "tiny" else "block"
     model.attention = "auto"  # the fastest that the device has
 
@@ -133,7 +135,7 @@ def add_evaluation(config: ConfigDict, *, periodic: bool) -> ConfigDict:
     held_out.scoring = "official_rule"  # of a benchmark; or "strict": this project's grader
     held_out.any_count = False  # allow another number of problems than the published one
     if periodic:
-        held_out.every = 50  # steps
+        held_out.every = 50  # steps between evaluations
         held_out.at_start = False  # True: before the first step too
     held_out.limit = 0  # first so many records; 0: all
     held_out.batch_size = 128  # prompts at a time

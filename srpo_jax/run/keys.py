@@ -13,6 +13,15 @@ from srpo_jax.run.resume import flat_config
 RECIPES = {"sft": "stage 1", "grpo": "stage 2", "eval": "evaluation"}
 _SOURCES = ((r"\bP\b", "paper"), (r"\bR\b(?! has)", "authors' code"))
 
+_HEAD = """# Configuration reference
+
+<!-- Made by `python -m tools.configuration`; edit the comments in configs/ instead. -->
+
+Every key of the recipes at `size=7b`, as the comments in `configs/` have it. P is the paper, R the
+authors' repository; the source of a default is the paper, the authors' code or ours.
+`--config.KEY=VALUE` changes a key, `--overrides FILE` several ([Installing](installing.md));
+`srpo-train-grpo --help` shows the same."""
+
 
 class Key(NamedTuple):
     """One key; ``source`` is "paper", "authors' code" or "ours"."""
@@ -87,16 +96,7 @@ def help_text(recipe: str, width: int) -> str:
 
 def page() -> str:
     """docs/configuration.md."""
-    out = [
-        "# Configuration reference",
-        "",
-        "<!-- Made by `python -m tools.configuration`; edit the comments in configs/ instead. -->",
-        "",
-        "Every key of the recipes at `size=7b`, as the comments in `configs/` have it. P is the paper,",
-        "R the authors' repository; the source of a default is the paper, the authors' code or ours.",
-        "`--config.KEY=VALUE` changes a key, `--overrides FILE` several ([Installing](installing.md));",
-        "`srpo-train-grpo --help` shows the same.",
-    ]
+    out = [_HEAD]
     for recipe, title in RECIPES.items():
         out += ["", f"## `{recipe}`: {title}", "", "| key | default | meaning | source |"]
         out.append("|---|---|---|---|")
