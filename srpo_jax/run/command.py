@@ -5,8 +5,8 @@ import errno
 import multiprocessing
 import os
 import re
-import signal
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable
