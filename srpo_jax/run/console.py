@@ -145,7 +145,7 @@ class Console:
             pace += " left" if self._left() else ""
         step = f"step {self._step:,}/{self._total:,}"
         head.add_row(step, ProgressBar(max(self._total, 1), self._step), pace)
-        lines = [head]
+        lines: list[Any] = [head]
         found = [(label, show, self._row[n]) for n, label, show in _TABLE if _is(self._row, n)]
         lines.append(Text("  ".join(f"{label} {_said(x, show)}" for label, show, x in found)))
         times = [(n[5:], x) for n, x in self._row.items() if n.startswith("time/")]
@@ -204,8 +204,8 @@ def progress(label: str, total: int, unit: str = "") -> Iterator[Callable[[int],
     Yields ``advance(n)``.
     """
     if _live is not None:
-        with _live.bar(label, total) as advance:
-            yield advance
+        with _live.bar(label, total) as move:
+            yield move
         return
     if sys.stderr.isatty():
         from rich.console import Console as Terminal  # noqa: PLC0415
