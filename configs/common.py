@@ -52,32 +52,34 @@ def parse_arg(arg: str | None, **known: Any) -> SimpleNamespace:
 def base(size: str) -> ConfigDict:
     """The sections that training and evaluation share."""
     config = ConfigDict()
-    config.size = size
-    config.seed = 0
+    config.size = size  # of the model, as in the argument
+    config.seed = 0  # of data order, samples and adapters
 
-    # Where the model comes from. hf_dir always gives config, tokenizer and image processor; weights
-    # come from init_from where it is set: a parameter checkpoint, a step, a run's --workdir, or a
-    # PEFT adapter of hf_dir.
+    # A Hugging Face directory: config, tokenizer and image processor; weights too where init_from
+    # is empty.
     config.hf_dir = ""
+    # Where weights come from: a parameter checkpoint, a step, a run's --workdir, or a PEFT adapter
+    # of hf_dir.
     config.init_from = ""
 
     config.model = model = ConfigDict()
     model.dtype = "float32" if size == "tiny" else "bfloat16"  # matrix products (R: bf16)
     model.param_dtype = "float32"  # master weights
-    # Or "dots": more memory, less work; "offload": less memory, on a GPU or TPU.
+    # What the backward pass computes again: "block", all; "dots": more memory, less work;
+    # "offload": less memory, on a GPU or TPU.
     model.remat = "none" if size == "tiny" else "block"
-    model.attention = "auto"
+    model.attention = "auto"  # the fastest that the device has
 
     config.mesh = mesh = ConfigDict()
     mesh.data = 1  # across slices and nodes that share no fast interconnect
     mesh.fsdp = -1  # all devices that are left
-    mesh.tensor = SIZES[size].tensor_parallel
+    mesh.tensor = SIZES[size].tensor_parallel  # devices that share a layer
 
     config.distributed = distributed = ConfigDict()
     distributed.enabled = False  # True: several processes
     distributed.coordinator = ""  # host:port; empty: found on TPU pods, under SLURM, Kubernetes
-    distributed.num_processes = 0
-    distributed.process_id = -1
+    distributed.num_processes = 0  # 0: found
+    distributed.process_id = -1  # which one this is; -1: found
     # Seconds without a sign of life of a process until the others end, naming it; 0: jax's own way.
     distributed.timeout = 120.0
 
@@ -90,7 +92,7 @@ def base(size: str) -> ConfigDict:
 def add_images(config: ConfigDict, max_pixels: int) -> None:
     """Pixel limits of an image; both are handed to Hugging Face's image processor."""
     config.min_pixels = 4 * 28 * 28  # 3,136 (R: train_ppo_ray.py)
-    config.max_pixels = max_pixels
+    config.max_pixels = max_pixels  # of an image (R)
 
 
 def add_training(config: ConfigDict) -> None:
@@ -119,7 +121,9 @@ def add_training(config: ConfigDict) -> None:
 
     config.log = log = ConfigDict()
     log.every = 1  # steps between rows of metrics.jsonl
-    log.tensorboard = True
+    log.console = "auto"  # a live table on a terminal, else a line a step; or "plain", "json"
+    log.keep = 10  # steps between lines that stay above the live table; 0: none
+    log.tensorboard = True  # events of the same numbers in tensorboard/
     log.wandb_project = ""  # empty: no W&B
 
 
@@ -131,8 +135,8 @@ def add_evaluation(config: ConfigDict, *, periodic: bool) -> ConfigDict:
     held_out.scoring = "official_rule"  # of a benchmark; or "strict": this project's grader
     held_out.any_count = False  # allow another number of problems than the published one
     if periodic:
-        held_out.every = 50  # steps
-        held_out.at_start = False
+        held_out.every = 50  # steps between evaluations
+        held_out.at_start = False  # True: before the first step too
     held_out.limit = 0  # first so many records; 0: all
     held_out.batch_size = 128  # prompts at a time
     held_out.temperature = 0.0  # greedy
@@ -143,10 +147,10 @@ def add_evaluation(config: ConfigDict, *, periodic: bool) -> ConfigDict:
 def add_sampling(config: ConfigDict) -> ConfigDict:
     """How completions are drawn, in training and evaluation alike; returns the section."""
     config.sampling = sampling = ConfigDict()
-    sampling.max_new_tokens = 2048  # (R: generate_max_len)
-    sampling.top_k = 0  # off
-    sampling.top_p = 1.0  # off (R)
-    sampling.min_p = 0.0  # off
+    sampling.max_new_tokens = 2048  # budget of an answer (R: generate_max_len)
+    sampling.top_k = 0  # most likely tokens to draw from; 0: all
+    sampling.top_p = 1.0  # probability mass to draw from; 1: all (R)
+    sampling.min_p = 0.0  # of the most likely token's probability, at least; 0: off
     sampling.segment = 64  # tokens between two looks at what is done
     sampling.concurrent_rows = 0  # rows of a shard in the cache at a time; 0: all
     return sampling
@@ -154,7 +158,9 @@ def add_sampling(config: ConfigDict) -> ConfigDict:
 
 def add_words(reward: ConfigDict) -> None:
     """Words with which a reflection states its verdict on the first answer."""
+    # With which a reflection says that the first answer is right.
     reward.right_words = ("correct", "accurate", "yes", "ok")
+    # And that it is wrong.
     reward.wrong_words = ("incorrect", "inaccurate", "wrong", "mistaken", "mistake", "error")
 
 

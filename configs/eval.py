@@ -36,8 +36,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data.prompt = "srpo"  # or "plain", "adaptive"
     data.prompt_tokens = 1664  # budget, images included, as in RL
     data.prompts_per_row = 4  # prompts whose images one data shard encodes at a time
+    # Patch slots of a row; a batch takes the smallest that fits.
     data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 3584))
-    data.workers = common.data_workers(args.size)
+    data.workers = common.data_workers(args.size)  # processes that read and encode; 0: threads
     data.max_bad_share = 0.01  # more bad records than this, beyond chance, are refused at the start
 
     if args.mode == "debug":

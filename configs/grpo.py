@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     common.add_evaluation(config, periodic=True)
     common.add_grading(config)
 
-    config.steps = 500  # P table 9 ("3 epochs" of P 4.1 would be 876)
+    config.steps = 500  # rollouts; P table 9 ("3 epochs" of P 4.1 would be 876)
 
     config.data = data = ConfigDict()
     data.train = ""  # records: .jsonl, .parquet, .array_record, tfds
@@ -54,13 +54,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # patches (max_pixels / 14**2) plus the padding of its windows. They shrink with prompts_per_row
     # where many devices leave a row fewer prompts.
     data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 3584))
-    data.shuffle = True
-    data.workers = common.data_workers(args.size)
+    data.shuffle = True  # anew in each pass
+    data.workers = common.data_workers(args.size)  # processes that read and encode; 0: threads
     data.max_bad_share = 0.01  # more bad records than this, beyond chance, stop the run
 
     sampling = common.add_sampling(config)
-    sampling.group_size = 8  # G (P 4.1)
-    sampling.temperature = 1.0  # (P 4.1)
+    sampling.group_size = 8  # samples of a prompt, G (P 4.1)
+    sampling.temperature = 1.0  # of training samples (P 4.1)
     sampling.forks = 1  # M: the group is G / M first rounds, each continued M times
 
     config.reward = reward = ConfigDict()
@@ -68,8 +68,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     reward.alpha = 0.1  # weight of the length term (P 3.2, table 6)
     reward.verdict = 0.0  # weight of +-1 for what a reflection says of the first answer; 0: none
     common.add_words(reward)
-    reward.overlong = 0.0  # weight of DAPO's penalty, which sets in overlong_buffer tokens before
-    reward.overlong_buffer = 0  # sampling.max_new_tokens; 0: none
+    reward.overlong = 0.0  # weight of DAPO's penalty on length; 0: none
+    reward.overlong_buffer = 0  # tokens before sampling.max_new_tokens where it sets in
     # Reward per token of a response whose final answer is right, taken off: with "adaptive" the
     # policy learns when a reflection is worth its tokens (profile "grpo"; docs/objectives.md).
     reward.token_price = 0.0
@@ -79,8 +79,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Groups whose mean correctness lies outside [low, high] get weight 0 (P 4.1): that of the
     # "final" answer, the "first", "either" (one lies inside), or R's "composite" of both.
     groups.on = "final"
-    groups.low = 0.1
-    groups.high = 0.9
+    groups.low = 0.1  # lower end of the band (P 4.1)
+    groups.high = 0.9  # upper end (P 4.1)
     groups.resample = False  # True: sample on until the batch is full of groups inside (R)
     groups.max_rounds = 4  # of sampling in one step
     groups.max_age = 1  # steps that a group sampled beyond the batch may wait; 0: none waits
@@ -89,16 +89,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.kind = "adamw"  # or "adafactor" (a fraction of the memory), "muon"
-    optim.lr = 1e-6  # P 4.1
-    optim.schedule = "cosine"
-    optim.warmup_ratio = 0.03  # R
+    optim.lr = 1e-6  # highest learning rate (P 4.1)
+    optim.schedule = "cosine"  # or "constant"
+    optim.warmup_ratio = 0.03  # share of the steps (R)
     optim.final_fraction = 0.1  # R: cosine with a floor of a tenth
-    optim.b1 = 0.9  # R
-    optim.b2 = 0.95  # R
-    optim.eps = 1e-8
-    optim.weight_decay = 0.0  # R
-    optim.grad_clip = 1.0  # R
-    optim.moment_dtype = "float32"
+    optim.b1 = 0.9  # decay of the first moment (R)
+    optim.b2 = 0.95  # of the second one (R)
+    optim.eps = 1e-8  # added to the root of the second moment
+    optim.weight_decay = 0.0  # of matrices (R)
+    optim.grad_clip = 1.0  # norm of the gradient, at most (R)
+    optim.moment_dtype = "float32"  # of the first moment; or "bfloat16"
     optim.max_skipped = 5  # updates in a row that are not finite, which end the run
     config.freeze = ("vision/",)  # tower and merger (P 4.1; R: freeze_prefix visual)
 
@@ -133,7 +133,7 @@ def own_rewards(reward: ConfigDict) -> None:
     judge.model = ""  # its name; "": none
     judge.url = ""  # of an OpenAI-compatible server; "": OPENAI_BASE_URL, or the vendor's own
     judge.rubric = ""  # text, or a file of it
-    judge.weight = 1.0
+    judge.weight = 1.0  # of its score in the reward
     judge.max_calls = 0  # of a whole run, to be set with a model; then groups get weight 0
     judge.concurrency = 16  # requests in flight, of each process
     judge.temperature = 0.0  # below 0: none is sent, for models that take none
@@ -152,22 +152,22 @@ def objective() -> ConfigDict:
     # samples whose first answer was as right.
     update.credit = "whole"
     update.objective = "clip"  # P equation 2; or "gspo", "cispo", "sapo"
-    update.sapo_positive = 1.0  # temperatures of "sapo" by the sign of the advantage
-    update.sapo_negative = 1.05
+    update.sapo_positive = 1.0  # temperature of "sapo" where the advantage is positive
+    update.sapo_negative = 1.05  # that of "sapo" where it is negative
     update.clip_low = 0.2  # R: eps_clip, symmetric
-    update.clip_high = 0.2
+    update.clip_high = 0.2  # R: the same
     update.dual_clip = 3.0  # R caps the ratio at 3
     update.kl_coef = 0.0  # R: init_kl_coef 0; P has a coefficient but no number
     update.kl_kind = "k3"  # P B.3; or "k1", "k2", "k3+" (its value, the gradient of k2)
     update.kl_in_reward = False  # True: taken off each sample's reward instead
     update.kl_target = 0.0  # nats a token that kl_coef is adapted to; 0: it stays
     update.ref_every = 0  # steps after which the policy becomes the reference; 0: never
-    update.entropy_coef = 0.0
+    update.entropy_coef = 0.0  # weight of an entropy bonus; 0: none
     update.perception_coef = 0.0  # of the KL to the policy with masked images, raised; 0: off
     update.perception_mask = 0.6  # share of the patches that are masked
     update.masked_entropy_coef = 0.0  # as entropy_coef, of the policy with masked images
     update.aggregation = "sequence"  # mean over tokens, then over sequences (R)
-    update.mask_truncated = False
+    update.mask_truncated = False  # True: samples that the budget cut off have no loss
     update.tis_cap = 0.0  # cap of the weight against the sampler's probabilities; 0: off
     update.tis_floor = 0.0  # above 0: weights outside [floor, cap] become 0 (IcePop)
     update.tis_level = "token"  # or "sequence": one weight for a sample

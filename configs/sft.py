@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     common.add_evaluation(config, periodic=True)
     common.add_grading(config)
 
-    config.epochs = 1  # P 4.1 and table 9 (R: 3)
+    config.epochs = 1  # passes over the data: P 4.1 and table 9 (R: 3)
     config.steps = 0  # updates; 0: as many as the epochs hold
 
     config.data = data = ConfigDict()
@@ -45,9 +45,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data.prompt_tokens = 1280  # budget of a prompt in the evaluation: images are smaller than in RL
     # The largest is what packed conversations with images of max_pixels have in a row, about.
     data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 4608))
-    data.shuffle = True
-    data.workers = common.data_workers(args.size)
-    data.max_bad_share = 0.01
+    data.shuffle = True  # anew in each pass
+    data.workers = common.data_workers(args.size)  # processes that read and encode; 0: threads
+    data.max_bad_share = 0.01  # more bad records than this, beyond chance, stop the run
 
     common.add_sampling(config)  # of the evaluation
 
@@ -55,16 +55,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.kind = "adamw"  # or "adafactor" (a fraction of the memory), "muon"
-    optim.lr = 1e-5  # R
-    optim.schedule = "cosine"
-    optim.warmup_ratio = 0.1  # R
+    optim.lr = 1e-5  # highest learning rate (R)
+    optim.schedule = "cosine"  # or "constant"
+    optim.warmup_ratio = 0.1  # share of the steps (R)
     optim.final_fraction = 0.0  # R: cosine to zero
-    optim.b1 = 0.9  # R: its framework's default
-    optim.b2 = 0.999
-    optim.eps = 1e-8
-    optim.weight_decay = 0.0
-    optim.grad_clip = 1.0
-    optim.moment_dtype = "float32"
+    optim.b1 = 0.9  # decay of the first moment (R: its framework's default)
+    optim.b2 = 0.999  # of the second moment
+    optim.eps = 1e-8  # added to the root of the second moment
+    optim.weight_decay = 0.0  # of matrices
+    optim.grad_clip = 1.0  # norm of the gradient, at most
+    optim.moment_dtype = "float32"  # of the first moment; or "bfloat16"
     optim.max_skipped = 5  # updates in a row that are not finite, which end the run
     config.freeze = ("vision/",)  # R: freeze_vision_tower, freeze_multi_modal_projector
 

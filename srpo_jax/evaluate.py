@@ -35,6 +35,7 @@ from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import feed, processes
 from srpo_jax.run.budgets import Reader, prompt_budgets
 from srpo_jax.run.command import main
+from srpo_jax.run.console import progress
 from srpo_jax.run.guard import Stopped
 from srpo_jax.run.parts import Parts, load_weights, start
 from srpo_jax.run.recipe import write_config
@@ -336,7 +337,11 @@ class Evaluator:
 
     def __call__(self, params: Params, *, seed: int) -> dict[str, float]:
         """The `rates`, without intervals, and `grading_counts`."""
-        rows = [row for rows in self.run(params, seed=seed) for row in rows]
+        rows: list[Row] = []
+        with progress("evaluation", len(self), "records") as advance:
+            for some in self.run(params, seed=seed):
+                rows += some
+                advance(len({row["origin"] for row in some}))
         first = sorted((r for r in rows if r["sample"] == 0), key=lambda row: row["origin"])
         self.shown = first[:: max(1, len(first) // SHOWN)][:SHOWN]
         return rates(rows) | self.grading_counts()

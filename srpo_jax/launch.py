@@ -35,6 +35,20 @@ def program() -> str:
     return " ".join([name, *words[1:2]]) if kept else name
 
 
+_COMMANDS = {
+    "train_grpo": ("srpo-train-grpo", "srpo_jax.train_grpo"),
+    "evaluate": ("srpo-evaluate", "srpo_jax.evaluate"),
+    "report": ("srpo-report", "tools.report"),
+    "plan": ("srpo-plan", "tools.plan"),
+}
+
+
+def command(name: str) -> str:
+    """How to call a program here: by its command where the package is installed."""
+    installed, module = _COMMANDS[name]
+    return installed if _INSTALLED.is_dir() else f"python -m {module}"
+
+
 def _run(module: str) -> None:
     """As ``python -m`` does."""
     importing()

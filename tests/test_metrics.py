@@ -95,7 +95,7 @@ def test_what_is_not_finite_is_shown_as_such(tmp_path, capsys):
     writer = MetricWriter(tmp_path, total_steps=9, show=["loss", "kl", "mfu"], tensorboard=False)
     writer.write(9, {"loss": float("nan"), "kl": float("-inf"), "mfu": None}, split="train")
     writer.close()
-    assert "step 9/9  loss nan  kl -inf\n" in capsys.readouterr().out
+    assert "step 9/9  loss NaN  kl -inf\n" in capsys.readouterr().out
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):

@@ -31,12 +31,13 @@ from srpo_jax.data.records import RecordSource
 from srpo_jax.evaluate import open_problems
 from srpo_jax.reflection.duplicates import Print, contamination, duplicates, fingerprint
 from srpo_jax.rewards.answers import Gold, gold_problem, read_gold
+from srpo_jax.run import console
 from srpo_jax.run.budgets import Reader, check_images, prompt_budgets, training_budgets
 from srpo_jax.run.feed import open_source
 from srpo_jax.run.sections import EvaluateSettings, RunSettings, SftSettings, TrainSettings
 from srpo_jax.run.settings import evaluate_settings, grpo_settings, sft_settings
 from srpo_jax.structs import RunError
-from tools.lib import cli, recipes
+from tools.lib import recipes
 
 SHOWN = 10  # bad records, repeated ids and copies that are listed
 QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
@@ -92,7 +93,7 @@ def see(file: File, index: int) -> Seen:
 def see_all(file: File) -> list[Seen]:
     """All records, in their order."""
     count = len(file.source)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, cli.progress(file.key, count) as advance:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, console.progress(file.key, count) as advance:
         found = []
         for one in pool.map(functools.partial(see, file), range(count)):
             found.append(one)

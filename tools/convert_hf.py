@@ -29,7 +29,7 @@ from srpo_jax.data.files import absolute
 from srpo_jax.data.hf_folder import read_json
 from srpo_jax.model import hf, peft
 from srpo_jax.model.config import ModelConfig, load_config
-from srpo_jax.run import checkpoint
+from srpo_jax.run import checkpoint, console
 from srpo_jax.run.adapters import lora_of
 from tools.lib import cli
 
@@ -274,8 +274,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Run one of the conversions."""
     label = "importing" if args.command == "import" else "exporting"
-    with cli.progress(label, 100, "%") as advance:
-        progress = cli.percent(advance)
+    with console.progress(label, 100, "%") as advance:
+        progress = console.percent(advance)
         if args.command == "import":
             import_hf(args.hf_dir, args.out, dtype=args.dtype, progress=progress)
             made = args.out

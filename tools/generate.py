@@ -26,6 +26,7 @@ from srpo_jax.data.files import JsonlLog
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.model.sharding import to_global
+from srpo_jax.run import console
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig, vision_token_ids
 from srpo_jax.structs import Params, Rollout, VisionInputs
 from tools.lib import cli, loading
@@ -119,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
         model = loading.load_model(args, for_sampling=True)
         sampler, processor = make_sampler(model, args), model.processor
         parts = [left[i : i + args.batch_size] for i in range(0, len(left), args.batch_size)]
-        progress = cli.progress("prompts", len(left))
+        progress = console.progress("prompts", len(left))
         with ThreadPoolExecutor(1) as reader, progress as advance:
 
             def read(part: list[loading.Row]) -> Future[list[Encoded]]:

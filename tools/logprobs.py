@@ -19,6 +19,7 @@ from srpo_jax.data.files import JsonlLog
 from srpo_jax.learn.head import HeadConfig, token_logps
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import bind
+from srpo_jax.run import console
 from srpo_jax.structs import Batch, Params
 from tools.lib import cli, loading
 
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
                 messages, images, generation_prompt=False, origin=row.origin
             )
 
-        with cli.progress("conversations", len(left)) as advance:
+        with console.progress("conversations", len(left)) as advance:
             for start in range(0, len(left), args.batch_size):
                 part = left[start : start + args.batch_size]
                 samples = [encode(row) for row in part]

@@ -21,6 +21,7 @@ from srpo_jax.model import hf, hf_write
 from srpo_jax.model.config import ModelConfig
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import Shape
+from srpo_jax.run import console
 from tools.lib import cli
 
 # Config key -> the token that has this id in Qwen2.5-VL's tokenizer.
@@ -217,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
         tied=args.tied,
     )
     token_ids = {key: ids[token] for key, token in TOKEN_KEYS.items() if token in ids}
-    with cli.progress("writing", 100, "%") as advance:
+    with console.progress("writing", 100, "%") as advance:
         cfg = write_random_hf(
             args.out,
             make_config(shape, token_ids),
@@ -225,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
             seed=args.seed,
             dtype=args.dtype,
             max_shard_bytes=int(args.max_shard_gb * 1e9),
-            progress=cli.percent(advance),
+            progress=console.percent(advance),
             std=args.std,
         )
     count = sum(int(np.prod(leaf.shape)) for leaf in abstract_params(cfg).values())

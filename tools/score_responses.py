@@ -29,6 +29,7 @@ from srpo_jax.rewards.profiles import PAPER, PROFILES, profile_named
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.terms import ALPHA, TERMS
 from srpo_jax.rewards.verifier import Verifier
+from srpo_jax.run import console
 from srpo_jax.structs import BLOCKS
 from tools.lib import cli
 
@@ -76,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     scored: list[dict] = []
     with (
         Verifier(args.workers, args.timeout) as verifier,
-        cli.progress("scoring", len(rows), "responses") as advance,
+        console.progress("scoring", len(rows), "responses") as advance,
     ):
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]

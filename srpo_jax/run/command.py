@@ -1,13 +1,16 @@
 """The command line of the three entry points: a configuration, its changes, one-line errors."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -15,10 +18,13 @@ import jax
 from srpo_jax import imported
 from srpo_jax.data.buckets import is_file
 from srpo_jax.run import processes
+from srpo_jax.run.keys import help_text
 from srpo_jax.run.recipe import EXAMPLE, check_arguments, expanded
 from srpo_jax.structs import RunError
 
 AGAIN = 75  # exit code of what was stopped early (EX_TEMPFAIL): the same command goes on
+
+_RECIPE_OF = {"train_sft": "sft", "train_grpo": "grpo", "evaluate": "eval"}  # by program
 
 
 class Terminated(KeyboardInterrupt):
@@ -46,7 +52,11 @@ def main(run: Callable[[Any, str], Any]) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             if _asks_for_help(argv):
-                return app.parse_flags_with_usage(argv)
+                with contextlib.suppress(SystemExit):
+                    app.parse_flags_with_usage(argv)
+                width = shutil.get_terminal_size((100, 40)).columns
+                print(help_text(_RECIPE_OF[Path(argv[0]).stem.replace("-", "_")], width))
+                sys.exit(0)
             words = expanded(one_word_each(argv[1:]))
             check_arguments(words)
             sys.argv[1:] = words  # where config_flags looks for --config.KEY

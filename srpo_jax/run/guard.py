@@ -18,6 +18,7 @@ from srpo_jax.run import processes
 from srpo_jax.structs import RunError
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # what jax calls its event
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # that of what comes right before
 
 
 # --- signals ---------------------------------------------------------------------------------
@@ -101,6 +102,8 @@ class CompileGuard:
 
     def __init__(self, enabled: bool = True):
         self._enabled = enabled
+        # Called with the name of a program, and False before, True after it is compiled.
+        self.tell: Callable[[str, bool], None] = lambda name, over: None
         self._done: set[tuple[str, str]] = set()
         self._events: list[str] = []
         self._shapes: dict[str, str] = {}
@@ -158,8 +161,13 @@ class CompileGuard:
 
     def _listen(self, event: str, duration_secs: float, **info: str | int) -> None:
         # Other threads compile too (asynchronous checkpoints): those are none of the step's.
-        if event == COMPILED and self._thread == threading.get_ident():
-            self._events.append(str(info.get("fun_name", "a function")))
+        if event in (COMPILED, LOWERED) and self._thread == threading.get_ident():
+            name = str(info.get("fun_name", "a function"))
+            self.tell(
+                name.removeprefix("jit_").removeprefix("jit(").removesuffix(")"), event == COMPILED
+            )
+            if event == COMPILED:
+                self._events.append(name)
 
 
 def describe(tree: Any, limit: int = 10) -> str:

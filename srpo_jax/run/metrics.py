@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from srpo_jax.data.files import (
     write_text,
 )
 from srpo_jax.data.images import ImageRef, load_image, to_rgb
+from srpo_jax.run.console import Console
 
 # Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
 # The first match counts, so longer names stand before those they contain.
@@ -82,6 +82,7 @@ class MetricWriter:
         show: Iterable[str] = (),
         tensorboard: bool = True,
         wandb_project: str = "",
+        console: Console | None = None,
         config: Mapping[str, Any] | None = None,
     ):
         self._on = jax.process_index() == 0
@@ -93,7 +94,7 @@ class MetricWriter:
         path = folder / "metrics.jsonl"
         self.run = 1 + _last_run(path.read_text() if path.exists() else "")
         self._file = Growing(path)
-        self._console = _Console(total_steps, tuple(show))
+        self.console = console or Console(total_steps, tuple(show))
         self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # noqa: PLC0415  (a second to import)
@@ -148,14 +149,14 @@ class MetricWriter:
     def say(self, text: str) -> None:
         """One line for the reader, above the live line."""
         if self._on:
-            self._console.say(text)
+            self.console.say(text)
 
     def close(self) -> None:
         """Write what is left and close the files."""
         self.flush()
         if not self._on:
             return
-        self._console.close()
+        self.console.close()
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -170,7 +171,7 @@ class MetricWriter:
         if nonfinite:  # JSON has no NaN: the value is null, and its name stands here
             head["nonfinite"] = [*nonfinite]
         self._file.append(json.dumps({**head, **row}))
-        self._console.row(step, split, row | nonfinite)
+        self.console.row(step, split, row | nonfinite)
         numbers = {f"{split}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
         if self._board is not None:
             for name, value in numbers.items():
@@ -263,49 +264,6 @@ def _last_run(text: str) -> int:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return int(json.loads(line)["run"])
     return 0
-
-
-class _Console:
-    """One live line on a terminal; plain lines, at most one in two seconds, elsewhere."""
-
-    def __init__(self, total_steps: int, show: tuple[str, ...]):
-        self._total, self._show = total_steps, show
-        self._live, self._last = None, 0.0
-        if sys.stdout.isatty():
-            from rich.live import Live  # noqa: PLC0415
-
-            self._live = Live(auto_refresh=False, transient=False)
-            self._live.start()
-
-    def row(self, step: int, split: str, row: Mapping[str, Any]) -> None:
-        """Show the metrics named in ``show``; of an evaluation, all that have plain names."""
-        chosen = self._show if split == "train" else (n for n in row if "/" not in n)
-        names = [n for n in chosen if n in row]
-        parts = [f"{n} {_short(row[n])}" for n in names if isinstance(row[n], int | float)]
-        head = f"step {step}/{self._total}" + ("" if split == "train" else f" {split}")
-        text = "  ".join([head, *parts])
-        now = time.monotonic()
-        if self._live is not None and split == "train":
-            if now - self._last > 0.1:
-                self._live.update(text, refresh=True)
-                self._last = now
-        elif split != "train" or now - self._last > 2.0 or step >= self._total:
-            self.say(text)
-            self._last = now if split == "train" else self._last
-
-    def say(self, text: str) -> None:
-        if self._live is not None:
-            self._live.console.print(text, highlight=False, markup=False)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 # --- time ------------------------------------------------------------------------------------

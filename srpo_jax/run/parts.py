@@ -23,6 +23,7 @@ from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.run import checkpoint, compiler, processes
 from srpo_jax.run.adapters import Weights, find_weights, load_adapter, origin_of
+from srpo_jax.run.console import percent, progress
 from srpo_jax.run.guard import CompileGuard, StopRequest
 from srpo_jax.run.metrics import ModelFlops, Timers
 from srpo_jax.run.resume import config_hash
@@ -219,4 +220,13 @@ def export(params: Params, parts: Parts, settings: TrainSettings, base: str) -> 
     described = read_json(located(hf_dir) / "config.json")
     dtype = described.get("dtype") or described.get("torch_dtype")
     leaves = peft.merged_leaves(params, model.lora)
-    hf.save_hf(leaves, model.base, out_dir, hf_dir, dtype=dtype, agree=processes.maximum)
+    with progress("export", 100, "%") as advance:
+        hf.save_hf(
+            leaves,
+            model.base,
+            out_dir,
+            hf_dir,
+            dtype=dtype,
+            progress=percent(advance) if jax.process_index() == 0 else None,
+            agree=processes.maximum,
+        )

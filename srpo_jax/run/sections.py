@@ -183,6 +183,8 @@ class LogSettings:
     """Where metrics go."""
 
     every: int
+    console: str
+    keep: int
     tensorboard: bool
     wandb_project: str
 

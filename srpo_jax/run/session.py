@@ -12,6 +12,8 @@ from srpo_jax.learn.state import abstract_state, init_state, merge_params, state
 from srpo_jax.run import checkpoint, processes
 from srpo_jax.run.adapters import base_record, check_base, find_weights, origin_of
 from srpo_jax.run.checkpoint import abstract
+from srpo_jax.run.compiles import CompileNotes
+from srpo_jax.run.console import Console
 from srpo_jax.run.guard import NotFinite, Progress, Stopped
 from srpo_jax.run.host_state import one_a_place
 from srpo_jax.run.metrics import Example, MetricWriter, to_plain, utilisation
@@ -19,6 +21,7 @@ from srpo_jax.run.parts import Parts, check_export, export, load_base, load_foun
 from srpo_jax.run.recipe import write_config
 from srpo_jax.run.resume import check_config, moved_from
 from srpo_jax.run.sections import TrainSettings
+from srpo_jax.run.summary import closing, opening
 from srpo_jax.structs import Params, RunError, TrainState
 
 BEST = "acc@2"  # of the held-out file: what the best checkpoint is best at
@@ -89,10 +92,16 @@ class Session:
                 self.base = {"base": base_record(found.base, self.state.frozen)}
         else:
             self._restore(optimizer)
+        self._notes: CompileNotes | None = None  # on the first process
+        console = None
+        if jax.process_index() == 0:
+            console = Console(total_steps, show, settings.log.console, settings.log.keep)
+            self._notes = CompileNotes(settings.workdir, console)
+            parts.guard.tell = self._notes.tell
         self.writer = MetricWriter(
             settings.workdir,
             total_steps=total_steps,
-            show=show,
+            console=console,
             tensorboard=settings.log.tensorboard,
             wandb_project=settings.log.wandb_project,
             config=settings.plain,
@@ -274,6 +283,8 @@ class Session:
         self._stop.__enter__()
         if jax.process_index() == 0:
             write_config(self._settings.workdir, self._settings.plain)
+        for line in opening(self._settings, self._parts, self.state, self.total_steps):
+            self.writer.say(line)
         where = f"from step {self.step}" if self.step else f"from weights of {self.origin}"
         self.writer.say(f"{self.total_steps} steps, {where}; {jax.device_count()} devices")
         self._parts.timers.take()
@@ -283,6 +294,8 @@ class Session:
         self._stop.__exit__()
         try:
             self.writer.close()
+            if self._notes:
+                self._notes.close()
         finally:
             # After an error, let a checkpoint that is being written become complete; among several
             # processes that could wait for one that is gone.
@@ -369,6 +382,9 @@ class Session:
         if best is not None:
             metric, folder = self._checkpoints.metric(best), self._checkpoints.folder
             self.writer.say(f"best {BEST} {metric:.4f}: {folder / str(best)}")
+        if done:
+            for line in closing(self._settings):
+                self.writer.say(line)
         row, _ = to_plain(self._last_row)
         ending = {"step": self.step, "finished": done, "best_step": best}
         return row | ending | ({"eval": self._last_eval} if self._last_eval else {})

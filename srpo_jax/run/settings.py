@@ -120,7 +120,7 @@ def _folder(workdir: AnyPath) -> epath.Path:
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
-        "rollouts.every bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
+        "rollouts.every log.keep bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
         "reward.verdict reward.overlong reward.overlong_buffer reward.token_price grpo.tis_floor "
         "lora.rank reward.judge.max_calls grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every "
         "grpo.adv_eps grpo.perception_coef filter.max_age eval.temperature "
@@ -170,6 +170,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.prompt": tuple(MESSAGES),
     "data.target": TARGETS,
     "data.mask_wrong_first": ("auto", "true", "false", True, False),
+    "log.console": ("auto", "plain", "json"),
     "lora.export": ("merged", "adapter"),
     "eval.stop_after": ("first", "confident", "final"),
     "filter.on": get_args(FilterOn),

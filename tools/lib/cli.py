@@ -1,4 +1,4 @@
-"""What every command-line tool shares: one-line errors, progress.
+"""What every command-line tool shares: one-line errors.
 
     def main(args: argparse.Namespace) -> None: ...
 
@@ -10,22 +10,18 @@ A tool's ``main`` raises ordinary exceptions whose text names the file, row or k
 """
 
 import argparse
-import contextlib
 import difflib
 import math
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from srpo_jax import imported
 from srpo_jax.data.files import write_json, write_text
 from srpo_jax.launch import program
-
-PLAIN_PROGRESS_SECONDS = 10.0  # between two lines of progress where stderr is not a terminal
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,46 +136,3 @@ def write_report(path: str | os.PathLike, summary: dict, page: str) -> None:
     base = base.with_suffix("") if base.suffix in (".json", ".md") else base
     write_json(base.with_name(base.name + ".json"), summary)
     write_text(base.with_name(base.name + ".md"), page)
-
-
-@contextlib.contextmanager
-def progress(label: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """Show progress on stderr: a rich bar on a terminal, else a plain line every ten seconds.
-
-    Yields ``advance(n)``.
-    """
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda n=1: bar.advance(task, n)
-        return
-    start = last = time.monotonic()
-    count = 0
-
-    def advance(n: int = 1) -> None:
-        nonlocal count, last
-        count += n
-        now = time.monotonic()
-        if now - last >= PLAIN_PROGRESS_SECONDS or count >= total:
-            last = now
-            print(f"{label}: {count}/{total} {unit} {now - start:.0f} s", file=sys.stderr)
-
-    yield advance
-
-
-def percent(advance: Callable[[int], None]) -> Callable[[str, int, int], None]:
-    """A callback (what is done, how much, of how much) that moves a bar of 100."""
-    shown = 0
-
-    def step(_: str, done: int, total: int) -> None:
-        nonlocal shown
-        moved = 100 * done // total - shown
-        if moved > 0:
-            advance(moved)
-            shown += moved
-
-    return step

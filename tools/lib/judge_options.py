@@ -12,6 +12,7 @@ from srpo_jax.benchmarks import scoring
 from srpo_jax.benchmarks.all import BENCHMARKS
 from srpo_jax.benchmarks.judge.client import Judge
 from srpo_jax.remote.protocol import Endpoint
+from srpo_jax.run import console
 from tools.lib import cli
 
 UNAVAILABLE = 3  # exit code: some judgements did not arrive, the same command asks for them
@@ -94,7 +95,7 @@ def open_judge(args: argparse.Namespace, total: int, unit: str) -> Iterator[Judg
         price_in=args.judge_price_in,
         price_out=args.judge_price_out,
     )
-    with cli.progress("judging", total, unit) as advance:
+    with console.progress("judging", total, unit) as advance:
         yield Judge(
             endpoint,
             args.judge_cache or default_cache(args.output),

@@ -1,0 +1,102 @@
+"""What a training run says at its start and at its end."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from srpo_jax.launch import command
+from srpo_jax.run.parts import Parts
+from srpo_jax.run.recipe import differences
+from srpo_jax.run.sections import GrpoSettings, SftSettings, TrainSettings
+from srpo_jax.structs import TrainState
+
+_GIB = 2**30
+
+
+def opening(
+    settings: TrainSettings, parts: Parts, state: TrainState, total_steps: int
+) -> Iterator[str]:
+    """Lines on model, devices, memory, batch, budgets, differences from the recipe, folder."""
+    trained, frozen = _count(state.params), _count(state.frozen)
+    yield f"model: {settings.hf_dir}, {_millions(trained)} parameters trained{_dtype(state.params)}"
+    if frozen:
+        yield f"  frozen: {_millions(frozen)}{_dtype(state.frozen)}"
+    device = jax.devices()[0]
+    axes = ", ".join(f"{name} {size}" for name, size in parts.mesh.shape.items())
+    yield f"devices: {jax.device_count()} of {device.device_kind}; mesh: {axes}"
+    held, limit = _held(state), (device.memory_stats() or {}).get("bytes_limit")
+    room = f" of {limit / _GIB:.1f}" if limit else ""
+    yield (
+        f"memory: parameters and optimizer take {held / _GIB:.2f} GiB{room} of a device; what "
+        f"programs take besides: {command('plan')}"
+    )
+    yield f"steps: {total_steps:,} of {_batch(settings)}"
+    yield f"budgets: {_budgets(settings)}"
+    changed = [*differences(settings.plain)]
+    if changed:
+        yield f"differs from the recipe of size={settings.size} (config.yaml) in:"
+        yield f"  {', '.join(changed)}"
+    yield f"folder: {settings.workdir}"
+
+
+def closing(settings: TrainSettings) -> Iterator[str]:
+    """Lines on where everything lies, and the next command."""
+    folder = settings.workdir
+    names = ["checkpoints/", "metrics.jsonl", "config.yaml"]
+    names += [f"{name}/" for name in ("rollouts", "tensorboard") if (folder / name).exists()]
+    yield f"{folder} holds {', '.join(names)}"
+    yield f"its page: {command('report')} --workdir {folder}"
+    model = f"--config.hf_dir={settings.hf_dir} --config.init_from={folder}"
+    if isinstance(settings, SftSettings):
+        yield (
+            f"next: {command('train_grpo')} --config=grpo:size={settings.size} --workdir=... "
+            f"{model} --config.data.train=..."
+        )
+    else:
+        yield (
+            f"next: {command('evaluate')} --config=eval:size={settings.size} --workdir=... "
+            f"{model} --config.eval.file=..."
+        )
+
+
+def _batch(settings: TrainSettings) -> str:
+    size = settings.data.global_batch_size
+    if isinstance(settings, GrpoSettings):
+        updates = settings.grpo.updates_per_rollout * settings.grpo.epochs
+        return f"{size} prompts x {settings.sampling.group_size} samples, {updates} updates each"
+    return f"{size} conversations"
+
+
+def _budgets(settings: TrainSettings) -> str:
+    data, sampling = settings.data, settings.sampling
+    told = [f"prompts of {data.prompt_tokens:,} tokens"]
+    if isinstance(settings, SftSettings):
+        told = [f"conversations of {settings.data.tokens:,} tokens"]
+    else:
+        told.append(f"answers of {sampling.max_new_tokens:,}")
+    return ", ".join([*told, f"images of {settings.max_pixels:,} pixels"])
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
+
+
+def _dtype(tree: Any) -> str:
+    return f" in {', '.join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}))}"
+
+
+def _held(state: TrainState) -> int:
+    """Bytes of the state on the first device of this process."""
+    first = jax.local_devices()[0]
+    shards = (
+        shard
+        for leaf in jax.tree.leaves(state)
+        for shard in getattr(leaf, "addressable_shards", ())
+    )
+    return sum(shard.data.nbytes for shard in shards if shard.device == first)
