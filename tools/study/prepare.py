@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from srpo_jax.structs import BLOCKS
@@ -20,7 +21,7 @@ def cut_to_one_round(table: pa.Table, seed: int) -> pa.Table:
     coins = np.random.default_rng([seed, len(BLOCKS)]).random(len(table)) < ONE_ROUND_SHARE
     cut = pa.array(coins & np.array(table["first_correct"].to_pylist()))
     for name in BLOCKS[2:]:
-        column = pa.compute.if_else(cut, pa.scalar(None, table[name].type), table[name])
+        column = pc.if_else(cut, pa.scalar(None, table[name].type), table[name])
         table = table.set_column(table.schema.get_field_index(name), name, column)
     return table
 
