@@ -40,6 +40,9 @@ def test_every_profile_pays_right_answers_and_teaches_nothing_where_all_are_alik
                 cfg = GrpoConfig(profile=profile, advantage=kind, credit=credit)
                 assert "groups of equals teach nothing" in preflight.check_reward(cfg)
     assert preflight.check_reward(GrpoConfig(profile=GRPO)).startswith("right answers earn 1.5, ")
+    # A price by the token is reckoned with lengths that the budget allows: 36 tokens cost 0.9.
+    priced = GrpoConfig(profile=GRPO, weights=(("price", 0.025),), length_cap=36)
+    assert preflight.check_reward(priced).startswith("right answers earn 0.6, wrong ones 0.5")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def check_reward(cfg: grpo.GrpoConfig) -> str:
     """
     shape = (2, 4 * cfg.forks)
     yes, right = np.ones(shape, bool), np.repeat([[True], [False]], shape[1], axis=1)
-    tokens = np.full(shape, 100, np.int32)
+    # Lengths that the budget allows, for terms that have a price by the token.
+    tokens = np.full(shape, min(100, max(1, (cfg.length_cap or 200) // 2)), np.int32)
     verdict = Verdict(
         **dict.fromkeys(("has_first", "has_second", "format_ok"), yes),
         **dict.fromkeys(("reflection_ok", "reflection_new"), yes),

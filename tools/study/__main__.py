@@ -25,14 +25,14 @@ from tools.demo.tasks import TASKS
 from tools.lib import cli
 from tools.study import summary
 from tools.study.arms import ARMS, FULL, QUICK, Arm, Budget, eval_stage, rl_stage, start_stage
-from tools.study.jobs import Job, Worker, run_jobs
+from tools.study.jobs import Job, Run, run_jobs
 from tools.study.measure import evaluated, learning_curve, steps_within, tokens_of, training_rows
 
 TUNING_SEEDS = 100  # seeds from here on are for choosing settings
 STEPS_LIMIT = 3  # times GRPO's steps: an arm that spends little stops there
 
 
-def prepare(worker: Worker, folder: Path, task: str, seed: int, quick: bool) -> None:
+def prepare(worker: Run, folder: Path, task: str, seed: int, quick: bool) -> None:
     """Data and random weights; what a stopped start left is drawn anew."""
     shutil.rmtree(folder / "data", ignore_errors=True)
     words = ["--task", task, "--seed", str(seed), "--folder", str(folder), *["--quick"] * quick]
@@ -40,14 +40,14 @@ def prepare(worker: Worker, folder: Path, task: str, seed: int, quick: bool) -> 
     (folder / "prepared").touch()
 
 
-def start(worker: Worker, folder: Path, task: str, seed: int, budget: Budget, name: str) -> None:
+def start(worker: Run, folder: Path, task: str, seed: int, budget: Budget, name: str) -> None:
     """One SFT start."""
     stage = start_stage(folder, seed, budget.plan, TASKS[task], name)
     worker(stage.arguments, stage.log)
     shutil.rmtree(stage.workdir / "checkpoints", ignore_errors=True)
 
 
-def train(worker: Worker, folder: Path, task: str, seed: int, budget: Budget, arm: Arm) -> None:
+def train(worker: Run, folder: Path, task: str, seed: int, budget: Budget, arm: Arm) -> None:
     """RL of an arm; all but GRPO go on, or stop, where GRPO's tokens are spent."""
     plan, out = budget.plan, folder / arm.name
     steps, total = plan.rl_steps, math.inf
@@ -64,7 +64,7 @@ def train(worker: Worker, folder: Path, task: str, seed: int, budget: Budget, ar
 
 
 def run_arm(
-    worker: Worker, folder: Path, seed: int, args: argparse.Namespace, task: str, arm: Arm
+    worker: Run, folder: Path, seed: int, args: argparse.Namespace, task: str, arm: Arm
 ) -> None:
     """Train, evaluate in both modes, keep the result, delete what only training needed."""
     budget = QUICK if args.quick else FULL

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import grpo
+from srpo_jax.run.resume import flat_config
 from tools.demo import run as demo
 from tools.demo.stages import Stage
 from tools.demo.tasks import Task
@@ -30,13 +31,7 @@ class Arm:
 
 @functools.cache
 def _known_keys() -> frozenset[str]:
-    flat = grpo.get_config("size=tiny")
-    return frozenset(
-        f"{section}.{key}"
-        for section, keys in flat.items()
-        if hasattr(keys, "keys")
-        for key in keys.keys()
-    )
+    return frozenset(flat_config(grpo.get_config("size=tiny").to_dict()))
 
 
 GRPO = {"reward.profile": "grpo"}
@@ -111,7 +106,10 @@ def sizes(plan: demo.Plan) -> dict[str, int]:
 def start_stage(folder: Path, seed: int, plan: demo.Plan, task: Task, start: str) -> Stage:
     """SFT on one of the two files; arms share it."""
     stage, out = demo.sft_stage(folder, seed, plan, task), folder / start
-    own = {"data.train": folder / f"data/{start}.parquet", "export_hf_dir": out / "hf"}
+    own: dict[str, Any] = {
+        "data.train": folder / f"data/{start}.parquet",
+        "export_hf_dir": out / "hf",
+    }
     if start == "mix":
         own["data.target"] = "adaptive"
     overrides = stage.overrides | own | {"checkpoint.every": 100}

@@ -11,6 +11,9 @@ from tools.demo.stages import Clock, cores_here, launch, tail
 GRACE = 40.0  # seconds for a command to save and end
 
 
+Run = Callable[[Sequence[str], Path], None]  # ``python ARGUMENTS``, its output into a log
+
+
 class Stopped(Exception):
     """The time is over; what was begun goes on with the next start."""
 
@@ -49,7 +52,7 @@ class Job:
 
     name: str
     done: Path
-    work: Callable[[Worker], None]
+    work: Callable[[Run], None]
     needs: tuple[Path, ...] = ()
 
 

@@ -18,9 +18,10 @@ def cut_to_one_round(table: pa.Table, seed: int) -> pa.Table:
     """The records without reflection and second round where the first answer is right and a coin
     says so."""
     coins = np.random.default_rng([seed, len(BLOCKS)]).random(len(table)) < ONE_ROUND_SHARE
-    cut = pa.array(coins & np.array(table["first_correct"].to_pylist()))
+    cut = coins & np.array(table["first_correct"].to_pylist())
     for name in BLOCKS[2:]:
-        column = pa.compute.if_else(cut, pa.scalar(None, table[name].type), table[name])
+        texts = zip(cut, table[name].to_pylist(), strict=True)
+        column = pa.array([None if short else text for short, text in texts], pa.string())
         table = table.set_column(table.schema.get_field_index(name), name, column)
     return table
 
