@@ -170,8 +170,7 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("victim", "sent"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_process_that_is_killed_or_stopped_ends_the_other_with_its_name(
     command, tmp_path, victim, sent
 ):
