@@ -173,7 +173,8 @@ def test_a_group_with_an_answer_that_had_no_turn_has_no_reward():
         slots=np.array([1, 0]),
         rollout=Rollout(tokens, tokens > 0, np.ones((3, 2), bool), None, None),
     )
-    generator = SimpleNamespace(parts=parts, _profile=PAPER, _own=None)
+    sampler = SimpleNamespace(sampling=SimpleNamespace(forks=1))
+    generator = SimpleNamespace(parts=parts, _profile=PAPER, _own=None, _sampler=sampler)
     graded = rollout.Generator.grade(generator, sampled)
     assert graded.verdict.final_correct.tolist() == [[True, False], [False, True], [False, False]]
     assert list(graded.failures) == [0] and "grading.step_timeout" in graded.failures[0]

@@ -230,7 +230,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     # What only a benchmark, a judge, "sapo" or a correction for the sampler reads.
     unread = {f"reward.judge.{key}" for key in last.reward.judge if key != "model"}
     unread |= {"eval.scoring", "eval.any_count", "grpo.sapo_negative", "grpo.sapo_positive"}
-    unread |= {"lora.export", "grpo.perception_mask"}  # nothing is exported or masked
+    unread |= {"lora.export"}  # nothing is exported
     assert reads.unread(last) == unread | {"grpo.tis_floor", "grpo.tis_level"}
 
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
@@ -556,7 +556,7 @@ def test_the_reference_outlives_the_step_that_it_was_read_from(tmp_path, monkeyp
 
     monkeypatch.setattr(reference, "load_weights", load)
     origin = tmp_path / "sft" / "checkpoints" / "7"  # retention has deleted it
-    run = types.SimpleNamespace(step=0, origin=str(origin), state=state, base={}, host={})
+    run = types.SimpleNamespace(step=0, origin=str(origin), state=state, base={}, hosts=[])
     load_now = lambda: Reference(settings, parts, cfg, run).params  # noqa: E731
     first = load_now()
     run.step = 3

@@ -24,6 +24,10 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "Answers": {
         "Accuracy, first and final answer": ("accuracy/first", "accuracy/final"),
         "Gain of the final answer": ("accuracy/net",),
+        "Final answer with a reflection and without": (
+            "accuracy/final_reflected",
+            "accuracy/final_one_round",
+        ),
         "Accuracy by source": ("accuracy/*",),
         "Fixed of the wrong, harmed of the right": ("fix_rate", "harm_rate"),
         "Template holds": ("format_rate",),
@@ -32,6 +36,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "Reflection": {
         "Detection and false alarm": ("detection_rate", "false_alarm_rate", "detection_margin"),
         "States a verdict": ("stated_share",),
+        "Responses with a reflection": ("reflected_share",),
         "Tokens per block": ("block_tokens/*",),
     },
     "Samples": {
@@ -45,6 +50,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "Loss": ("loss", "loss/*"),
         "KL": ("kl", "kl/*", "kl_*"),
         "Entropy": ("entropy",),
+        "With the image against masked ones": ("perception/*",),
         "Clipped": ("clip/*",),
         "Ratio to the old policy": ("ratio/*",),
         "Gradient and update norm": ("grad_norm", "update_norm"),
