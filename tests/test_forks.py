@@ -94,6 +94,7 @@ def forked() -> Experience:
     )
 
 
+@pytest.mark.slow
 def test_computing_a_first_round_once_changes_neither_loss_nor_gradient():
     cfg = helpers.with_(helpers.GRPO, kl_coef=0.3, entropy_coef=0.05, clip_low=0.05, clip_high=0.1)
     cfg = helpers.with_(cfg, forks=2, mask_truncated=True, tis_cap=1.5, aggregation="token")

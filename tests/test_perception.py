@@ -80,6 +80,7 @@ def test_without_a_coefficient_no_image_is_masked():
         GrpoConfig(masked_entropy_coef=-0.1)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_finite_differences_through_both_views():
     other = masked_features()
     on, metrics = run_grpo(ON, masked=other)

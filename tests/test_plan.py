@@ -186,6 +186,7 @@ def test_meshes_take_all_devices_and_keep_fsdp_within_a_slice():
     assert apart == [(4, 2, 1), (8, 1, 1), (4, 1, 2)]
 
 
+@pytest.mark.slow
 def test_a_search_gives_what_fits_and_can_be_told_as_overrides(monkeypatch):
     monkeypatch.setattr(
         search, "meshes", lambda _: [{"mesh.fsdp": 8}, {"mesh.fsdp": 4, "mesh.tensor": 2}]
@@ -214,6 +215,7 @@ def test_patch_budgets_follow_the_prompts_of_a_row():
     assert '--config.data.patch_budgets="(1024, 2048, 3584)"' in told
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_is_told_what_would(monkeypatch):
     some = [n for n in search.REMEDIES if "sampling.concurrent_rows" not in n or 4 in n.values()]
     monkeypatch.setattr(search, "REMEDIES", [n for n in some if 8 not in n.values()][:4])

@@ -380,6 +380,7 @@ def test_kl_is_zero_with_no_gradient_when_policy_is_the_reference():
     assert_close(got, want, 2e-6)
 
 
+@pytest.mark.slow
 def test_descending_on_the_kl_alone_brings_the_policy_to_the_reference():
     now = new_state(ADAM)
     wrong = jax.tree.map(np.zeros_like, rollout()[1])  # equal rewards: no other gradient
@@ -430,6 +431,7 @@ def test_fillers_and_groups_of_weight_zero_do_not_matter():
     assert metrics["trained_tokens"] == trained < metrics["tokens"]
 
 
+@pytest.mark.slow
 def test_grpo_reaches_the_tower_when_it_trains():
     want, metrics = run_grpo()
     trained, other = run_grpo(feats=None, freeze=())
@@ -439,6 +441,7 @@ def test_grpo_reaches_the_tower_when_it_trains():
     assert vision and all(jnp.abs(g).max() > 0 for g in vision.values())
 
 
+@pytest.mark.slow
 def test_several_updates_per_rollout_are_those_of_their_rows_alone():
     cfg = with_(GRPO, micro_batches=4, updates_per_rollout=2, aggregation="token")
     samples, verdict = rollout()

@@ -252,6 +252,7 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()
 
 
+@pytest.mark.slow
 def test_late_rollouts_are_of_the_step_before_and_go_on_exactly_after_a_stop(
     paths, tmp_path, monkeypatch
 ):
