@@ -23,7 +23,7 @@ def opening(
     yield f"model: {settings.hf_dir}, {_millions(trained)} parameters trained{_dtype(state.params)}"
     if frozen:
         yield f"  frozen: {_millions(frozen)}{_dtype(state.frozen)}"
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]  # another process's tells nothing of its memory
     axes = ", ".join(f"{name} {size}" for name, size in parts.mesh.shape.items())
     yield f"devices: {jax.device_count()} of {device.device_kind}; mesh: {axes}"
     held, limit = _held(state), (device.memory_stats() or {}).get("bytes_limit")
