@@ -5,8 +5,8 @@ from) that GRPO spent. Results lie in WORKDIR/results, one small file an arm; wh
 done again, and a run that was stopped goes on where it stood. Settings are chosen with
 --measure validation, on seeds from 100 on; test problems are measured once.
 
-On one core a data set takes a minute, an SFT start 5 to 7, an arm 2 to 7. All arms, both tasks and 3
-seeds are 12 starts and 78 arms: about 6 hours of one core, half an hour of 16 with --jobs 16.
+On one core a data set takes a minute, an SFT start 5 to 7, an arm 2 to 7. All arms, both tasks and
+3 seeds are 12 starts and 78 arms: about 6 hours of one core, half an hour of 16 with --jobs 16.
 """
 
 import argparse
