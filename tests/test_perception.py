@@ -108,11 +108,9 @@ def test_the_gradient_is_that_of_finite_differences_through_both_views():
 def test_a_tower_that_trains_encodes_the_masked_patches_itself():
     vision = make_mask_step(BLACK, 0.6)(prompts().vision, np.uint32(3), np.int32(0))
     frozen, _ = run_grpo(ON, masked=masked_features())
-    trained, metrics = run_grpo(ON, masked=vision.patches, feats=None, freeze=())
-    _, off = run_grpo(GRPO, feats=None, freeze=())
+    trained, _ = run_grpo(ON, masked=vision.patches, feats=None, freeze=())
     for path, gradient in frozen.items():
         np.testing.assert_allclose(trained[path], gradient, atol=2e-6, err_msg=path)
-    assert metrics["loss"] != off["loss"]
     assert any(np.abs(trained[k]).max() > 1e-4 for k in trained if k.startswith("vision/"))
 
 
