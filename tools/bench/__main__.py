@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the arithmetic (float32 on CPU, else bfloat16)",
     )
     add("--param_dtype", choices=loading.DTYPES, help="of the parameters (as --dtype)")
-    add("--remat", choices=REMAT, default="block", help="what a backward pass recomputes")
+    add("--remat", choices=REMAT, help="what a backward pass recomputes (CPU: none, else block)")
     add("--records", help="data: a file of records, instead of made-up ones")
     add("--repeats", type=cli.positive, default=5, help="timed runs (%(default)s)")
     add("--minutes", type=cli.above_zero, help="begin no part after that")

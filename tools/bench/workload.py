@@ -211,7 +211,9 @@ def make_folder(size: str, folder: Path) -> Path:
 def workload(args: argparse.Namespace, folder: Path, prompts: int) -> Workload:
     """``prompts`` prompts of what the command line asks for; ValueError where sizes do not go
     together."""
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    cpu = jax.default_backend() == "cpu"
+    dtype = args.dtype or ("float32" if cpu else "bfloat16")
+    remat = args.remat or ("none" if cpu else "block")  # as the peers: they recompute on a GPU only
     mesh = sharding.make_mesh(tensor=args.tensor)
     shards = sharding.num_data_shards(mesh)
     per_row = args.prompts_per_row or max(1, min(2, prompts // shards))
@@ -222,7 +224,7 @@ def workload(args: argparse.Namespace, folder: Path, prompts: int) -> Workload:
         )
     param_dtype = args.param_dtype or dtype
     return Workload(
-        model=load_config(folder, dtype=dtype, param_dtype=param_dtype, remat=args.remat),
+        model=load_config(folder, dtype=dtype, param_dtype=param_dtype, remat=remat),
         mesh=mesh,
         folder=folder,
         has_weights=bool(args.hf_dir),

@@ -103,6 +103,11 @@ def sizes(plan: demo.Plan) -> dict[str, int]:
     return plan.sizes | {"rl": 2 * plan.rl_steps * plan.rl_prompts}
 
 
+def _compiled(folder: Path) -> dict[str, Any]:
+    """The programs of all tasks and seeds in one place: most differ in numbers only."""
+    return {"compilation_cache_dir": folder.parents[1] / "compiled"}
+
+
 def start_stage(folder: Path, seed: int, plan: demo.Plan, task: Task, start: str) -> Stage:
     """SFT on one of the two files; arms share it."""
     stage, out = demo.sft_stage(folder, seed, plan, task), folder / start
@@ -112,7 +117,7 @@ def start_stage(folder: Path, seed: int, plan: demo.Plan, task: Task, start: str
     }
     if start == "mix":
         own["data.target"] = "adaptive"
-    overrides = stage.overrides | own | {"checkpoint.every": 100}
+    overrides = stage.overrides | own | {"checkpoint.every": 100} | _compiled(folder)
     return dataclasses.replace(stage, workdir=out, done=out / "hf", overrides=overrides)
 
 
@@ -128,7 +133,7 @@ def rl_stage(folder: Path, seed: int, plan: demo.Plan, task: Task, arm: Arm, ste
         "rollouts.every": 0,
         "export_hf_dir": "",
     }
-    overrides |= arm.overrides
+    overrides |= arm.overrides | _compiled(folder)
     return dataclasses.replace(stage, workdir=out, steps=steps, overrides=overrides)
 
 
@@ -143,4 +148,4 @@ def eval_stage(
         own["init_from"] = folder / arm.name
     if mode == "sampled":
         own["eval.samples"] = budget.samples
-    return dataclasses.replace(stage, overrides=stage.overrides | own)
+    return dataclasses.replace(stage, overrides=stage.overrides | own | _compiled(folder))
