@@ -4,10 +4,12 @@ import os
 import sys
 from pathlib import Path
 
+from simulated import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-_flag = "--xla_force_host_platform_device_count=8"
-if _flag not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " " + _flag).strip()
+_flags = xla_flags(devices=8)
+if _flags not in os.environ.get("XLA_FLAGS", ""):  # what is given wins
+    os.environ["XLA_FLAGS"] = f"{_flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,4 +43,4 @@ def shared_data() -> Path:
 @pytest.fixture
 def one_device_env() -> dict[str, str]:
     """Environment of a command as a user starts it: without the eight devices of these tests."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return os.environ | {"XLA_FLAGS": xla_flags()}

@@ -27,8 +27,11 @@ MESH = {
     )
 }
 OWN = 1 if {"shared", "resample"} & {*sys.argv} else math.prod(MESH.values()) // COUNT
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OWN}"
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+from simulated import xla_flags  # noqa: E402
+
+os.environ["XLA_FLAGS"] = xla_flags(OWN)
 
 import jax  # noqa: E402
 import train_helpers as helpers  # noqa: E402

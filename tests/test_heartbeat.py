@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import train_helpers as helpers
+from simulated import xla_flags
 
 from srpo_jax.run import processes
 from srpo_jax.run.heartbeat import LOST, Heartbeat, relay
@@ -179,7 +180,7 @@ def test_a_process_that_is_killed_or_stopped_ends_the_other_with_its_name(
         probe.bind(("localhost", 0))
         place = f"localhost:{probe.getsockname()[1]}"
     environment = os.environ | {"SRPO_COORDINATOR": place, "SRPO_NUM_PROCESSES": "2"}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
     own = [f"--workdir={tmp_path / 'run'}", "--config.compilation_cache_dir="]
     both = []
     for i in range(2):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from simulated import xla_flags
 from test_hf import assert_same_tensors, read_all, write_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +69,7 @@ def test_two_processes_load_and_export(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=4"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4), "PYTHONPATH": str(ROOT)}
     workers = [
         subprocess.Popen([sys.executable, "-c", WORKER, str(port), str(i), str(tmp_path)], env=env)
         for i in range(2)

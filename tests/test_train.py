@@ -18,6 +18,7 @@ import pytest
 import train_helpers as helpers
 from checkpoint_helpers import stored_params
 from etils import epath
+from simulated import xla_flags
 
 from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.data.encoders import SftEncoder
@@ -346,7 +347,7 @@ def test_sigterm_from_outside_ends_with_the_code_to_run_again_and_the_command_go
         *("--config.data.workers=0", "--config.log.tensorboard=False"),
         *("--config.data.prompts_per_row=4", "--config.checkpoint.every=1000"),
     ]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags()}
 
     def start(*more):
         return subprocess.Popen(

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import train_helpers as helpers
+from simulated import xla_flags
 
 from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.run import checkpoint, command, metrics, rollout, session
@@ -194,7 +195,7 @@ def start_server(world: Path) -> None:
     changes = {
         "FAULTS_WORLD": str(world / "world.json"),
         "PYTHONPATH": os.pathsep.join(here),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla_flags(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "REFLECTION_WORLD": str(world / "said.json"),
         "OPENAI_API_KEY": "none",
