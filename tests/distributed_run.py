@@ -27,6 +27,8 @@ MESH = {
     )
 }
 OWN = 1 if {"shared", "resample"} & {*sys.argv} else math.prod(MESH.values()) // COUNT
+os.environ["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = "1"  # one process compiles for all
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OWN}"
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
@@ -49,7 +51,7 @@ def prepare(config, world: Path):
 
 
 def spread(config, world: Path):
-    config.compilation_cache_dir = str(world / f"cache{COUNT}_{INDEX}_{OWN}")
+    config.compilation_cache_dir = str(world / "cache")
     if COUNT > 1:
         config.distributed.enabled = True
         config.distributed.coordinator = f"localhost:{sys.argv[3]}"
@@ -160,7 +162,6 @@ def main() -> None:
         return share_rows(paths, world, workdir)
     if "resample" in sys.argv:
         return carry_groups(paths, world, workdir)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     config = prepare(helpers.sft_config(paths, steps=3, **MESH), world)
     config.export_hf_dir = str(workdir / "hf")
     if "differ" in sys.argv:

@@ -82,6 +82,8 @@ def _make_read_only() -> None:
 ACTS = {
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "full": _fill_disk,
     "read-only": _make_read_only,
 }
@@ -196,6 +198,7 @@ def start_server(world: Path) -> None:
         "PYTHONPATH": os.pathsep.join(here),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",  # one of several processes compiles for all
         "REFLECTION_WORLD": str(world / "said.json"),
         "OPENAI_API_KEY": "none",
     }
