@@ -243,7 +243,7 @@ class Session:
             found = replicas.differing(self.state, self._parts.mesh)
         if found:
             raise RunError(
-                f"step {self.step}: {found}: the memory of one of them, or a link to it, is faulty: "
+                f"step {self.step}: {found}: the memory of one of them, or its link, is faulty: "
                 f"run without it, and remove what was saved after step {self._verified}, which may "
                 f"hold the same, from {self._checkpoints.folder}"
             )
