@@ -27,8 +27,6 @@ MESH = {
     )
 }
 OWN = 1 if {"shared", "resample"} & {*sys.argv} else math.prod(MESH.values()) // COUNT
-os.environ["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = "1"  # one process compiles for all
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OWN}"
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
@@ -152,6 +150,7 @@ def carry_groups(paths: dict[str, str], world: Path, workdir: Path) -> None:
 
 
 def main() -> None:
+    helpers.compile_once()
     world, workdir = Path(sys.argv[4]), Path(sys.argv[5])
     paths = {
         "hf_dir": str(world / "hf"),

@@ -52,7 +52,7 @@ def test_of_four_processes_one_that_is_killed_or_stopped_in_any_phase_ends_the_o
         for i in {*range(4)} - {victim}:
             code = runs[i].end(180)
             told = [line for line in runs[i].said.splitlines() if "error" in line.lower()]
-            assert code == LOST, runs[i].said
+            assert code == LOST, "\n---\n".join(run.said for run in runs)
             (line,) = told
             assert line.startswith(f"error: process {victim} (")
             assert line.endswith("run the same command again: it goes on from the last checkpoint")
