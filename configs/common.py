@@ -115,6 +115,9 @@ def add_training(config: ConfigDict) -> None:
     # From SIGTERM to SIGKILL, as the scheduler has it (Kubernetes: 30). Half of it may go into
     # finishing the step, the other half is left for the checkpoint.
     checkpoint.grace_seconds = 25.0
+    # Steps between two looks at whether all devices that hold the same parameters and optimizer
+    # state hold the same bits; 0: none. A difference is faulty hardware, and ends the run.
+    checkpoint.verify_replicas_every = 0
     # Keys or sections that a resumed run may change: "optim.lr,data"; "True": any. More steps or
     # epochs are always allowed.
     checkpoint.allow_changes = ""

@@ -39,6 +39,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Patch slots of a row; a batch takes the smallest that fits.
     data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 3584))
     data.workers = common.data_workers(args.size)  # processes that read and encode; 0: threads
+    # Seconds that one record is waited for: then once more, of new workers; 0: for ever.
+    data.timeout = 600.0
     data.max_bad_share = 0.01  # more bad records than this, beyond chance, are refused at the start
 
     if args.mode == "debug":

@@ -56,6 +56,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data.patch_budgets = tuple(data.prompts_per_row * n for n in (1024, 2048, 3584))
     data.shuffle = True  # anew in each pass
     data.workers = common.data_workers(args.size)  # processes that read and encode; 0: threads
+    # Seconds that one record is waited for: then once more, of new workers; 0: for ever.
+    data.timeout = 600.0
     data.max_bad_share = 0.01  # more bad records than this, beyond chance, stop the run
 
     sampling = common.add_sampling(config)

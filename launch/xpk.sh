@@ -10,4 +10,4 @@ slices=${SLICES:-1}
 words=$(printf '%q ' "$@" --config.distributed.enabled=True --config.mesh.data="$slices")
 exec xpk workload create --cluster="$CLUSTER" --workload="${NAME:-srpo}" --tpu-type="$TPU_TYPE" \
     --num-slices="$slices" --docker-image="$IMAGE" --max-restarts=20 \
-    --restart-on-exit-codes=69,75 --command="python -m $words"
+    --restart-on-exit-codes=69,74,75 --command="python -m $words"

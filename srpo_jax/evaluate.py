@@ -53,7 +53,7 @@ SHOWN = 16  # problems whose answers are kept of each evaluation while training
 # drawn; budgets only say which records have room.
 NOT_SETTINGS = (
     "grading.workers", "grading.timeout", "grading.step_timeout",
-    "data.workers", "data.max_bad_share",
+    "data.workers", "data.timeout", "data.max_bad_share",
     "data.patch_budgets", "data.prompt_tokens", "data.prompts_per_row", "eval.batch_size",
     "sampling.segment", "sampling.concurrent_rows", "mesh", "distributed", "model.remat", "size",
     "compilation_cache_dir", "compile_guard", "compiler_defaults", "bootstrap", "eval.scoring",
@@ -284,6 +284,7 @@ class Evaluator:
             token_budget=data.prompt_tokens,
             patch_budgets=data.patch_budgets,
             workers=data.workers,
+            timeout=data.timeout,
             max_bad_share=1.0,  # it was checked at the start, and all of them count
             global_batch_size=per_shard * each,
             rows_per_shard=per_shard,

@@ -32,6 +32,10 @@ class RunError(RuntimeError):
     """A run cannot start or go on; the message names the key, the values and the remedy."""
 
 
+class Stalled(RunError):
+    """The data do not come: every process is told so at once, before the step, and can save."""
+
+
 # The five blocks of a response, in the order of the last axis of ``Verdict.block_tokens``.
 BLOCKS = ("first_think", "first_answer", "reflection", "second_think", "second_answer")
 

@@ -52,7 +52,7 @@ def prepare(config, world: Path):
 
 
 def spread(config, world: Path):
-    config.compilation_cache_dir = str(world / f"cache{COUNT}_{INDEX}_{OWN}")
+    config.compilation_cache_dir = str(world / "cache")
     if COUNT > 1:
         config.distributed.enabled = True
         config.distributed.coordinator = f"localhost:{sys.argv[3]}"
@@ -153,6 +153,7 @@ def carry_groups(paths: dict[str, str], world: Path, workdir: Path) -> None:
 
 
 def main() -> None:
+    helpers.compile_once()
     world, workdir = Path(sys.argv[4]), Path(sys.argv[5])
     paths = {
         "hf_dir": str(world / "hf"),
@@ -163,7 +164,6 @@ def main() -> None:
         return share_rows(paths, world, workdir)
     if "resample" in sys.argv:
         return carry_groups(paths, world, workdir)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     config = prepare(helpers.sft_config(paths, steps=3, **MESH), world)
     config.export_hf_dir = str(workdir / "hf")
     if "differ" in sys.argv:

@@ -1,24 +1,18 @@
-"""A process that dies or stalls is named by the others, which end: rules, the connection, runs."""
+"""A process that dies or stalls is named by the others, which end: rules and the connection.
+
+Real runs are in tests/faults/test_processes.py.
+"""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import types
-from pathlib import Path
 
 import pytest
-import train_helpers as helpers
-from simulated import xla_flags
 
 from srpo_jax.run import processes
-from srpo_jax.run.heartbeat import LOST, Heartbeat, relay
-
-ROOT = Path(__file__).resolve().parent.parent
+from srpo_jax.run.heartbeat import Heartbeat, relay
 
 
 class Store(dict):
@@ -142,64 +136,3 @@ def test_the_way_to_the_first_process_carries_bytes_and_tells_of_its_end_without
     with pytest.raises(TimeoutError):  # still open: jax does not see it
         inner.recv(10)
     inner.close()
-
-
-# --- runs ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """The world, and a command line of stage 1 that has two processes and does not end soon."""
-    folder = tmp_path_factory.mktemp("world")
-    paths = helpers.world(folder)
-    return folder, [
-        *(
-            sys.executable,
-            "-m",
-            "srpo_jax.train_sft",
-            "--config=configs/sft.py:size=tiny,mode=debug",
-        ),
-        *(f"--config.hf_dir={paths['hf_dir']}", f"--config.data.train={paths['train']}"),
-        *("--config.max_pixels=3136", "--config.data.patch_budgets=(128,)"),
-        *("--config.data.tokens=288", "--config.data.prompt_tokens=64", "--config.steps=100000"),
-        *("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.distributed.timeout=8"),
-    ]
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("victim", "sent"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_a_process_that_is_killed_or_stopped_ends_the_other_with_its_name(
-    command, tmp_path, victim, sent
-):
-    world, words = command
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        place = f"localhost:{probe.getsockname()[1]}"
-    environment = os.environ | {"SRPO_COORDINATOR": place, "SRPO_NUM_PROCESSES": "2"}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
-    own = [f"--workdir={tmp_path / 'run'}", "--config.compilation_cache_dir="]
-    both = []
-    for i in range(2):
-        with open(tmp_path / f"log{i}", "w") as log:
-            more = environment | {"SRPO_PROCESS_ID": str(i)}
-            args = [*words, own[0], f"{own[1]}{world / f'cache{i}'}"]
-            both.append(subprocess.Popen(args, cwd=ROOT, env=more, stdout=log, stderr=log))
-    try:
-        end = time.monotonic() + 900
-        while not any(line.startswith("step 3/") for line in lines(tmp_path / "log0")):
-            assert time.monotonic() < end and both[0].poll() is None, lines(tmp_path / "log0")
-            time.sleep(0.2)
-        both[victim].send_signal(sent)
-        assert both[1 - victim].wait(timeout=120) == LOST
-        told = [line for line in lines(tmp_path / f"log{1 - victim}") if "error" in line.lower()]
-        (line,) = told
-        assert line.startswith(f"error: process {victim} (")
-        assert line.endswith("run the same command again: it goes on from the last checkpoint")
-    finally:
-        for one in both:
-            one.kill()
-            one.wait()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srpo_jax.run.command import AGAIN, check_arguments, one_word_each
+from srpo_jax.run.command import AGAIN, STALLED, check_arguments, one_word_each
 from srpo_jax.run.heartbeat import LOST
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +57,7 @@ def test_scripts_are_valid_bash(path):
         (AGAIN, 9, True),
         (LOST, 4, True),
         (LOST, 5, False),
+        (STALLED, 4, True),
         (137, 0, True),
     ],
 )
@@ -82,7 +83,7 @@ def test_a_tpu_pod_starts_the_command_on_every_worker_until_it_has_ended(tmp_pat
 
 @pytest.mark.parametrize(
     ("codes", "ended", "count"),
-    [((AGAIN, LOST, 137, 0), 0, 4), ((AGAIN, 1, 0), 1, 2), ((LOST,) * 9, LOST, 3)],
+    [((AGAIN, LOST, STALLED, 137, 0), 0, 5), ((AGAIN, 1, 0), 1, 2), ((LOST,) * 9, LOST, 3)],
 )
 def test_what_can_go_on_is_started_again_and_an_error_is_not(tmp_path, codes, ended, count):
     tries = {"PYTHON": "srun", "TRIES": "3" if ended == LOST else "20"}
@@ -94,7 +95,7 @@ def test_what_can_go_on_is_started_again_and_an_error_is_not(tmp_path, codes, en
 def test_xpk_is_told_slices_and_exit_codes(tmp_path):
     place = {"CLUSTER": "c", "TPU_TYPE": "v5p-64", "IMAGE": "i", "SLICES": "2"}
     ended, (call,) = run("xpk.sh", tmp_path, (0,), place)
-    assert ended == 0 and f"--restart-on-exit-codes={LOST},{AGAIN}" in call
+    assert ended == 0 and f"--restart-on-exit-codes={LOST},{STALLED},{AGAIN}" in call
     command = shlex.split(call[-1].removeprefix("--command="))
     check_command(command)
     assert "--num-slices=2" in call and "--config.mesh.data=2" in command
@@ -119,9 +120,8 @@ def test_the_jobset_tells_each_process_its_place_and_tries_again_what_can_go_on(
     }
     (rule,) = inner["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["operator"] == "NotIn"
-    assert {AGAIN, LOST} <= {*rule["onExitCodes"]["values"]} and spec["failurePolicy"][
-        "maxRestarts"
-    ]
+    assert {AGAIN, LOST, STALLED} <= {*rule["onExitCodes"]["values"]}
+    assert spec["failurePolicy"]["maxRestarts"]
 
 
 def test_processes_of_this_machine_get_their_places_and_the_first_failure_is_the_code(tmp_path):

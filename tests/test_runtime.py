@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from srpo_jax.run import guard as guard_module
 from srpo_jax.run.guard import QUIET_STEPS, CompileGuard, Progress, Stopped, StopRequest
 from srpo_jax.run.processes import check_agreement, join, once, speakers
 from srpo_jax.run.resume import check_config, moved_from
-from srpo_jax.structs import RunError
+from srpo_jax.structs import RunError, Stalled
 
 
 @pytest.fixture
@@ -320,6 +321,14 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(capsys):
     assert said.count("\n") == 1 and "goes on from what is saved" in said
 
 
+def test_data_that_do_not_come_are_one_line_and_an_exit_code_of_their_own(capsys, monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)  # at once: a worker may hang in a disk
+    with pytest.raises(SystemExit) as ended:
+        command._fail(Stalled("record 7 of train.jsonl did not come"))
+    assert ended.value.code == command.STALLED
+    assert capsys.readouterr().err == "error: record 7 of train.jsonl did not come\n"
+
+
 # --- processes that hold the same rows -------------------------------------------------------
 
 
@@ -344,6 +353,22 @@ def test_one_process_speaks_for_each_part_of_the_rows(shape, processes, wanted):
     assert once([f"rows of {i}" for i in range(processes)], mesh) == [
         f"rows of {i}" for i in wanted
     ]
+
+
+def test_processes_of_the_same_rows_do_their_work_once(monkeypatch):
+    devices = np.empty(8, object)
+    devices[:] = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]
+    shape = dict(zip(AXES, (1, 2, 4), strict=True))  # tensor spans processes 0 and 1, 2 and 3
+    mesh: Any = types.SimpleNamespace(devices=devices.reshape(1, 2, 4), shape=shape)
+    made = []
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(processes, "gather", lambda own: ["a", None, "b", None])
+    for index in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        found = processes.from_speaker(lambda index=index: made.append(index), mesh)
+        assert found == "ab"[index // 2] and processes.data_place(mesh) == (index // 2, 2)
+        assert processes.speaks(mesh) == (index in (0, 2))
+    assert made == [0, 2]
 
 
 # --- steps that change nothing ---------------------------------------------------------------

@@ -14,7 +14,7 @@ from srpo_jax.model import sharding
 from srpo_jax.run import checkpoint, session
 from srpo_jax.run.guard import Stopped
 from srpo_jax.run.metrics import read_rows
-from srpo_jax.structs import RunError
+from srpo_jax.structs import RunError, Stalled
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,37 @@ def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_finished(train, tmp
     assert "stopped after step 2 of 2, saved; run the same" in capsys.readouterr().out
     ended = train(2, 2, [0.5], export_hf_dir=folder)
     assert ended["finished"] and ended["eval"] == {"acc@2": 0.5} and os.path.exists(folder)
+
+
+def test_where_the_data_do_not_come_the_step_before_is_saved_and_the_run_ends(train, tmp_path):
+    fails = [True]
+
+    def step(state, batch):
+        if int(state.step) == 2 and fails:
+            fails.pop()
+            raise Stalled("record 7 of train.jsonl did not come")
+        return count(state, batch)
+
+    with pytest.raises(Stalled, match="record 7"):
+        train(4, 0, [], step)
+    assert on_disk(tmp_path) == [2]
+    assert train(4, 0, [0.1], step)["finished"]
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_replicas_that_differ_end_the_run_before_they_are_saved(
+    train, tmp_path, monkeypatch, capsys
+):
+    found = iter(["", "params.w has other bits on device 1 than on device 0"])
+    monkeypatch.setattr(session.replicas, "differing", lambda *_: next(found))
+    every = {"checkpoint.every": 2, "checkpoint.verify_replicas_every": 2}
+    with pytest.raises(
+        RunError, match=r"step 4: params.w has .* saved after step 2, which .*run/checkpoints"
+    ):
+        train(6, 0, [], **every)
+    assert on_disk(tmp_path) == [2]
+    assert "compared every 2 steps" in capsys.readouterr().out
 
 
 @pytest.mark.slow

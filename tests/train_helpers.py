@@ -6,7 +6,9 @@ import sys
 import typing
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax._src import cache_key
 from ml_collections import ConfigDict
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -92,6 +94,14 @@ def world(folder: Path) -> dict[str, str]:
         "train": str(write_records(folder / "train.jsonl", 40)),
         "held_out": str(write_records(folder / "held_out.jsonl", 6, seed=1)),
     }
+
+
+def compile_once() -> None:
+    """Of several processes on CPUs the first one compiles for all, and keeps what it compiled."""
+    # The fingerprint of a CPU's topology is another one in each process.
+    vars(cache_key)["_hash_accelerator_config"] = cache_key._hash_devices
+    jax.config.update("jax_share_binary_between_hosts", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class Reads:

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,14 +23,15 @@ from srpo_jax.data.packing import TOO_MANY, Packer, Placed, RowShape, cheapest, 
 from srpo_jax.data.quarantine import Quarantine
 from srpo_jax.data.records import RecordSource
 from srpo_jax.data.stream import BadItem, Item, LoaderConfig, Stream, sizes_of
-from srpo_jax.structs import Batch, RunError
+from srpo_jax.data.workers import Drawn
+from srpo_jax.structs import Batch, RunError, Stalled
 
 _MIN_SEEN = 100  # records before the share of bad ones means anything
 _FALSE_ALARM = 1e-3  # chance that a run is stopped although the share is not too large
 _LOOK_AHEAD = 8  # records without room, beyond two batches of them, before a run stops
 # The status of a process's batch, of which the largest counts: nobody has data left, some are
-# there, the data have ended for one of them, one of them failed.
-_NOTHING, _FILLED, _ENDED, _FAILED = range(4)
+# there, the data have ended for one of them, one of them failed, one waited in vain.
+_NOTHING, _FILLED, _ENDED, _FAILED, _STALLED = range(5)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Loader:
             self._listed = f" (listed in {stem}{every}{suffix})"
         self.quarantine = Quarantine(quarantine_path)
         self._checked: dict[int, str | None] = {}
-        self._iterator: Iterator[Item | BadItem] | None = None
+        self._iterator: Drawn | None = None
         self._waiting: deque[Item] = deque()
         self._position, self._done = 0, False
         self._ahead: set[int] = set()  # positions that other processes had read (`Share.dealt`)
@@ -179,7 +180,7 @@ class Loader:
         status = max(told["status"] for told in everyone)
         # Of processes that read the same, the first.
         parts = [*{told["place"]: told for told in reversed(everyone)}.values()]
-        if status == _FAILED:
+        if status >= _FAILED:
             return status, parts
         new, seen, bad = (sum(told[name] for told in parts) for name in ("new", "seen", "bad"))
         last = "".join([f"; the last: {told['last']}" for told in parts if told["last"]][-1:])
@@ -286,21 +287,26 @@ class Loader:
         return self
 
     def __next__(self) -> LoadedBatch:
-        """The next batch. RecordErrors never leave; RunError when the data cannot be used."""
+        """The next batch. RecordErrors never leave; RunError when the data cannot be used.
+
+        Stalled, of every process, where they do not come to one of them.
+        """
         if self._done:
             raise StopIteration
         try:
             items, status = self._gather()
             items, ways = self._ways(items)
-        except Exception:
+        except Exception as error:
             self._done = True
-            self._settle(_FAILED)  # the other processes must not wait for this one
+            # The other processes must not wait for this one.
+            self._settle(_STALLED if isinstance(error, Stalled) else _FAILED)
             raise
         needs, tokens = [*map(self._needs, ways)], sum(item.encoded.num_tokens for item in items)
         status, parts = self._settle(status, needs=needs, tokens=tokens)
         self._done = status != _FILLED
-        if status == _FAILED:
-            raise RunError("another process could not go on with its data; see its message")
+        if status >= _FAILED:
+            kind = Stalled if status == _STALLED else RunError
+            raise kind("another process could not go on with its data; see its message")
         if self._done:
             raise StopIteration
         return self._batch(items, ways, parts)
@@ -405,5 +411,6 @@ class Loader:
 
     def close(self) -> None:
         """Stop threads and worker processes; iteration may go on afterwards."""
-        getattr(self._iterator, "close", lambda: None)()  # an empty stream's has none
+        if self._iterator is not None:
+            self._iterator.close()
         self._iterator = None

@@ -107,6 +107,12 @@ class Records:
         )
         return row, record
 
+    def place_of(self, index: int) -> str:
+        """Where record ``index`` stands, without reading it."""
+        which, within = locate(self._ends, index)
+        path = getattr(self._readers[which], "path", None)
+        return f"record {within + 1} of {path or 'the data set'}"
+
     def summary(self, limit: int = 1_000) -> Summary:
         """What the first ``limit`` records bring, of eight files or, of more sources, of one each.
 
@@ -146,6 +152,12 @@ class Records:
             affordable = _SAMPLE_BYTES // len(files) * len(reader) // max(1, reader.num_bytes)
             start = self._ends[which] - len(reader)
             yield from range(start, start + min(len(reader), max(1, min(limit, affordable))))
+
+
+def place_of(source: RecordSource, index: int) -> str:
+    """What a record is called where it cannot be read."""
+    named = getattr(source, "place_of", None)
+    return named(index) if named else f"record {index + 1}"
 
 
 def open_records(

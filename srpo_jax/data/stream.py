@@ -2,14 +2,10 @@
 
 import functools
 import itertools
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -18,8 +14,9 @@ import numpy as np
 from srpo_jax.data.batching import Budgets, Encoded, Layout
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.fields import Record
-from srpo_jax.data.records import RecordSource
+from srpo_jax.data.records import RecordSource, place_of
 from srpo_jax.data.vision_arrays import VisionGeometry
+from srpo_jax.data.workers import Drawn, as_worker
 from srpo_jax.structs import RunError
 
 _SHARED_MEMORY = "/dev/shm"
@@ -47,6 +44,7 @@ class LoaderConfig:
     process_index: int = 0
     process_count: int = 1
     workers: int = 0  # processes that read and encode; 0: threads
+    timeout: float = 0.0  # seconds that one record is waited for (`Drawn`); 0: for ever
     max_bad_share: float = 0.05
     token_key: str = "data.prompt_tokens"  # what the configuration calls token_budget
     pad_id: int = 0
@@ -125,8 +123,8 @@ def _load(
         return BadItem(record, error)
 
 
-def _to_wire(item: Item | BadItem) -> tuple[Item | BadItem, dict[str, np.ndarray]]:
-    """The item without its pixels and image files, and those by name.
+def _to_wire(item: Item | BadItem) -> tuple[Item | BadItem, dict[str, np.ndarray], int]:
+    """The item without its pixels and image files, those by name, and this process's id.
 
     Grain moves arrays between processes through shared memory and the rest through a pipe; a pipe
     full of pixels would block a worker that should end.
@@ -142,12 +140,14 @@ def _to_wire(item: Item | BadItem) -> tuple[Item | BadItem, dict[str, np.ndarray
         arrays["pixels"] = item.encoded.vision.patches
         vision = replace(item.encoded.vision, patches=arrays["pixels"][:0])
         item = replace(item, encoded=replace(item.encoded, vision=vision))
-    return item, arrays
+    return item, arrays, os.getpid()
 
 
-def _from_wire(wire: tuple[Item | BadItem, dict[str, np.ndarray]]) -> Item | BadItem:
-    """The inverse; copied, so that shared memory holds only what is on its way."""
-    item, arrays = wire
+def _from_wire(
+    wire: tuple[Item | BadItem, dict[str, np.ndarray], int],
+) -> tuple[Item | BadItem, int]:
+    """The item as it was, copied, so that shared memory holds only what is on its way; the id."""
+    item, arrays, pid = wire
     if item.record is not None:
         data = [arrays.get(f"file {i}") for i in range(len(item.record.images))]
         images = tuple(
@@ -158,48 +158,11 @@ def _from_wire(wire: tuple[Item | BadItem, dict[str, np.ndarray]]) -> Item | Bad
     if isinstance(item, Item) and "pixels" in arrays:
         vision = replace(item.encoded.vision, patches=np.array(arrays["pixels"]))
         item = replace(item, encoded=replace(item.encoded, vision=vision))
-    return item
+    return item, pid
 
 
-# --- worker processes ------------------------------------------------------------------------
-
-_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # a scheduler sends them to the whole process group
-
-
-def _as_worker(_index: int, _count: int) -> None:
-    """A worker's first act: the run goes on to its checkpoint after a signal, and needs its data;
-    but with the process that started it the worker ends, however that went."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
-
-
-def _end_with(process: Any) -> None:
-    process.join()
-    os._exit(1)
-
-
-def _started_quietly(items: grain.DatasetIterator) -> Iterator[Any]:
-    """``items``; the first one is fetched with signals held back, as processes that are started
-    meanwhile take over: they are deaf to them while they import."""
-    resource_tracker.ensure_running()  # starting it would let the signals in again
-    try:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            first = [*itertools.islice(items, 1)]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield from first
-        yield from items
-    except RuntimeError as error:
-        if "Worker process was terminated" not in str(error):  # Grain's words
-            raise
-        raise RunError(
-            "a process of data.workers was ended from outside, for want of memory perhaps: lower "
-            "data.workers, or 0 for threads; the same command goes on from the last checkpoint"
-        ) from error
-    finally:
-        items.close()
+def _of_thread(item: Item | BadItem) -> tuple[Item | BadItem, int]:
+    return item, 0
 
 
 # --- order -----------------------------------------------------------------------------------
@@ -309,7 +272,7 @@ class Stream:
         self, source: RecordSource, encode: Callable[[Record], Encoded], config: LoaderConfig
     ):
         self._load = functools.partial(_load, source, encode, config.budgets)
-        self._config = config
+        self._config, self._source = config, source
         indices = _mixed(source, config) if config.mix else _repeated(0, len(source), config)
         batch = config.global_batch_size
         self.share = Share(config.process_index, config.process_count, batch)
@@ -319,32 +282,53 @@ class Stream:
         else:
             self._indices = indices[config.process_index :: config.process_count]
 
-    def item(self, position: int) -> Item | BadItem:
-        """The record at one position."""
+    def _index(self, position: int) -> int:
         index = self._indices[position]
         assert index is not None  # which a filter would leave where it drops something
-        item = self._load(int(index))
+        return int(index)
+
+    def item(self, position: int) -> Item | BadItem:
+        """The record at one position."""
+        item = self._load(self._index(position))
         return item if isinstance(item, BadItem) else replace(item, position=position)
 
-    def start(self, position: int) -> Iterator[Item | BadItem]:
-        """A Grain iterator from ``position`` on (its items do not know their position).
+    def start(self, position: int) -> Drawn:
+        """The items from ``position`` on (they do not know their position).
 
         RunError where the workers would die of SIGBUS for want of shared memory.
         """
+        if self._config.workers:
+            self._check_shared_memory()
+        return Drawn(
+            self._begin,
+            position,
+            workers=self._config.workers,
+            timeout=self._config.timeout,
+            name=self._name,
+        )
+
+    def _name(self, position: int) -> str:
+        """What the record at a position is called; it is not read."""
+        if position >= len(self._indices):
+            return "the end of the data"
+        return place_of(self._source, self._index(position))
+
+    def _begin(self, position: int) -> Iterator[tuple[Item | BadItem, int]]:
+        """A Grain iterator from ``position`` on: items, and the process that each is from."""
         if position >= len(self._indices):
             return iter(())
         dataset = self._indices[position:].map(self._load)
         if not self._config.workers:
             threads = min(8, os.cpu_count() or 1)
+            dataset = dataset.map(_of_thread)
             return iter(dataset.to_iter_dataset(grain.ReadOptions(threads, 2 * threads)))
         from absl import flags
 
         if not flags.FLAGS.is_parsed():  # Grain's workers refuse to start otherwise
             flags.FLAGS.mark_as_parsed()
-        self._check_shared_memory()
         options = grain.MultiprocessingOptions(self._config.workers, per_worker_buffer_size=2)
         dataset = dataset.map(_to_wire).to_iter_dataset(grain.ReadOptions(1, 2))
-        return _started_quietly(iter(dataset.mp_prefetch(options, _as_worker).map(_from_wire)))
+        return iter(dataset.mp_prefetch(options, as_worker).map(_from_wire))
 
     def _check_shared_memory(self) -> None:
         """Containers often have 64 MB of it, a large image takes 12."""

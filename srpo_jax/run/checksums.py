@@ -38,10 +38,10 @@ def path_name(path: Any) -> str:
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_checksum(leaf) for leaf in leaves]
+    return [checksum(leaf) for leaf in leaves]
 
 
-def _checksum(x: jax.Array) -> jax.Array:
+def checksum(x: jax.Array) -> jax.Array:
     """The entries' bits, each times an odd number that its place decides, modulo 2**32."""
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)

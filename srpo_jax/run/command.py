@@ -20,8 +20,9 @@ from srpo_jax.data.buckets import is_file
 from srpo_jax.run import processes
 from srpo_jax.run.keys import help_text
 from srpo_jax.run.recipe import EXAMPLE, check_arguments, expanded
-from srpo_jax.structs import RunError
+from srpo_jax.structs import RunError, Stalled
 
+STALLED = 74  # exit code where the data do not come (EX_IOERR): what was done is saved
 AGAIN = 75  # exit code of what was stopped early (EX_TEMPFAIL): the same command goes on
 
 _RECIPE_OF = {"train_sft": "sft", "train_grpo": "grpo", "evaluate": "eval"}  # by program
@@ -35,7 +36,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
     """A configuration, --workdir and --debug; exit code 0 only where ``run`` has come to its end.
 
     130 on Ctrl-C, and `AGAIN` where a signal stopped it early (``run`` returns None, or a dict with
-    ``finished`` False), or SIGTERM before it began.
+    ``finished`` False), or SIGTERM before it began; `STALLED` where the data do not come.
     """
     imported()
     from absl import app, flags, logging  # noqa: PLC0415  (flags exist only in a program)
@@ -106,7 +107,9 @@ def _fail(error: BaseException) -> NoReturn:
     plain = isinstance(error, ValueError | OSError | RuntimeError) and text
     text = text if plain else f"{type(error).__name__}: {text}"
     said, code = f"error: {text}", 1
-    if isinstance(error, Terminated):
+    if isinstance(error, Stalled):
+        code = STALLED
+    elif isinstance(error, Terminated):
         said, code = "stopped by SIGTERM; run the same command again", AGAIN
     elif isinstance(error, KeyboardInterrupt):
         said, code = "interrupted", 130
@@ -120,9 +123,11 @@ def _leave(code: int) -> NoReturn:
     """End the process, at once where Python would wait.
 
     For other processes, which may be waiting in a collective; for threads, as Orbax leaves them
-    after a save that failed, which wait for minutes for what will not come.
+    after a save that failed, which wait for minutes for what will not come; for workers that hang
+    in a disk, where not even a signal reaches them.
     """
-    if jax.process_count() == 1 and all(
+    alone = jax.process_count() == 1 and code != STALLED
+    if alone and all(
         thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()
     ):
         sys.exit(code)

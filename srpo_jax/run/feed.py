@@ -11,7 +11,7 @@ from srpo_jax.data.errors import RecordError
 from srpo_jax.data.fields import ColumnError, Record
 from srpo_jax.data.files import AnyPath
 from srpo_jax.data.loader import LoadedBatch, Loader
-from srpo_jax.data.records import Records, open_records
+from srpo_jax.data.records import Records, open_records, place_of
 from srpo_jax.data.stream import LoaderConfig
 from srpo_jax.run import processes
 from srpo_jax.run.budgets import (
@@ -95,6 +95,7 @@ def open_training(
         mix=data.mix,
         seed=settings.seed,
         workers=data.workers,
+        timeout=data.timeout,
         max_bad_share=data.max_bad_share,
     )
     return loader, len(source)
@@ -191,6 +192,10 @@ class Subset:
 
     def __getitem__(self, index: int) -> Record:
         return self._source[self._indices[index]]
+
+    def place_of(self, index: int) -> str:
+        """As of the source."""
+        return place_of(self._source, self._indices[index])
 
 
 def without_origins(source: Any, origins: frozenset[str]) -> list[int]:

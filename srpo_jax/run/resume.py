@@ -17,6 +17,7 @@ FREE = (
     "compiler_defaults",
     "data.max_bad_share",
     "data.prompts_per_row",
+    "data.timeout",
     "data.workers",
     "distributed",
     "eval",

@@ -175,6 +175,7 @@ class CheckpointSettings:
     keep_every: int
     fallback: bool
     grace_seconds: float
+    verify_replicas_every: int
     allow_changes: str
 
 
@@ -222,6 +223,7 @@ class DataSettings:
     prompt_tokens: int
     patch_budgets: tuple[int, ...]
     workers: int
+    timeout: float  # seconds that one record is waited for
     max_bad_share: float
 
 

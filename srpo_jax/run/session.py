@@ -9,7 +9,7 @@ import numpy as np
 
 from srpo_jax.learn.optim import Optimizer
 from srpo_jax.learn.state import abstract_state, init_state, merge_params, state_shardings
-from srpo_jax.run import checkpoint, processes
+from srpo_jax.run import checkpoint, processes, replicas
 from srpo_jax.run.adapters import base_record, check_base, find_weights, origin_of
 from srpo_jax.run.checkpoint import abstract
 from srpo_jax.run.compiles import CompileNotes
@@ -22,7 +22,7 @@ from srpo_jax.run.recipe import write_config
 from srpo_jax.run.resume import check_config, moved_from
 from srpo_jax.run.sections import TrainSettings
 from srpo_jax.run.summary import closing, opening
-from srpo_jax.structs import Params, RunError, TrainState
+from srpo_jax.structs import Params, RunError, Stalled, TrainState
 
 BEST = "acc@2"  # of the held-out file: what the best checkpoint is best at
 
@@ -108,6 +108,7 @@ class Session:
         )
         self._stop = parts.stop
         self._stop.grace, self._stop.say = settings.checkpoint.grace_seconds, self.writer.say
+        self._verified = self.step  # of replicas that were compared
         self._stopped = False  # by a signal, with something left to do
         self._progress = Progress(
             settings.optim.max_skipped, int(self.state.skipped), self.writer.say
@@ -180,8 +181,9 @@ class Session:
             something to do) and the last evaluation under "eval".
 
         Raises:
-            RunError: something could not be written (what is saved, and how to go on), or updates
-                were not finite, also after the run was rolled back.
+            RunError: something could not be written (what is saved, and how to go on), updates were
+                not finite, also after the run was rolled back, or replicas differ.
+            Stalled: the data did not come; the step before is saved.
         """
         try:
             with self:
@@ -215,13 +217,17 @@ class Session:
         try:
             with self._stop.step():
                 done = step(self.state, self.step)
-        except Stopped:  # the state is still that of the step before
+        except (Stopped, Stalled) as error:  # the state is still that of the step before
             self.writer.say(f"step {self.step + 1} is given up")
             if self.step:
                 self._save()
+            if isinstance(error, Stalled):
+                raise
             return True
         self.state, self.step = done.state, self.step + 1
         self.log(done)
+        if self._due(self._settings.checkpoint.verify_replicas_every):
+            self._verify()
         self._kept = host()
         self._checkpoints.check()
         stop = self._stop.everywhere()
@@ -230,6 +236,18 @@ class Session:
         if last or stop or owed or self._due(self._settings.checkpoint.every):
             self._save()
         return owed if stop and last else stop or self._evaluate(evaluator)
+
+    def _verify(self) -> None:
+        """RunError where devices that should hold the same bits do not."""
+        with self._parts.timers.outside():
+            found = replicas.differing(self.state, self._parts.mesh)
+        if found:
+            raise RunError(
+                f"step {self.step}: {found}: the memory of one of them, or its link, is faulty: "
+                f"run without it, and remove what was saved after step {self._verified}, which may "
+                f"hold the same, from {self._checkpoints.folder}"
+            )
+        self._verified = self.step
 
     def _save(self) -> None:
         """Start writing the present step; its row, and whether its update was applied, go first."""
@@ -276,7 +294,7 @@ class Session:
         if self._parts.model.lora:
             self.state = dataclasses.replace(self.state, frozen=frozen)
         self._rolled_back, self._unseen = True, None
-        self._logged = min(self._logged, target)
+        self._logged, self._verified = min(self._logged, target), min(self._verified, target)
         self._progress.begin(int(self.state.skipped))
 
     def __enter__(self) -> "Session":
@@ -298,8 +316,8 @@ class Session:
                 self._notes.close()
         finally:
             # After an error, let a checkpoint that is being written become complete; among several
-            # processes that could wait for one that is gone.
-            if kind is None or jax.process_count() == 1:
+            # processes that could wait for one that is gone, unless all of them have the same one.
+            if kind in (None, Stalled) or jax.process_count() == 1:
                 self._checkpoints.close()
 
     def log(self, done: Done) -> None:

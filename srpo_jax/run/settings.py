@@ -124,7 +124,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "reward.verdict reward.overlong reward.overlong_buffer reward.token_price grpo.tis_floor "
         "lora.rank reward.judge.max_calls grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every "
         "grpo.adv_eps grpo.perception_coef filter.max_age eval.temperature "
-        "checkpoint.grace_seconds distributed.timeout",
+        "checkpoint.grace_seconds checkpoint.verify_replicas_every distributed.timeout "
+        "data.timeout",
         lambda value: value is None or 0 <= value < math.inf,
         "must not be negative or infinite",
     ),

@@ -9,6 +9,7 @@ import jax
 from srpo_jax.launch import command
 from srpo_jax.run.parts import Parts
 from srpo_jax.run.recipe import differences
+from srpo_jax.run.replicas import held_by_several
 from srpo_jax.run.sections import GrpoSettings, SftSettings, TrainSettings
 from srpo_jax.structs import TrainState
 
@@ -32,6 +33,8 @@ def opening(
         f"memory: parameters and optimizer take {held / _GIB:.2f} GiB{room} of a device; what "
         f"programs take besides: {command('plan')}"
     )
+    if every := settings.checkpoint.verify_replicas_every:
+        yield f"replicas: {_replicas(state)} held by several devices, compared every {every} steps"
     yield f"steps: {total_steps:,} of {_batch(settings)}"
     yield f"budgets: {_budgets(settings)}"
     changed = [*differences(settings.plain)]
@@ -89,6 +92,13 @@ def _millions(count: int) -> str:
 
 def _dtype(tree: Any) -> str:
     return f" in {', '.join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}))}"
+
+
+def _replicas(state: TrainState) -> str:
+    """What part of the state a comparison of replicas sees."""
+    several = sum(x.nbytes for x in held_by_several(state).values())
+    share = several / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    return f"{share:.2%} of the state" if several else "nothing (mesh.data=1)"
 
 
 def _held(state: TrainState) -> int:

@@ -83,6 +83,8 @@ def _make_read_only() -> None:
 ACTS = {
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "full": _fill_disk,
     "read-only": _make_read_only,
 }
@@ -129,6 +131,7 @@ def _live(kind: str, folder: Path, arguments: list[str], fault: Fault | None, ou
     os.chdir(folder)
     _give_up_override()
     rollout.grade = helpers.fake_grade
+    helpers.compile_once()
     if fault is not None:
         _cause(fault)
     sys.argv = [kind, *arguments]
@@ -196,7 +199,6 @@ def start_server(world: Path) -> None:
         "FAULTS_WORLD": str(world / "world.json"),
         "PYTHONPATH": os.pathsep.join(here),
         "XLA_FLAGS": xla_flags(),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "REFLECTION_WORLD": str(world / "said.json"),
         "OPENAI_API_KEY": "none",
     }

@@ -13,7 +13,7 @@ from srpo_jax.data.errors import RecordError
 from srpo_jax.data.files import JsonlLog
 from srpo_jax.data.records import open_records
 from srpo_jax.rewards.workers import Call, Limits, Outcome, Workers
-from srpo_jax.structs import RunError
+from srpo_jax.structs import Stalled
 
 CALLS = """
 import os, time
@@ -42,9 +42,25 @@ def test_a_data_worker_that_is_stopped_delays_batches_and_one_that_is_killed_end
     for one, other in zip(take(loader, 6), take(others, 6), strict=True):
         assert_same_batches(one, other)
     os.kill(first, signal.SIGKILL)
-    with pytest.raises(RunError, match="was ended from outside.*lower data.workers"):
+    with pytest.raises(Stalled, match="was ended from outside.*lower data.workers"):
         take(loader, 60)
     loader.close()
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_stays_stopped_is_replaced_at_the_very_record(capsys):
+    # The time must do for the start of workers.
+    loader, others = load(Numbers(64), encode, workers=2, timeout=20.0), load(Numbers(64), encode)
+    assert_same_batches(next(loader), next(others))
+    first, *_ = (child.pid for child in multiprocessing.active_children())
+    os.kill(first, signal.SIGSTOP)
+    for one, other in zip(take(loader, 12), take(others, 12), strict=True):
+        assert_same_batches(one, other)
+    said = capsys.readouterr().err
+    assert f"data worker {first} (stopped); data.timeout=20 s" in said
+    assert f"did not come within data.timeout=20 s from data worker {first} (stopped)" in said
+    loader.close()
+    assert not multiprocessing.active_children()
 
 
 def test_a_call_that_balloons_or_freezes_costs_itself_alone(tmp_path):
