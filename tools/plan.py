@@ -115,6 +115,8 @@ def plan(config: Any, topology: Topology, args: argparse.Namespace) -> None:
     )
     usable, held, exchanged = topology.memory_gib * USABLE, count(recipe), {}
     most = held.most
+    if held.host:
+        print(f"in host memory, of each device: {held.host / GIB:.2f} GiB")
     if args.estimate:
         report_held(held, usable)
     else:
