@@ -66,7 +66,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     optim.eps = 1e-8  # added to the root of the second moment
     optim.weight_decay = 0.0  # of matrices
     optim.grad_clip = 1.0  # norm of the gradient, at most
-    optim.moment_dtype = "float32"  # of the first moment; or "bfloat16"
+    # Of the first moment; or "bfloat16". "int8": both moments, in blocks (docs/memory.md).
+    optim.moment_dtype = "float32"
+    optim.offload = False  # True: its state waits in host memory (GPU, TPU)
     optim.max_skipped = 5  # updates in a row that are not finite, which end the run
     config.freeze = ("vision/",)  # R: freeze_vision_tower, freeze_multi_modal_projector
 

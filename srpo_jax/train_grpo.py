@@ -353,7 +353,7 @@ class Stage:
         old_logp = under(merge_params(state), valid_P & later_P) if old else None
         ref_logp = None
         if self.reference.params is not None:
-            ref_logp = under(merge_params(state, self.reference.params), valid_P)
+            ref_logp = under(merge_params(state, self.reference.weights()), valid_P)
         return old_logp, ref_logp
 
     def with_masked(self, state: TrainState, lesson: Lesson, step: int) -> Lesson:

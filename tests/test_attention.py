@@ -324,16 +324,36 @@ def test_cudnn_takes_one_segment_by_its_length(cudnn_calls, causal):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
-def test_cudnn_lanes_equal_xla_with_gradients(cudnn_calls, monkeypatch):
+@pytest.mark.parametrize("forked", [False, True])
+def test_cudnn_lanes_equal_xla_with_gradients(cudnn_calls, monkeypatch, forked):
     """In parts of four queries: none sees another completion, or a key beyond its part."""
     monkeypatch.setattr(cudnn, "SHORTEST_PART", 4)
     monkeypatch.setattr(cudnn, "TILE", 2)
-    qkv, mask = lane_case(T=16)
+    qkv, mask = lane_case(T=16, forked=forked)
     weight = jax.random.normal(jax.random.key(9), qkv[0].shape)
     ours = lane_loss("cudnn", qkv, mask, weight)
     assert [call["S"] for call in cudnn_calls if call["T"] == 4] == [14, 18, 22, 26]
     for x, y in zip(ours, lane_loss("xla", qkv, mask, weight), strict=True):
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-6), x, y)
+
+
+def test_cudnns_mask_of_a_lane_shows_prompt_trunk_and_own_completion_and_nothing_else(cudnn_calls):
+    qkv, mask = lane_case(forked=True)
+    lane_attention(*qkv, mask, "cudnn")
+    X, C, T = mask.sample_XCT.shape
+    U = mask.prompt_XU.shape[1]
+    (seen,) = (call["mask"] for call in cudnn_calls if not call["is_causal"])
+    want = np.zeros((X * C, T, U + T), bool)
+    sample, of_prompt = (np.asarray(x) for x in (mask.sample_XCT, mask.lane_prompt_XCT))
+    for x, c, t in itertools.product(range(X), range(C), range(T)):
+        own = sample[x, c, t]
+        if own >= 0:
+            want[x * C + c, t, :U] = mask.prompt_XU[x] == of_prompt[x, c, t]
+            trunk = sample[x, c] == (1 if own == 4 else own)  # sample 4 goes on from sample 1
+            want[x * C + c, t, U:] = (trunk | (sample[x, c] == own)) & (np.arange(T) <= t)
+    real = (sample.reshape(X * C, T) >= 0)[..., None]
+    np.testing.assert_array_equal(seen[:, 0, :T, : U + T] & real, want)
+    assert not (seen[:, 0, :T, U + T :] & real).any()  # the kernel's padding
 
 
 def test_cudnn_refuses_what_it_cannot_compute():

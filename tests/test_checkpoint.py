@@ -79,19 +79,26 @@ def test_everything_comes_back_bit_for_bit_and_where_it_lay(tmp_path):
     assert mu.sharding == state.opt_state[1][0].mu["text/w/kernel"].sharding
 
 
-@pytest.mark.parametrize("kind", ["adafactor", "muon"])
-def test_the_state_of_every_kind_of_optimizer_comes_back(tmp_path, kind):
-    optimizer = make_optimizer(OptimConfig(kind=kind), 10)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("adafactor", "float32"), ("muon", "float32"), ("adamw", "int8")]
+)
+def test_the_state_of_every_kind_of_optimizer_comes_back(tmp_path, kind, dtype):
+    optimizer = make_optimizer(OptimConfig(kind=kind, moment_dtype=dtype), 10)
     names = ("text/layers/mlp/up/kernel", "text/norm/scale")
     params = {name: jnp.ones((2, 128, 128)[: 3 if "up" in name else 1]) for name in names}
     zero = jnp.int32(0)
     state = TrainState(zero, params, {}, optimizer.init(params), zero)
     numbers = iter(range(1, 100))
     state = jax.tree.map(lambda x: x + jnp.asarray(next(numbers), x.dtype), state)
+    if dtype == "int8":  # and waits in host memory
+        state = state.replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Host))
     saver = Checkpoints(tmp_path)
     saver.save(1, state, config={})
     saver.close()
-    assert_same(Checkpoints(tmp_path).restore(checkpoint.abstract(state)).state, state)
+    got = Checkpoints(tmp_path).restore(checkpoint.abstract(state)).state
+    assert_same(got, state)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(state), strict=True):
+        assert x.sharding.memory_kind == y.sharding.memory_kind
 
 
 def test_state_may_be_donated_right_after_save_and_after_restore(tmp_path):

@@ -251,6 +251,10 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
             {"optim.moment_dtype": "float16"},
             "^optim.moment_dtype=float16: choose one of float32, b",
         ),
+        (
+            {"optim.kind": "adafactor", "optim.moment_dtype": "int8"},
+            "^optim.moment_dtype=int8: adafactor has no moments .*float32$",
+        ),
         ({"optim.max_skipped": 0}, "^optim.max_skipped=0: must be at least 1"),
         ({"grpo.clip_high": 0.0}, "^grpo.clip_high=0.0: must be above 0"),
         ({"grpo.dual_clip": 0.5}, "^grpo.dual_clip=0.5: must be above 1, or 0"),

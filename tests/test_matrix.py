@@ -12,7 +12,6 @@ from test_lora import configured, paths, weights_of  # noqa: F401
 from srpo_jax import train_grpo
 from srpo_jax.data.files import read_jsonl
 from srpo_jax.run import rollout
-from srpo_jax.sampling.forks import Automaton
 
 # Objective: (rank of adapters, the tower is trained, forks) of its two runs.
 RUNS = {
@@ -39,9 +38,7 @@ def test_two_steps_change_what_is_trained_and_nothing_else(
     forks,
 ):  # a fixture for each part of the world, and four switches
     """The guard of a run makes a program that is compiled again an error."""
-    make = Automaton.of_tokens  # a random model does not write tags
-    pieces = [b"<answer>7</answer>" if i % 4 == 0 else b"x" for i in range(train_helpers.VOCAB)]
-    monkeypatch.setattr(Automaton, "of_tokens", lambda text, size: make(text and pieces, size))
+    train_helpers.write_answers(monkeypatch)
     monkeypatch.setattr(rollout, "grade", train_helpers.fake_grade)
     freeze = () if tower else ("vision/",)
     changes = {"grpo.objective": objective, "sampling.forks": forks, "freeze": freeze}

@@ -5,9 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from srpo_jax.learn import optim
+from srpo_jax.learn import optim, rounding
 from srpo_jax.learn.optim import OptimConfig
 from srpo_jax.learn.state import state_shardings
 from srpo_jax.model import sharding
@@ -176,6 +177,167 @@ def test_each_kind_decays_matrices_alone_and_does_on_a_mesh_what_it_does_on_one_
         np.testing.assert_allclose(many.params[path], x, atol=1e-5, err_msg=path)
 
 
+# --- moments in 8 bits ---------------------------------------------------------------------------
+
+
+def _uneven(shape, decades=3.0, seed=0):
+    """Magnitudes over ``decades`` inside of each block, signs of both kinds."""
+    rng = np.random.default_rng(seed)
+    sizes = 10.0 ** (-decades * rng.random(shape))
+    return jnp.asarray(sizes * rng.choice([-1.0, 1.0], shape), jnp.float32)
+
+
+def _stored(x, name, seed=0):
+    state = optax.ScaleByAdamState(jnp.int32(0), {}, {})._replace(**{name: {"a/kernel": x}})
+    return getattr(rounding.in_blocks(state, jax.random.key(seed)), name)["a/kernel"]
+
+
+@pytest.mark.parametrize("name", ["mu", "nu"])
+def test_a_moment_in_8_bits_is_near_and_right_in_the_mean(name):
+    x = _uneven((4, 16, 128)) if name == "mu" else _uneven((4, 16, 128)) ** 2
+    read = jax.jit(lambda seed: rounding.from_blocks(_stored(x, name, seed)))
+    drawn, x = np.stack([read(seed) for seed in range(256)]), np.asarray(x)
+    scale = np.repeat(np.abs(x).reshape(4, 16, 2, 64).max(-1), 64, axis=-1)
+    # A step of the code: 3 (s**(1/3) + 1/127)**2 / 127 at a share s of the scale, or 2**.1 - 1.
+    share = np.abs(x) / scale
+    step = 3 * (np.cbrt(share) + 1 / 127) ** 2 / 127 * scale if name == "mu" else 0.0718 * x
+    inside = share > 2.0**-25
+    assert (np.abs(drawn - x) <= step * 1.001 + 1e-12)[:, inside].all()
+    assert (np.abs(drawn.mean(0) - x) < 5 * 0.5 * step / 16)[inside].all()
+    assert name == "nu" or not np.allclose(drawn[0], drawn[1])
+
+
+def test_a_moment_in_8_bits_by_hand():
+    x = np.zeros((64, 128), np.float32)  # two blocks a row
+    x[0, :3], x[0, 64:66] = (8.0, -1.0, 0.0), (1e-3, -1e-3 / 127**3)
+    mu = _stored(jnp.asarray(x), "mu")
+    assert mu.code.dtype == jnp.int8 and mu.code.shape == x.shape and mu.scale.shape == (64, 2)
+    np.testing.assert_allclose(mu.scale[0], [8.0, 1e-3])
+    np.testing.assert_array_equal(mu.code[0, [0, 2, 64, 65]], [127, 0, 127, -1])
+    assert mu.code[0, 1] in (-63, -64) and not mu.code[1:].any()  # 127 * cbrt(1 / 8)
+    nu = _stored(jnp.asarray(x**2), "nu")
+    assert nu.code.dtype == jnp.uint8
+    np.testing.assert_array_equal(nu.code[0, [0, 1, 2, 64]], [0, 60, 255, 0])  # 2**-6
+    back = np.asarray(rounding.from_blocks({"v": nu})["v"])
+    assert (back[0] > 0).all() and not back[1:].any()  # none is 0 beside one that is not
+
+
+def test_adam_in_8_bits_goes_where_adam_goes():
+    """Least squares with noise in each step, and columns of a gradient a thousand times another's.
+
+    The end is as good, and updates point the same way.
+    """
+    rng = np.random.default_rng(0)
+    sizes = np.repeat(np.geomspace(1, 1e-3, 16), 16)[rng.permutation(256)]
+    goal = rng.normal(size=(64, 256)).astype(np.float32)
+    noise = rng.normal(size=(80, 64, 256)).astype(np.float32)
+    ends, paths = {}, {}
+    for dtype in ("float32", "int8"):
+        cfg = OptimConfig(
+            lr=0.05, schedule="cosine", warmup_steps=0, grad_clip=None, moment_dtype=dtype
+        )
+        state, step = _state(cfg, {"a/kernel": jnp.zeros((64, 256))}, total_steps=80)
+        paths[dtype], now = [], np.zeros((64, 256), np.float32)
+        for drawn in noise:
+            before = now
+            state, _ = step(state, {"a/kernel": sizes * (now - goal + drawn)})
+            now = np.asarray(state.params["a/kernel"])
+            paths[dtype].append(now - before)
+        ends[dtype] = np.mean((now - goal) ** 2)
+    assert ends["int8"] < 1.05 * ends["float32"] < 0.05
+    exact, ours = paths["float32"][5], paths["int8"][5]
+    assert np.sum(exact * ours) > 0.99 * np.linalg.norm(exact) * np.linalg.norm(ours)
+
+
+def test_a_moment_in_8_bits_follows_changes_below_a_step_of_its_code():
+    """At b2 = 0.999 of entries that begin behind their block's largest: rounded to the nearest they
+    stop at half of what they should be here, and updates are half as long again."""
+    largest = jnp.arange(4096).reshape(64, 64) % 64 == 0
+
+    def body(t, moments):
+        squares = jnp.where(largest, 1.0, jnp.where(t < 50, 0.0, 0.25))
+        ours, exact = (0.999 * x + 0.001 * squares for x in moments)
+        return rounding.from_blocks({"nu": _stored(ours, "nu", t)})["nu"], exact
+
+    nothing = jnp.zeros((64, 64))
+    ours, exact = jax.jit(lambda x: jax.lax.fori_loop(0, 150, body, (x, x)))(nothing)
+    np.testing.assert_allclose(jnp.mean(ours[:, 1:] / exact[:, 1:]), 1.0, atol=0.02)
+
+
+def test_moments_in_8_bits_lie_as_their_parameters_and_nothing_is_collected_for_them():
+    mesh = sharding.make_mesh(1, 4, 2)
+    shapes = {
+        "text/layers/attn/o/kernel": (2, 2, 8, 256),  # [L, H, E, D]: D over fsdp
+        "text/layers/mlp/up/kernel": (2, 16, 688),  # [L, D, F]: 688 = 16 * 43
+    }
+    cfg = OptimConfig(moment_dtype="int8", lr=0.1, grad_clip=None)
+    params, grads = _drawn(shapes), _drawn(shapes)
+    state, step = _state(cfg, params)
+    one, _ = step(step(state, grads)[0], grads)
+    layout = state_shardings(jax.eval_shape(lambda: state), mesh)
+    optimizer = optim.make_optimizer(cfg, 10)
+    many = jax.jit(
+        lambda s, g: optim.apply_gradients(s, g, optimizer),
+        in_shardings=(layout, layout.params),
+        out_shardings=(layout, None),
+    )
+    placed = jax.device_put(state, layout)
+    many = many.lower(placed, jax.device_put(grads, layout.params)).compile()
+    text = many.as_text()
+    assert "all-gather" not in text and "all-to-all" not in text and "all-reduce" in text
+    grads = jax.device_put(grads, layout.params)
+    end, _ = many(many(placed, grads)[0], grads)
+    mu = end.opt_state[0].inner.mu
+    for path, where in layout.params.items():
+        for x in mu[path]:
+            assert x.sharding.is_equivalent_to(where, x.ndim), path
+    for x, y in zip(jax.tree.leaves(end), jax.tree.leaves(one), strict=True):
+        if x.dtype in (jnp.int8, jnp.uint8):  # the same bits are drawn; sums differ in their last
+            assert np.mean(np.asarray(x) != np.asarray(y)) < 1e-3
+        else:
+            np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_update_that_is_not_finite_leaves_moments_in_8_bits_as_they_were(kind):
+    params = _drawn({"text/layers/mlp/up/kernel": (2, 64, 64), "text/norm/scale": (64,)})
+    state, step = _state(OptimConfig(kind=kind, moment_dtype="int8", lr=0.1), params)
+    state, _ = step(state, _like(params, 1.0))
+    held = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int8]
+    assert [x.shape for x in held] == [(2, 64, 64)]  # the vector is too short to be worth it
+    before = _values((state.params, state.opt_state))
+    grads = _like(params, 1.0)
+    grads["text/layers/mlp/up/kernel"] = grads["text/layers/mlp/up/kernel"].at[0, 1, 2].set(jnp.nan)
+    state, metrics = step(state, grads)
+    assert metrics["skipped"] == 1
+    for x, y in zip(before, _values((state.params, state.opt_state)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_state_that_waits_in_host_memory_changes_nothing():
+    mesh = sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+    params, grads = _drawn(MATRICES | OTHERS), _drawn(MATRICES | OTHERS)
+    ends = {}
+    for offload in (False, True):
+        optimizer = optim.make_optimizer(OptimConfig(offload=offload, lr=0.1), 10)
+        state, _ = _state(OptimConfig(offload=offload), params)
+        layout = state_shardings(jax.eval_shape(lambda state=state: state), mesh, offload=offload)
+        step = jax.jit(
+            lambda s, g, optimizer=optimizer: optim.apply_gradients(s, g, optimizer),
+            in_shardings=(layout, layout.params),
+            out_shardings=(layout, None),
+            donate_argnums=0,
+        )
+        start = jax.device_put(jax.tree.map(jnp.copy, state), layout)  # each in a buffer of its own
+        ends[offload], _ = step(start, jax.device_put(grads, layout.params))
+        assert all(x.is_deleted() for x in jax.tree.leaves(start.opt_state))
+    kinds = jax.tree.map(lambda x: x.sharding.memory_kind, ends[True])
+    assert {*jax.tree.leaves(kinds.opt_state)} == {"pinned_host"}
+    assert {*jax.tree.leaves(kinds.params)} == {"device"}
+    for x, y in zip(jax.tree.leaves(ends[True]), jax.tree.leaves(ends[False]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
 def test_split_frozen_by_prefix():
     params = {"vision/blocks/x": 1, "vision/merger/y": 2, "text/z": 3}
     assert optim.split_frozen(params) == (
@@ -267,11 +429,11 @@ def test_rounding_repeats_with_seed_step_and_parameter_and_keeps_exact_sums():
     assert (ends[0] != ends[2]).any()
     # What a bfloat16 can hold is not rounded: 1 - 2**-8 + 2**-8, and adding nothing.
     values = jnp.array([1 - 2**-8, 3.0], jnp.bfloat16)
-    assert optim._rounded_sum(values, jnp.array([2**-8, 0]), jax.random.key(0)).tolist() == [1, 3]
+    assert rounding.rounded_sum(values, jnp.array([2**-8, 0]), jax.random.key(0)).tolist() == [1, 3]
 
 
 def test_the_bits_of_rounding_are_even_and_independent():
-    bits = np.asarray(optim._hashed_bits(jax.random.key(1), (8, 64, 256))) >> 16
+    bits = np.asarray(rounding.hashed_bits(jax.random.key(1), (8, 64, 256))) >> 16
     share = bits.astype(np.float64) / 2**16
     for axes in ((1, 2), (0, 2), (0, 1)):  # no index along any axis leans to a side
         sizes = share.size / share.mean(axes).size

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -250,3 +251,11 @@ def test_nothing_is_exported_of_a_run_without_one_finite_update(train, tmp_path)
     with pytest.raises(RunError, match="none of the 2 updates was finite: export_hf_dir="):
         train(2, 0, [0.1], broken_from(1, 9, []), export_hf_dir=str(out))
     assert not out.exists()
+
+
+def test_a_device_that_cannot_reach_its_hosts_memory_is_named_with_the_remedy():
+    device = types.SimpleNamespace(device_kind="abacus", addressable_memories=lambda: [])
+    session.check_offload(False, device)
+    session.check_offload(True, jax.local_devices()[0])
+    with pytest.raises(RunError, match="^optim.offload=True: abacus cannot .*offload=False$"):
+        session.check_offload(True, device)

@@ -20,6 +20,7 @@ from step_helpers import (
     M,
     P,
     R,
+    S,
     assert_close,
     conversations,
     features,
@@ -35,8 +36,10 @@ from step_helpers import (
     sft_step,
     with_,
 )
+from test_forks import forked
 
-from srpo_jax.learn import micro_batches, state, steps
+from srpo_jax.data.batching import Layout
+from srpo_jax.learn import lanes, micro_batches, state, steps
 from srpo_jax.learn.head import HeadConfig, TokenLoss, model_token_loss, token_logps
 from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model import sharding
@@ -102,16 +105,20 @@ def grpo_runs(mesh, rows, shards):
 
 
 def perceiving_runs(mesh, rows, shards):
-    """As grpo_runs, beside images their masked counterparts."""
-    other = np.asarray(features()) * 0.5
-    experience = Experience(prompts(), *rollout(), np.asarray(features()), masked=other)
+    """As grpo_runs; beside images their masked counterparts, and pairs of samples that share a
+    first round, which the mesh computes once."""
+    experience = dataclasses.replace(forked(), masked=np.asarray(features()) * 0.5)
     experience = repeated(experience, rows)
-    cfg = with_(GRPO, micro_batches=rows, perception_coef=0.5, masked_entropy_coef=-0.2)
+    cfg = with_(GRPO, micro_batches=rows, perception_coef=0.5, masked_entropy_coef=-0.2, forks=2)
     one = grpo_steps(cfg, ADAM)
     cfg_many = with_(cfg, micro_batches=rows // shards)
     many = grpo_steps(cfg_many, ADAM, mesh=mesh)
-    held = (experience.batch, experience.rollout)
-    (every,) = packed(cfg_many, *held, shards=shards, spread=shards % 4 == 0)
+    shown = np.asarray(experience.batch.valid & (experience.weight != 0))
+    lengths = np.asarray(experience.rollout.completion_mask).sum(-1) * shown[:, None]
+    layout = Layout(len(shown) // shards, rows=rows // shards)
+    budgets = lanes.LaneBudgets(layout, G, S, R, spread=shards % 4 == 0).of_families(2)
+    runs = lanes.family_runs(lengths, experience.verdict.first_end, 2)
+    (every,) = lanes.pack(experience.batch.lengths, runs, budgets)
     on_mesh = sharding.to_global((experience, every), mesh)
     return (
         lambda now: one_update(one, cfg, now, experience),

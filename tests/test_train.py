@@ -258,10 +258,14 @@ def test_late_rollouts_are_of_the_step_before_and_go_on_exactly_after_a_stop(
     paths, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
+    helpers.write_answers(monkeypatch)
 
     def config():
         one = rl_config(paths, tmp_path)
         one.filter.resample, one.rollouts.late = False, True
+        # Also with first rounds that pairs of samples share, and beside masked images.
+        one.sampling.group_size, one.sampling.forks, one.grpo.perception_coef = 4, 2, 0.5
+        one.optim.moment_dtype, one.optim.offload = "int8", True
         return one
 
     sample, update = train_grpo.Stage.sample, train_grpo.Stage.update
@@ -295,7 +299,9 @@ def test_late_rollouts_are_of_the_step_before_and_go_on_exactly_after_a_stop(
     assert train_grpo.train(config(), tmp_path / "broken")["finished"]
     assert_bit_identical(final(tmp_path / "whole"), final(tmp_path / "broken"))
     names = ("loss", "kl", "kl_coef", "reward/mean", "filter/age_mean", "trained_tokens")
+    names += ("perception/kl",)
     rows = numbers(tmp_path / "whole", names)
+    assert all(row[7] > 0 for row in rows)
     assert rows == numbers(tmp_path / "broken", names) and [row[5] for row in rows] == [0, 1, 1, 1]
     for file in sorted((tmp_path / "whole" / "rollouts").iterdir()):
         assert file.read_text() == (tmp_path / "broken" / "rollouts" / file.name).read_text()

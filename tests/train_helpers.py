@@ -18,6 +18,7 @@ from configs import grpo, sft
 from srpo_jax.model.sizes import Shape
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run.resume import flat_config
+from srpo_jax.sampling.forks import Automaton
 from srpo_jax.structs import Verdict
 from tools.demo.tokenizer import SPECIAL_TOKENS, write_tokenizer
 from tools.make_hf import TOKEN_KEYS, make_config, write_random_hf
@@ -171,6 +172,13 @@ def evaluation_config(paths: dict[str, str], **mesh):
     config.eval.file = paths["held_out"]
     config.mesh.update(mesh)
     return config
+
+
+def write_answers(monkeypatch):
+    """A random model writes no tags: every fourth token is an answer, for forks to part behind."""
+    make = Automaton.of_tokens
+    pieces = [b"<answer>7</answer>" if i % 4 == 0 else b"x" for i in range(VOCAB)]
+    monkeypatch.setattr(Automaton, "of_tokens", lambda text, size: make(text and pieces, size))
 
 
 def fake_grade(completions_PGR, completion_mask_PGR, *_, **__):

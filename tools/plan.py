@@ -115,6 +115,9 @@ def plan(config: Any, topology: Topology, args: argparse.Namespace) -> None:
     )
     usable, held, exchanged = topology.memory_gib * USABLE, count(recipe), {}
     most = held.most
+    if held.host:
+        told = "its way in each update is not in the estimate"
+        print(f"in host memory, of each device: {held.host / GIB:.2f} GiB; {told}")
     if args.estimate:
         report_held(held, usable)
     else:

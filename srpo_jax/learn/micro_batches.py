@@ -175,7 +175,8 @@ def state_layout(
     """Shardings of the train state."""
     if mesh is None:
         return None
-    return state_shardings(abstract_state(model_cfg, optimizer, freeze=freeze), mesh)
+    shapes = abstract_state(model_cfg, optimizer, freeze=freeze)
+    return state_shardings(shapes, mesh, offload=optimizer.offload)
 
 
 def rows_layout(mesh: Mesh | None) -> NamedSharding | None:

@@ -13,6 +13,8 @@ import optax
 from jax.typing import ArrayLike
 from optax import contrib
 
+from srpo_jax.learn import rounding
+from srpo_jax.learn.rounding import Scales
 from srpo_jax.model.hf_table import TABLE
 from srpo_jax.model.lora import LORA_A, LORA_B, is_adapter
 from srpo_jax.structs import Leaf, Params, TrainState
@@ -38,7 +40,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0  # kernels and embeddings only, never biases and norm scales
     grad_clip: float | None = 1.0  # global norm
-    moment_dtype: str = "float32"  # of the first moment; the second is always float32
+    moment_dtype: str = "float32"  # "bfloat16": of the first moment; "int8": of both
+    offload: bool = False  # optimizer state and reference wait in the host's memory
     max_skipped: int = 5  # updates in a row that are not finite, which end the run
 
 
@@ -46,12 +49,23 @@ Schedule = Callable[[ArrayLike], jax.Array]  # number of the update, from 0 -> l
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation, the learning-rate schedule that metrics report, a rounding seed."""
+    """An optax transformation, the learning-rate schedule that metrics report, a rounding seed;
+    whether the state waits in the host's memory, and whether updates are made once to be looked at
+    and once more to be added, so that they are never held all together."""
 
     init: Callable[[Params], Any]
     update: optax.TransformUpdateExtraArgsFn
     schedule: Schedule
     seed: int = 0
+    offload: bool = False
+    twice: bool = False
+
+
+class EightBit(NamedTuple):
+    """State of an optimizer whose moments are `rounding.Blocks`."""
+
+    count: jax.Array  # updates done, int32
+    inner: Any
 
 
 def make_schedule(cfg: OptimConfig, total_steps: int) -> Schedule:
@@ -85,13 +99,15 @@ def make_optimizer(cfg: OptimConfig, total_steps: int, seed: int = 0) -> Optimiz
 
     Takes float32 gradients, whatever the dtype of the parameters. Moments are stored as
     ``moment_dtype`` (first) and float32 (second: with b2 near 1 its increments are below bfloat16's
-    resolution, and it would stand still). ``seed`` is that of the rounding of bfloat16 parameters.
+    resolution, and it would stand still), or both in 8 bits. ``seed`` is that of the rounding, of
+    these and of bfloat16 parameters.
     """
     schedule = make_schedule(cfg, total_steps)
     parts = []
     if cfg.grad_clip is not None:
         parts.append(optax.clip_by_global_norm(cfg.grad_clip))
-    parts.append(_scale(cfg))
+    scale = _scale(cfg)
+    parts.append(_in_eight_bits(scale, seed) if cfg.moment_dtype == "int8" else scale)
     if cfg.weight_decay:
         parts.append(optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask))
     parts.append(optax.scale_by_learning_rate(schedule))
@@ -101,26 +117,58 @@ def make_optimizer(cfg: OptimConfig, total_steps: int, seed: int = 0) -> Optimiz
         # optax sizes the moments after the parameters: show it float32 ones.
         return chain.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
 
-    return Optimizer(init=init, update=chain.update, schedule=schedule, seed=seed)
+    # What is made elementwise is cheap to make twice, but what waits on the host would be here for
+    # as long as both take.
+    twice = cfg.kind != "muon" and (cfg.moment_dtype == "int8" or not cfg.offload)
+    return Optimizer(init, chain.update, schedule, seed, cfg.offload, twice)
 
 
 def _scale(cfg: OptimConfig) -> optax.GradientTransformation:
     """Gradient -> direction and size of the update, before the learning rate."""
     if cfg.kind == "adafactor":
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moment_dtype)
+    mu_dtype = "float32" if cfg.moment_dtype == "int8" else cfg.moment_dtype
+    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=mu_dtype)
     if cfg.kind == "adamw":
         return adam
     # Its own learning rate is 1; its own Adam, which gets nothing here, has Nesterov's momentum.
     muon = contrib.muon(
         1.0,
-        mu_dtype=cfg.moment_dtype,
+        mu_dtype=mu_dtype,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrices,
     )
     parts: dict[Hashable, optax.GradientTransformation]
     parts = {"matrix": optax.chain(muon, optax.scale(-1.0)), "other": adam}
     return optax.partition(parts, _parts)
+
+
+def _in_eight_bits(
+    inner: optax.GradientTransformation, seed: int
+) -> optax.GradientTransformationExtraArgs:
+    """``inner``, which computes in float32, with moments that are stored in 8 bits."""
+
+    def stored(state: Any, count: jax.Array, scales: Scales | None = None) -> EightBit:
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        return EightBit(count, rounding.in_blocks(state, key, scales))
+
+    def init(params: Any) -> EightBit:
+        return stored(inner.init(params), jnp.zeros((), jnp.int32))
+
+    def update(
+        grads: Any, state: EightBit, params: Any = None, *, scales: Scales | None = None, **_: Any
+    ) -> tuple[Any, EightBit]:
+        updates, new = inner.update(grads, rounding.from_blocks(state.inner), params)
+        return updates, stored(new, optax.safe_increment(state.count), scales)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _scales(opt_state: Any) -> Scales:
+    """Of the moments in 8 bits."""
+    is_ours = lambda x: isinstance(x, EightBit)  # noqa: E731
+    parts = filter(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours))
+    return {name: scale for x in parts for name, scale in rounding.scales_of(x.inner).items()}
 
 
 def _matrices(params: Any) -> Any:
@@ -200,80 +248,59 @@ def apply_gradients(
         rounded, ``moved_share``, the share of their entries that changed at all.
     """
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    put = jax.device_put if optimizer.offload else lambda tree, space: tree
+    before, old = put(state.opt_state, jax.memory.Space.Device), state.params
+    updates, opt_state = optimizer.update(grads, before, old)
+    key = jax.random.fold_in(jax.random.key(optimizer.seed), state.step)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
+    change = _change(old, updates, key)
+    if optimizer.twice:  # or all updates are held until the last one is known to be finite
+        held = (finite, change, _scales(opt_state), grads, before, old)
+        finite, change, scales, grads, before, old = jax.lax.optimization_barrier(held)
+        updates, opt_state = optimizer.update(grads, before, old, scales=scales)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-    params, squares, moved = _add(state, updates, finite, optimizer.seed)
     new_state = dataclasses.replace(
         state,
         step=state.step + finite.astype(jnp.int32),
-        params=params,
-        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        params={path: keep(_sum(path, x, updates[path], key), x) for path, x in old.items()},
+        opt_state=put(jax.tree.map(keep, opt_state, before), jax.memory.Space.Host),
         skipped=state.skipped + (~finite).astype(jnp.int32),
     )
     metrics = {
         "grad_norm": grad_norm,
-        "update_norm": jnp.where(finite, jnp.sqrt(squares), 0.0),
-        **({} if moved is None else {"moved_share": moved}),
+        **{name: jnp.where(finite, value, 0.0) for name, value in change.items()},
         "lr": jnp.asarray(optimizer.schedule(state.step)),
         "skipped": new_state.skipped,
     }
     return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 
-def _add(
-    state: TrainState[jax.Array], updates: Any, finite: jax.Array, seed: int
-) -> tuple[Params, jax.Array, jax.Array | None]:
-    """Parameters after the update, the squared norm of their change, and the share that moved.
+def _change(params: Params, updates: Any, key: jax.Array) -> dict[str, jax.Array]:
+    """``update_norm`` and, where any is rounded, ``moved_share``.
 
     A float32 parameter takes its update as it is. What rounding makes of the others is measured on
-    a sample of their entries (the whole would cost a second copy of the parameters); the share is
-    None where there are no others.
+    a sample of their entries: the whole would cost a second copy of the parameters.
     """
-    exact = {path: updates[path] for path, x in state.params.items() if x.dtype == jnp.float32}
+    exact = {path: updates[path] for path, x in params.items() if x.dtype == jnp.float32}
     squares = jnp.square(optax.tree.norm(exact)) if exact else jnp.float32(0)
     moved, size = jnp.float32(0), 0.0  # their number may be beyond int32
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-    params = {}
-    for path, old in state.params.items():
-        update = updates[path].astype(jnp.float32)
-        new = old + update
-        if path not in exact:
-            key = jax.random.fold_in(step_key, zlib.crc32(path.encode()))
-            new = _rounded_sum(old, update, key)
-            few = _SAMPLE // math.prod(old.shape[1:]) + 1  # rounded alike: bits go by the place
-            change = _rounded_sum(old[:few], update[:few], key).astype(jnp.float32)
-            change -= old[:few].astype(jnp.float32)
-            share = old.size / change.size
-            squares += jnp.sum(jnp.square(change)) * share
-            moved, size = moved + jnp.sum(change != 0, dtype=jnp.float32) * share, size + old.size
-        params[path] = jnp.where(finite, new, old)
-    return params, squares, jnp.where(finite, moved / size, 0.0) if size else None
+    for path, old in params.items():
+        if path in exact:
+            continue
+        few = _SAMPLE // math.prod(old.shape[1:]) + 1  # rounded alike: bits go by the place
+        new = _sum(path, old[:few], updates[path][:few], key)
+        change = new.astype(jnp.float32) - old[:few].astype(jnp.float32)
+        share = old.size / change.size
+        squares += jnp.sum(jnp.square(change)) * share
+        moved, size = moved + jnp.sum(change != 0, dtype=jnp.float32) * share, size + old.size
+    found = {"update_norm": jnp.sqrt(squares)}
+    return found | ({"moved_share": moved / size} if size else {})
 
 
-def _rounded_sum(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
-    """``param + update`` in bfloat16, right in the mean.
-
-    An update at a learning rate of 1e-6 is far below the distance between two bfloat16 numbers, and
-    rounding to the nearest would lose nearly all of them. Stochastic rounding (Gupta et al., arXiv
-    1502.02551) goes up with the probability of the part that is cut off: 16 random bits are added
-    to a float32's lower half, which is then cut off.
-    """
-    total = jax.lax.bitcast_convert_type(param.astype(jnp.float32) + update, jnp.uint32)
-    upper = (total + (_hashed_bits(key, param.shape) >> 16)) >> 16
-    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
-
-
-def _hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """32 bits for each place of ``shape``, of key and place alone: alike on any devices.
-
-    A hash of the indices (lowbias32 of C. Wellons), since it melts into the addition where
-    jax.random's kernels would hold four numbers for each entry.
-    """
-    bits = jax.random.bits(key, (), jnp.uint32)
-    for axis in range(len(shape)):
-        bits = bits + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(0x9E3779B9)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-        bits = bits ^ (bits >> 16)
-    return bits
+def _sum(path: str, param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
+    """The parameter at ``path`` after its update, in its dtype."""
+    update = update.astype(jnp.float32)
+    if param.dtype == jnp.float32:
+        return param + update
+    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return rounding.rounded_sum(param, update, own)

@@ -28,15 +28,17 @@ def abstract_state(
     )
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """NamedSharding of every leaf: parameters by the table, moments like their parameters."""
+def state_shardings(state: TrainState, mesh: Mesh, *, offload: bool = False) -> TrainState:
+    """NamedSharding of every leaf: parameters by the table, moments like their parameters, with
+    ``offload`` in the host's memory."""
     params = sharding.param_specs(state.params | state.frozen, mesh, "train")
     trained = {path: params[path] for path in state.params}
+    moments = sharding.like_params(state.opt_state, trained, mesh)
     return TrainState(
         step=sharding.replicated(mesh),
         params=trained,
         frozen={path: params[path] for path in state.frozen},
-        opt_state=sharding.like_params(state.opt_state, trained, mesh),
+        opt_state=sharding.on_host(moments) if offload else moments,
         skipped=sharding.replicated(mesh),
     )
 
@@ -59,7 +61,8 @@ def init_state(
         raise ValueError("init_state needs either key (random weights) or params (loaded ones)")
     out = None
     if mesh is not None:
-        out = state_shardings(abstract_state(model_cfg, optimizer, freeze=freeze), mesh)
+        shapes = abstract_state(model_cfg, optimizer, freeze=freeze)
+        out = state_shardings(shapes, mesh, offload=optimizer.offload)
     new_state = functools.partial(_new_state, optimizer=optimizer, freeze=freeze)
     if params is None:
         from_key = lambda key: new_state(init_params(model_cfg, key))  # noqa: E731

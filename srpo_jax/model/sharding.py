@@ -19,6 +19,7 @@ from srpo_jax.structs import Array
 
 AXES = ("data", "fsdp", "tensor")
 LAYOUTS = ("train", "sample")
+HOST = "pinned_host"  # the memory kind of what waits beside a device's memory
 Axes = tuple[str | None, ...]  # the mesh axis of each dimension
 _ = None
 
@@ -196,7 +197,8 @@ def process_shards(mesh: Mesh, process_index: int | None = None) -> list[int]:
 def like_params(
     opt_state_shapes: Any, param_shardings: Mapping[str, NamedSharding], mesh: Mesh
 ) -> Any:
-    """Shardings of an optimizer state: each leaf that mirrors a parameter lies as it does.
+    """Shardings of an optimizer state: each leaf that mirrors a parameter lies as it does, along
+    the dimensions that the mesh divides (those of a moment's scales are shorter).
 
     Args:
         opt_state_shapes: of ``jax.eval_shape(optimizer.init, params)``; a leaf mirrors the
@@ -209,12 +211,17 @@ def like_params(
         names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
         found = [param_shardings[name] for name in names if name in param_shardings]
         if len(found) == 1 and len(found[0].spec) == len(leaf.shape):
-            parts = [mesh.shape[axis] if axis else 1 for axis in found[0].spec]
-            if all(size % part == 0 for size, part in zip(leaf.shape, parts, strict=True)):
-                return found[0]
+            dims = zip(found[0].spec, leaf.shape, strict=True)
+            kept = [a if a and size % mesh.shape[a] == 0 else None for a, size in dims]
+            return NamedSharding(mesh, PartitionSpec(*kept))
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding_of, opt_state_shapes)
+
+
+def on_host(shardings: Any) -> Any:
+    """The same places, in the memory of the devices' hosts."""
+    return jax.tree.map(lambda one: one.with_memory_kind(HOST), shardings)
 
 
 # --- host arrays and global arrays -----------------------------------------------------------

@@ -408,7 +408,9 @@ def abstract(tree: Any) -> Any:
     )
 
 
-_copy = jax.jit(jnp.copy)
+@jax.jit
+def _copy(x: jax.Array) -> jax.Array:
+    return jnp.copy(jax.device_put(x, jax.memory.Space.Device))
 
 
 def own_buffers(tree: Any) -> Any:
@@ -419,7 +421,7 @@ def own_buffers(tree: Any) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
     del tree
     for i, leaf in enumerate(leaves):
-        leaves[i] = _copy(leaf)
+        leaves[i] = jax.device_put(_copy(leaf), leaf.sharding)  # back to the host's memory
     return jax.tree.unflatten(treedef, leaves)
 
 

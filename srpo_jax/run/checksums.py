@@ -43,6 +43,7 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 def checksum(x: jax.Array) -> jax.Array:
     """The entries' bits, each times an odd number that its place decides, modulo 2**32."""
+    x = jax.device_put(x, jax.memory.Space.Device)  # what waits on the host cannot be read there
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place = jnp.uint32(0)

@@ -29,7 +29,7 @@ class Reference:
         """As the run left them, or as it begins; ``params`` is None where there is no KL."""
         self._settings, self._parts, self._cfg, self._run = settings, parts, cfg, run
         self._begin()
-        self.params = self._load() if cfg.needs_reference else None
+        self.params = self._put_by(self._load()) if cfg.needs_reference else None
 
     def _begin(self) -> None:
         """The coefficient of the run's present step, which it is then of."""
@@ -46,7 +46,18 @@ class Reference:
         if self.params is not None and self._since(step) != since:
             self.params = None  # two need not be held at a time
             with self._parts.timers.outside():
-                self.params = self._load()
+                self.params = self._put_by(self._load())
+
+    def weights(self) -> Params:
+        """The trained part on the devices, to be let go after use."""
+        assert self.params is not None, "there is a KL"
+        return jax.device_put(self.params, jax.memory.Space.Device)
+
+    def _put_by(self, params: Params) -> Params:
+        """Where ``optim.offload`` has them wait."""
+        if not self._settings.optim.offload:
+            return params
+        return jax.device_put(params, jax.memory.Space.Host)
 
     def follow(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
         """Log the coefficient of ``step``; it and the weights as they are afterwards."""
@@ -59,7 +70,7 @@ class Reference:
         if self._cfg.ref_every and step % self._cfg.ref_every == 0:
             self.params = None  # two need not be held at a time
             with self._parts.timers.outside():
-                self.params = self._renew(state, step)
+                self.params = self._put_by(self._renew(state, step))
 
     def _load(self) -> Params:
         settings, parts, run = self._settings, self._parts, self._run

@@ -9,6 +9,7 @@ import numpy as np
 
 from srpo_jax.learn.optim import Optimizer
 from srpo_jax.learn.state import abstract_state, init_state, merge_params, state_shardings
+from srpo_jax.model.sharding import HOST
 from srpo_jax.run import checkpoint, processes, replicas
 from srpo_jax.run.adapters import base_record, check_base, find_weights, origin_of
 from srpo_jax.run.checkpoint import abstract
@@ -42,6 +43,15 @@ class Done:
     examples: Sequence[Example] = ()  # what was sampled
 
 
+def check_offload(offload: bool, device: Any) -> None:
+    """RunError where nothing can wait in the memory of the device's host."""
+    if offload and HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise RunError(
+            f"optim.offload=True: {device.device_kind} cannot address its host's memory ({HOST}): "
+            "set --config.optim.offload=False"
+        )
+
+
 class Evaluator(Protocol):
     """Rates of a model on the held-out file; ``shown``: rows of a few of its problems."""
 
@@ -72,6 +82,7 @@ class Session:
         show: tuple[str, ...],
     ):
         self._settings, self._parts, self.total_steps = settings, parts, total_steps
+        check_offload(settings.optim.offload, jax.local_devices()[0])
         parts.lockstep(total_steps, "start")
         keep = settings.checkpoint
         self._checkpoints = checkpoint.Checkpoints(
@@ -124,7 +135,7 @@ class Session:
         like = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
-            state_shardings(shapes, self._parts.mesh),
+            state_shardings(shapes, self._parts.mesh, offload=optimizer.offload),
         )
         keep = self._settings.checkpoint
 

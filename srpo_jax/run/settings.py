@@ -177,7 +177,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "filter.on": get_args(FilterOn),
     "optim.kind": ("adamw", "adafactor", "muon"),
     "optim.schedule": ("cosine", "constant"),
-    "optim.moment_dtype": ("float32", "bfloat16"),
+    "optim.moment_dtype": ("float32", "bfloat16", "int8"),
     "model.param_dtype": ("float32", "bfloat16"),
     **{
         f"grpo.{name}": get_args(hint)
@@ -198,6 +198,12 @@ def _checked(settings: R) -> R:
         value = _value(settings, key)
         if value is not _ABSENT and value not in allowed:
             raise RunError(f"{key}={value}: choose one of {', '.join(map(str, allowed))}")
+    optim = getattr(settings, "optim", None)
+    if optim and optim.kind == "adafactor" and optim.moment_dtype != "float32":
+        raise RunError(
+            f"optim.moment_dtype={optim.moment_dtype}: adafactor has no moments of its parameters' "
+            "shapes: set --config.optim.moment_dtype=float32"
+        )
     if settings.min_pixels > settings.max_pixels:
         raise RunError(
             f"min_pixels={settings.min_pixels} lies above max_pixels={settings.max_pixels}"

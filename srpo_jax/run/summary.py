@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from srpo_jax.launch import command
+from srpo_jax.model import sharding
 from srpo_jax.run.parts import Parts
 from srpo_jax.run.recipe import differences
 from srpo_jax.run.replicas import held_by_several
@@ -27,10 +28,12 @@ def opening(
     device = jax.local_devices()[0]  # another process's tells nothing of its memory
     axes = ", ".join(f"{name} {size}" for name, size in parts.mesh.shape.items())
     yield f"devices: {jax.device_count()} of {device.device_kind}; mesh: {axes}"
-    held, limit = _held(state), (device.memory_stats() or {}).get("bytes_limit")
+    held, waiting = (_held(state, offloaded=offloaded) / _GIB for offloaded in (False, True))
+    limit = (device.memory_stats() or {}).get("bytes_limit")
     room = f" of {limit / _GIB:.1f}" if limit else ""
+    host = f" and {waiting:.2f} of its host" if waiting else ""
     yield (
-        f"memory: parameters and optimizer take {held / _GIB:.2f} GiB{room} of a device; what "
+        f"memory: parameters and optimizer take {held:.2f} GiB{room} of a device{host}; what "
         f"programs take besides: {command('plan')}"
     )
     if every := settings.checkpoint.verify_replicas_every:
@@ -101,12 +104,13 @@ def _replicas(state: TrainState) -> str:
     return f"{share:.2%} of the state" if several else "nothing (mesh.data=1)"
 
 
-def _held(state: TrainState) -> int:
-    """Bytes of the state on the first device of this process."""
+def _held(state: TrainState, *, offloaded: bool) -> int:
+    """Bytes of the state on the first device of this process, or of its part in host memory."""
     first = jax.local_devices()[0]
     shards = (
         shard
         for leaf in jax.tree.leaves(state)
         for shard in getattr(leaf, "addressable_shards", ())
     )
-    return sum(shard.data.nbytes for shard in shards if shard.device == first)
+    own = (shard.data for shard in shards if shard.device == first)
+    return sum(x.nbytes for x in own if (x.sharding.memory_kind == sharding.HOST) == offloaded)

@@ -18,6 +18,7 @@ from tools.lib.programs import (
     abstract_batch,
     abstract_experience,
     device_bytes,
+    host_bytes,
     reference_bytes,
     sampler_inputs,
     shared_bytes,
@@ -35,8 +36,10 @@ class Held:
     """Bytes on one device; of sampling and updating the larger one counts."""
 
     parameters: int
-    optimizer: int
+    optimizer: int  # 0 where it waits in host memory, as
     reference: int
+    host: int  # what waits there
+    moved: int  # of it what the end of the update brings back
     gradients: int  # their sum, and those of one micro-batch beside it
     sampler: int  # parameters as it reads them, beyond those that are shared; caches; logits
     batch: int  # features while sampling, all of the experience while updating
@@ -52,7 +55,8 @@ class Held:
     def updating(self) -> float:
         """GiB while updating."""
         always = self.parameters + self.optimizer + self.reference + self.batch
-        return (always + self.gradients + self.temporaries) / GIB
+        one = self.gradients // 2
+        return (always + one + max(one + self.temporaries, self.moved)) / GIB
 
     @property
     def most(self) -> float:
@@ -73,10 +77,14 @@ def count(recipe: Recipe) -> Held:
         sampler = _sampler(recipe, recipe.sampling, params)
     else:
         batch, sampler = device_bytes(abstract_batch(recipe)), 0
+    reference, offload = reference_bytes(recipe, state), recipe.optimizer.offload
+    moved = host_bytes(state.opt_state)
     return Held(
         parameters=device_bytes(params),
         optimizer=device_bytes(state.opt_state),
-        reference=reference_bytes(recipe, state),
+        reference=0 if offload else reference,
+        host=moved + reference if offload else 0,
+        moved=moved,
         gradients=2 * device_bytes(trained),
         sampler=sampler,
         batch=batch,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -36,7 +36,16 @@ Lowering = tuple[str, Callable[[], jax.stages.Lowered], int]
 
 def device_bytes(tree: Any) -> int:
     """Bytes on one device of arrays that are given as shapes with shardings."""
-    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+    return _bytes(x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != sharding.HOST)
+
+
+def host_bytes(tree: Any) -> int:
+    """Of those that wait in host memory, one device's part."""
+    return _bytes(x for x in jax.tree.leaves(tree) if x.sharding.memory_kind == sharding.HOST)
+
+
+def _bytes(arrays: Iterable[Any]) -> int:
+    shards = ((x.sharding.shard_shape(x.shape), x.dtype) for x in arrays)
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
@@ -134,7 +143,8 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 def train_inputs(recipe: Recipe, optimizer: optim.Optimizer) -> tuple[Any, dict[str, Any]]:
     """Train state and all parameters in the layout of the update."""
     state = abstract_state(recipe.model, optimizer, freeze=recipe.freeze)
-    state = with_shardings(state, state_shardings(state, recipe.mesh))
+    layout = state_shardings(state, recipe.mesh, offload=recipe.optimizer.offload)
+    state = with_shardings(state, layout)
     return state, {**state.frozen, **state.params}
 
 
@@ -156,9 +166,10 @@ def grpo_programs(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) ->
     state, params = train_inputs(recipe, transform)
     experience = abstract_experience(recipe, step, sampling)
     reference = reference_bytes(recipe, state)
+    waiting = 0 if recipe.optimizer.offload else reference
     # jit drops arguments that a program does not read: the tower's are held beside all but
     # ``encode``, the decoder's beside ``encode``.
-    always = device_bytes(state) + reference
+    always = device_bytes(state) + waiting
     encode = steps.make_encode_step(model, mesh=mesh)
     images = abstract_batch(recipe).vision
     beside = always - device_bytes(_tower(params, True))
@@ -175,14 +186,14 @@ def grpo_programs(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) ->
     parts = (experience.rollout.sample_logp, params, experience.batch, experience.rollout)
     parts += (experience.features, lanes)
     beside = always - device_bytes(_tower(params, False))
-    yield "logp_step", lambda: logps.lower(*parts), beside
+    yield "logp_step", lambda: logps.lower(*parts), beside + reference - waiting
     update = steps.make_grpo_steps(model, step, transform, freeze=recipe.freeze, mesh=mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     ready, total = update.prepare.eval_shape(experience, number)
     lanes = abstract_lanes(recipe, sampling, families=step.shares)
     inputs = (total, state, experience, ready, lanes)
     yield "accumulate", lambda: update.accumulate.lower(*inputs), beside
-    beside = reference + device_bytes(experience)
+    beside = waiting + device_bytes(experience)
     yield "apply", lambda: update.apply.lower(state, total, ready), beside
 
 

@@ -33,8 +33,10 @@ REMEDIES: tuple[Changes, ...] = (
     {"data.prompts_per_row": 1},
     *({"mesh.fsdp": -1, "mesh.tensor": parts} for parts in (2, 4, 8)),
     {"model.remat": "offload"},
+    {"optim.offload": True},
     {"model.param_dtype": "bfloat16"},
     {"optim.moment_dtype": "bfloat16"},
+    {"optim.moment_dtype": "int8"},
     LORA,
 )
 
