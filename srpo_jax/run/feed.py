@@ -1,5 +1,6 @@
 """Records in, batches out: data opened for this process's part of the mesh, and checked first."""
 
+import dataclasses
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ def open_source(key: str, path: str, data: DataSettings) -> Records:
         raise RunError(f"{key} is empty: pass --config.{key}=FILE (.jsonl, .parquet, ...)")
     source = open_records(path, data.root or None, columns=data.columns)
     try:
-        processes.say(f"{key}: {source.summary()}")
+        found = source.summary()
+        processes.say(f"{key}: {found}", "records", key=key, **dataclasses.asdict(found))
     except ColumnError as error:
         raise RunError(f"{key}: {error}") from None
     return source
@@ -75,7 +77,7 @@ def open_training(
             "places are used"
         )
     for line in filter(None, told):
-        processes.say(line)
+        processes.say(line, "budgets", key="data.train")
     loader = open_loader(
         parts,
         source,
@@ -110,7 +112,9 @@ def check_problems(settings: RunSettings, parts: Parts, source: Any, reader: Rea
         processes.say(told)
     share = settings.data.max_bad_share
     processes.say(
-        look_at("eval.file", source, reader, most=len(source), seconds=ALL_SECONDS, share=share)
+        look_at("eval.file", source, reader, most=len(source), seconds=ALL_SECONDS, share=share),
+        "budgets",
+        key="eval.file",
     )
 
 
