@@ -88,7 +88,7 @@ def _told(where: str, net: float, bounds: Sequence[float], fix: float, harm: flo
     often = "more" if net >= 0 else "less"
     text = (
         f"{where} the final answer is right {100 * abs(net):.1f} points {often} often than the "
-        f"first one (95 % interval {100 * low:.1f} to {100 * high:.1f}): {100 * fix:.1f} % of wrong "
-        f"first answers were made right, {100 * harm:.1f} % of right ones wrong"
+        f"first one (95 % interval {100 * low:.1f} to {100 * high:.1f}); {100 * fix:.1f} % of "
+        f"wrong first answers were made right, {100 * harm:.1f} % of right ones wrong"
     )
     return Verdict(word, text, kind)

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import io
 import json
 import math
 import os
@@ -54,9 +55,9 @@ def use(mode: str) -> None:
 
 
 def reach_any_locale() -> None:
-    """Write what a terminal's encoding does not have as its number, instead of ending in an error."""
-    with contextlib.suppress(AttributeError):  # a stream of a test or a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    """Letters that a terminal's encoding does not have are written as numbers, and end no run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not the stream of a test or a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def mute() -> None:
@@ -188,12 +189,12 @@ class Console:
         times = [(n[5:], x) for n, x in self._row.items() if n.startswith("time/")]
         if times:
             told = [f"{n} {x:.3g}" for n, x in times if n != "step"]
-            lines += packed(["seconds:", *told], options.max_width)
+            lines += packed(["seconds:", *told], width)
         if self._work:
             text, since = self._work
-            lines += packed([f"{text}:", _so_far(since)], options.max_width)
+            lines += packed([f"{text}:", _so_far(since)], width)
         elif not self._step and not self._row:
-            lines += packed(["the first step:", _so_far(self._begun)], options.max_width)
+            lines += packed(["the first step:", _so_far(self._begun)], width)
         yield from (Text(line, no_wrap=True) for line in lines)
         yield from self._bars
 
