@@ -14,7 +14,7 @@ from srpo_jax.data.images import ImageRef
 from srpo_jax.run import trackers
 from srpo_jax.run.metrics import MetricWriter
 from srpo_jax.run.sections import LogSettings
-from srpo_jax.run.trackers import Example, Mlflow, TensorBoard, Wandb
+from srpo_jax.run.trackers import Example, Mlflow, Wandb
 from srpo_jax.structs import RunError
 
 

@@ -181,11 +181,10 @@ class Console:
         """The table, in as many lines as the terminal's width asks for."""
         from rich.text import Text  # noqa: PLC0415
 
-        yield from self._head(options.max_width)
+        width = options.max_width
+        yield from self._head(width)
         found = [(label, show, self._row[n]) for n, label, show in _TABLE if _is(self._row, n)]
-        lines = [
-            *packed((f"{label} {_said(x, show)}" for label, show, x in found), options.max_width)
-        ]
+        lines = [*packed((f"{label} {_said(x, show)}" for label, show, x in found), width)]
         times = [(n[5:], x) for n, x in self._row.items() if n.startswith("time/")]
         if times:
             told = [f"{n} {x:.3g}" for n, x in times if n != "step"]
