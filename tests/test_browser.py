@@ -41,7 +41,7 @@ def drawn(tmp_path):
 def test_charts_and_rollouts_are_drawn_and_a_link_narrows_them(drawn):
     page, complaints = drawn()
     assert complaints == []
-    assert len(page.all("canvas")) == len(page.all("figure")) == 4
+    assert len(page.all("canvas")) == len(page.all("figure")) == 4 + 2  # two at the top as well
     assert len([a for a in page.all("div") if a.get("class") == "sample"]) == 3
     assert page.all("img") == [] and any(EVIL in text for text in page.texts)
     page, complaints = drawn("#rollouts-part?change=1")

@@ -140,6 +140,8 @@ console.reach_any_locale()
 one = console.Console(5, ("loss",))
 one.row(5, "train", {"loss": 0.5, "time/step": 1.0})
 console.say("records/\\u00fcber \\u2713.jsonl")
+console.say("many words " * 9)
+console.say("next: " + "a command " * 9, "next", command="")
 with console.progress("export", 3) as advance:
     advance(3)
 one.close()
@@ -173,3 +175,5 @@ def test_a_terminal_without_colours_or_utf_8_is_served():
     told = on_a_terminal(80, NO_COLOR="1", PYTHONIOENCODING="ascii")
     assert "\x1b[3" not in told and "records/\\xfcber \\u2713.jsonl" in told
     assert "step 5/5" in told and "loss 0.5" in told
+    assert "many words\r\n  many words" in told  # broken between words, but for commands
+    assert "a command " * 9 in told

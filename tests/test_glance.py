@@ -15,7 +15,7 @@ from srpo_jax.report import glance, run_page, verdict
 def test_an_evaluation_says_whether_reflections_help(fixed, harmed, word):
     rates = {"acc@1": 0.5, "fix": fixed / 100, "harm": harmed / 100, "records": 200}
     found = verdict.of_rates(rates, "held out")
-    assert found.word.startswith(word) and "on 200 problems (held out)" in found.text
+    assert found.word.startswith(word) and "On 200 problems (held out)" in found.text
     assert f"{fixed / 1:.1f} % of wrong first answers were made right" in found.text
 
 

@@ -22,7 +22,7 @@ NUMBERS: dict[str, tuple[str, str, str]] = {
     "harm_rate": ("spoilt", "{:.1%}", "of right first answers"),
     "format_rate": ("template holds", "{:.1%}", "of samples"),
     "truncated_share": ("cut off", "{:.1%}", "at the budget"),
-    "groups_without_signal": ("teach nothing", "{:.1%}", "of groups: all samples earn the same"),
+    "groups_without_signal": ("teach nothing", "{:.1%}", "of groups: equal rewards"),
     "completion_length/mean": ("length", "{:,.0f}", "tokens of a sample"),
     "loss": ("loss", "{:.3g}", ""),
     "grad_norm": ("gradient norm", "{:.3g}", "before clipping"),

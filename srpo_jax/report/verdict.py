@@ -25,7 +25,7 @@ class Verdict:
 
 UNKNOWN = Verdict(
     "Not known yet",
-    "no evaluation was made while training (eval.file), and fewer than "
+    "No evaluation was made while training (eval.file), and fewer than "
     f"{FEWEST} steps have sampled answers",
     "",
 )
@@ -44,7 +44,7 @@ def of_rates(rates: Rates, where: str) -> Verdict:
         n = rates["records"]
         bounds = paired(n * (1 - first) * fix, n * first * harm, n)
     net = rates.get("net_gain", (1 - first) * fix - first * harm)
-    return _told(f"on {rates['records']:,.0f} problems ({where})", net, bounds, fix, harm)
+    return _told(f"On {rates['records']:,.0f} problems ({where})", net, bounds, fix, harm)
 
 
 def of_steps(rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
@@ -63,7 +63,7 @@ def of_steps(rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
         / max(sum(row.get(f"{name}/of", 0) for row in known), 1)
         for name in ("fix", "harm")
     )
-    where = f"on the training problems of steps {known[0]['step']:,} to {known[-1]['step']:,}"
+    where = f"On the training problems of steps {known[0]['step']:,} to {known[-1]['step']:,}"
     mean = float(net.mean())
     return _told(where, mean, (mean - error, mean + error), fix, harm)
 

@@ -278,7 +278,10 @@ class Checkpoints:
     def wait(self) -> None:
         """Block until what was saved is complete on disk; CheckpointError where it is not."""
         if "_manager" in vars(self):
-            with self._writing(), progress("writing what was saved"):
+            with contextlib.ExitStack() as around:
+                around.enter_context(self._writing())
+                if self._manager.is_saving_in_progress():
+                    around.enter_context(progress("writing what was saved"))
                 self._manager.wait_until_finished()
 
     @contextlib.contextmanager

@@ -7,8 +7,10 @@ import io
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
+import textwrap
 import threading
 import time
 from collections import deque
@@ -67,11 +69,16 @@ def mute() -> None:
 
 
 def say(text: str, fact: str = "", **values: Any) -> None:
-    """A line that stays. ``fact`` and ``values`` are what it tells, for "json"."""
+    """A line that stays. ``fact`` and ``values`` are what it tells, for "json"; one with a
+    ``command`` is left to the terminal to wrap, so that it can be copied.
+    """
     if _mode == "json":
         _put_json({"fact": fact, **values, "text": text} if fact else {"note": text})
-    elif _live is not None:
-        # Left to the terminal to wrap, so that a command can be copied.
+        return
+    if _for_people(sys.stdout) and "command" not in values:
+        width = shutil.get_terminal_size().columns
+        text = "\n".join(_by_words(line, width) for line in text.split("\n"))
+    if _live is not None:
         _live.display.console.print(text, highlight=False, markup=False, soft_wrap=True)
     else:
         _put(text)
@@ -245,6 +252,15 @@ def packed(items: Iterable[str], width: int) -> Iterator[str]:
         line = f"{line}  {word}" if line else word
     if line:
         yield line
+
+
+def _by_words(line: str, width: int) -> str:
+    """A line that is broken between words where it is wider."""
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, width, subsequent_indent=indent, **whole)
 
 
 def _is(row: Mapping[str, Any], name: str) -> bool:
