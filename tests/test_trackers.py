@@ -195,6 +195,7 @@ def test_an_mlflow_server_that_goes_away_ends_no_run(tmp_path, server, capsys):
 
 @pytest.mark.slow
 def test_a_store_of_mlflow_itself_holds_the_run(tmp_path, monkeypatch, examples):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow = pytest.importorskip("mlflow")
     mlflow.set_tracking_uri((tmp_path / "store").as_uri())
     for step in (1, 2):
