@@ -368,9 +368,9 @@ def test_sigterm_from_outside_ends_with_the_code_to_run_again_and_the_command_go
     assert "SIGTERM: finishing this step" in out and "run the same command again" in out
     told = [json.loads(line) for line in out.splitlines()]  # from the first line to the last
     facts = [one["fact"] for one in told if "fact" in one]
-    first = ["records", "budgets", "model", "frozen", "devices", "memory", "steps", "budgets"]
     assert [fact for fact in facts if fact != "compiling"] == [
-        *(*first, "changed", "folder", "start", "stopped"),
+        *("records", "room", "lengths", "model", "frozen", "devices", "memory", "steps"),
+        *("budgets", "changed", "folder", "start", "stopped"),
     ]
     assert {"split", "fact", "note"} >= {next(iter(one)) for one in told} - {"progress"}
     (saved,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())

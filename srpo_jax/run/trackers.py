@@ -152,9 +152,10 @@ class Mlflow:
         with _installed("mlflow-skinny", key):
             import mlflow  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
             from mlflow import entities  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
-        self._entities, self._client, self._told = entities, mlflow.MlflowClient(), False
+        self._entities, self._told = entities, False
         kept = folder / "mlflow_run_id"
         try:
+            self._client = mlflow.MlflowClient()
             if kept.exists():
                 self._id = kept.read_text().strip()
                 self._client.update_run(self._id, status="RUNNING")
@@ -166,10 +167,12 @@ class Mlflow:
                 write_text(kept, f"{self._id}\n")
             self._keep_config(config)
         except Exception as error:  # MLflow's own, requests', the store's
-            where = mlflow.get_tracking_uri()
+            where, anew = mlflow.get_tracking_uri(), ""
+            if kept.exists():
+                anew = f", or remove {kept} to begin a new MLflow run"
             raise RunError(
-                f"{key}: MLflow at {where} says: {in_short(error)}; set MLFLOW_TRACKING_URI, or "
-                f"remove {kept} to begin a new MLflow run"
+                f"{key}: MLflow at {where} says: {in_short(error)}; set MLFLOW_TRACKING_URI to a "
+                f"server's address{anew}"
             ) from error
 
     def _keep_config(self, config: Mapping[str, Any]) -> None:
