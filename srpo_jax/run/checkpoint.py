@@ -198,7 +198,7 @@ class Checkpoints:
             meta=ocp.args.JsonSave(sealed(record)),
         )
         self._remember(step, record)
-        with self._writing(), progress(f"saving step {step}, in part behind the next steps"):
+        with self._writing(), progress(f"saving step {step}"):
             return self._manager.save(step, args=items, force=True)
 
     def restore(
