@@ -122,7 +122,7 @@ def add_training(config: ConfigDict) -> None:
     # epochs are always allowed.
     checkpoint.allow_changes = ""
 
-    log = config.log
+    log: Any = config.log
     log.every = 1  # steps between rows of metrics.jsonl
     log.keep = 10  # steps between lines that stay above the live table; 0: none
     log.tensorboard = True  # events of the same numbers in tensorboard/

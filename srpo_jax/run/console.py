@@ -123,7 +123,8 @@ class Console:
         global _live  # noqa: PLW0603  (a terminal has one live display)
         from rich.live import Live  # noqa: PLC0415
 
-        self.display = Live(get_renderable=lambda: self, refresh_per_second=4)
+        table: Any = lambda: self  # noqa: E731  (it draws itself anew each time)
+        self.display = Live(get_renderable=table, refresh_per_second=4)
         self.display.start()
         _live = self
 
@@ -259,8 +260,9 @@ def _by_words(line: str, width: int) -> str:
     if len(line) <= width:
         return line
     indent = " " * (len(line) - len(line.lstrip()) + 2)
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(line, width, subsequent_indent=indent, **whole)
+    return textwrap.fill(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _is(row: Mapping[str, Any], name: str) -> bool:
