@@ -86,6 +86,9 @@ def base(size: str) -> ConfigDict:
     config.compilation_cache_dir = ""  # where compiled programs are kept for later runs
     config.compile_guard = True  # a recompilation after warm-up stops the run
     config.compiler_defaults = True  # of docs/compiler_flags.md, where the environment is silent
+
+    config.log = log = ConfigDict()
+    log.console = "auto"  # a live table on a terminal, else a line a step; or "plain", "json"
     return config
 
 
@@ -122,12 +125,12 @@ def add_training(config: ConfigDict) -> None:
     # epochs are always allowed.
     checkpoint.allow_changes = ""
 
-    config.log = log = ConfigDict()
+    log: Any = config.log
     log.every = 1  # steps between rows of metrics.jsonl
-    log.console = "auto"  # a live table on a terminal, else a line a step; or "plain", "json"
     log.keep = 10  # steps between lines that stay above the live table; 0: none
     log.tensorboard = True  # events of the same numbers in tensorboard/
     log.wandb_project = ""  # empty: no W&B
+    log.mlflow_experiment = ""  # empty: no MLflow; MLFLOW_TRACKING_URI says where it is
 
 
 def add_evaluation(config: ConfigDict, *, periodic: bool) -> ConfigDict:

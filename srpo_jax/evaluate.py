@@ -28,6 +28,7 @@ from srpo_jax.data.encoders import PromptEncoder
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.fields import Record
 from srpo_jax.data.files import AnyPath, JsonlLog, write_jsonl
+from srpo_jax.launch import command
 from srpo_jax.report import accounting
 from srpo_jax.report.rates import rates
 from srpo_jax.rewards.answers import gold_problem
@@ -57,7 +58,7 @@ NOT_SETTINGS = (
     "data.patch_budgets", "data.prompt_tokens", "data.prompts_per_row", "eval.batch_size",
     "sampling.segment", "sampling.concurrent_rows", "mesh", "distributed", "model.remat", "size",
     "compilation_cache_dir", "compile_guard", "compiler_defaults", "bootstrap", "eval.scoring",
-    "eval.stop_after",
+    "eval.stop_after", "log",
 )  # fmt: skip
 OF_SUMMARY = ("bootstrap", "eval.scoring", "eval.stop_after")  # of these, what summary.json follows
 
@@ -94,7 +95,9 @@ def evaluate(
             write_config(settings.workdir, settings.plain)
         done = {row["origin"] for row in log.rows}
         processes.say(
-            f"{len(evaluator)} records, {len(done)} of them done before; weights of {origin}"
+            f"{len(evaluator)} records, {len(done)} of them done before; weights of {origin}",
+            "evaluation",
+            **{"records": len(evaluator), "done": len(done), "weights": origin},
         )
         begun, before = time.monotonic(), len(done)
         unasked: list[Row] = []  # kept at the end: a run that goes on may have room for them
@@ -105,7 +108,11 @@ def evaluate(
                 done |= {row["origin"] for row in rows}
                 pace = (time.monotonic() - begun) / max(len(done) - before, 1)
                 left = pace * (len(evaluator) - len(done))
-                processes.say(f"{len(done)}/{len(evaluator)} records, about {left:.0f} s left")
+                processes.say(
+                    f"{len(done)}/{len(evaluator)} records, about {left:.0f} s left",
+                    "evaluated",
+                    **{"done": len(done), "records": len(evaluator), "seconds_left": round(left)},
+                )
         except Stopped:
             log.close()
             processes.say("stopped; the same command goes on from here")
@@ -115,6 +122,9 @@ def evaluate(
         told |= {"weights": origin, "made_by": made_by}
         summary = conclude(settings, evaluator.source, log.rows, told)
         log.finish()
+        folder = settings.workdir
+        page = f"{command('eval_report')} --workdir {folder} --out {folder / 'report'}"
+        processes.say(f"its page: {page}", "report", command=page)
         return summary
 
 
@@ -148,7 +158,8 @@ def conclude(
         if settings.eval.benchmark and rows:
             summary["benchmark"] = score_benchmark(settings, source, rows)
         write_jsonl(settings.workdir / "summary.json", [summary])
-    processes.say(", ".join(f"{k} {summary[k]:.4f}" for k in ("acc@1", "acc@2", "fix", "harm")))
+    found = {name: summary[name] for name in ("acc@1", "acc@2", "fix", "harm")}
+    processes.say(", ".join(f"{k} {x:.4f}" for k, x in found.items()), "rates", **found)
     return summary
 
 

@@ -39,6 +39,7 @@ _COMMANDS = {
     "train_grpo": ("srpo-train-grpo", "srpo_jax.train_grpo"),
     "evaluate": ("srpo-evaluate", "srpo_jax.evaluate"),
     "report": ("srpo-report", "tools.report"),
+    "eval_report": ("srpo-tool eval_report", "tools.eval_report"),
     "plan": ("srpo-plan", "tools.plan"),
 }
 

@@ -55,7 +55,6 @@ from srpo_jax.run.lesson import (
     row_of,
     work_of,
 )
-from srpo_jax.run.metrics import Example
 from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.pool import Pool, informative
@@ -74,6 +73,7 @@ from srpo_jax.run.rollout import (
 from srpo_jax.run.sections import GrpoSettings
 from srpo_jax.run.session import Done, Session
 from srpo_jax.run.settings import batch_layout, fit_rows, grpo_config, grpo_settings
+from srpo_jax.run.trackers import Example
 from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import Batch, Experience, Lanes, Params, TrainState
 
@@ -228,7 +228,8 @@ class Stage:
             updates = jax.device_get(updates)
         if self.check_first_update and updates:
             self.check_first_update = False
-            processes.say(f"preflight: {check_sampler(updates[0], self.parts.model.dtype)}")
+            told = check_sampler(updates[0], self.parts.model.dtype)
+            processes.say(f"preflight: {told}", "preflight")
         pending = len(self.pool.groups)
         metrics, reason = row_of(lesson, updates, packed, counts, self.parts, pending)
         self.tell(reason)

@@ -1,5 +1,6 @@
 """Checkpoints: exact, kept by policy, refused where they do not fit."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -77,6 +78,23 @@ def test_everything_comes_back_bit_for_bit_and_where_it_lay(tmp_path):
     assert got.state.params["text/w/kernel"].sharding.spec == P("fsdp")
     mu = got.state.opt_state[1][0].mu["text/w/kernel"]
     assert mu.sharding == state.opt_state[1][0].mu["text/w/kernel"].sharding
+
+
+def test_saving_and_reading_show_that_they_go_on(tmp_path, monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def progress(label):
+        shown.append(label)
+        yield
+
+    monkeypatch.setattr(checkpoint, "progress", progress)
+    saver, state = Checkpoints(tmp_path), make_state(3)
+    saver.save(7, state, config={})
+    saver.close()
+    Checkpoints(tmp_path).restore(checkpoint.abstract(state))
+    assert shown[0].startswith("saving step 7") and shown[-1].endswith("checkpoints/7")
+    assert set(shown[1:-1]) <= {"writing what was saved"}  # where it was not done by then
 
 
 @pytest.mark.parametrize(

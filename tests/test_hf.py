@@ -185,6 +185,21 @@ def test_only_the_slices_of_a_shard_are_read(tmp_path, monkeypatch):
         assert sum(r.size for r in read) == part.size, path
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_loading_tells_what_is_read_of_what_this_process_reads(tmp_path, sharded):
+    cfg = write_tiny(tmp_path / "hf")
+    shapes = abstract_params(cfg)
+    specs = sharding.param_specs(shapes, sharding.make_mesh(1, 4, 2)) if sharded else None
+    told = []
+    add = lambda *one: told.append(one)  # noqa: E731
+    hf.load_params(tmp_path / "hf", cfg, shardings=specs, progress=add)
+    size = 4 * sum(math.prod(leaf.shape) for leaf in shapes.values())
+    done = [one[1] for one in told]
+    assert {one[2] for one in told} == {size} and done == sorted(done) and done[-1] == size
+    layers = [name for name, *_ in told if name.startswith("text/layers/mlp/up/")]
+    assert len(layers) == cfg.text.num_hidden_layers
+
+
 def test_each_slice_is_read_once_for_all_devices_that_hold_it(tmp_path, monkeypatch):
     cfg = write_tiny(tmp_path / "hf")
     specs = sharding.param_specs(abstract_params(cfg), sharding.make_mesh(2, 2, 2))

@@ -1,26 +1,20 @@
 """Metric rows that survive restarts, timers, and FLOP counts worked by hand."""
 
-import contextlib
 import json
-import sys
 import time
-import types
 
 import bucket_helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
-from tensorboardX import SummaryWriter
 
-from srpo_jax.data.images import ImageRef
 from srpo_jax.run import metrics
-from srpo_jax.run.metrics import Example, MetricWriter, ModelFlops, Timers, read_rows
+from srpo_jax.run.metrics import MetricWriter, ModelFlops, Timers, read_rows
 
 
 def writer(tmp_path, **kw) -> MetricWriter:
-    return MetricWriter(tmp_path, total_steps=10, tensorboard=False, **kw)
+    return MetricWriter(tmp_path, total_steps=10, **kw)
 
 
 def raw_rows(tmp_path) -> list[dict]:
@@ -92,41 +86,10 @@ def test_console_without_a_terminal_prints_plain_lines_of_the_chosen_metrics(tmp
 
 
 def test_what_is_not_finite_is_shown_as_such(tmp_path, capsys):
-    writer = MetricWriter(tmp_path, total_steps=9, show=["loss", "kl", "mfu"], tensorboard=False)
+    writer = MetricWriter(tmp_path, total_steps=9, show=["loss", "kl", "mfu"])
     writer.write(9, {"loss": float("nan"), "kl": float("-inf"), "mfu": None}, split="train")
     writer.close()
     assert "step 9/9  loss NaN  kl -inf\n" in capsys.readouterr().out
-
-
-def test_tensorboard_gets_the_numbers(tmp_path):
-    out = MetricWriter(tmp_path, total_steps=1, tensorboard=True)
-    out.write(1, {"loss": 0.5}, split="train")
-    out.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"train/loss" in events.read_bytes()
-
-
-def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    writer(tmp_path).close()
-    with pytest.raises(ImportError, match="pip install wandb"):
-        writer(tmp_path, wandb_project="p")
-
-
-def test_a_resumed_run_goes_on_with_its_wandb_run(tmp_path, monkeypatch):
-    begun = []
-    fake = types.SimpleNamespace(
-        init=lambda **kw: begun.append(kw) or types.SimpleNamespace(finish=lambda: None)
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
-    for folder in ("a", "a", "b"):
-        writer(tmp_path / folder, wandb_project="p").close()
-    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
-    writer(tmp_path / "c", wandb_project="p").close()
-    names = [one["id"] for one in begun]
-    assert names[0] == names[1] != names[2] and names[3] == "chosen"
-    assert {one["resume"] for one in begun} == {"allow"}
 
 
 def test_rows_go_to_a_bucket(tmp_path, monkeypatch):
@@ -230,19 +193,3 @@ def test_peak_is_known_for_accelerators_and_none_for_the_rest():
 def test_utilisation_is_of_all_devices(monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e12)
     assert metrics.utilisation(4e12, 2.0) == pytest.approx(4e12 / (2.0 * 1e12 * 8))
-
-
-def test_examples_go_to_tensorboard_as_text_and_small_images(tmp_path, monkeypatch):
-    Image.new("RGB", (600, 300)).save(tmp_path / "a.png")
-    found = []
-    add = lambda kind: lambda _, name, value, step, **__: found.append((kind, name, value, step))  # noqa: E731
-    monkeypatch.setattr(SummaryWriter, "add_text", add("text"))
-    monkeypatch.setattr(SummaryWriter, "add_image", add("image"))
-    there, gone = (ImageRef("d:1", name, str(tmp_path)) for name in ("a.png", "gone.png"))
-    with contextlib.closing(MetricWriter(tmp_path / "run", total_steps=1)) as writer:
-        examples = [Example("# How many?", "7", "six", image) for image in (there, gone, None)]
-        writer.show(3, "rollouts", examples)
-    texts = [value for kind, _, value, _ in found if kind == "text"]
-    assert texts == ["    # How many?\n    \n    gold: 7\n    \n    six"] * 3
-    ((_, name, pixels, step),) = (one for one in found if one[0] == "image")
-    assert (name, step, pixels.shape) == ("rollouts/0", 3, (128, 256, 3))

@@ -18,7 +18,7 @@ from PIL import Image
 from srpo_jax.data.files import write_jsonl
 from srpo_jax.report import curves, health, rollouts, run_page
 from srpo_jax.run.metrics import MetricWriter
-from srpo_jax.run.recipe import stock
+from srpo_jax.run.recipe import stock, write_config
 from srpo_jax.run.stored import FORMAT
 from srpo_jax.structs import RunError
 from tools import report
@@ -384,7 +384,10 @@ def test_the_configuration_is_that_of_the_newest_checkpoint_that_can_be_read(tmp
     (tmp_path / "checkpoints/3/meta/metadata").write_text("{")
     run = run_of(tmp_path, metric_rows(1))
     assert (run.config, run.origin) == ({"steps": 2}, "runs/sft")
-    assert "No checkpoint yet" in run_page.page([run_of(tmp_path / "new", [])])
+    assert "Not known: neither" in run_page.page([run_of(tmp_path / "new", [])])
+    write_config(tmp_path / "new", {"steps": 7})  # a run writes it before its first checkpoint
+    new = run_page.read(tmp_path / "new")
+    assert (new.config, new.steps) == ({"steps": 7}, 7)
 
 
 def test_evaluations_stand_in_a_table_with_their_intervals(tmp_path):
@@ -412,7 +415,7 @@ def test_the_command_writes_the_page_beside_the_run(tmp_path, capsys):
 
 
 def test_a_run_says_what_it_ran_with_and_the_page_shows_it(tmp_path):
-    MetricWriter(tmp_path / "a", total_steps=1, tensorboard=False).close()
+    MetricWriter(tmp_path / "a", total_steps=1).close()
     run = run_page.read(tmp_path / "a")
     assert run.versions["jax"] == jax.__version__ and run.versions["srpo_jax"]
     assert run.versions["devices"] == f"{jax.device_count()} x cpu"
@@ -435,7 +438,6 @@ def test_the_same_held_out_problems_are_shown_over_time(tmp_path):
     for step in (5, 7):
         writer.keep(step, [answer(step), answer(step, origin="a.jsonl:2", prompt="Other?")])
     writer.close()
-    assert list((tmp_path / "a/tensorboard").iterdir())  # as text, too
     first, second = run_page.over_time(run_page.read(tmp_path / "a"))
     assert second["question"] == "Other?" and [r["step"] for r in second["rows"]] == [5, 7]
     assert [row["final_correct"] for row in first["rows"]] == [False, True]

@@ -352,6 +352,7 @@ def test_sigterm_from_outside_ends_with_the_code_to_run_again_and_the_command_go
         *("--config.max_pixels=3136", "--config.data.global_batch_size=4"),
         *("--config.data.workers=0", "--config.log.tensorboard=False"),
         *("--config.data.prompts_per_row=4", "--config.checkpoint.every=1000"),
+        "--config.log.console=json",
     ]
     environment = os.environ | {"XLA_FLAGS": xla_flags()}
 
@@ -371,6 +372,13 @@ def test_sigterm_from_outside_ends_with_the_code_to_run_again_and_the_command_go
     out, error = run.communicate(timeout=240)
     assert run.returncode == AGAIN, error
     assert "SIGTERM: finishing this step" in out and "run the same command again" in out
+    told = [json.loads(line) for line in out.splitlines()]  # from the first line to the last
+    facts = [one["fact"] for one in told if "fact" in one]
+    assert [fact for fact in facts if fact != "compiling"] == [
+        *("records", "room", "lengths", "model", "frozen", "devices", "memory", "steps"),
+        *("budgets", "changed", "folder", "start", "stopped"),
+    ]
+    assert {"split", "fact", "note"} >= {next(iter(one)) for one in told} - {"progress"}
     (saved,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert 1 <= saved < 60
 

@@ -12,6 +12,7 @@ from typing import Any
 from srpo_jax.data.fields import Columns
 from srpo_jax.data.files import write_json, write_text
 from srpo_jax.report import accounting, eval_page, table
+from srpo_jax.report.verdict import of_rates
 from tools.lib import cli, eval_folders
 from tools.lib.eval_folders import Evaluation
 from tools.lib.record_images import record_images
@@ -60,7 +61,8 @@ def main(args: argparse.Namespace) -> None:
         for row in one.shown
     ]
     images = None if args.no_images else record_images(args.image_root, Columns.parse(args.columns))
-    html = eval_page.page(items, images, limit=args.items, seed=args.seed)
+    verdicts = {name: of_rates(one, name) for name, one in summaries.items()}
+    html = eval_page.page(items, images, verdicts=verdicts, limit=args.items, seed=args.seed)
     out = Path(args.out)
     write_text(out / "report.md", markdown(summaries, accounts))
     write_json(out / "report.json", report)

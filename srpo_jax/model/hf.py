@@ -12,6 +12,7 @@ import glob
 import math
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,17 +54,20 @@ class HFLeaf:
     shape: tuple[int, ...]
     dtype: np.dtype
     layers: tuple[Stored, ...]  # one for each layer, or the only one
+    told: Callable[[int], None] = lambda nbytes: None  # called with the bytes of each layer read
 
     def __getitem__(self, index: Index) -> np.ndarray:
         ranges = _ranges(self.shape, index)
         out = np.empty([len(r) for r in ranges], self.dtype)
         if not self.row.stacked:
             assign(out, _read_layer(self.row, self.shape, self.layers[0], ranges))
+            self.told(out.nbytes)
             return out
 
         def read(i: int) -> None:
             stored = self.layers[ranges[0][i]]
             assign(out[i], _read_layer(self.row, self.shape, stored, ranges[1:]))
+            self.told(out[i].nbytes)
 
         # Threads: numpy and safetensors let go of the interpreter while they copy.
         with ThreadPoolExecutor(max(1, min(READERS, len(out)))) as pool:
@@ -193,6 +197,7 @@ def load_params(
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: Any = None,
+    progress: Progress | None = None,
 ) -> Params:
     """Read an HF directory into device arrays; each process reads only the slices it holds.
 
@@ -202,12 +207,15 @@ def load_params(
         shardings: parameter path -> sharding (`srpo_jax.model.sharding.param_specs`); None puts
             everything on the default device.
         dtype: dtype of the arrays, cast slice by slice; None keeps the stored one.
+        progress: called after each layer of a parameter, of what this process reads.
 
     Raises:
         HFError: one message with every fault, see `open_hf`.
     """
-    params = {}
-    for path, leaf in open_hf(hf_dir, cfg, dtype=dtype).items():
+    params, leaves = {}, open_hf(hf_dir, cfg, dtype=dtype)
+    if progress:
+        leaves = _telling(leaves, shardings or {}, progress)
+    for path, leaf in leaves.items():
         if shardings is None:
             # A copy by XLA: a buffer that numpy owns could not be donated.
             params[path] = jnp.array(leaf[(slice(None),) * len(leaf.shape)], copy=True)
@@ -216,13 +224,45 @@ def load_params(
     return params
 
 
-def _place(leaf: HFLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
-    """One sharded parameter; what the devices of this process hold is read once."""
-    slices = {
+def _telling(
+    leaves: Mapping[str, HFLeaf],
+    shardings: Mapping[str, jax.sharding.Sharding],
+    progress: Progress,
+) -> dict[str, HFLeaf]:
+    """The leaves, which tell ``progress`` what of this process's part is read."""
+    done, lock = 0, threading.Lock()
+    whole = {path: {tuple((0, n) for n in leaf.shape)} for path, leaf in leaves.items()}
+    held = whole | {path: _held(leaves[path], sharding) for path, sharding in shardings.items()}
+    total = sum(
+        math.prod(b - a for a, b in part) * leaves[path].dtype.itemsize
+        for path, parts in held.items()
+        for part in parts
+    )
+
+    def told(path: str, nbytes: int) -> None:
+        nonlocal done
+        with lock:  # layers are read by several threads
+            done = min(done + nbytes, total)
+            progress(path, done, total)
+
+    return {
+        path: dataclasses.replace(leaf, told=functools.partial(told, path))
+        for path, leaf in leaves.items()
+    }
+
+
+def _held(leaf: HFLeaf, sharding: jax.sharding.Sharding) -> set[tuple[tuple[int, int], ...]]:
+    """Begin and end on each axis of every slice that a device of this process holds."""
+    return {
         tuple((r.start, r.stop) for r in _ranges(leaf.shape, index))
         for index in sharding.addressable_devices_indices_map(leaf.shape).values()
         if index is not None
     }
+
+
+def _place(leaf: HFLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One sharded parameter; what the devices of this process hold is read once."""
+    slices = _held(leaf, sharding)
     ends = [
         (min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*slices, strict=True)
     ]

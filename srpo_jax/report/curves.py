@@ -67,6 +67,16 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "Amounts of a step": ("tokens", "samples", "trained_tokens", "updates", "conversations"),
     },
 }
+# Charts that stand at the top of the page too: the first KEYS of these that there are.
+KEY = (
+    "Accuracy, first and final answer",
+    "Fixed of the wrong, harmed of the right",
+    "Reward",
+    "Loss",
+    "Gradient and update norm",
+    "Learning rate",
+)
+KEYS = 3
 # Of an evaluation, the same for each split that is no training.
 EVALUATION: dict[str, tuple[str, ...]] = {
     "acc@1 and acc@2": ("acc@1", "acc@2"),
@@ -80,7 +90,7 @@ _FIRST = "train"  # the split that SECTIONS is about
 
 
 def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
-    """What the page draws: {"runs": names, "axes": [steps], "charts": [chart]}.
+    """What the page draws: {"runs": names, "axes": [steps], "charts": [chart], "key": [title]}.
 
     A chart is {"section", "title", "series": [{"name", "run", "axis", "values"}]}; ``run`` and
     ``axis`` are places in the lists, a value that is not finite or not there is None.
@@ -108,9 +118,11 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
     order = [(section, chart) for section, own in SECTIONS.items() for chart in own]
     known = [key for key in order if key in found]
     rest = [key for key in found if key not in order]
+    titles = {title for _, title in found}
     return {
         "runs": [*runs],
         "axes": axes,
+        "key": [title for title in KEY if title in titles][:KEYS],
         "charts": [
             {"section": key[0], "title": key[1], "series": found[key]} for key in known + rest
         ],

@@ -1,13 +1,14 @@
 """One HTML page of evaluated items: image, question, gold, both rounds, verdicts; filterable."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from srpo_jax.benchmarks.common import first
 from srpo_jax.report.html import problem, render
+from srpo_jax.report.verdict import Verdict
 
 Item = dict[str, Any]
 Images = Callable[[Item], Iterable[Image.Image]]
@@ -34,6 +35,7 @@ def page(
     items: Sequence[Item],
     images: Images | None = None,
     *,
+    verdicts: Mapping[str, Verdict] | None = None,
     limit: int = LIMIT,
     seed: int = 0,
 ) -> str:
@@ -46,6 +48,7 @@ def page(
             benchmark, mode and ``categories`` ({table: groups}).
         images: the pictures of an item. Where it raises ValueError or OSError, the reason stands
             in the picture's place.
+        verdicts: do the reflections help, by evaluation.
         limit: so many items at most, drawn at random and shown in their order.
         seed: of the draw.
     """
@@ -59,6 +62,7 @@ def page(
         items=shown,
         total=len(items),
         counts=counts,
+        verdicts=verdicts or {},
         groups=sorted(groups.items()),
     )
 

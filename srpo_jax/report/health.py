@@ -21,6 +21,7 @@ class Finding:
     title: str
     found: str  # the numbers that say so
     remedy: str
+    rollouts: str = ""  # what the page's form of rollouts is to look for, as a query
 
 
 class Course:
@@ -71,7 +72,7 @@ def _sandbagging(course: Course) -> Iterator[Finding]:
     course.look(SandbagWatch(told.append))
     for text in told[-1:]:
         found, _, remedy = text.partition(": is it wrong on purpose, to be mended? ")
-        yield Finding("Wrong first on purpose?", found, remedy)
+        yield Finding("Wrong first on purpose?", found, remedy, "change=1&order=last")
 
 
 def _collapse(course: Course) -> Iterator[Finding]:
@@ -83,6 +84,7 @@ def _collapse(course: Course) -> Iterator[Finding]:
             f"{name} fell from {before:.3g} to {now:.3g} tokens",
             "Read some rollouts of the last steps. Does the reflection still say anything? Lower "
             "reward.alpha, the weight of the length term, or raise grpo.kl_coef.",
+            "order=last",
         )
 
 
@@ -106,6 +108,7 @@ def _harm(course: Course) -> Iterator[Finding]:
             + LATEST.format(min(WINDOW, len(course.values("harm/count")))),
             "Filter rollouts by 'right to wrong'. Does the reflection talk the policy out of them? "
             "reward.profile=balanced pays for keeping as for mending.",
+            "change=2&order=last",
         )
 
 
@@ -145,6 +148,7 @@ def _repeats(course: Course) -> Iterator[Finding]:
             f"a run of {_percent(repeated)} of a sample's tokens stands in it twice",
             "Read the longest samples. Check the end-of-text token of the chat template, lower "
             "optim.lr or raise grpo.kl_coef.",
+            "order=last",
         )
     if copies > 0.5:
         yield Finding(

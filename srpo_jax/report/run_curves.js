@@ -24,7 +24,11 @@ function curves(data) {
   const drawn = [];
 
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const short = (value) => (value == null ? "" : String(Number(value.toPrecision(4))));
+  function short(value) {
+    if (value == null) return "";
+    const small = value && Math.abs(value) < 1e-3;
+    return small ? value.toExponential(1) : String(Number(value.toPrecision(4)));
+  }
 
   // Exponential mean that starts without a bias to 0; a gap stays a gap.
   function smoothed(values, weight) {
@@ -47,13 +51,21 @@ function curves(data) {
     return uPlot.join(tables);
   }
 
-  function draw(chart) {
+  // What all names begin with, up to a slash: the legend does without it.
+  function shared(names) {
+    const first = names[0].slice(0, names[0].lastIndexOf("/") + 1);
+    return names.length > 1 && names.every((name) => name.startsWith(first)) ? first : "";
+  }
+
+  function draw(chart, place) {
     const names = [...new Set(chart.series.map((one) => one.name))];
+    const prefix = shared(names);
     const lines = chart.series.flatMap((one) => {
       const name = names.indexOf(one.name);
       const stroke = COLOURS[(names.length > 1 ? name : one.run) % COLOURS.length];
       const dash = names.length > 1 ? DASHES[one.run % DASHES.length] : [];
-      const label = many ? `${one.name} · ${data.runs[one.run]}` : one.name;
+      const own = one.name.slice(prefix.length);
+      const label = many ? `${own} · ${data.runs[one.run]}` : own;
       const value = (plot, y, at, step) =>
         short(step == null ? plot.data[at].findLast((last) => last != null) : y);
       return [
@@ -80,14 +92,14 @@ function curves(data) {
       cursor: { sync: { key: "step" }, y: false },
       axes: [{ ...axis, size: 34 }, { ...axis, size: 58, values: (_, at) => at.map(short) }],
       legend: { markers: { dash: (_, at) => (lines[at - 1]?.dash.length ? "dashed" : "solid") } },
-      series: [{ label: "step", value: (_, x) => short(x) }, ...lines],
+      series: [{ label: "step", value: (plot, x) => short(x ?? plot.data[0].at(-1)) }, ...lines],
     }, columns(chart.series), frame);
     frame.addEventListener("keydown", (event) => move(event, plot));
     new ResizeObserver(() => {
       if (frame.clientWidth && frame.clientWidth !== plot.width)
         plot.setSize({ width: frame.clientWidth, height: HEIGHT });
     }).observe(frame);
-    drawn.push({ chart, plot, frame });
+    drawn.push({ chart, plot, frame, place });
   }
 
   // Arrows, Home and End move the cursor from step to step.
@@ -100,15 +112,18 @@ function curves(data) {
     plot.setCursor({ left: plot.valToPos(step, "x"), top: HEIGHT / 3 }, true, true);
   }
 
+  const top = document.getElementById("key-curves");
+  for (const title of data.key) draw(data.charts.find((chart) => chart.title === title), top);
   let section = null;
   for (const chart of data.charts) {
     if (chart.section !== section) {
       section = chart.section;
       place.append(make("h2", "", section));
     }
-    draw(chart);
+    draw(chart, place);
   }
 
+  slider.form.addEventListener("submit", (event) => event.preventDefault());
   slider.addEventListener("input", () => {
     slider.nextElementSibling.textContent = slider.value;
     for (const { chart, plot } of drawn) {
@@ -126,7 +141,7 @@ function curves(data) {
     });
   document.getElementById("find").addEventListener("input", (event) => {
     const text = event.target.value.toLowerCase();
-    for (const { chart, frame } of drawn) {
+    for (const { chart, frame } of drawn.filter((one) => one.place === place)) {
       const words = [chart.section, chart.title, ...chart.series.map((one) => one.name)];
       frame.hidden = !words.join(" ").toLowerCase().includes(text);
     }

@@ -7,13 +7,14 @@ from typing import Any
 
 from srpo_jax.data.files import AnyPath, absolute, read_jsonl
 from srpo_jax.data.hf_folder import read_json
-from srpo_jax.report import curves, rollouts
+from srpo_jax.report import curves, glance, rollouts
 from srpo_jax.report.health import findings
 from srpo_jax.report.html import render
 from srpo_jax.report.rollouts import Pictures
 from srpo_jax.report.table import HEAD, rate_rows
 from srpo_jax.run.metrics import EVALUATIONS as ANSWERS
 from srpo_jax.run.metrics import VERSIONS, read_rows
+from srpo_jax.run.recipe import read_config_of
 from srpo_jax.run.resume import flat_config
 from srpo_jax.run.stored import CheckpointError, read_meta, steps_in
 from srpo_jax.structs import RunError
@@ -36,8 +37,9 @@ class Run:
 
     folder: str
     rows: Sequence[Mapping[str, Any]] = field(default=(), repr=False)  # of metrics.jsonl
-    config: Config = field(default_factory=dict)  # of its newest checkpoint, nested; {}: none yet
+    config: Config = field(default_factory=dict)  # nested; {}: not known
     origin: str = ""  # of its first weights
+    steps: int = 0  # that it is to do; 0: not known
     versions: Mapping[str, str] = field(default_factory=dict)  # what its last start ran with
     answers: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict, repr=False)
     # ^ step of an evaluation -> rows of the same few held-out problems
@@ -56,7 +58,9 @@ def read(folder: AnyPath) -> Run:
     versions = read_json(path / VERSIONS)
     files = sorted((path / ANSWERS).glob("*.jsonl")) if (path / ANSWERS).exists() else []
     answers = {int(file.stem): read_jsonl(file) for file in files[-EVALUATIONS:]}
-    return Run(str(path), rows, meta.get("config", {}), meta.get("origin", ""), versions, answers)
+    config = meta.get("config") or read_config_of(path)
+    steps = meta.get("total_steps") or config.get("steps") or 0
+    return Run(str(path), rows, config, meta.get("origin", ""), steps, versions, answers)
 
 
 def _newest_meta(folder: Any) -> dict[str, Any]:
@@ -95,10 +99,7 @@ def page(
         "run_page.html.jinja",
         title=f"Training run {next(iter(named))}",
         parts=PARTS,
-        runs=[
-            {"name": name, "folder": run.folder, "words": _words(run), "origin": run.origin}
-            for name, run in named.items()
-        ],
+        runs=[_view(name, run, evaluations or {}) for name, run in named.items()],
         warnings=[(name, findings(run.rows)) for name, run in named.items()],
         evaluation_head=HEAD,
         evaluations=rate_rows(_evaluations(named) | dict(evaluations or {})),
@@ -175,10 +176,19 @@ def names(folders: Sequence[str]) -> list[str]:
     return [f"{folder} ({n})" for n, folder in enumerate(folders, 1)]
 
 
-def _words(run: Run) -> str:
-    """How far a run is."""
-    if not run.rows:
-        return "no step yet"
-    plan = run.config.get("steps")
-    steps = {row["step"] for row in run.rows if row["split"] == "train"}
-    return f"step {max(steps, default=0):,}" + (f" of {plan:,}" if plan else "")
+def _view(name: str, run: Run, evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What stands at the top of the page of one run."""
+    # An evaluation is of a run where its weights are: a checkpoint or an export in its folder.
+    own = {
+        name: rates
+        for name, rates in evaluations.items()
+        if str(rates.get("weights", "")).startswith(f"{run.folder}/")
+    }
+    return {
+        "name": name,
+        "folder": run.folder,
+        "doing": glance.doing(run.config, run.origin),
+        "progress": glance.progress(run.rows, run.steps),
+        "helped": glance.helped(run.rows, own),
+        "numbers": [*glance.numbers(run.rows)],
+    }

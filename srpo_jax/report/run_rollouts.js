@@ -194,7 +194,20 @@ function rollouts(data, index) {
     starts.pop();
     show();
   });
+  // #rollouts-part?change=2&step-from=10 fills the form: a view can be linked to.
+  function fromAddress() {
+    const [where, query] = location.hash.split("?");
+    if (where === "#rollouts-part" && query !== undefined) {
+      form.reset();
+      for (const [name, value] of new URLSearchParams(query))
+        if (form.elements[name]) form.elements[name].value = value;
+      document.getElementById("rollouts-part").scrollIntoView();
+    }
+    restart();
+  }
+
+  addEventListener("hashchange", fromAddress);
   if (typeof DecompressionStream === "undefined")
     status.textContent = "this browser is too old to unpack rollouts";
-  else show();
+  else fromAddress();
 }

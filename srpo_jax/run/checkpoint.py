@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from srpo_jax.data.buckets import on_bucket
 from srpo_jax.data.files import AnyPath, absolute, write_json
 from srpo_jax.run import checksums, host_state, processes
+from srpo_jax.run.console import progress
 from srpo_jax.run.stored import (
     FOLDER,
     FORMAT,
@@ -197,7 +198,7 @@ class Checkpoints:
             meta=ocp.args.JsonSave(sealed(record)),
         )
         self._remember(step, record)
-        with self._writing():
+        with self._writing(), progress(f"saving step {step}"):
             return self._manager.save(step, args=items, force=True)
 
     def restore(
@@ -277,7 +278,10 @@ class Checkpoints:
     def wait(self) -> None:
         """Block until what was saved is complete on disk; CheckpointError where it is not."""
         if "_manager" in vars(self):
-            with self._writing():
+            with contextlib.ExitStack() as around:
+                around.enter_context(self._writing())
+                if self._manager.is_saving_in_progress():
+                    around.enter_context(progress("writing what was saved"))
                 self._manager.wait_until_finished()
 
     @contextlib.contextmanager
@@ -336,7 +340,8 @@ def load_params(
         name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=shardings[name])
         for name, leaf in stored.items()
     }
-    params = read_items(folder, {"params": target})["params"]
+    with progress(f"reading {folder}"):
+        params = read_items(folder, {"params": target})["params"]
     same = {name for name, leaf in stored.items() if params[name].dtype == leaf.dtype}
     check_sums(folder, read_meta(folder), {"params": {name: params[name] for name in same}})
     return own_buffers(params)
@@ -363,7 +368,8 @@ def _restore(folder: epath.Path, like: TrainState, check: Callable[[Meta], Any])
         meta, targets = _prepare(folder, like, check)
     except DamageError as error:
         problem = str(error)
-    got = read_items(folder, targets, problem)
+    with progress(f"reading {folder}"):
+        got = read_items(folder, targets, problem)
     host_item = got.pop("host")
     check_sums(folder, meta, got, {"host": host_state.item_checksum(host_item)})
     params, optimizer = own_buffers(got["params"]), own_buffers(got["optimizer"])

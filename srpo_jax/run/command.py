@@ -17,7 +17,7 @@ import jax
 
 from srpo_jax import imported
 from srpo_jax.data.buckets import is_file
-from srpo_jax.run import processes
+from srpo_jax.run import console, processes
 from srpo_jax.run.keys import help_text
 from srpo_jax.run.recipe import EXAMPLE, check_arguments, expanded
 from srpo_jax.structs import RunError, Stalled
@@ -39,6 +39,7 @@ def main(run: Callable[[Any, str], Any]) -> None:
     ``finished`` False), or SIGTERM before it began; `STALLED` where the data do not come.
     """
     imported()
+    console.reach_any_locale()
     from absl import app, flags, logging  # noqa: PLC0415  (flags exist only in a program)
     from ml_collections import config_flags  # noqa: PLC0415
 

@@ -28,7 +28,8 @@ class CompileNotes:
         at = len(self._now) + 1
         of = f" of {len(self._before)}" if len(self._before) >= at else ""
         told = ", ".join([*known, f"{at}{of}"])
-        self._console.begin(f"compiling {name} ({told})")
+        values = {"number": at, "of": len(self._before), "seconds_before": self._before.get(key)}
+        self._console.begin(f"compiling {name} ({told})", program=name, **values)
         self._begun = time.monotonic()
 
     def _end(self, name: str) -> None:

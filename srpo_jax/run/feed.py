@@ -1,5 +1,6 @@
 """Records in, batches out: data opened for this process's part of the mesh, and checked first."""
 
+import dataclasses
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ def open_source(key: str, path: str, data: DataSettings) -> Records:
         raise RunError(f"{key} is empty: pass --config.{key}=FILE (.jsonl, .parquet, ...)")
     source = open_records(path, data.root or None, columns=data.columns)
     try:
-        processes.say(f"{key}: {source.summary()}")
+        found = source.summary()
+        processes.say(f"{key}: {found}", "records", key=key, **dataclasses.asdict(found))
     except ColumnError as error:
         raise RunError(f"{key}: {error}") from None
     return source
@@ -62,20 +64,22 @@ def open_training(
             f"data.global_batch_size={data.global_batch_size}: lower that, or add records"
         )
     rule = {"seconds": FIRST_SECONDS, "share": data.max_bad_share}
-    told = [
-        check_images(parts.processor, encode, budgets),
-        look_at("data.train", source, Reader(encode, budgets, check), most=FIRST, **rule),
-    ]
+    reader = Reader(encode, budgets, check)
+    told = {
+        "room": check_images(parts.processor, encode, budgets),
+        "lengths": look_at("data.train", source, reader, most=FIRST, **rule),
+    }
     layout = batch_layout(settings, parts.shards)
     each = layout.sequences // layout.updates
     if layout.size > layout.sequences or layout.sharing > 1:
         places = layout.size * layout.sharing // layout.updates
-        told.append(
+        told["places"] = (
             f"{each} sequences of an update on {layout.shards} data shards: {each} of {places} "
             "places are used"
         )
-    for line in filter(None, told):
-        processes.say(line)
+    for fact, line in told.items():
+        if line:
+            processes.say(line, fact, key="data.train")
     loader = open_loader(
         parts,
         source,
@@ -108,10 +112,12 @@ def check_problems(settings: RunSettings, parts: Parts, source: Any, reader: Rea
     """
     told = check_images(parts.processor, reader.encode, reader.budgets)
     if told and not isinstance(settings, GrpoSettings):  # there training says the same
-        processes.say(told)
+        processes.say(told, "room", key="eval.file")
     share = settings.data.max_bad_share
     processes.say(
-        look_at("eval.file", source, reader, most=len(source), seconds=ALL_SECONDS, share=share)
+        look_at("eval.file", source, reader, most=len(source), seconds=ALL_SECONDS, share=share),
+        "lengths",
+        key="eval.file",
     )
 
 

@@ -1,14 +1,12 @@
-"""What a run reports: metric rows (console, JSONL, TensorBoard, W&B), phase timers, FLOP counts."""
+"""What a run reports: metric rows (console, JSONL, trackers), phase timers, FLOP counts."""
 
 import contextlib
 import dataclasses
 import json
 import math
-import os
 import platform
 import subprocess
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -22,14 +20,13 @@ from srpo_jax import __version__
 from srpo_jax.data.files import (
     AnyPath,
     Growing,
-    on_bucket,
     read_jsonl,
     write_json,
     write_jsonl,
-    write_text,
 )
-from srpo_jax.data.images import ImageRef, load_image, to_rgb
+from srpo_jax.run import console
 from srpo_jax.run.console import Console
+from srpo_jax.run.trackers import EXAMPLES, Example, Tracker
 
 # Peak dense bfloat16 FLOP/s of one device, by what `device_kind` holds (makers' data sheets).
 # The first match counts, so longer names stand before those they contain.
@@ -49,18 +46,6 @@ PEAK_FLOPS = (
 
 VERSIONS = "versions.json"  # of what the last start of a run ran with
 EVALUATIONS = "evaluations"  # folder of the same few problems' answers at each evaluation
-EXAMPLES = 4  # of a step or an evaluation in TensorBoard
-THUMBNAIL = 256  # pixels of the longer side
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """What a model was asked and said."""
-
-    question: str
-    gold: Any
-    response: str
-    image: ImageRef | None = None
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -80,10 +65,8 @@ class MetricWriter:
         *,
         total_steps: int,
         show: Iterable[str] = (),
-        tensorboard: bool = True,
-        wandb_project: str = "",
         console: Console | None = None,
-        config: Mapping[str, Any] | None = None,
+        trackers: Sequence[Tracker] = (),
     ):
         self._on = jax.process_index() == 0
         self._pending: tuple[int, str, Any] | None = None
@@ -95,12 +78,7 @@ class MetricWriter:
         self.run = 1 + _last_run(path.read_text() if path.exists() else "")
         self._file = Growing(path)
         self.console = console or Console(total_steps, tuple(show))
-        self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # noqa: PLC0415  (a second to import)
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), flush_secs=30)
-        self._wandb = _open_wandb(wandb_project, folder, config or {}) if wandb_project else None
+        self._trackers = trackers
 
     def defer(self, step: int, values: Mapping[str, Any], split: str = "train") -> None:
         """Keep this step's values, on device or host, and write those kept before.
@@ -117,7 +95,7 @@ class MetricWriter:
         self._write(step, split, values)
 
     def keep(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Rows of an evaluation: evaluations/<step>.jsonl, and the first as text of TensorBoard."""
+        """Rows of an evaluation: evaluations/<step>.jsonl, and the first for the trackers."""
         if not self._on or not rows:
             return
         write_jsonl(self._folder / EVALUATIONS / f"{step:06d}.jsonl", rows)
@@ -125,20 +103,10 @@ class MetricWriter:
         self.show(step, "eval", told)
 
     def show(self, step: int, name: str, examples: Sequence[Example]) -> None:
-        """Examples as text and images of TensorBoard."""
-        if not self._on or self._board is None:
-            return
-        for number, one in enumerate(examples):
-            text = f"{one.question}\n\ngold: {one.gold}\n\n{one.response}"
-            # Markdown: four spaces, so that the model's text stays text.
-            quoted = "\n".join(f"    {line}" for line in text.splitlines())
-            self._board.add_text(f"{name}/{number}", quoted, step)
-            with contextlib.suppress(OSError, ValueError):  # no reason to end a run
-                if one.image is not None:
-                    picture = to_rgb(load_image(one.image))
-                    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-                    pixels = np.asarray(picture)
-                    self._board.add_image(f"{name}/{number}", pixels, step, dataformats="HWC")
+        """Examples as text and images of the trackers."""
+        if self._on and examples:
+            for tracker in self._trackers:
+                tracker.samples(step, name, examples)
 
     def flush(self) -> None:
         """Write the deferred row, if any."""
@@ -146,10 +114,10 @@ class MetricWriter:
         if previous is not None:
             self._write(*previous)
 
-    def say(self, text: str) -> None:
-        """One line for the reader, above the live line."""
+    def say(self, text: str, fact: str = "", **values: Any) -> None:
+        """One line for the reader, see `console.say`."""
         if self._on:
-            self.console.say(text)
+            console.say(text, fact, **values)
 
     def close(self) -> None:
         """Write what is left and close the files."""
@@ -158,10 +126,8 @@ class MetricWriter:
             return
         self.console.close()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         if not self._on:
@@ -173,11 +139,8 @@ class MetricWriter:
         self._file.append(json.dumps({**head, **row}))
         self.console.row(step, split, row | nonfinite)
         numbers = {f"{split}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+        for tracker in self._trackers:
+            tracker.numbers(step, numbers)
 
 
 def versions() -> dict[str, str]:
@@ -193,24 +156,6 @@ def versions() -> dict[str, str]:
     found["python"] = platform.python_version()
     found["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return found
-
-
-def _open_wandb(project: str, folder: epath.Path, config: Mapping[str, Any]) -> Any:
-    """The W&B run of this folder: its id is kept there, so that a resumed run goes on with it."""
-    try:
-        # Optional, only where asked for, so the type checker does not find it.
-        import wandb  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(
-            f"--config.log.wandb_project={project!r} needs wandb: pip install wandb"
-        ) from error
-    kept = folder / "wandb_id"
-    known = kept.read_text().strip() if kept.exists() else os.environ.get("WANDB_RUN_ID")
-    name = known or uuid.uuid4().hex[:12]
-    local = None if on_bucket(folder) else str(folder)
-    run = wandb.init(project=project, dir=local, config=dict(config), id=name, resume="allow")
-    write_text(kept, f"{name}\n")
-    return run
 
 
 def to_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:

@@ -21,7 +21,7 @@ from srpo_jax.model.sizes import size_config
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
-from srpo_jax.run import checkpoint, compiler, processes
+from srpo_jax.run import checkpoint, compiler, console, processes
 from srpo_jax.run.adapters import Weights, find_weights, load_adapter, origin_of
 from srpo_jax.run.console import percent, progress
 from srpo_jax.run.guard import CompileGuard, StopRequest
@@ -105,14 +105,17 @@ def start(settings: RunSettings) -> Parts:
     Raises:
         RunError: hf_dir is missing, holds a model of another size, or its tokenizer does not fit.
     """
+    console.use(settings.log.console)
     if settings.compiler_defaults:
         compiler.prepare()
     spread = settings.distributed
     processes.join(**dataclasses.asdict(spread))
+    if jax.process_index():
+        console.mute()
     if settings.compiler_defaults:
         told = compiler.tune(jax.default_backend(), jax.device_count())
         if told:
-            processes.say(f"compilers: {told} (compiler_defaults)")
+            processes.say(f"compilers: {told} (compiler_defaults)", "compilers", options=told)
     if settings.compilation_cache_dir:  # compiled programs are kept there for later runs
         folder = absolute(settings.compilation_cache_dir)
         if is_file(folder):
@@ -190,8 +193,9 @@ def load_base(base: str, settings: RunSettings, parts: Parts, dtype: str) -> Par
     if base and not (absolute(base) / "config.json").is_file():
         return checkpoint.load_params(base, shardings, shapes, dtype)
     folder = model_folder(base or settings.hf_dir)
-    params = hf.load_params(folder, model, shardings=shardings, dtype=dtype)
-    return checkpoint.own_buffers(params)
+    with progress("loading weights", 100, "%") as advance:
+        how = {"shardings": shardings, "dtype": dtype, "progress": percent(advance)}
+        return checkpoint.own_buffers(hf.load_params(folder, model, **how))
 
 
 def check_export(out_dir: str, done: bool) -> bool:
@@ -227,6 +231,6 @@ def export(params: Params, parts: Parts, settings: TrainSettings, base: str) -> 
             out_dir,
             hf_dir,
             dtype=dtype,
-            progress=percent(advance) if jax.process_index() == 0 else None,
+            progress=percent(advance),
             agree=processes.maximum,
         )

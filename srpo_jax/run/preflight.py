@@ -30,7 +30,7 @@ def before_training(
     rounds, cap = 2 if settings.data.prompt == "srpo" else 1, settings.sampling.max_new_tokens
     count = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
     for line in (check_answers(source, count, cap, rounds), check_reward(cfg)):
-        processes.say(f"preflight: {line}")
+        processes.say(f"preflight: {line}", "preflight")
 
 
 def check_answers(source: RecordSource, count: Callable[[str], int], cap: int, rounds: int) -> str:

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from srpo_jax.data import lock
 from srpo_jax.data.files import AnyPath
 from srpo_jax.model import sharding
-from srpo_jax.run import heartbeat
+from srpo_jax.run import console, heartbeat
 from srpo_jax.structs import RunError
 
 T = TypeVar("T")
@@ -262,10 +262,10 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def say(text: str) -> None:
-    """One line on the first process's standard output."""
+def say(text: str, fact: str = "", **values: Any) -> None:
+    """One line of the first process, see `console.say`."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        console.say(text, fact, **values)
 
 
 @contextlib.contextmanager

@@ -133,6 +133,14 @@ def write_config(workdir: AnyPath, plain: dict[str, Any]) -> None:
     write_text(absolute(workdir) / "config.yaml", text)
 
 
+def read_config_of(workdir: AnyPath) -> dict[str, Any]:
+    """What `write_config` wrote there, as JSON values; {} where it did not, or it is damaged."""
+    with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+        held = yaml.safe_load((absolute(workdir) / "config.yaml").read_text())
+        return held if isinstance(held, dict) else {}
+    return {}
+
+
 # --- what a run changes ----------------------------------------------------------------------
 
 

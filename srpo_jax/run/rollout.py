@@ -26,9 +26,9 @@ from srpo_jax.rewards.grade import grade
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run import processes
 from srpo_jax.run.feed import prompt_keys
-from srpo_jax.run.metrics import EXAMPLES, Example
 from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts
+from srpo_jax.run.trackers import EXAMPLES, Example
 from srpo_jax.sampling.sampler import Sampler, SamplingConfig
 from srpo_jax.structs import BLOCKS, Batch, Experience, Params, Rollout, Verdict
 

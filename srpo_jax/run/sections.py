@@ -180,14 +180,21 @@ class CheckpointSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class LogSettings:
+class ConsoleSettings:
+    """What is shown."""
+
+    console: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings(ConsoleSettings):
     """Where metrics go."""
 
     every: int
-    console: str
     keep: int
     tensorboard: bool
     wandb_project: str
+    mlflow_experiment: str
 
 
 FilterOn = Literal["final", "first", "either", "composite"]
@@ -290,6 +297,7 @@ class RunSettings:
     sampling: SamplingConfig  # without token ids: those come with the model
     eval: EvalSettings
     data: DataSettings
+    log: ConsoleSettings
     workdir: epath.Path = epath.Path()
     # The whole config as JSON values: what checkpoints hold and processes compare.
     plain: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)

@@ -17,12 +17,13 @@ from srpo_jax.run.compiles import CompileNotes
 from srpo_jax.run.console import Console
 from srpo_jax.run.guard import NotFinite, Progress, Stopped
 from srpo_jax.run.host_state import one_a_place
-from srpo_jax.run.metrics import Example, MetricWriter, to_plain, utilisation
+from srpo_jax.run.metrics import MetricWriter, to_plain, utilisation
 from srpo_jax.run.parts import Parts, check_export, export, load_base, load_found
 from srpo_jax.run.recipe import write_config
 from srpo_jax.run.resume import check_config, moved_from
 from srpo_jax.run.sections import TrainSettings
 from srpo_jax.run.summary import closing, opening
+from srpo_jax.run.trackers import Example, open_trackers
 from srpo_jax.structs import Params, RunError, Stalled, TrainState
 
 BEST = "acc@2"  # of the held-out file: what the best checkpoint is best at
@@ -103,19 +104,18 @@ class Session:
                 self.base = {"base": base_record(found.base, self.state.frozen)}
         else:
             self._restore(optimizer)
+        trackers = open_trackers(settings.log, settings.workdir, settings.plain)
         self._notes: CompileNotes | None = None  # on the first process
         console = None
         if jax.process_index() == 0:
-            console = Console(total_steps, show, settings.log.console, settings.log.keep)
+            console = Console(total_steps, show, settings.log.keep)
             self._notes = CompileNotes(settings.workdir, console)
             parts.guard.tell = self._notes.tell
         self.writer = MetricWriter(
             settings.workdir,
             total_steps=total_steps,
             console=console,
-            tensorboard=settings.log.tensorboard,
-            wandb_project=settings.log.wandb_project,
-            config=settings.plain,
+            trackers=trackers,
         )
         self._stop = parts.stop
         self._stop.grace, self._stop.say = settings.checkpoint.grace_seconds, self.writer.say
@@ -312,10 +312,13 @@ class Session:
         self._stop.__enter__()
         if jax.process_index() == 0:
             write_config(self._settings.workdir, self._settings.plain)
-        for line in opening(self._settings, self._parts, self.state, self.total_steps):
-            self.writer.say(line)
+        told = opening(self._settings, self._parts, self.state, self.total_steps)
+        for fact, text, values in told:
+            self.writer.say(text, fact, **values)
         where = f"from step {self.step}" if self.step else f"from weights of {self.origin}"
-        self.writer.say(f"{self.total_steps} steps, {where}; {jax.device_count()} devices")
+        text = f"{self.total_steps} steps, {where}; {jax.device_count()} devices"
+        held = {"steps": self.total_steps, "step": self.step, "weights": self.origin}
+        self.writer.say(text, "start", **held)
         self._parts.timers.take()
         return self
 
@@ -398,22 +401,23 @@ class Session:
         done, best = not self._stopped, self._checkpoints.best_step()
         if not done:
             saved = ", saved" if self.step else ""
-            self.writer.say(
-                f"stopped after step {self.step} of {self.total_steps}{saved}; run the same "
-                "command again to go on"
-            )
+            text = f"stopped after step {self.step} of {self.total_steps}{saved}; run the same "
+            text += "command again to go on"
+            self.writer.say(text, "stopped", step=self.step)
         elif self._export:
             settings = self._settings
             self._check_learnt()
             base = self.base["base"]["path"] if self.base else ""
             export(merge_params(self.state), self._parts, settings, base)
-            self.writer.say(f"exported to {settings.export_hf_dir}")
+            folder = settings.export_hf_dir
+            self.writer.say(f"exported to {folder}", "exported", folder=folder)
         if best is not None:
             metric, folder = self._checkpoints.metric(best), self._checkpoints.folder
-            self.writer.say(f"best {BEST} {metric:.4f}: {folder / str(best)}")
+            text = f"best {BEST} {metric:.4f}: {folder / str(best)}"
+            self.writer.say(text, "best", **{"step": best, BEST: metric})
         if done:
-            for line in closing(self._settings):
-                self.writer.say(line)
+            for fact, text, values in closing(self._settings):
+                self.writer.say(text, fact, **values)
         row, _ = to_plain(self._last_row)
         ending = {"step": self.step, "finished": done, "best_step": best}
         return row | ending | ({"eval": self._last_eval} if self._last_eval else {})

@@ -17,54 +17,61 @@ from srpo_jax.structs import TrainState
 _GIB = 2**30
 
 
+Fact = tuple[str, str, dict[str, Any]]  # its kind, a line, and what the line tells as values
+
+
 def opening(
     settings: TrainSettings, parts: Parts, state: TrainState, total_steps: int
-) -> Iterator[str]:
-    """Lines on model, devices, memory, batch, budgets, differences from the recipe, folder."""
+) -> Iterator[Fact]:
+    """Model, devices, memory, batch, budgets, differences from the recipe, folder."""
     trained, frozen = _count(state.params), _count(state.frozen)
-    yield f"model: {settings.hf_dir}, {_millions(trained)} parameters trained{_dtype(state.params)}"
+    dtype = _dtype(state.params)
+    text = f"model: {settings.hf_dir}, {_millions(trained)} parameters trained in {dtype}"
+    yield "model", text, {"hf_dir": settings.hf_dir, "trained": trained, "dtype": dtype}
     if frozen:
-        yield f"  frozen: {_millions(frozen)}{_dtype(state.frozen)}"
+        dtype = _dtype(state.frozen)
+        held = {"parameters": frozen, "dtype": dtype}
+        yield "frozen", f"  frozen: {_millions(frozen)} in {dtype}", held
     device = jax.local_devices()[0]  # another process's tells nothing of its memory
     axes = ", ".join(f"{name} {size}" for name, size in parts.mesh.shape.items())
-    yield f"devices: {jax.device_count()} of {device.device_kind}; mesh: {axes}"
-    held, waiting = (_held(state, offloaded=offloaded) / _GIB for offloaded in (False, True))
+    known = {"count": jax.device_count(), "device": device.device_kind}
+    text = f"devices: {jax.device_count()} of {device.device_kind}; mesh: {axes}"
+    yield "devices", text, known | {"mesh": dict(parts.mesh.shape)}
+    held, waiting = (_held(state, offloaded=offloaded) for offloaded in (False, True))
     limit = (device.memory_stats() or {}).get("bytes_limit")
     room = f" of {limit / _GIB:.1f}" if limit else ""
-    host = f" and {waiting:.2f} of its host" if waiting else ""
-    yield (
-        f"memory: parameters and optimizer take {held:.2f} GiB{room} of a device{host}; what "
-        f"programs take besides: {command('plan')}"
-    )
+    host = f" and {waiting / _GIB:.2f} of its host" if waiting else ""
+    text = f"memory: parameters and optimizer take {held / _GIB:.2f} GiB{room} of a device{host}; "
+    text += f"what programs take besides: {command('plan')}"
+    yield "memory", text, {"state_bytes": held, "host_bytes": waiting, "device_bytes": limit}
     if every := settings.checkpoint.verify_replicas_every:
-        yield f"replicas: {_replicas(state)} held by several devices, compared every {every} steps"
-    yield f"steps: {total_steps:,} of {_batch(settings)}"
-    yield f"budgets: {_budgets(settings)}"
+        text = f"replicas: {_replicas(state)} held by several devices, compared every {every} steps"
+        yield "replicas", text, {"every": every}
+    yield "steps", f"steps: {total_steps:,} of {_batch(settings)}", {"steps": total_steps}
+    yield "budgets", f"budgets: {_budgets(settings)}", {"pixels": settings.max_pixels}
     changed = [*differences(settings.plain)]
     if changed:
-        yield f"differs from the recipe of size={settings.size} (config.yaml) in:"
-        yield f"  {', '.join(changed)}"
-    yield f"folder: {settings.workdir}"
+        text = f"differs from the recipe of size={settings.size} (config.yaml) in:\n  "
+        yield "changed", text + ", ".join(changed), {"keys": changed}
+    yield "folder", f"folder: {settings.workdir}", {"workdir": settings.workdir}
 
 
-def closing(settings: TrainSettings) -> Iterator[str]:
-    """Lines on where everything lies, and the next command."""
+def closing(settings: TrainSettings) -> Iterator[Fact]:
+    """Where everything lies, and the next command."""
     folder = settings.workdir
     names = ["checkpoints/", "metrics.jsonl", "config.yaml"]
     names += [f"{name}/" for name in ("rollouts", "tensorboard") if (folder / name).exists()]
-    yield f"{folder} holds {', '.join(names)}"
-    yield f"its page: {command('report')} --workdir {folder}"
-    model = f"--config.hf_dir={settings.hf_dir} --config.init_from={folder}"
+    yield "files", f"{folder} holds {', '.join(names)}", {"workdir": folder, "names": names}
+    page = f"{command('report')} --workdir {folder}"
+    yield "report", f"its page: {page}", {"command": page}
+    program, recipe, data = "evaluate", "eval", "eval.file"
     if isinstance(settings, SftSettings):
-        yield (
-            f"next: {command('train_grpo')} --config=grpo:size={settings.size} --workdir=... "
-            f"{model} --config.data.train=..."
-        )
-    else:
-        yield (
-            f"next: {command('evaluate')} --config=eval:size={settings.size} --workdir=... "
-            f"{model} --config.eval.file=..."
-        )
+        program, recipe, data = "train_grpo", "grpo", "data.train"
+    after = (
+        f"{command(program)} --config={recipe}:size={settings.size} --workdir=... "
+        f"--config.hf_dir={settings.hf_dir} --config.init_from={folder} --config.{data}=..."
+    )
+    yield "next", f"next: {after}", {"command": after}
 
 
 def _batch(settings: TrainSettings) -> str:
@@ -94,7 +101,7 @@ def _millions(count: int) -> str:
 
 
 def _dtype(tree: Any) -> str:
-    return f" in {', '.join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}))}"
+    return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}))
 
 
 def _replicas(state: TrainState) -> str:

@@ -22,6 +22,7 @@ from typing import NoReturn
 from srpo_jax import imported
 from srpo_jax.data.files import write_json, write_text
 from srpo_jax.launch import program
+from srpo_jax.run import console
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +57,7 @@ def run(
 ) -> None:
     """Parse ``argv``, call ``main`` and exit: 0 on success, 1 on an error, 130 on Ctrl-C."""
     imported()
+    console.reach_any_locale()
     args = arguments.parse_args(argv)
     try:
         code = main(args)

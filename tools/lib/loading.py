@@ -23,6 +23,7 @@ from srpo_jax.model import hf
 from srpo_jax.model.config import ModelConfig, load_config
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sharding import make_mesh, num_data_shards, param_specs, to_global
+from srpo_jax.run.console import percent, progress
 from srpo_jax.structs import Batch, Params
 from tools.lib import cli
 
@@ -82,7 +83,9 @@ def load_model(args: argparse.Namespace, *, for_sampling: bool = False) -> Model
         )
     mesh = make_mesh(tensor=args.tensor)
     shardings = param_specs(abstract_params(cfg), mesh, "sample")
-    params = hf.load_params(args.hf_dir, cfg, shardings=shardings, dtype=dtype)
+    with progress("loading weights", 100, "%") as advance:
+        how = {"shardings": shardings, "dtype": dtype, "progress": percent(advance)}
+        params = hf.load_params(args.hf_dir, cfg, **how)
     decoder = relayout(params, mesh, dtype=dtype, take=True) if for_sampling else {}
     return Model(cfg, params, mesh, processor, decoder)
 

@@ -1,0 +1,65 @@
+"""The top of a run's page: do its reflections help, what it does, how far it is."""
+
+import importlib
+
+import pytest
+from test_run_page import metric_rows, run_of
+
+from srpo_jax.report import glance, run_page, verdict
+
+
+@pytest.mark.parametrize(
+    ("fixed", "harmed", "word"),
+    [(40, 5, "Yes"), (5, 40, "No, they harm"), (6, 5, "Not clear"), (0, 0, "No, they change")],
+)
+def test_an_evaluation_says_whether_reflections_help(fixed, harmed, word):
+    rates = {"acc@1": 0.5, "fix": fixed / 100, "harm": harmed / 100, "records": 200}
+    found = verdict.of_rates(rates, "held out")
+    assert found.word.startswith(word) and "On 200 problems (held out)" in found.text
+    assert f"{fixed / 1:.1f} % of wrong first answers were made right" in found.text
+
+
+def test_the_interval_is_the_bootstrapped_one_or_that_of_paired_shares():
+    rates = {"acc@1": 0.5, "fix": 0.4, "harm": 0.1, "records": 200}
+    assert "(95 % interval 8.2 to 21.5)" in verdict.of_rates(rates, "x").text  # by hand
+    rates |= {"benchmark": {"interval": {"net_gain": [-0.01, 0.31]}}}
+    found = verdict.of_rates(rates, "x")
+    assert "(95 % interval -1.0 to 31.0)" in found.text and found.word == "Not clear"
+
+
+def test_training_says_whether_reflections_help_once_there_are_some_steps():
+    rows = [
+        {"step": n, "accuracy/net": 0.1 + 0.02 * (n % 2), "fix/count": 3, "fix/of": 10}
+        for n in range(40)
+    ]
+    assert verdict.of_steps(rows[: verdict.FEWEST - 1]) is None
+    found = verdict.of_steps(rows)
+    assert (
+        found.word == "Yes" and "steps 15 to 39" in found.text and "30.0 % of wrong" in found.text
+    )
+    assert "right 11.0 points more often" in found.text
+
+
+def test_an_evaluation_is_asked_before_training_and_the_runs_own_before_none():
+    trained = [row | {"accuracy/net": 0.1} for row in metric_rows(20)]
+    rates = {"acc@1": 0.5, "fix": 0.1, "harm": 0.1, "records": 50, "split": "eval", "step": 9}
+    assert "training problems" in glance.helped(trained, {}).text
+    assert "held out, at step 9" in glance.helped([*trained, rates], {}).text
+    assert "(test)" in glance.helped([*trained, rates], {"test": rates}).text
+    assert glance.helped([], {}) == verdict.UNKNOWN
+
+
+def test_a_run_says_what_it_does_how_far_it_is_and_how_its_numbers_moved(tmp_path):
+    config = importlib.import_module("configs.grpo").get_config("size=3b").to_dict()
+    config["data"]["train"] = "rl.jsonl"
+    assert glance.doing(config, "runs/sft") == (
+        "Stage 2, reinforcement learning (reward.profile=paper): 128 prompts x 8 samples a step of "
+        "rl.jsonl, from runs/sft"
+    )
+    rows = metric_rows(40, **{"time/step": 90.0, "accuracy/final": 0.5, "loss": 3.0})
+    for row in rows[20:]:
+        row["accuracy/final"] = 0.75
+    assert glance.progress(rows, 79) == ("step 39 of 79, 90 s a step, 1:00:00 to go")
+    found = {what: (now, before) for what, now, before, _ in glance.numbers(rows)}
+    assert found["final answer right"] == ("75.0%", "50.0%") and "loss" not in found
+    assert "Do its reflections help?" in run_page.page([run_of(tmp_path, rows)])
