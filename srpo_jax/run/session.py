@@ -14,7 +14,7 @@ from srpo_jax.run.adapters import base_record, check_base, find_weights, origin_
 from srpo_jax.run.checkpoint import abstract
 from srpo_jax.run.compiles import CompileNotes
 from srpo_jax.run.console import Console
-from srpo_jax.run.guard import NotFinite, Progress, Stopped
+from srpo_jax.run.guard import NotFinite, Progress, StepFailed, Stopped
 from srpo_jax.run.host_state import one_a_place
 from srpo_jax.run.metrics import Example, MetricWriter, to_plain, utilisation
 from srpo_jax.run.parts import Parts, check_export, export, load_base, load_found
@@ -171,7 +171,7 @@ class Session:
 
         Args:
             step: ``step(state, steps done before)``; it may donate the state, and before that it
-                may raise Stopped.
+                may raise Stopped or StepFailed.
             host: gives this process's host values and arrays for a checkpoint.
             evaluator: of the held-out file.
 
@@ -215,10 +215,14 @@ class Session:
         try:
             with self._stop.step():
                 done = step(self.state, self.step)
-        except Stopped:  # the state is still that of the step before
+        except (Stopped, StepFailed) as error:  # the state is still that of the step before
             self.writer.say(f"step {self.step + 1} is given up")
             if self.step:
                 self._save()
+            if isinstance(error, StepFailed):
+                self._checkpoints.wait()
+                saved = f"step {self.step} is saved" if self.step else "no step was done"
+                raise StepFailed(f"{error}; {saved}: run the same command again") from None
             return True
         self.state, self.step = done.state, self.step + 1
         self.log(done)
