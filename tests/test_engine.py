@@ -305,8 +305,9 @@ def test_an_engine_that_could_not_do_what_the_sampler_does_is_refused(changes, m
 class OurSampler:
     """The protocol of an engine with our sampler behind it, on one device."""
 
-    def __init__(self, kind: str, hf_dir: str):
-        self.kind, self.folders, self.drawn, self.stale = kind, [], [], False
+    def __init__(self, kind: str, hf_dir: str, reads: int):
+        """Weights are read so many times; after that it only says so."""
+        self.kind, self.folders, self.drawn, self.reads = kind, [], [], reads
         self.mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:1])
         self.samplers, self.processor = {}, Processor(hf_dir)
         self.read({"model_path": hf_dir})
@@ -314,7 +315,7 @@ class OurSampler:
     def read(self, body: dict) -> dict:
         folder = body.get("model_path") or body["kwargs"]["weights_path"]
         self.folders.append(folder)
-        if not self.stale:
+        if len(self.folders) <= self.reads:
             self.cfg = load_config(folder, dtype="float32", param_dtype="float32")
             layout = sharding.param_specs(abstract_params(self.cfg), self.mesh, "sample")
             self.params = hf.load_params(folder, self.cfg, shardings=layout, dtype="float32")
@@ -376,32 +377,25 @@ def test_two_steps_on_an_engines_rollouts_and_an_end_where_it_keeps_old_weights(
 ):
     paths = helpers.world(tmp_path)
     monkeypatch.setattr(rollout, "grade", helpers.fake_grade)
-    ours = OurSampler("vllm", paths["hf_dir"])
+    ours = OurSampler("vllm", paths["hf_dir"], reads=3)  # its first weights, and two of the run
     nothing = lambda body: None  # noqa: E731
     controls = {"/reset_prefix_cache": nothing, "/reset_encoder_cache": nothing}
     controls["/collective_rpc"] = ours.read
     with Server(ours.answer, controls=controls) as server:
-
-        def config(steps):
-            one = helpers.grpo_config(paths, steps=steps)
-            one.sampling.engine.url, one.grpo.tis_cap = server.base_url, 2.0
-            one.sampling.temperature, one.optim.lr = 0.8, 1e-2
-            return one
-
-        done = train_grpo.train(config(2), str(tmp_path / "run"))
-        assert done["finished"] and len(ours.drawn) == 16
-        folder = tmp_path / "run" / "engine"
-        assert ours.folders[1:] == [str(folder / f"policy-{step}") for step in (0, 1)]
-        assert [path.name for path in folder.iterdir()] == ["policy-1"]
-        rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
-        for row in rows:
-            assert row["sampler/logp_diff_mean"] < 1e-4 and row["filter/age_max"] == 0
-            assert row["sampler/tis_weight"] == pytest.approx(1, abs=1e-3) and row["time/sync"] > 0
-        files = [tmp_path / "run" / "rollouts" / f"00000{step}.jsonl" for step in (1, 2)]
-        told = [" ".join(map(str, ids + [0] * (16 - len(ids)))) for ids in ours.ids()]
-        assert sorted(row["completion"] for f in files for row in read_jsonl(f)) == sorted(told)
-
-        # It says that it has read the new weights and has not.
-        ours.stale = True
+        config = helpers.grpo_config(paths, steps=3)
+        config.sampling.engine.url, config.grpo.tis_cap = server.base_url, 2.0
+        config.sampling.temperature, config.optim.lr = 0.8, 1e-2
         with pytest.raises(RunError, match="no rounding of float32: the engine has other weights"):
-            train_grpo.train(config(3), str(tmp_path / "run"))
+            train_grpo.train(config, str(tmp_path / "run"))
+    assert len(ours.drawn) == 24
+    folder = tmp_path / "run" / "engine"
+    assert ours.folders[1:] == [str(folder / f"policy-{step}") for step in range(3)]
+    assert [path.name for path in folder.iterdir()] == ["policy-2"]
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["sampler/logp_diff_mean"] < 1e-4 and row["filter/age_max"] == 0
+        assert row["sampler/tis_weight"] == pytest.approx(1, abs=1e-3) and row["time/sync"] > 0
+    files = sorted((tmp_path / "run" / "rollouts").iterdir())
+    told = [" ".join(map(str, ids + [0] * (16 - len(ids)))) for ids in ours.ids()]
+    assert sorted(row["completion"] for f in files for row in read_jsonl(f)) == sorted(told)
