@@ -88,7 +88,7 @@ KINDS = {
         calls=lambda folder: [
             ("/update_weights_from_disk", {"model_path": folder, "flush_cache": True})
         ],
-        hint="python -m sglang.launch_server ..., version 0.5.13 or later",
+        hint="python3 -m sglang.launch_server ..., version 0.5.13 or later",
     ),
 }
 
