@@ -4,8 +4,10 @@ import asyncio
 import base64
 import functools
 import io
+import math
 import re
 import types
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -93,8 +95,10 @@ def test_the_engine_is_asked_for_what_the_sampler_would_do_and_nothing_else(kind
         ([ENDED], PROMPT, "stop", "1 samples, 2 were asked for"),
         ([ENDED, CUT], [1, 5, 2], "stop", r"f:3: the prompt has 4 .* 3 .* at token 2 \(5, 2\): s"),
         ([ENDED, CUT], [1, 5, 5], "stop", "has 4 tokens here and 3 in the engine: start it with"),
-        ([ENDED, ([3, 9], [-0.5, float("nan")], "stop")], PROMPT, "retry", "2 tokens with log-pro"),
+        ([ENDED, ([3, 9], [-0.5, math.nan], "stop")], PROMPT, "retry", "2 tokens with log-pro"),
         ([ENDED, ([3, 9], [-0.5, 0.5], "stop")], PROMPT, "retry", "or no log-probs"),
+        ([ENDED, ([3, 9], [-0.5, -math.inf], "stop")], PROMPT, "retry", "or no log-probs"),
+        ([ENDED, ([3, 9], [-0.5, None], "stop")], PROMPT, "retry", "or no log-probs"),
         ([ENDED, ([3], [-0.5], "abort")], PROMPT, "retry", "a sample ended by 'abort'"),
         ([ENDED, ([5, 9], [-9.0, 0.0], "stop")], PROMPT, "stop", r"token 5, which must not be"),
         ([ENDED, ([12, 9], [-9.0, 0.0], "stop")], PROMPT, "stop", r"token 12, which must not be"),
@@ -192,7 +196,12 @@ def test_transient_failures_are_tried_again_and_lasting_ones_are_one_line(fast):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_read_anew_and_caches_emptied(kind, fast):
     calls = []
-    paths = [path for path, _ in engine.KINDS[kind].calls("")]
+    paths = ["/update_weights_from_disk"]
+    bodies = [{"model_path": "/shared/policy-7", "flush_cache": True}]
+    if kind == "vllm":
+        paths = ["/collective_rpc", "/reset_prefix_cache", "/reset_encoder_cache"]
+        named = {"method": "reload_weights", "kwargs": {"weights_path": "/shared/policy-7"}}
+        bodies = [named, {}, {}]
     controls = {path: lambda body, path=path: calls.append((path, body)) for path in paths}
 
     def run(server):
@@ -206,7 +215,7 @@ def test_weights_are_read_anew_and_caches_emptied(kind, fast):
 
     with Server(lambda body: "", faults=["500"], controls=controls) as server:
         run(server)
-    assert calls == engine.KINDS[kind].calls("/shared/policy-7")
+    assert calls == [*zip(paths, bodies, strict=True)]
     with Server(lambda body: "") as server, pytest.raises(Fatal) as error:
         run(server)
     told = str(error.value)
@@ -262,11 +271,9 @@ def test_an_engine_that_fails_or_hangs_gives_the_step_up_in_one_line(fast, monke
         # A signal does not wait for answers.
         one, loaded = stand_in(server)
         one._parts.stop.overdue = lambda: True
-
-        def stopped():
-            raise Stopped
-
-        one._parts.stop.between_phases = stopped
+        with pytest.raises(StepFailed, match=": stopped by a signal$"):
+            one(None, loaded, 3)
+        one._parts.stop.between_phases = Mock(side_effect=Stopped)  # as it does then
         with pytest.raises(Stopped):
             one(None, loaded, 3)
 
