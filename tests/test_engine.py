@@ -266,7 +266,9 @@ def test_an_engine_that_fails_or_hangs_gives_the_step_up_in_one_line(fast, monke
         monkeypatch.setattr(rollouts, "LOOK_SECONDS", 0.05)
         one, loaded = stand_in(server, timeout=0.2)
         one._endpoint = Endpoint("vllm", server.base_url, key_env="", timeout=60.0)
-        with pytest.raises(StepFailed, match=": no answer for sampling.engine.timeout=0.2 s$"):
+        with pytest.raises(
+            StepFailed, match=": no answer for sampling.engine.timeout=0.2 s .silence.$"
+        ):
             one(None, loaded, 3)
         # A signal does not wait for answers.
         one, loaded = stand_in(server)

@@ -229,10 +229,11 @@ async def reload(connection: Connection, kind: str, root: str, folder: str) -> N
 async def _post(connection: Connection, url: str, body: dict[str, Any]) -> Failure | None:
     try:
         async with asyncio.timeout(connection.endpoint.timeout):
-            headers = {"headers": {"Content-Type": "application/json"}}
-            content = json.dumps(body).encode()
             await connection.openai.post(
-                url, cast_to=httpx2.Response, content=content, options=headers
+                url,
+                cast_to=httpx2.Response,
+                content=json.dumps(body).encode(),
+                options={"headers": {"Content-Type": "application/json"}},
             )
     except ERRORS as error:
         return connection.failure(error)

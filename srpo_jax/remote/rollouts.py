@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import functools
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -92,6 +93,7 @@ class Engine:
                 self._sync(params, step)
         found = processes.from_speaker(lambda: self._ask(loaded), self._parts.mesh)
         self._agree(found if isinstance(found, str) else "", StepFailed)
+        assert not isinstance(found, str)
         return self._rollout(found, loaded), step - int(self._synced or 0)
 
     # --- weights ---
@@ -143,15 +145,17 @@ class Engine:
                 for i in range(len(loaded.records))
             ]
             try:
-                await self._all_done(tasks)
+                await self._all_done(tasks, client.errors)
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
             return [task.result() for task in tasks]
 
-    async def _all_done(self, tasks: list[asyncio.Task[Samples]]) -> None:
-        pending, heard = set(tasks), time.monotonic()
+    async def _all_done(
+        self, tasks: list[asyncio.Task[Samples]], errors: Mapping[str, int]
+    ) -> None:
+        pending, heard, timeout = set(tasks), time.monotonic(), self._engine.timeout
         while pending:
             done, pending = await asyncio.wait(pending, timeout=LOOK_SECONDS)
             for task in done:
@@ -159,9 +163,10 @@ class Engine:
                 heard = time.monotonic()
             if self._parts.stop.overdue():
                 raise TimeoutError("stopped by a signal")
-            if time.monotonic() > heard + self._engine.timeout + LOOK_SECONDS:
+            if time.monotonic() > heard + timeout + LOOK_SECONDS:
+                said = ", ".join(f"{kind} x {count}" for kind, count in errors.items())
                 raise TimeoutError(
-                    f"no answer for sampling.engine.timeout={self._engine.timeout:g} s"
+                    f"no answer for sampling.engine.timeout={timeout:g} s ({said or 'silence'})"
                 )
 
     async def _draw(self, client: Client, loaded: LoadedBatch, i: int) -> Samples:
