@@ -219,8 +219,8 @@ async def reload(connection: Connection, kind: str, root: str, folder: str) -> N
         tries = 1
         while failure := await _post(connection, root + path, body):
             if failure.action != "retry" or tries > RETRIES:
-                text = f"{path}: {failure.text} (it must see {folder}, and be started as "
-                text += f"{KINDS[kind].hint})"
+                said = failure.text.partition("; ")[0]  # without the remedy, which is a chat's
+                text = f"{path}: {said}; it must see {folder}, and be started as {KINDS[kind].hint}"
                 raise dataclasses.replace(failure, text=text).error(connection.endpoint.model)
             await asyncio.sleep((failure.wait or 0.0) + backoff(tries))
             tries += 1
