@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import functools
 import io
 import math
@@ -230,7 +231,7 @@ def stand_in(server, **settings):
     values = EngineSettings(**{"url": server.base_url, "timeout": 5.0} | settings)
     one._engine, one._sampling = values, SAMPLING
     one._parts = types.SimpleNamespace(
-        stop=stop, processor=None, mesh=sharding.make_mesh(), timers=lambda name: None
+        stop=stop, processor=None, mesh=sharding.make_mesh(), timers=contextlib.nullcontext
     )
     one._settings = types.SimpleNamespace(data=types.SimpleNamespace(prompt="srpo"))
     one._synced, fixed = 3, ("vllm", SAMPLING)
@@ -255,6 +256,21 @@ def test_a_rollout_has_the_engines_tokens_in_their_places_and_fillers_are_empty(
     assert got.sample_logp[1].tolist() == [[-0.5, -0.25, 0, 0], CUT[1]]
     assert (got.policy_logp == got.sample_logp).all()
     assert got.completions.dtype == np.int32 and got.sample_logp.dtype == np.float32
+
+
+def test_the_engine_gets_the_weights_every_so_many_steps_and_after_a_step_back(monkeypatch):
+    one, loaded = stand_in(types.SimpleNamespace(base_url="http://localhost/v1"), sync_every=2)
+    given, one._synced = [], None
+
+    def sync(params, step):
+        given.append((params, step))
+        one._synced = step
+
+    monkeypatch.setattr(one, "_sync", sync)
+    monkeypatch.setattr(one, "_ask", lambda loaded: [[ENDED[:2], CUT[:2]]])
+    ages = [one(f"policy {step}", loaded, step)[1] for step in (4, 4, 5, 6, 7, 5)]
+    assert [step for _, step in given] == [4, 6, 5] and ages == [0, 0, 1, 0, 1, 0]
+    assert given[1][0] == "policy 6"
 
 
 def test_an_engine_that_fails_or_hangs_gives_the_step_up_in_one_line(fast, monkeypatch):
