@@ -64,6 +64,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sampling.group_size = 8  # samples of a prompt, G (P 4.1)
     sampling.temperature = 1.0  # of training samples (P 4.1)
     sampling.forks = 1  # M: the group is G / M first rounds, each continued M times
+    sampling.engine = outside_engine()
 
     config.reward = reward = ConfigDict()
     reward.profile = "paper"  # or "openrlhf", "verl_fixed", "grpo", "balanced"
@@ -142,6 +143,21 @@ def own_rewards(reward: ConfigDict) -> None:
     judge.concurrency = 16  # requests in flight, of each process
     judge.temperature = 0.0  # below 0: none is sent, for models that take none
     judge.key_env = "OPENAI_API_KEY"  # NAME of the variable that holds the key; "": none is sent
+
+
+def outside_engine() -> ConfigDict:
+    """A server that draws the training samples in the sampler's place (docs/engine.md)."""
+    engine = ConfigDict()
+    engine.url = ""  # of an inference engine, as http://host:8000/v1; "": the own sampler
+    engine.kind = "vllm"  # or "sglang"
+    # Where weights are written for it, a folder that it sees under the same path; "": engine/ in
+    # the workdir.
+    engine.folder = ""
+    engine.sync_every = 1  # steps between two times that it is given the weights
+    engine.timeout = 600.0  # seconds without an answer until the run saves and ends
+    engine.concurrency = 64  # requests (prompts) in flight, of each process
+    engine.key_env = ""  # NAME of the variable that holds its key; "": none is sent
+    return engine
 
 
 def objective() -> ConfigDict:

@@ -32,7 +32,11 @@ class RunError(RuntimeError):
     """A run cannot start or go on; the message names the key, the values and the remedy."""
 
 
-class Stalled(RunError):
+class StepFailed(RunError):
+    """A step cannot be done, through no fault of the state, which is that of the step before."""
+
+
+class Stalled(StepFailed):
     """The data do not come: every process is told so at once, before the step, and can save."""
 
 

@@ -58,10 +58,11 @@ from srpo_jax.run.lesson import (
 from srpo_jax.run.own import OwnTerms
 from srpo_jax.run.parts import Parts, start
 from srpo_jax.run.pool import Pool, informative
-from srpo_jax.run.preflight import before_training, check_sampler
+from srpo_jax.run.preflight import before_training, check_sampler, truncation_note
 from srpo_jax.run.reference import Reference
 from srpo_jax.run.resume import allows
 from srpo_jax.run.rollout import (
+    Drawer,
     Generator,
     Graded,
     Round,
@@ -74,7 +75,6 @@ from srpo_jax.run.sections import GrpoSettings
 from srpo_jax.run.session import Done, Session
 from srpo_jax.run.settings import batch_layout, fit_rows, grpo_config, grpo_settings
 from srpo_jax.run.trackers import Example
-from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import Batch, Experience, Lanes, Params, TrainState
 
 SHOWN = ("reward/mean", "accuracy/first", "accuracy/final", "format_rate", "kl", "time/step")
@@ -110,6 +110,7 @@ def train(
         cfg = grpo_config(settings, parts.shards, parts.forbidden_ids, own.weights)
         if settings.preflight:
             before_training(settings, cfg, loader.source, parts.processor.tokenizer)
+        engine = open_engine(settings, parts)
         pool = Pool(encode, parts.processor, settings.data, settings.filter.max_age)
         evaluator = None
         if settings.eval.file:
@@ -123,23 +124,20 @@ def train(
             loader.set_state(*[values["data"] for values, _ in run.hosts], mended=mended)
             pool.load(run.hosts, place, len(own.names))
         reference = Reference(settings, parts, cfg, run)
-        stage = Stage(settings, parts, cfg, optimizer, loader, pool, reference, own)
+        held = (loader, pool, reference, own, engine)
+        stage = Stage(settings, parts, cfg, optimizer, *held)
         if len(run.hosts) == place[1]:
             stage.stored = Stored.of(run.hosts[place[0]])
         return run.run(stage.step, stage.host_state, evaluator)
 
 
-def truncation_note(settings: GrpoSettings) -> str | None:
-    """What to say where samples are drawn from fewer tokens than the update reckons with."""
-    sampling, plain = settings.sampling, SamplingConfig(max_new_tokens=1)
-    names = [n for n in ("top_k", "top_p", "min_p") if getattr(sampling, n) != getattr(plain, n)]
-    if not names or settings.grpo.tis_cap:
+def open_engine(settings: GrpoSettings, parts: Parts) -> Drawer | None:
+    """What draws the samples in the sampler's place; None where nothing does."""
+    if not settings.sampling.engine.url:
         return None
-    used = ", ".join(f"sampling.{name}={getattr(sampling, name)}" for name in names)
-    return (
-        f"note: {used} draws from a part of the distribution that the update takes for the whole: "
-        "its gradient is biased; set --config.grpo.tis_cap=2.0 to weigh samples, or switch it off"
-    )
+    from srpo_jax.remote.rollouts import Engine  # seconds to import: only to ask something
+
+    return Engine(settings, parts)
 
 
 class Stage:
@@ -156,10 +154,11 @@ class Stage:
         pool: Pool,
         reference: Reference,
         own: OwnTerms,
+        engine: Drawer | None = None,
     ):
         self.settings, self.parts, self.cfg = settings, parts, cfg
         self.loader, self.pool, self.reference = Ahead(loader), pool, reference
-        self.check_first_update = settings.preflight
+        self.check_first_update, self.engine = settings.preflight, engine
         self.trains_vision = trains_vision(parts.shapes, settings.freeze)
         # [P] of this process: the update that each place belongs to; -1: filler.
         layout = batch_layout(settings, parts.shards)
@@ -174,9 +173,8 @@ class Stage:
         update = make_grpo_steps(parts.model, cfg, optimizer, freeze=settings.freeze, mesh=mesh)
         self.grpo_steps = GrpoSteps(*map(watch, update))
         self.budgets = lane_budgets(settings, layout, parts.model)
-        self.generator = Generator(
-            parts, settings.sampling, cfg.profile, keep_pixels=self.trains_vision, own=own
-        )
+        kept = {"keep_pixels": self.trains_vision, "own": own, "engine": engine}
+        self.generator = Generator(parts, settings.sampling, cfg.profile, **kept)
         black_X, ratio = parts.processor.black_patch, cfg.perception_mask
         self.mask_step = watch(make_mask_step(black_X, ratio, mesh=mesh))
         self.told = False  # that a group had no reward
@@ -226,10 +224,8 @@ class Stage:
                 self.loader.draw()
         with timers("update"):
             updates = jax.device_get(updates)
-        if self.check_first_update and updates:
-            self.check_first_update = False
-            told = check_sampler(updates[0], self.parts.model.dtype)
-            processes.say(f"preflight: {told}", "preflight")
+        if updates:
+            self.check(lesson, updates[0])
         pending = len(self.pool.groups)
         metrics, reason = row_of(lesson, updates, packed, counts, self.parts, pending)
         self.tell(reason)
@@ -237,6 +233,16 @@ class Stage:
         kinds = {"refers": self.reference.params is not None, "trains_vision": self.trains_vision}
         work = work_of(lesson, learned_PG, self.cfg, self.parts, **kinds)
         return Done(state, metrics, *work, len(updates), examples)
+
+    def check(self, lesson: Lesson, metrics: dict[str, np.ndarray]) -> None:
+        """Whether the first update had the log-probs of what sampled: once, or of an engine always,
+        where it should have these weights."""
+        fresh = self.engine and not any(one.sampled.age for one in lesson.rounds)
+        if self.check_first_update or fresh:
+            told = check_sampler(metrics, self.parts.model.dtype, engine=bool(self.engine))
+            if self.check_first_update:
+                processes.say(f"preflight: {told}", "preflight")
+        self.check_first_update = False
 
     def next_batch(self, step: int) -> LoadedBatch:
         """The prompts of ``step``."""
@@ -285,7 +291,7 @@ class Stage:
         """A whole round for the updates, ``age`` steps after it was sampled."""
         verdict, weight_P = sharding.to_global((one.graded.verdict, one.weight), self.parts.mesh)
         experience = self.experience(one.sampled, verdict, logps, weight_P)
-        age_P = np.where(one.weight != 0, age, 0).astype(np.int32)
+        age_P = np.where(one.weight != 0, age + one.sampled.age, 0).astype(np.int32)
         return Lesson(experience, one.local, [one], age_P)
 
     def late_lesson(self, state: TrainState, step: int) -> Lesson:

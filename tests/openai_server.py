@@ -66,7 +66,9 @@ class Server:
         polls: int = 1,  # times a batch is looked at before it is done
         unfinished: int = 0,  # the last lines of each batch, which expire
         port: int = 0,
+        controls: Mapping[str, Callable[[dict], object]] | None = None,  # of other paths
     ):
+        self.controls = controls or {}
         self.answer, self.faults, self.delay, self.hang = answer, faults, delay, hang
         self.retry_after, self.key, self.polls, self.unfinished = (
             retry_after,
@@ -162,6 +164,8 @@ class Server:
         try:
             if path == "/v1/chat/completions":
                 return 200, self.completion(body)
+            if path in self.controls:
+                return 200, json.dumps(self.controls[path](json.loads(body))).encode()
             return self._other(method, path.split("/")[2:], query, headers, body)
         except HTTPError as error:
             return _error(error.status, error.message, error.code)

@@ -23,6 +23,7 @@ from srpo_jax.learn.optim import OptimConfig, make_optimizer
 from srpo_jax.model.sizes import SIZES, size_config
 from srpo_jax.run.budgets import check_images, largest_image, prompt_budgets
 from srpo_jax.run.command import one_word_each
+from srpo_jax.run.preflight import truncation_note
 from srpo_jax.run.recipe import check_arguments
 from srpo_jax.run.resume import check_config, flat_config
 from srpo_jax.run.sections import GrpoSettings
@@ -36,7 +37,6 @@ from srpo_jax.run.settings import (
     sft_settings,
 )
 from srpo_jax.structs import RunError
-from srpo_jax.train_grpo import truncation_note
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"sft": sft, "grpo": grpo, "eval": evaluation}

@@ -62,6 +62,7 @@ THIRD_PARTY = {
     "rewards.profiles": CORE,
     "learn": CORE,
     "remote": {"openai", "aiohttp", "httpx2"},
+    "remote.rollouts": CORE,
     "reflection": {"numpy", "PIL", "jinja2", "transformers"},
     "benchmarks": {"sympy", "jinja2", "rapidfuzz"},
     "report": {"jinja2", "PIL", "numpy"},

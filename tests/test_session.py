@@ -15,7 +15,7 @@ from srpo_jax.model import sharding
 from srpo_jax.run import checkpoint, session
 from srpo_jax.run.guard import Stopped
 from srpo_jax.run.metrics import read_rows
-from srpo_jax.structs import RunError, Stalled
+from srpo_jax.structs import RunError, Stalled, StepFailed
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,21 @@ def test_a_step_that_is_given_up_leaves_the_state_the_data_and_the_rows_before_i
     assert seen[2] == seen[3] and len(seen) == 5 and len({*seen}) == 4  # the same batch again
     rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_a_step_that_cannot_be_done_saves_what_was_done_before_it_ends_the_run(train, tmp_path):
+    calls = []
+
+    def step(state, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise StepFailed("the engine is gone")
+        return count(state, batch)
+
+    told = "^the engine is gone; step 1 is saved: run the same command again$"
+    with pytest.raises(StepFailed, match=told):
+        train(2, 0, [], step)
+    assert on_disk(tmp_path) == [1] and train(2, 0, [0.1], step)["finished"]
 
 
 def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_finished(train, tmp_path, capsys):

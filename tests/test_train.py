@@ -228,8 +228,9 @@ def test_grpo_interrupted_equals_uninterrupted_with_carried_groups_and_reference
     last = config()
     last.eval.file = paths["held_out"]
     train_grpo.train(last, tmp_path / "broken")
-    # What only a benchmark, a judge, "sapo" or a correction for the sampler reads.
+    # What only a benchmark, a judge, an engine, "sapo" or a correction for the sampler reads.
     unread = {f"reward.judge.{key}" for key in last.reward.judge if key != "model"}
+    unread |= {f"sampling.engine.{key}" for key in last.sampling.engine if key != "url"}
     unread |= {"eval.scoring", "eval.any_count", "grpo.sapo_negative", "grpo.sapo_positive"}
     unread |= {"lora.export"}  # nothing is exported
     assert reads.unread(last) == unread | {"grpo.tis_floor", "grpo.tis_level"}

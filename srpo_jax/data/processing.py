@@ -16,7 +16,10 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 
 from srpo_jax.data.batching import Encoded, Media, encode_arrays
 from srpo_jax.data.errors import RecordError, half_character, shown
@@ -186,6 +189,16 @@ class Processor:
         images = [image if image.mode == "RGB" else to_rgb(image) for image in images]
         out = self.image_processor(images, return_tensors="np")
         return np.asarray(out["pixel_values"], np.float32), np.asarray(out["image_grid_thw"])
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """The RGB picture that `images_to_arrays` cuts into patches; resized again it is the same.
+
+        ValueError for an aspect ratio above 200.
+        """
+        side = self.geometry.patch_size * self.geometry.merge_size
+        limits = (self.min_pixels, self.max_pixels)
+        height, width = smart_resize(image.height, image.width, side, *limits)
+        return to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
 
     @functools.cached_property
     def black_patch(self) -> np.ndarray:

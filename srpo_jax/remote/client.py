@@ -19,7 +19,7 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 from urllib.request import getproxies, proxy_bypass
 
@@ -155,13 +155,21 @@ class Connection:
 class Client(Connection):
     """Requests to one endpoint; ``errors`` counts what went wrong, HTTP statuses as text.
 
-    ``sleep`` replaces ``asyncio.sleep`` in tests.
+    ``body`` and ``parse`` say what is sent for a request, and what its answer means. ``sleep``
+    replaces ``asyncio.sleep`` in tests.
     """
 
-    def __init__(self, endpoint: Endpoint, *, sleep: Sleep = asyncio.sleep):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        body: Callable[..., dict[str, Any]] = request_body,
+        parse: Callable[..., Reply | Failure] = parse_reply,
+        sleep: Sleep = asyncio.sleep,
+    ):
         super().__init__(endpoint)
         self.errors: Counter[str] = Counter()
-        self._sleep = sleep
+        self._body, self._parse, self._sleep = body, parse, sleep
         self._breaker = Breaker(time.monotonic, sleep)
         self._requests = Pace(endpoint.requests_per_minute, time.monotonic, sleep)
         self._tokens = Pace(endpoint.tokens_per_minute, time.monotonic, sleep)
@@ -172,7 +180,7 @@ class Client(Connection):
 
         Raises Unavailable, Rejected or Fatal.
         """
-        content = json.dumps(request_body(self.endpoint, request)).encode()
+        content = json.dumps(self._body(self.endpoint, request)).encode()
         tries = probes = 0
         while True:
             async with self._slots:
@@ -234,4 +242,4 @@ class Client(Connection):
             code = body["error"].get("code") if isinstance(body["error"], dict) else None
             status = code if isinstance(code, int) and 400 <= code < 600 else 502
             return http_failure(self.endpoint, self._key, status, {}, body, request)
-        return parse_reply(self.endpoint, request, body, time.monotonic() - start)
+        return self._parse(self.endpoint, request, body, time.monotonic() - start)

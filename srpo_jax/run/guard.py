@@ -57,9 +57,13 @@ class StopRequest:
     def between_phases(self) -> None:
         """Stopped where a process was asked to stop and this step would take it too long
         (collective)."""
-        end = max(self._begun + self._took, time.monotonic())
-        if processes.any_true([self.requested and end > self._asked + self.grace / 2])[0]:
+        if processes.any_true([self.overdue()])[0]:
             raise Stopped
+
+    def overdue(self) -> bool:
+        """Whether this process was asked to stop and this step would take it too long."""
+        end = max(self._begun + self._took, time.monotonic())
+        return self.requested and end > self._asked + self.grace / 2
 
     def between_batches(self) -> None:
         """Stopped where a process was asked to stop (collective): of work that can go on later."""

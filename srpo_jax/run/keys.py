@@ -51,6 +51,7 @@ def _comments(module: str) -> dict[str, str]:
     lines, tree = ["", *text.splitlines()], ast.parse(text)
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
     sections = {"config": "", "sampling": "sampling.", "held_out": "eval.", "update": "grpo."}
+    sections["engine"] = "sampling.engine."
     # `config.data = data = ...` names a section, `reward.judge = judge = ...` one in it.
     for _ in range(2):
         for node in nodes:

@@ -14,6 +14,7 @@ from srpo_jax.data.records import RecordSource
 from srpo_jax.learn import grpo
 from srpo_jax.run import processes
 from srpo_jax.run.sections import GrpoSettings
+from srpo_jax.sampling.sampler import SamplingConfig
 from srpo_jax.structs import BLOCKS, RunError, Verdict
 
 ANSWERS = 256  # first records whose gold answers are looked at
@@ -98,16 +99,34 @@ def check_reward(cfg: grpo.GrpoConfig) -> str:
     return f"right answers earn {good:.3g}, wrong ones {bad:.3g}; groups of equals teach nothing"
 
 
-def check_sampler(metrics: Mapping[str, float], dtype: str) -> str:
-    """Does the update reckon with the distribution that was sampled from?
+def truncation_note(settings: GrpoSettings) -> str | None:
+    """What to say where samples are drawn from fewer tokens than the update reckons with."""
+    sampling, plain = settings.sampling, SamplingConfig(max_new_tokens=1)
+    names = [n for n in ("top_k", "top_p", "min_p") if getattr(sampling, n) != getattr(plain, n)]
+    if not names or settings.grpo.tis_cap:
+        return None
+    used = ", ".join(f"sampling.{name}={getattr(sampling, name)}" for name in names)
+    return (
+        f"note: {used} draws from a part of the distribution that the update takes for the whole: "
+        "its gradient is biased; set --config.grpo.tis_cap=2.0 to weigh samples, or switch it off"
+    )
+
+
+def check_sampler(metrics: Mapping[str, Any], dtype: str, *, engine: bool = False) -> str:
+    """Does the update reckon with the distribution that was sampled from, by an ``engine``?
 
     ``metrics`` are those of a rollout's first update; RunError beyond TOLERANCE.
     """
     mean, most = (float(metrics[f"sampler/logp_diff_{name}"]) for name in ("mean", "max"))
     told = f"sampler and update differ by {mean:.2g} nats a token, at most {most:.2g}"
-    if not mean <= TOLERANCE[dtype]:
-        raise RunError(
-            f"{told}; more than {TOLERANCE[dtype]:g} on average is no rounding of {dtype}: compare "
-            f"with --config.model.attention=xla or --config.model.dtype=float32; {GO_ON}"
+    if mean <= TOLERANCE[dtype]:
+        return told
+    remedy = f"compare with --config.model.attention=xla or --config.model.dtype=float32; {GO_ON}"
+    if engine:
+        remedy = (
+            "the engine has other weights (does it read sampling.engine.folder?) or tells other "
+            "log-probs (vLLM: --logprobs-mode processed_logprobs)"
         )
-    return told
+    raise RunError(
+        f"{told}; more than {TOLERANCE[dtype]:g} on average is no rounding of {dtype}: {remedy}"
+    )

@@ -39,6 +39,11 @@ FREE = (
     "reward.workers",
     "rollouts.every",
     "sampling.concurrent_rows",
+    "sampling.engine.concurrency",
+    "sampling.engine.folder",
+    "sampling.engine.key_env",
+    "sampling.engine.timeout",
+    "sampling.engine.url",
 )
 _MAY_GROW = ("steps", "epochs")
 _PER_PROCESS = ("distributed", "compilation_cache_dir")  # may differ between processes

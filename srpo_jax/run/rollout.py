@@ -7,7 +7,7 @@ features serve the sampler and, where the tower is frozen, every later pass of t
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Sampled:
     rollout: Rollout
     idle_share: float = 0.0  # of the sampler's slots and steps
     forks: int = 1  # samples of a family, one after the other
+    age: int = 0  # steps since the policy was that of the weights that drew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,24 @@ class Graded:
         return ~np.isin(np.arange(len(self.rollout.finished)), [*self.failures])
 
 
+class Drawer(Protocol):
+    """Draws samples in the sampler's place."""
+
+    def __call__(self, params: Params, loaded: LoadedBatch, step: int) -> tuple[Rollout, int]:
+        """This process's part of the rollout, and how many steps old its weights are."""
+        ...
+
+
+def with_ids(sampling: SamplingConfig, parts: Parts) -> SamplingConfig:
+    """``sampling`` with the model's token ids."""
+    return dataclasses.replace(
+        sampling,
+        eos_ids=parts.processor.eos_ids,
+        pad_id=parts.processor.pad_id,
+        forbidden_ids=parts.forbidden_ids,
+    )
+
+
 class Generator:
     """Samples and grades batches of one shape with one set of sampling parameters."""
 
@@ -73,35 +92,32 @@ class Generator:
         *,
         keep_pixels: bool = False,
         own: OwnTerms | None = None,
+        engine: Drawer | None = None,
     ):
         """Token ids of ``sampling`` are set to the model's.
 
         ``keep_pixels`` leaves ``Sampled.batch.vision`` for an update that trains the tower; ``own``
-        are terms for ``Verdict.own``.
+        are terms for ``Verdict.own``; ``engine`` draws in the sampler's place.
         """
         self.parts, self._profile, self._keep_pixels = parts, profile, keep_pixels
-        self._own = own if own and own.names else None
-        sampling = dataclasses.replace(
-            sampling,
-            eos_ids=parts.processor.eos_ids,
-            pad_id=parts.processor.pad_id,
-            forbidden_ids=parts.forbidden_ids,
-        )
+        self._own, self._engine = own if own and own.names else None, engine
         text = parts.token_text.token_bytes
-        self._sampler = Sampler(parts.model, sampling, parts.mesh, text)
+        self._sampler = Sampler(parts.model, with_ids(sampling, parts), parts.mesh, text)
         self._sampler.between_segments = parts.stop.between_phases
 
     def sample(self, params: Params, loaded: LoadedBatch, *, seed: int, step: int) -> Sampled:
         """Encode the images of a batch and sample its group of completions."""
         local, parts = loaded.arrays, self.parts
         batch, features = self.encode(params, local)
+        place = (loaded.records, loaded.slots, local, batch, features)
+        if self._engine:
+            drawn, age = self._engine(params, loaded, step)
+            return Sampled(*place, sharding.to_global(drawn, parts.mesh), age=age)
         keys = prompt_keys(loaded)
         # Alive until the next update donates ``params``.
         fit = relayout(params, parts.mesh, dtype=parts.model.dtype, lora=parts.model.lora)
         rollout = self._sampler.generate(fit, batch, features, keys, seed=seed, step=step)
-        idle = self._sampler.idle_share
-        place, forks = (loaded.records, loaded.slots), self._sampler.sampling.forks
-        return Sampled(*place, local, batch, features, rollout, idle, forks)
+        return Sampled(*place, rollout, self._sampler.idle_share, self._sampler.sampling.forks)
 
     def encode(self, params: Params, local: Batch) -> tuple[Batch, jax.Array | None]:
         """This process's host arrays -> the global batch and the features of its images."""

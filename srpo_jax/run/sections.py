@@ -197,6 +197,29 @@ class LogSettings(ConsoleSettings):
     mlflow_experiment: str
 
 
+EngineKind = Literal["vllm", "sglang"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """A server that draws the training samples in the sampler's place (docs/engine.md)."""
+
+    url: str = ""  # "": the own sampler draws them
+    kind: EngineKind = "vllm"
+    folder: str = ""  # "": engine/ in the workdir
+    sync_every: int = 1  # steps
+    timeout: float = 600.0  # seconds
+    concurrency: int = 64
+    key_env: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RlSampling(SamplingConfig):
+    """How training samples are drawn, and where."""
+
+    engine: EngineSettings = EngineSettings()
+
+
 FilterOn = Literal["final", "first", "either", "composite"]
 
 
@@ -341,6 +364,7 @@ class GrpoSettings(TrainSettings):
     """Of configs/grpo.py."""
 
     data: RlData
+    sampling: RlSampling
     reward: RewardSettings
     filter: FilterSettings
     preflight: bool

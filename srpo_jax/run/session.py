@@ -24,7 +24,7 @@ from srpo_jax.run.resume import check_config, moved_from
 from srpo_jax.run.sections import TrainSettings
 from srpo_jax.run.summary import closing, opening
 from srpo_jax.run.trackers import Example, open_trackers
-from srpo_jax.structs import Params, RunError, Stalled, TrainState
+from srpo_jax.structs import Params, RunError, StepFailed, TrainState
 
 BEST = "acc@2"  # of the held-out file: what the best checkpoint is best at
 
@@ -183,7 +183,7 @@ class Session:
 
         Args:
             step: ``step(state, steps done before)``; it may donate the state, and before that it
-                may raise Stopped.
+                may raise Stopped or StepFailed.
             host: gives this process's host values and arrays for a checkpoint.
             evaluator: of the held-out file.
 
@@ -194,7 +194,7 @@ class Session:
         Raises:
             RunError: something could not be written (what is saved, and how to go on), updates were
                 not finite, also after the run was rolled back, or replicas differ.
-            Stalled: the data did not come; the step before is saved.
+            StepFailed: of a step (Stalled: the data did not come); the one before is saved.
         """
         try:
             with self:
@@ -228,12 +228,14 @@ class Session:
         try:
             with self._stop.step():
                 done = step(self.state, self.step)
-        except (Stopped, Stalled) as error:  # the state is still that of the step before
+        except (Stopped, StepFailed) as error:  # the state is still that of the step before
             self.writer.say(f"step {self.step + 1} is given up")
             if self.step:
                 self._save()
-            if isinstance(error, Stalled):
-                raise
+            if isinstance(error, StepFailed):
+                self._checkpoints.wait()
+                saved = f"step {self.step} is saved" if self.step else "no step was done"
+                raise type(error)(f"{error}; {saved}: run the same command again") from None
             return True
         self.state, self.step = done.state, self.step + 1
         self.log(done)
@@ -331,7 +333,7 @@ class Session:
         finally:
             # After an error, let a checkpoint that is being written become complete; among several
             # processes that could wait for one that is gone, unless all of them have the same one.
-            if kind in (None, Stalled) or jax.process_count() == 1:
+            if kind is None or issubclass(kind, StepFailed) or jax.process_count() == 1:
                 self._checkpoints.close()
 
     def log(self, done: Done) -> None:

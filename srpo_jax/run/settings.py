@@ -26,6 +26,7 @@ from srpo_jax.learn.steps import SftConfig
 from srpo_jax.model.config import ATTENTION, DTYPES, REMAT
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run.sections import (
+    EngineKind,
     EvaluateSettings,
     FilterOn,
     GrpoSettings,
@@ -75,6 +76,7 @@ def grpo_settings(
             "rollouts.late=True and filter.resample=True: what is sampled until a batch is full is "
             "graded at once, so nothing is left to be late; set one of them"
         )
+    _check_engine(settings)
     group, low, high = settings.sampling.group_size, settings.filter.low, settings.filter.high
     if group < 2:
         raise RunError(
@@ -94,6 +96,35 @@ def grpo_settings(
             f"right samples of sampling.group_size={group} has a share between them"
         )
     return settings
+
+
+def _check_engine(settings: GrpoSettings) -> None:
+    """RunError where an engine could not do what the sampler does."""
+    sampling, engine = settings.sampling, settings.sampling.engine
+    if not engine.url:
+        return
+    plain = SamplingConfig(max_new_tokens=1)
+    for name in ("forks", "top_k", "top_p", "min_p"):
+        if getattr(sampling, name) != getattr(plain, name):
+            raise RunError(
+                f"sampling.{name}={getattr(sampling, name)}: not with sampling.engine.url: there "
+                f"each sample is drawn for itself, from all tokens; set {getattr(plain, name)}"
+            )
+    if not settings.grpo.tis_cap:
+        raise RunError(
+            "sampling.engine.url: an engine's log-probs are not the update's, and grpo.tis_cap=0 "
+            "leaves that uncorrected; set --config.grpo.tis_cap=2.0"
+        )
+    if engine.sync_every > 1 and (settings.rollouts.late or settings.filter.resample):
+        raise RunError(
+            f"sampling.engine.sync_every={engine.sync_every}: not with rollouts.late or "
+            "filter.resample, whose groups have an age of their own; set it to 1"
+        )
+    if on_bucket(engine.folder or settings.workdir):
+        raise RunError(
+            f"sampling.engine.folder={engine.folder or settings.workdir}: give a folder on a disk "
+            "that the engine sees under the same path"
+        )
 
 
 def evaluate_settings(config: Any, workdir: AnyPath = "") -> EvaluateSettings:
@@ -133,13 +164,15 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "data.global_batch_size data.prompts_per_row data.prompt_tokens data.tokens min_pixels "
         "eval.batch_size eval.samples checkpoint.keep log.every filter.max_rounds logit_chunk "
         "grpo.logit_chunk grpo.updates_per_rollout grpo.epochs grading.workers optim.max_skipped "
-        "reward.workers reward.judge.concurrency",
+        "reward.workers reward.judge.concurrency sampling.engine.concurrency "
+        "sampling.engine.sync_every",
         lambda value: value >= 1,
         "must be at least 1",
     ),
     ("data.mix", lambda value: all(weight > 0 for weight in value), "weights must be above 0"),
     (
         "grading.timeout grading.step_timeout reward.timeout lora.alpha optim.eps optim.grad_clip "
+        "sampling.engine.timeout "
         "grpo.clip_low grpo.clip_high grpo.sapo_positive grpo.sapo_negative",
         lambda value: value is None or value > 0,
         "must be above 0",
@@ -175,6 +208,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "lora.export": ("merged", "adapter"),
     "eval.stop_after": ("first", "confident", "final"),
     "filter.on": get_args(FilterOn),
+    "sampling.engine.kind": get_args(EngineKind),
     "optim.kind": ("adamw", "adafactor", "muon"),
     "optim.schedule": ("cosine", "constant"),
     "optim.moment_dtype": ("float32", "bfloat16", "int8"),
