@@ -89,6 +89,21 @@ def test_the_shell_reads_its_script(shell):
     subprocess.run([shell, "-n"], input=script(shell), text=True, check=True)
 
 
+def test_fish_offers_the_same(tmp_path):
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    file = tmp_path / "srpo.fish"
+    file.write_text(script("fish"))
+    for line, word in {
+        "srpo-tool pla": "plan",
+        "srpo-train-grpo --config=grpo:size=7b,mode=d": "--config=grpo:size=7b,mode=debug",
+        "srpo-train-sft --config.data.pac": "--config.data.pack=",
+    }.items():
+        code = f"source {file}; complete -C '{line}'"
+        done = subprocess.run(["fish", "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [word]
+
+
 def test_the_script_is_made_without_jax():
     code = "import sys, tools.completion as c; c.script('bash'); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python -m |srpo-|bash |sbatch )[^`]*)`")
 # First words of what no parser of ours reads.
-FOREIGN = {"pip", "python3", ".", "ruff", "pyright", "mkdocs", "hf"}
+FOREIGN = {"pip", "python3", ".", "ruff", "pyright", "mkdocs", "hf", "vllm"}
 PROGRAMS = {
     "srpo-train-sft": "srpo_jax.train_sft",
     "srpo-train-grpo": "srpo_jax.train_grpo",
@@ -78,7 +78,7 @@ def _of_block(name: str, first: int, block: str) -> Iterator[Shown]:
 
 
 def _split(text: str) -> list[str]:
-    words = shlex.split(text.replace("…", ""), comments=True)
+    words = [word for word in shlex.split(text.replace("…", ""), comments=True) if word != "..."]
     while words and re.match("[A-Z_]+=", words[0]):  # set for the command alone
         del words[0]
     return words

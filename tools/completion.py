@@ -99,7 +99,7 @@ def arguments(recipe: str) -> list[str]:
 
 BASH = r"""
 _srpo() {
-    local line=${COMP_LINE:0:COMP_POINT} word before program recipe head= list= one
+    local line=${COMP_LINE:0:$COMP_POINT} word before program recipe head= list= one
     word=${line##* }
     before=${line%"$word"}
     set -- $before
@@ -149,10 +149,10 @@ function __srpo
             string replace -r '[^:,]*$' '' -- $word | read -l head
             printf "$head%s\n" (__srpo_arguments $recipe)
         case '--config=*'
-            printf -- '--config=%s\n' (string split ' ' 'RECIPES')
+            printf '%s\n' --config=(string split ' ' 'RECIPES')
         case '--config.*=*'
         case '--config.*'
-            printf -- '--config.%s\n' (__srpo_keys $recipe)
+            printf '%s\n' --config.(__srpo_keys $recipe)
         case '*'
             __srpo_words $program
     end
@@ -192,7 +192,7 @@ def _table(name: str, table: Table) -> str:
 def _fish_table(name: str, table: Table) -> str:
     out = [f"function {name}", '    switch "$argv"']
     for key, values in table.items():
-        out += [f"        case '{key}'", f"            string split ' ' '{' '.join(values)}'"]
+        out += [f"        case '{key}'", f"            string split -- ' ' '{' '.join(values)}'"]
     return "\n".join([*out, "    end", "end"])
 
 
