@@ -100,8 +100,8 @@ def test_fish_offers_the_same(tmp_path):
         "srpo-train-sft --config.data.pac": "--config.data.pack=",
     }.items():
         code = f"source {file}; complete -C '{line}'"
-        done = subprocess.run(["fish", "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.split() == [word]
+        done = subprocess.run(["fish", "-c", code], cwd=tmp_path, capture_output=True, check=True)
+        assert done.stdout.decode().split() == [word]
 
 
 def test_the_script_is_made_without_jax():
