@@ -11,10 +11,13 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+# What may stand behind the colon of --config; the first of each is the default.
+ARGUMENTS = {"size": ("7b", *common.SIZES), "mode": common.MODES}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
-    args = common.parse_arg(arg, size=("7b", *common.SIZES), mode=common.MODES)
+    args = common.parse_arg(arg, **ARGUMENTS)
     config = common.base(args.size)
     common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760, as in RL
     held_out = common.add_evaluation(config, periodic=False)

@@ -8,6 +8,10 @@ from typing import Any, NoReturn
 __version__ = "0.1.0"
 
 
+class RunError(RuntimeError):
+    """A run cannot start or go on; the message names the key, the values and the remedy."""
+
+
 def _leave(*_: Any) -> NoReturn:
     os.write(2, b"interrupted\n")
     os._exit(130)

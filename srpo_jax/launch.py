@@ -41,6 +41,7 @@ _COMMANDS = {
     "report": ("srpo-report", "tools.report"),
     "eval_report": ("srpo-tool eval_report", "tools.eval_report"),
     "plan": ("srpo-plan", "tools.plan"),
+    "transformers_check": ("srpo-tool transformers_check", "tools.lib.transformers_check"),
 }
 
 
@@ -87,16 +88,26 @@ def plan() -> None:
     _run("tools.plan")
 
 
+DATA = {"build": "tools.build_reflection_data", "check": "tools.check_data"}  # of srpo-data
+
+
 def data() -> None:
     """``srpo-data build`` makes reflection data, ``srpo-data check`` looks at records."""
-    _choose({"build": "tools.build_reflection_data", "check": "tools.check_data"})
+    _choose(DATA)
+
+
+def tools() -> dict[str, str]:
+    """Name -> module of every program of tools/."""
+    names = {path.stem for path in (HOME / "tools").glob("[!_]*.py")}
+    names |= {path.parent.name for path in (HOME / "tools").glob("*/__main__.py")}
+    found = {name: f"tools.{name}" for name in names}
+    found |= {"reflect": "tools.demo.reflect", "transformers_check": "tools.lib.transformers_check"}
+    return dict(sorted(found.items()))
 
 
 def tool() -> None:
     """``srpo-tool NAME``: any program of tools/."""
-    files = {path.stem: path for path in (HOME / "tools").glob("[!_]*.py")}
-    files |= {path.parent.name: path for path in (HOME / "tools").glob("*/__main__.py")}
-    _choose({name: f"tools.{name}" for name in sorted(files)})
+    _choose(tools())
 
 
 def _choose(modules: dict[str, str]) -> None:
@@ -115,9 +126,13 @@ def _choose(modules: dict[str, str]) -> None:
         print(f"  {known:{max(map(len, modules))}}  {_purpose(module)}")
 
 
-def _purpose(module: str) -> str:
-    """The first sentence of a program, without importing it."""
+def source(module: str) -> ast.Module:
+    """A program's source, which says what it is and takes without importing it."""
     path = HOME / module.replace(".", "/")
     path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-    return text.partition("\n")[0].rstrip(".")
+    return ast.parse(path.read_text("utf-8"))
+
+
+def _purpose(module: str) -> str:
+    """The first line of a program."""
+    return (ast.get_docstring(source(module)) or "").partition("\n")[0].rstrip(".")

@@ -21,15 +21,13 @@ import flax.struct
 import jax
 import numpy as np
 
+from srpo_jax import RunError as RunError  # there, so that a configuration is read without jax
+
 # What the fields of a struct are: numpy arrays on the host, jax arrays on devices and in traced
 # functions; in a layout what stands for them (ShapeDtypeStruct, PartitionSpec, NamedSharding).
 Leaf = TypeVar("Leaf", covariant=True)
 Array = jax.Array | np.ndarray  # what functions take that work on either
 Params = dict[str, jax.Array]  # "text/layers/attn/q/kernel" -> array; see model/qwen2_5_vl.py
-
-
-class RunError(RuntimeError):
-    """A run cannot start or go on; the message names the key, the values and the remedy."""
 
 
 class StepFailed(RunError):

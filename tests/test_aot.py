@@ -52,6 +52,13 @@ def test_the_7b_recipe_compiles_and_fits_eight_devices(recipe, programs, topolog
     assert fits == dict.fromkeys(programs, "yes"), table
 
 
+def test_a_step_is_estimated_and_nothing_compiled():
+    words = ("-m", "tools.plan", "--config=configs/grpo.py:size=7b", "--topology=cuda:h100:1x8")
+    table = _run("cuda", *words, "--estimate", "--price_per_hour=2.5")
+    assert "COUNTED on a device" in table and "collectives counted" in table
+    assert re.search(r"^1,000 steps: [\d.,]+ hours of 8 devices", table, re.MULTILINE)
+
+
 ATTENTION = """
 import jax, jax.numpy as jnp
 from srpo_jax.model.attention import lane_attention

@@ -1,6 +1,7 @@
 """The embedded demo: its problems, reflections, tokenizer, report; and (slow) the whole of it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from srpo_jax.rewards.grade import grade
 from srpo_jax.rewards.template import TokenText
 from srpo_jax.rewards.verifier import Verifier
 from srpo_jax.structs import BLOCKS
-from tools.demo import data, report, run, stages, tiles
+from tools.demo import __main__ as run
+from tools.demo import data, report, stages, tiles
 from tools.demo.tasks import DOT_TILES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -380,11 +382,27 @@ def test_a_seed_has_one_page_of_both_runs_and_all_evaluations(tmp_path, capsys):
     assert all(f"<td>{name}</td>" in html for name in tested)
 
 
+def run_notebook(path: Path, out: Path, env: dict[str, str]) -> str:
+    """Run a notebook with ``out`` as its folder; what its cells print and show, as text."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    assert not any(cell.get("outputs") for cell in book.cells), f"{path.name} holds outputs"
+    (given,) = (c for c in book.cells if "parameters" in c.metadata.get("tags", ()))
+    given.source += f"\nOUT = {str(out)!r}"
+    place = {"metadata": {"path": str(path.parent)}}
+    client = nbclient.NotebookClient(book, timeout=300, resources=place)
+    client.execute(env=env | {"PYTHONPATH": str(ROOT)})
+    shown = [one for cell in book.cells for one in cell.get("outputs", ())]
+    return "\n".join(str(one.get("text") or one.get("data")) for one in shown)
+
+
 @pytest.mark.slow
-def test_the_whole_demo_in_its_quick_form(tmp_path, one_device_env):
+def test_the_whole_demo_in_its_quick_form_and_the_notebook_that_shows_it(tmp_path, one_device_env):
     """Every stage as a real command; what it exports is what transformers loads."""
     out = tmp_path / "demo"
-    command = [sys.executable, "-m", "tools.demo.run", "--quick", "--out", str(out)]
+    command = [sys.executable, "-m", "tools.demo", "--quick", "--out", str(out)]
     settings = dict(cwd=ROOT, env=one_device_env, capture_output=True, text=True)
     done = subprocess.run(command, **settings)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -400,6 +418,9 @@ def test_the_whole_demo_in_its_quick_form(tmp_path, one_device_env):
         assert (out / f"seed0/{name}/hf/model.safetensors").exists()
     pytest.importorskip("torch")
     assert "transformers loads the export" in done.stdout
-    # A second run finds everything done.
-    again = subprocess.run(command, **settings)
-    assert again.returncode == 0 and "seed 0\n" in again.stdout and "started" not in again.stdout
+    # A second run, that of the notebook, finds everything done.
+    told = run_notebook(ROOT / "docs/quickstart.ipynb", out, one_device_env)
+    assert "seed 0" in told and "done before" in told and "started" not in told
+    assert "text/markdown" in told and "image/svg+xml" in told
+    page = os.path.relpath(out / "seed0/report.html", ROOT / "docs")
+    assert page in told and (ROOT / "docs" / page).is_file()

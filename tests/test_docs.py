@@ -1,89 +1,17 @@
-"""What the pages name exists: modules, options, configuration keys, programs and files."""
+"""What the pages name exists: tools, configuration keys, files, headings."""
 
-import argparse
+import ast
 import importlib
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from srpo_jax import train_grpo
+from srpo_jax.run.settings import grpo_settings
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`([^`]*\bpython -m [^`]*)`")
-
-
-def commands() -> list[tuple[str, list[str]]]:
-    """(module, arguments) of every ``python -m`` command, blocks and inline code alike."""
-    found = []
-    for page in PAGES:
-        text = page.read_text("utf-8")
-        lines = [line for block in BLOCK.findall(text) for line in _joined(block)]
-        lines += [" ".join(code.split()) for code in INLINE.findall(text)]
-        for line in lines:
-            _, python, rest = line.partition("python -m ")
-            if python:
-                if rest.count('"') % 2:  # the command stands inside another one's quotes
-                    rest = rest.rpartition('"')[0]
-                words = shlex.split(rest.replace("…", ""), comments=True)
-                found.append((words[0], words[1:]))
-    return found
-
-
-def _joined(block: str) -> list[str]:
-    return re.sub(r"\\\n\s*", " ", block).splitlines()
-
-
-def options_of(module: str, words: list[str]) -> set[str]:
-    """The options that a tool takes; of the named subcommand where it has them."""
-    tool = importlib.import_module(module)
-    if hasattr(tool, "__path__"):
-        tool = importlib.import_module(f"{module}.__main__")
-    if hasattr(tool, "make_parser"):
-        parser = tool.make_parser()
-        found = set(parser._option_string_actions)
-        for action in parser._actions:
-            choices = action.choices if isinstance(action, argparse._SubParsersAction) else {}
-            for name in choices.keys() & set(words):
-                found |= set(choices[name]._option_string_actions)
-        return found
-    command = [sys.executable, "-m", module, *words[:1], "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return set(re.findall(r"--\w+", done.stdout))
-
-
-COMMANDS = commands()
-
-
-def test_the_pages_show_commands():
-    shown = {module for module, _ in COMMANDS}
-    assert {"srpo_jax.train_sft", "srpo_jax.train_grpo", "srpo_jax.evaluate"} <= shown
-    assert {"tools.plan", "tools.build_reflection_data", "tools.score_eval"} <= shown
-
-
-@pytest.mark.parametrize(("module", "words"), COMMANDS, ids=[m for m, _ in COMMANDS])
-def test_a_shown_command_has_its_options_and_keys(module, words):
-    file = next((word.removeprefix("--config=") for word in words if "--config=" in word), None)
-    given = {word.partition("=")[0] for word in words if word.startswith("--")}
-    overrides = {name for name in given if name.startswith("--config.")}
-    if file is not None:
-        path, _, arg = file.partition(":")
-        recipe = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-        known = recipe.get_config(arg or None)
-        for name in overrides:
-            section = known
-            for part in name.removeprefix("--config.").split("."):
-                assert part in section, f"{module}: {name}"
-                section = section[part]
-    options = {"--config", "--workdir"} if module.startswith("srpo_jax.") else set()
-    if module.startswith("tools."):
-        options = options_of(module, words)
-    else:
-        importlib.import_module(module)
-    assert given - overrides - {"--config"} <= options | {"--config"}, module
 
 
 def test_readme_has_a_row_for_every_tool():
@@ -128,3 +56,35 @@ def test_links_lead_to_files_and_headings(page):
 def test_every_page_stands_in_the_table_of_contents():
     listed = set(re.findall(r"\b(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= listed
+
+
+def test_the_api_page_names_what_is_there_and_has_a_docstring():
+    named = re.findall(r"^::: (\S+)\.(\w+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.M)
+    assert len(named) > 20
+    for module, name in named:
+        assert getattr(importlib.import_module(module), name).__doc__, f"{module}.{name}"
+
+
+PYTHON = [
+    pytest.param(block, id=f"{page.name}:{block.string.count(chr(10), 0, block.start()) + 1}")
+    for page in PAGES
+    for block in re.finditer(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+]
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_of_a_page_imports_what_is_there(block):
+    for node in ast.walk(ast.parse(block[1])):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                found = getattr(module, alias.name, None)
+                assert found or importlib.import_module(f"{node.module}.{alias.name}")
+
+
+def test_the_example_of_the_api_page_is_a_run_that_would_begin(monkeypatch):
+    (block,) = re.findall("```python\n(.*?)```", (ROOT / "docs/api.md").read_text("utf-8"), re.S)
+    begun = []
+    monkeypatch.setattr(train_grpo, "train", lambda *given: begun.append(grpo_settings(*given)))
+    exec(compile(block, "docs/api.md", "exec"), {})
+    assert begun[0].data.train == "rl.jsonl" and str(begun[0].workdir) == "runs/rl"

@@ -121,6 +121,14 @@ def test_a_tool_that_is_not_there_is_one_line_with_the_nearest(monkeypatch, caps
     assert re.search("^  build  Stage 1's data", told, re.M) and "  check  What would" in told
 
 
+def test_every_tool_is_listed_with_what_it_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/bin/srpo-tool", "--help"])
+    launch.tool()
+    told = re.findall(r"^  (\w+)  +(\S.{20,})$", capsys.readouterr().out, re.M)
+    assert [name for name, _ in told] == [*launch.tools()]
+    assert {"demo", "reflect", "completion", "study", "transformers_check"} <= {n for n, _ in told}
+
+
 def test_the_image_copies_files_that_are_there_and_installs_extras_that_exist():
     text = (ROOT / "docker/Dockerfile").read_text()
     copied = [word for line in re.findall("^COPY (.*) ", text, re.M) for word in line.split()]

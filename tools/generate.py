@@ -156,9 +156,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=cli.positive, default=1024, help="(%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     prompt = parser.add_mutually_exclusive_group()
-    for name, text in (("srpo", "records get the SRPO prompt (default)"), ("plain", "one round")):
+    told = {"--srpo": "records get the SRPO prompt (default)", "--plain": "one round"}
+    for flag, text in told.items():
+        name = flag.removeprefix("--")
         prompt.add_argument(
-            f"--{name}", dest="prompt", action="store_const", const=name, default="srpo", help=text
+            flag, dest="prompt", action="store_const", const=name, default="srpo", help=text
         )
     return parser
 

@@ -6,5 +6,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/venv.sh
 use_venv requirements.txt
-export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2 HF_HUB_OFFLINE=1
-exec "$PY" -m tools.demo.run "$@"
+export JAX_PLATFORMS=cpu
+exec "$PY" -m tools.demo "$@"

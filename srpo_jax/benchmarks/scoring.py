@@ -63,8 +63,8 @@ def score(
         judge: for JUDGE.
 
     Raises:
-        ValueError for a benchmark without an official rule; RowError, with the index of the row,
-        where a field is missing.
+        ValueError: for a benchmark without an official rule.
+        RowError: with the index of the row, where a field is missing.
     """
     one = BENCHMARKS[benchmark]
     if mode == "strict":

@@ -12,11 +12,10 @@ from typing import Any
 
 import yaml
 
-from srpo_jax import __version__
+from srpo_jax import RunError, __version__
 from srpo_jax.data.files import AnyPath, absolute, write_text
 from srpo_jax.launch import HOME, reach_home
 from srpo_jax.run.resume import flat_config
-from srpo_jax.structs import RunError
 
 OVERRIDE = "--config."
 EXAMPLE = "grpo:size=7b"

@@ -5,9 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from srpo_jax.structs import RunError
+from srpo_jax import RunError
 
 # Keys that a resumed run may change: they do not enter the numbers, or only in the order of sums.
 FREE = (
@@ -87,6 +85,8 @@ def check_config(saved: dict[str, Any], current: dict[str, Any], allowed: str = 
 
 def moved_from(meta: dict[str, Any], mesh: dict[str, Any]) -> str:
     """What to say where a checkpoint is of other processes, devices or another mesh; "" else."""
+    import jax  # noqa: PLC0415  (what reads configurations alone need not wait for it)
+
     now = {"processes": jax.process_count(), "devices": jax.device_count(), "mesh": mesh}
     was = now | {n: value for n, value in (meta["config"] | meta).items() if n in now}
     changed = [

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools.demo import __main__ as demo
 from tools.demo import report, teacher, tiles
-from tools.demo import run as demo
 from tools.demo.stages import ROOT, Clock, Stage, run_stages
 from tools.demo.tasks import DOT_TILES
 from tools.lib import cli
@@ -112,8 +112,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.base_parser(
         __doc__, "python -m tools.demo.reflect --demo runs/demo --out runs/reflect"
     )
-    parser.add_argument("--demo", default=str(ROOT / "runs/demo"), help="a finished quickstart")
-    parser.add_argument("--out", default=str(ROOT / "runs/reflect"), help="folder of this run")
+    parser.add_argument("--demo", default="runs/demo", help="a finished quickstart")
+    parser.add_argument("--out", default="runs/reflect", help="folder of this run")
     parser.add_argument("--steps", type=cli.positive, default=120, help="of SFT (%(default)s)")
     return parser
 

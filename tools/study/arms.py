@@ -7,7 +7,7 @@ from typing import Any
 
 from configs import grpo
 from srpo_jax.run.resume import flat_config
-from tools.demo import run as demo
+from tools.demo import __main__ as demo
 from tools.demo.stages import Stage
 from tools.demo.tasks import Task
 

@@ -10,15 +10,17 @@ commands and is printed. A run that was stopped goes on where it stood.
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from srpo_jax import launch
 from srpo_jax.data.files import read_jsonl, write_json
 from tools import report as run_report
 from tools.demo import data, report
-from tools.demo.stages import ROOT, Clock, Stage, run_stages
+from tools.demo.stages import Clock, Stage, run_stages
 from tools.demo.tasks import DOT_TILES, Task
 from tools.lib import cli, transformers_check
 
@@ -226,8 +228,8 @@ def check_export(folder: Path, clock: Clock) -> None:
     hf_dir, given = folder / "srpo/hf", folder / "data/test.jsonl"
     if not transformers_check.torch_is_there():
         clock.say(
-            "torch is not installed, so transformers was not tried on the export; with it: python "
-            f"-m tools.lib.transformers_check --hf_dir {hf_dir} --input {given}"
+            "torch is not installed, so transformers was not tried on the export; with it: "
+            f"{launch.command('transformers_check')} --hf_dir {hf_dir} --input {given}"
         )
         return
     records = read_jsonl(given)[:8]
@@ -251,6 +253,8 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run every seed, write results.json, print table, gains and reading."""
+    # Of the stages. On a GPU two of them at a time would each take its memory.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "HF_HUB_OFFLINE": "1"}
     plan = QUICK if args.quick else Plan()
     overrides = dict(item.split("=", 1) for item in args.set)
     plan = dataclasses.replace(
@@ -285,9 +289,9 @@ def main(args: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.base_parser(__doc__, "bash tools/quickstart.sh --seeds 3 --out runs/demo")
+    parser = cli.base_parser(__doc__, f"{launch.program()} --seeds 3 --out runs/demo")
     add = parser.add_argument
-    add("--out", default=str(ROOT / "runs/demo"), help="folder of the run (%(default)s)")
+    add("--out", default="runs/demo", help="folder of the run (%(default)s)")
     add("--seeds", type=int, default=1, help="how many seeds to run, one after another")
     add("--seed", type=int, default=0, help="the first of them")
     add("--quick", action="store_true", help="a few tiny steps, to see that all parts work")
