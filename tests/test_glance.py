@@ -62,4 +62,8 @@ def test_a_run_says_what_it_does_how_far_it_is_and_how_its_numbers_moved(tmp_pat
     assert glance.progress(rows, 79) == ("step 39 of 79, 90 s a step, 1:00:00 to go")
     found = {what: (now, before) for what, now, before, _ in glance.numbers(rows)}
     assert found["final answer right"] == ("75.0%", "50.0%") and "loss" not in found
-    assert "Do its reflections help?" in run_page.page([run_of(tmp_path, rows)])
+    html = run_page.page([run_of(tmp_path, rows)])
+    assert "Do its reflections help?" in html and 'href="#warnings-part">1 warning' not in html
+    rows = [row | {"truncated_share": 0.5} for row in rows]
+    html = run_page.page([run_of(tmp_path, rows)])
+    assert 'href="#warnings-part">1 warning</a>' in html
