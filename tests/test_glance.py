@@ -49,6 +49,16 @@ def test_an_evaluation_is_asked_before_training_and_the_runs_own_before_none():
     assert glance.helped([], {}) == verdict.UNKNOWN
 
 
+def test_an_evaluation_is_of_the_run_in_whose_folder_its_weights_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [run_of(tmp_path / name, metric_rows(1)) for name in ("a", "ab")]
+    rates = {"acc@1": 0.5, "fix": 0.1, "harm": 0.1, "net_gain": 0.0, "records": 50}
+    rates |= {"acc@2": 0.5, "tokens": 9.0, "samples": 50, "weights": "ab/hf"}
+    html = run_page.page(runs, evaluations={"test": rates})
+    first, second = html.split("Do its reflections help?")[1:]
+    assert "(test)" not in first and "On 50 problems (test)" in second
+
+
 def test_a_run_says_what_it_does_how_far_it_is_and_how_its_numbers_moved(tmp_path):
     config = importlib.import_module("configs.grpo").get_config("size=3b").to_dict()
     config["data"]["train"] = "rl.jsonl"
