@@ -189,7 +189,9 @@ def score_benchmark(settings: EvaluateSettings, source: Any, rows: list[Row]) ->
     found = write_scores(
         settings.workdir, *scores, bootstrap=settings.bootstrap, seed=settings.seed
     )
-    processes.say(f"{name}, {mode}: first {found['acc@1']:.4f}, final {found['acc@2']:.4f}")
+    held = {"benchmark": name, "mode": mode, "acc@1": found["acc@1"], "acc@2": found["acc@2"]}
+    text = f"{name}, {mode}: first {found['acc@1']:.4f}, final {found['acc@2']:.4f}"
+    processes.say(text, "scores", **held)
     return found
 
 

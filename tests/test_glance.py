@@ -49,6 +49,16 @@ def test_an_evaluation_is_asked_before_training_and_the_runs_own_before_none():
     assert glance.helped([], {}) == verdict.UNKNOWN
 
 
+def test_an_evaluation_is_of_the_run_in_whose_folder_its_weights_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [run_of(tmp_path / name, metric_rows(1)) for name in ("a", "ab")]
+    rates = {"acc@1": 0.5, "fix": 0.1, "harm": 0.1, "net_gain": 0.0, "records": 50}
+    rates |= {"acc@2": 0.5, "tokens": 9.0, "samples": 50, "weights": "ab/hf"}
+    html = run_page.page(runs, evaluations={"test": rates})
+    first, second = html.split("Do its reflections help?")[1:]
+    assert "(test)" not in first and "On 50 problems (test)" in second
+
+
 def test_a_run_says_what_it_does_how_far_it_is_and_how_its_numbers_moved(tmp_path):
     config = importlib.import_module("configs.grpo").get_config("size=3b").to_dict()
     config["data"]["train"] = "rl.jsonl"
@@ -62,4 +72,8 @@ def test_a_run_says_what_it_does_how_far_it_is_and_how_its_numbers_moved(tmp_pat
     assert glance.progress(rows, 79) == ("step 39 of 79, 90 s a step, 1:00:00 to go")
     found = {what: (now, before) for what, now, before, _ in glance.numbers(rows)}
     assert found["final answer right"] == ("75.0%", "50.0%") and "loss" not in found
-    assert "Do its reflections help?" in run_page.page([run_of(tmp_path, rows)])
+    html = run_page.page([run_of(tmp_path, rows)])
+    assert "Do its reflections help?" in html and 'href="#warnings-part">1 warning' not in html
+    rows = [row | {"truncated_share": 0.5} for row in rows]
+    html = run_page.page([run_of(tmp_path, rows)])
+    assert 'href="#warnings-part">1 warning</a>' in html

@@ -182,7 +182,7 @@ def _view(name: str, run: Run, evaluations: Mapping[str, Mapping[str, Any]]) -> 
     own = {
         name: rates
         for name, rates in evaluations.items()
-        if str(rates.get("weights", "")).startswith(f"{run.folder}/")
+        if rates.get("weights") and str(absolute(rates["weights"])).startswith(f"{run.folder}/")
     }
     return {
         "name": name,

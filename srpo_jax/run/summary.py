@@ -47,8 +47,10 @@ def opening(
     if every := settings.checkpoint.verify_replicas_every:
         text = f"replicas: {_replicas(state)} held by several devices, compared every {every} steps"
         yield "replicas", text, {"every": every}
-    yield "steps", f"steps: {total_steps:,} of {_batch(settings)}", {"steps": total_steps}
-    yield "budgets", f"budgets: {_budgets(settings)}", {"pixels": settings.max_pixels}
+    known = {"steps": total_steps, "batch": settings.data.global_batch_size}
+    yield "steps", f"steps: {total_steps:,} of {_batch(settings)}", known
+    text, known = _budgets(settings)
+    yield "budgets", f"budgets: {text}", known
     changed = [*differences(settings.plain)]
     if changed:
         text = f"differs from the recipe of size={settings.size} (config.yaml) in:\n  "
@@ -82,14 +84,17 @@ def _batch(settings: TrainSettings) -> str:
     return f"{size} conversations"
 
 
-def _budgets(settings: TrainSettings) -> str:
-    data, sampling = settings.data, settings.sampling
-    told = [f"prompts of {data.prompt_tokens:,} tokens"]
+def _budgets(settings: TrainSettings) -> tuple[str, dict[str, int]]:
+    """In words, and as values."""
     if isinstance(settings, SftSettings):
-        told = [f"conversations of {settings.data.tokens:,} tokens"]
+        tokens = settings.data.tokens
+        text, held = f"conversations of {tokens:,} tokens", {"tokens": tokens}
     else:
-        told.append(f"answers of {sampling.max_new_tokens:,}")
-    return ", ".join([*told, f"images of {settings.max_pixels:,} pixels"])
+        prompt, answer = settings.data.prompt_tokens, settings.sampling.max_new_tokens
+        text = f"prompts of {prompt:,} tokens, answers of {answer:,}"
+        held = {"prompt_tokens": prompt, "max_new_tokens": answer}
+    pixels = settings.max_pixels
+    return f"{text}, images of {pixels:,} pixels", held | {"max_pixels": pixels}
 
 
 def _count(tree: Any) -> int:
