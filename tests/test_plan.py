@@ -152,7 +152,11 @@ def test_parameter_and_optimizer_bytes_are_those_of_a_hand_count():
     config.optim.moment_dtype = "int8"
     blocks, narrow = count(read_recipe(config, mesh)).optimizer, 2 * (matrices // 8 + vectors)
     assert 1 + 4 / 128 < blocks / narrow < 1 + 4 / 55
-    config.optim.moment_dtype = "float32"
+    config.optim.moment_dtype, config.optim.offload = "float32", True
+    waits = count(read_recipe(config, mesh))
+    assert (waits.optimizer, waits.host, waits.moved) == (0, held.optimizer, held.optimizer)
+    assert held.sampling - waits.sampling == held.optimizer / 2**30
+    config.optim.offload = False
     # In bfloat16 over fsdp and tensor half and a quarter; moments stay float32.
     config.model.param_dtype, config.mesh.tensor = "bfloat16", 2
     divided = count(read_recipe(config, sharding.make_mesh(2, 2, 2)))

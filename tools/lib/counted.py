@@ -18,7 +18,6 @@ from tools.lib.programs import (
     abstract_batch,
     abstract_experience,
     device_bytes,
-    host_bytes,
     reference_bytes,
     sampler_inputs,
     shared_bytes,
@@ -78,13 +77,13 @@ def count(recipe: Recipe) -> Held:
     else:
         batch, sampler = device_bytes(abstract_batch(recipe)), 0
     reference, offload = reference_bytes(recipe, state), recipe.optimizer.offload
-    moved = host_bytes(state.opt_state)
+    moments = device_bytes(state.opt_state)
     return Held(
         parameters=device_bytes(params),
-        optimizer=device_bytes(state.opt_state),
+        optimizer=0 if offload else moments,
         reference=0 if offload else reference,
-        host=moved + reference if offload else 0,
-        moved=moved,
+        host=moments + reference if offload else 0,
+        moved=moments if offload else 0,
         gradients=2 * device_bytes(trained),
         sampler=sampler,
         batch=batch,

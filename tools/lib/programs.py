@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,16 +36,7 @@ Lowering = tuple[str, Callable[[], jax.stages.Lowered], int]
 
 def device_bytes(tree: Any) -> int:
     """Bytes on one device of arrays that are given as shapes with shardings."""
-    return _bytes(x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != sharding.HOST)
-
-
-def host_bytes(tree: Any) -> int:
-    """Of those that wait in host memory, one device's part."""
-    return _bytes(x for x in jax.tree.leaves(tree) if x.sharding.memory_kind == sharding.HOST)
-
-
-def _bytes(arrays: Iterable[Any]) -> int:
-    shards = ((x.sharding.shard_shape(x.shape), x.dtype) for x in arrays)
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
@@ -166,10 +157,12 @@ def grpo_programs(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) ->
     state, params = train_inputs(recipe, transform)
     experience = abstract_experience(recipe, step, sampling)
     reference = reference_bytes(recipe, state)
-    waiting = 0 if recipe.optimizer.offload else reference
+    resident, held = reference, state
+    if recipe.optimizer.offload:  # what waits in host memory; a topology's arrays do not tell
+        resident, held = 0, dataclasses.replace(state, opt_state=None)
     # jit drops arguments that a program does not read: the tower's are held beside all but
     # ``encode``, the decoder's beside ``encode``.
-    always = device_bytes(state) + waiting
+    always = device_bytes(held) + resident
     encode = steps.make_encode_step(model, mesh=mesh)
     images = abstract_batch(recipe).vision
     beside = always - device_bytes(_tower(params, True))
@@ -186,14 +179,14 @@ def grpo_programs(recipe: Recipe, step: GrpoConfig, sampling: SamplingConfig) ->
     parts = (experience.rollout.sample_logp, params, experience.batch, experience.rollout)
     parts += (experience.features, lanes)
     beside = always - device_bytes(_tower(params, False))
-    yield "logp_step", lambda: logps.lower(*parts), beside + reference - waiting
+    yield "logp_step", lambda: logps.lower(*parts), beside + reference - resident
     update = steps.make_grpo_steps(model, step, transform, freeze=recipe.freeze, mesh=mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     ready, total = update.prepare.eval_shape(experience, number)
     lanes = abstract_lanes(recipe, sampling, families=step.shares)
     inputs = (total, state, experience, ready, lanes)
     yield "accumulate", lambda: update.accumulate.lower(*inputs), beside
-    beside = waiting + device_bytes(experience)
+    beside = resident + device_bytes(experience)
     yield "apply", lambda: update.apply.lower(state, total, ready), beside
 
 
