@@ -11,13 +11,15 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# What may stand behind the colon of --config; the first of each is the default.
-ARGUMENTS = {"size": ("7b", *common.SIZES), "mode": common.MODES}
+
+def arguments() -> dict[str, tuple[str, ...]]:
+    """What may stand behind the colon of --config; the first of each is the default."""
+    return {"size": ("7b", *common.SIZES), "mode": common.MODES}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
-    args = common.parse_arg(arg, **ARGUMENTS)
+    args = common.parse_arg(arg, **arguments())
     config = common.base(args.size)
     common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760, as in RL
     held_out = common.add_evaluation(config, periodic=False)

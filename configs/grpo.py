@@ -23,17 +23,16 @@ AUTHORS = {
     "grpo.adv_eps": 1e-9,
 }
 
-# What may stand behind the colon of --config; the first of each is the default.
-ARGUMENTS = {
-    "size": ("7b", *common.SIZES),
-    "mode": common.MODES,
-    "recipe": ("paper", "authors"),
-}
+
+def arguments() -> dict[str, tuple[str, ...]]:
+    """What may stand behind the colon of --config; the first of each is the default."""
+    sizes, recipes = ("7b", *common.SIZES), ("paper", "authors")
+    return {"size": sizes, "mode": common.MODES, "recipe": recipes}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
-    args = common.parse_arg(arg, **ARGUMENTS)
+    args = common.parse_arg(arg, **arguments())
     config = common.base(args.size)
     common.add_images(config, max_pixels=640 * 28 * 28)  # 501,760 (R: train_ppo_ray.py)
     common.add_training(config)

@@ -11,13 +11,15 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# What may stand behind the colon of --config; the first of each is the default.
-ARGUMENTS = {"size": ("7b", *common.SIZES), "mode": common.MODES}
+
+def arguments() -> dict[str, tuple[str, ...]]:
+    """What may stand behind the colon of --config; the first of each is the default."""
+    return {"size": ("7b", *common.SIZES), "mode": common.MODES}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for ``arg``, e.g. "size=7b,mode=debug"."""
-    args = common.parse_arg(arg, **ARGUMENTS)
+    args = common.parse_arg(arg, **arguments())
     config = common.base(args.size)
     common.add_images(config, max_pixels=262_144)  # R: image_max_pixels
     common.add_training(config)

@@ -79,7 +79,6 @@ def test_a_model_size_is_a_model_and_a_recipe(monkeypatch):
     example = run("model size")
     for name, size in example["ENTRY"].items():
         monkeypatch.setitem(SIZES, name, size)
-    monkeypatch.setitem(grpo.ARGUMENTS, "size", tuple(SIZES))  # read when the module is
     assert size_config("14b", dtype="bfloat16") == example["MODEL"]
     count = sum(math.prod(p.shape) for p in abstract_params(example["MODEL"]).values())
     assert 15e9 < count < 16e9

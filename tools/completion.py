@@ -91,7 +91,7 @@ def of_settings(tree: ast.Module) -> set[str]:
 def arguments(recipe: str) -> list[str]:
     """What may stand behind the colon of --config."""
     launch.reach_home()
-    known = importlib.import_module(f"configs.{recipe}").ARGUMENTS
+    known = importlib.import_module(f"configs.{recipe}").arguments()
     return [f"{name}={value}" for name, values in known.items() for value in dict.fromkeys(values)]
 
 
