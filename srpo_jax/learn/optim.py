@@ -54,7 +54,7 @@ class Optimizer(NamedTuple):
     and once more to be added, so that they are never held all together."""
 
     init: Callable[[Params], Any]
-    update: optax.TransformUpdateExtraArgsFn
+    update: Callable[..., tuple[Any, Any]]  # of optax, with ``scales`` for `EightBit`
     schedule: Schedule
     seed: int = 0
     offload: bool = False
