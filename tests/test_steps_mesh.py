@@ -106,7 +106,7 @@ def grpo_runs(mesh, rows, shards):
 
 def perceiving_runs(mesh, rows, shards):
     """As grpo_runs; beside images their masked counterparts, and pairs of samples that share a
-    first round, which the mesh computes once."""
+    first round, which is computed once."""
     experience = dataclasses.replace(forked(), masked=np.asarray(features()) * 0.5)
     experience = repeated(experience, rows)
     cfg = with_(GRPO, micro_batches=rows, perception_coef=0.5, masked_entropy_coef=-0.2, forks=2)
@@ -115,13 +115,17 @@ def perceiving_runs(mesh, rows, shards):
     many = grpo_steps(cfg_many, ADAM, mesh=mesh)
     shown = np.asarray(experience.batch.valid & (experience.weight != 0))
     lengths = np.asarray(experience.rollout.completion_mask).sum(-1) * shown[:, None]
-    layout = Layout(len(shown) // shards, rows=rows // shards)
-    budgets = lanes.LaneBudgets(layout, G, S, R, spread=shards % 4 == 0).of_families(2)
     runs = lanes.family_runs(lengths, experience.verdict.first_end, 2)
-    (every,) = lanes.pack(experience.batch.lengths, runs, budgets)
-    on_mesh = sharding.to_global((experience, every), mesh)
+
+    def families(shards):
+        layout = Layout(len(shown) // shards, rows=rows // shards)
+        budgets = lanes.LaneBudgets(layout, G, S, R, spread=shards % 4 == 0).of_families(2)
+        return lanes.pack(experience.batch.lengths, runs, budgets)[0]
+
+    every = families(1)
+    on_mesh = sharding.to_global((experience, families(shards)), mesh)
     return (
-        lambda now: one_update(one, cfg, now, experience),
+        lambda now: steps.grpo_update(one, now, experience, every),
         lambda now: steps.grpo_update(many, now, *on_mesh),
     )
 

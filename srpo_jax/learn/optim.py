@@ -54,7 +54,7 @@ class Optimizer(NamedTuple):
     and once more to be added, so that they are never held all together."""
 
     init: Callable[[Params], Any]
-    update: optax.TransformUpdateExtraArgsFn
+    update: Callable[..., tuple[Any, Any]]  # of optax, with ``scales`` for `EightBit`
     schedule: Schedule
     seed: int = 0
     offload: bool = False
@@ -159,7 +159,7 @@ def _in_eight_bits(
         grads: Any, state: EightBit, params: Any = None, *, scales: Scales | None = None, **_: Any
     ) -> tuple[Any, EightBit]:
         updates, new = inner.update(grads, rounding.from_blocks(state.inner), params)
-        return updates, stored(new, optax.safe_increment(state.count), scales)
+        return updates, stored(new, state.count + 1, scales)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
