@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def store(monkeypatch):
     """A file system on the server's bucket; programs that are started find the server too."""
     server = pytest.importorskip("gcp_storage_emulator.server")
-    gcsfs = pytest.importorskip("gcsfs")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -31,6 +30,7 @@ def store(monkeypatch):
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks by gRPC, which it lacks
     }.items():
         monkeypatch.setenv(name, value)
+    gcsfs = pytest.importorskip("gcsfs")  # which reads some of them when it is imported
     running = server.create_server("localhost", port, in_memory=True, default_bucket="bucket")
     running.start()
     try:

@@ -128,8 +128,7 @@ class Drawn:
                 raise
             raise Stalled(
                 "a process of data.workers was ended from outside, for want of memory perhaps: "
-                "lower data.workers, or 0 for threads; the same command goes on from the last "
-                "checkpoint"
+                "lower data.workers, or 0 for threads"
             ) from error
         if found is _END:
             raise StopIteration
@@ -150,8 +149,8 @@ class Drawn:
                 self._give_up()
                 if again:
                     raise Stalled(
-                        f"{late}, twice, the last time from {who}: see to its disk or bucket (or "
-                        "raise data.timeout) and run the same command again"
+                        f"{late}, twice, the last time from {who}: see to its disk or bucket, or "
+                        "raise data.timeout"
                     )
                 self._say(f"{late} from {who}: asking another one")
                 again = True

@@ -38,7 +38,8 @@ def differing(tree: Any, mesh: Mesh) -> str:
     held = held_by_several(tree)
     if not held:
         return ""
-    specs = tuple(x.sharding.spec for x in held.values())
+    # Of a state on a mesh each is a NamedSharding.
+    specs = tuple(x.sharding.spec for x in held.values())  # pyright: ignore[reportAttributeAccessIssue]
     sums = _program(mesh, specs)([*held.values()])
     sums_DX = np.asarray(sums.addressable_data(0))  # of D devices and X arrays
     devices = [*mesh.devices.flat]
