@@ -565,7 +565,7 @@ def test_the_reference_outlives_the_step_that_it_was_read_from(tmp_path, monkeyp
     parts = types.SimpleNamespace(model=types.SimpleNamespace(lora=None), timers=Timers())
     cfg = GrpoConfig(kl_coef=0.1, ref_every=4)
     settings = types.SimpleNamespace(model=model, workdir=epath.Path(tmp_path / "rl"), plain={})
-    settings.grpo = cfg
+    settings.grpo, settings.optim = cfg, types.SimpleNamespace(offload=False)
 
     def load(settings, parts, dtype, source):
         shardings = dict.fromkeys(params, place)

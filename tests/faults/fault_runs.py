@@ -127,6 +127,7 @@ def _live(kind: str, folder: Path, arguments: list[str], fault: Fault | None, ou
     os.setsid()
     for stream in (1, 2):
         os.dup2(out.fileno(), stream)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  (the server's may have been a file)
     out.close()
     os.chdir(folder)
     _give_up_override()
