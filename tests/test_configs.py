@@ -200,10 +200,8 @@ def test_flags_may_stand_beside_their_values_but_no_word_alone():
 def test_a_wrong_command_line_ends_with_one_line_and_code_1():
     command = [sys.executable, "-m", "srpo_jax.train_sft", "--config=configs/sft.py:size=3b"]
     for words, told in (
-        (["--workdir=nowhere", "--config.optim.learning_rate=1"], "optim has b1, b2"),
-        (["--workdir=nowhere", "--config.optim.lr=much"], "takes a number, as 1e-05"),
+        (["--config.optim.learning_rate=1"], "optim has b1, b2"),
         ([], "--workdir is missing; give it as in --workdir=runs/NAME"),
-        (["--workdir=README.md"], "--workdir=README.md: is a file; give a folder"),
     ):
         done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and told in done.stderr.splitlines()[-1]
