@@ -318,10 +318,10 @@ def test_an_engine_that_fails_or_hangs_gives_the_step_up_in_one_line(fast, monke
 def test_an_engine_that_could_not_do_what_the_sampler_does_is_refused(changes, message):
     config = grpo.get_config("size=tiny")
     config.sampling.engine.url, config.grpo.tis_cap = "http://localhost:8000/v1", 2.0
-    grpo_settings(config, "/tmp/run")
+    grpo_settings(config, "runs/rl")
     config.update_from_flattened_dict(changes)
     with pytest.raises(RunError, match=message):
-        grpo_settings(config, "/tmp/run")
+        grpo_settings(config, "runs/rl")
 
 
 # --- two steps of training -------------------------------------------------------------------
