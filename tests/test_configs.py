@@ -202,6 +202,7 @@ def test_a_wrong_command_line_ends_with_one_line_and_code_1():
     for words, told in (
         (["--config.optim.learning_rate=1"], "optim has b1, b2"),
         ([], "--workdir is missing; give it as in --workdir=runs/NAME"),
+        (["--workdir=README.md"], "--workdir=README.md: is a file; give a folder"),
     ):
         done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and told in done.stderr.splitlines()[-1]

@@ -109,8 +109,10 @@ def test_computing_a_first_round_once_changes_neither_loss_nor_gradient():
         found.append((packed, *grpo_update(parts, helpers.new_state(), every, packed)))
     (whole, want, plain), (once, got, metrics) = found
     helpers.assert_close(got.opt_state, want.opt_state, 1e-6)
-    for name in ("loss", "loss/policy", "loss/kl", "ratio/max", "ratio/min", "grad_norm"):
-        np.testing.assert_allclose(metrics[name], plain[name], 1e-6, 1e-6, err_msg=name)
+    for name in ("loss", "loss/policy", "loss/kl", "ratio/max", "ratio/min"):
+        np.testing.assert_allclose(metrics[name], plain[name], atol=1e-6, err_msg=name)
+    # A sum over all parameters, whose order is the compiler's.
+    np.testing.assert_array_max_ulp(metrics["grad_norm"], plain["grad_norm"], maxulp=3)
     assert (
         metrics["ratio/max"] > 1.01 and np.abs(want.opt_state["text/lm_head/kernel"]).max() > 1e-3
     )

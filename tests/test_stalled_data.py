@@ -7,7 +7,7 @@ from loader_helpers import Numbers, assert_same_batches, load, lockstep, take
 from loader_helpers import encode as encode_number
 
 from srpo_jax.data import workers
-from srpo_jax.data.workers import Drawn
+from srpo_jax.data.workers import Supply
 from srpo_jax.structs import Stalled
 
 
@@ -21,7 +21,7 @@ def gate(monkeypatch):
     hanging.set()
 
 
-def drawn(gate, hangs: int, timeout: float) -> tuple[Drawn, list[str]]:
+def drawn(gate, hangs: int, timeout: float) -> tuple[Supply, list[str]]:
     """Positions 3 to 8, of which the fifth hangs so many times; and what is told."""
     said, left = [], [True] * hangs
 
@@ -33,7 +33,7 @@ def drawn(gate, hangs: int, timeout: float) -> tuple[Drawn, list[str]]:
             yield at, 0
 
     name = "record {}".format
-    return Drawn(begin, 3, workers=0, timeout=timeout, name=name, say=said.append), said
+    return Supply(begin, 3, workers=0, timeout=timeout, name=name, say=said.append), said
 
 
 def test_a_record_that_does_not_come_is_asked_for_once_more_and_nothing_changes(gate):

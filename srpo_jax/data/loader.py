@@ -23,7 +23,7 @@ from srpo_jax.data.packing import TOO_MANY, Packer, Placed, RowShape, cheapest, 
 from srpo_jax.data.quarantine import Quarantine
 from srpo_jax.data.records import RecordSource
 from srpo_jax.data.stream import BadItem, Item, LoaderConfig, Stream, sizes_of
-from srpo_jax.data.workers import Drawn
+from srpo_jax.data.workers import Supply
 from srpo_jax.structs import Batch, RunError, Stalled
 
 _MIN_SEEN = 100  # records before the share of bad ones means anything
@@ -115,7 +115,7 @@ class Loader:
             self._listed = f" (listed in {stem}{every}{suffix})"
         self.quarantine = Quarantine(quarantine_path)
         self._checked: dict[int, str | None] = {}
-        self._iterator: Drawn | None = None
+        self._iterator: Supply | None = None
         self._waiting: deque[Item] = deque()
         self._position, self._done = 0, False
         self._ahead: set[int] = set()  # positions that other processes had read (`Share.dealt`)

@@ -16,7 +16,7 @@ from srpo_jax.data.errors import RecordError
 from srpo_jax.data.fields import Record
 from srpo_jax.data.records import RecordSource, place_of
 from srpo_jax.data.vision_arrays import VisionGeometry
-from srpo_jax.data.workers import Drawn, as_worker
+from srpo_jax.data.workers import Supply, as_worker
 from srpo_jax.structs import RunError
 
 _SHARED_MEMORY = "/dev/shm"
@@ -44,7 +44,7 @@ class LoaderConfig:
     process_index: int = 0
     process_count: int = 1
     workers: int = 0  # processes that read and encode; 0: threads
-    timeout: float = 0.0  # seconds that one record is waited for (`Drawn`); 0: for ever
+    timeout: float = 0.0  # seconds that one record is waited for (`Supply`); 0: for ever
     max_bad_share: float = 0.05
     token_key: str = "data.prompt_tokens"  # what the configuration calls token_budget
     pad_id: int = 0
@@ -292,14 +292,14 @@ class Stream:
         item = self._load(self._index(position))
         return item if isinstance(item, BadItem) else replace(item, position=position)
 
-    def start(self, position: int) -> Drawn:
+    def start(self, position: int) -> Supply:
         """The items from ``position`` on (they do not know their position).
 
         RunError where the workers would die of SIGBUS for want of shared memory.
         """
         if self._config.workers:
             self._check_shared_memory()
-        return Drawn(
+        return Supply(
             self._begin,
             position,
             workers=self._config.workers,

@@ -1,7 +1,7 @@
 """Processes and threads that read and encode records, and how long a record is waited for.
 
 Grain waits for ever for a worker that is stopped, or that hangs on a network disk which is gone.
-``Drawn`` waits for a stated time, starts new workers at the very record that did not come (the
+``Supply`` waits for a stated time, starts new workers at the very record that did not come (the
 stream has random access: nothing changes by it), and gives up where that does not help.
 """
 
@@ -86,7 +86,7 @@ class _Pull:
         self._thread.join(seconds)
 
 
-class Drawn:
+class Supply:
     """The items from ``position`` on. Stalled where workers were killed, or a record does not come
     within ``timeout`` seconds (0: for ever) of two sets of them.
 
@@ -117,7 +117,7 @@ class Drawn:
         self._others = {child.pid for child in multiprocessing.active_children()}
         self._pull = _Pull(functools.partial(self._begin, self._position))
 
-    def __iter__(self) -> "Drawn":
+    def __iter__(self) -> "Supply":
         return self
 
     def __next__(self) -> Any:

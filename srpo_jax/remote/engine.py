@@ -39,7 +39,7 @@ class Draw(Request):
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn(Reply):
+class DrawnGroup(Reply):
     """The group: token ids and log-probs of each sample, the end token included."""
 
     samples: Samples = dataclasses.field(default_factory=list)
@@ -147,7 +147,7 @@ def parse_drawn(
     request: Draw,
     body: Any,
     seconds: float,
-) -> Drawn | Failure:
+) -> DrawnGroup | Failure:
     """The group, or what is wrong with it: nothing is mended, cut or left out."""
     try:
         choices = sorted(body["choices"], key=lambda choice: choice["index"])
@@ -166,7 +166,7 @@ def parse_drawn(
         if fault := _sample_fault(ids, logps, end, sampling, vocab_size):
             return fault
     count = sum(len(ids) for ids, _ in samples)
-    return Drawn("", "", "", "", len(prompt_ids), count, 0.0, seconds, samples)
+    return DrawnGroup("", "", "", "", len(prompt_ids), count, 0.0, seconds, samples)
 
 
 def _prompt_fault(ours: list[int], theirs: list[int]) -> str:

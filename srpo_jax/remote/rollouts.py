@@ -22,7 +22,7 @@ from srpo_jax.remote.client import Client, Connection, check_reachable
 from srpo_jax.remote.engine import (
     RETRIES,
     Draw,
-    Drawn,
+    DrawnGroup,
     Samples,
     draw_body,
     draw_of,
@@ -174,7 +174,7 @@ class Engine:
         made = (self._parts.processor, self._settings.data.prompt, loaded.records[i], ids)
         request: Draw = await asyncio.to_thread(draw_of, *made)
         reply = await client.complete(request)
-        assert isinstance(reply, Drawn)
+        assert isinstance(reply, DrawnGroup)
         return reply.samples
 
     def _rollout(self, found: list[Samples], loaded: LoadedBatch) -> Rollout[np.ndarray]:

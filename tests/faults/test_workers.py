@@ -50,13 +50,13 @@ def test_a_data_worker_that_is_stopped_delays_batches_and_one_that_is_killed_end
 
 @pytest.mark.slow
 def test_a_data_worker_that_stays_stopped_is_replaced_at_the_very_record(capsys, monkeypatch):
-    start = workers.Drawn._start
+    start = workers.Supply._start
 
     def start_in_peace(self):
         self._timeout = 600.0  # of new workers, which a busy machine starts slowly
         start(self)
 
-    monkeypatch.setattr(workers.Drawn, "_start", start_in_peace)
+    monkeypatch.setattr(workers.Supply, "_start", start_in_peace)
     monkeypatch.setattr(workers, "TELL", 1.0)
     loader, others = load(Numbers(64), encode, workers=2), load(Numbers(64), encode)
     assert_same_batches(next(loader), next(others))
