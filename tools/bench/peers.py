@@ -77,6 +77,8 @@ def start(peer: str, python: str, work: Workload, weights: Path) -> Iterator[Tur
                 yield turn
             finally:
                 process.kill()
+                with contextlib.suppress(BrokenPipeError):  # a question that it did not live to read
+                    ask.close()
 
 
 def write_task(folder: Path, work: Workload, weights: Path) -> None:
