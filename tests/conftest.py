@@ -29,6 +29,19 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=6, help=help)
 
 
+# Files that take longest, first: with several processes none is left with one of them at the end.
+LONGEST = (
+    *("test_aot", "test_distributed", "test_demo", "test_real_input", "test_benchmark_evaluation"),
+    *("test_runs", "test_matrix", "test_reflection_build", "test_train", "test_processes"),
+    *("test_steps", "test_steps_mesh", "test_sampling", "test_duplicates", "test_configs"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 

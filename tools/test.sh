@@ -24,12 +24,14 @@ if [ "$tier" != fast ] && [ ! -e .venv/installed-cuda-aot ]; then
 fi
 
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2 HF_HUB_OFFLINE=1
+# Whole files to a process, in the order that tests/conftest.py gives them.
+spread=(-n "${TEST_JOBS:-2}" --dist loadfile --no-loadscope-reorder)
 if [ "$tier" != slow ]; then
     "$PY" -m ruff check --no-cache .  # its cache does not see that an imported file came or went
     "$PY" -m ruff format --check --no-cache .
     "$PY" -m pyright --pythonpath "$PY"
-    "$PY" -m pytest -m "not slow" -n "${TEST_JOBS:-2}" --dist loadfile "$@"
+    "$PY" -m pytest -m "not slow" "${spread[@]}" "$@"
 fi
 if [ "$tier" != fast ]; then
-    "$PY" -m pytest -m slow -n "${TEST_JOBS:-2}" --dist loadfile "$@"
+    "$PY" -m pytest -m slow "${spread[@]}" "$@"
 fi
