@@ -41,7 +41,7 @@ VERDICT = {"reward.verdict": 0.25}
 # "centred" keeps that trade; the end token is judged among samples of the same first verdict.
 ON_DEMAND = GRPO | {
     "data.prompt": "adaptive",
-    "reward.token_price": 0.005,
+    "reward.token_price": 0.02,
     "grpo.advantage": "centred",
     "grpo.credit": "segments",
 }
