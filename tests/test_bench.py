@@ -140,11 +140,12 @@ def test_a_peer_gets_the_same_work_and_its_failure_is_its_last_line(tmp_path, mo
     work, program = smoke(tmp_path, "--lengths=lognormal:4,0.8"), tmp_path / "peer.py"
     monkeypatch.setattr(peers, "PROGRAM", program)
     program.write_text(
-        "import json, pathlib, sys\n"
+        "import json, os, pathlib, sys\n"
         "place = pathlib.Path(sys.argv[2])\n"
         "task = json.loads((place / 'task.json').read_text())\n"
         "images = len(list(place.glob('*.png')))\n"
         "assert input() == 'update' and images == len(task['messages']), images\n"
+        "os.close(0)  # nobody reads the next question\n"
         "print('a word')\n"
         "print('seconds', sum(task['lengths']), flush=True)\n"
         "import no_such_peer\n"
