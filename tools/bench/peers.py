@@ -77,7 +77,8 @@ def start(peer: str, python: str, work: Workload, weights: Path) -> Iterator[Tur
                 yield turn
             finally:
                 process.kill()
-                with contextlib.suppress(BrokenPipeError):  # a question that it did not live to read
+                # Of a question that it did not live to read.
+                with contextlib.suppress(BrokenPipeError):
                     ask.close()
 
 
