@@ -108,6 +108,7 @@ def add_training(config: ConfigDict) -> None:
     # Layers with an adapter, * for anything: all seven of each decoder layer. "vision/*" is the
     # tower and its merger, which must not be frozen then.
     lora.targets = ("text/layers/*",)
+    lora.base_dtype = ""  # as model.param_dtype; or "int8": the decoder's layers, with scales
     lora.export = "merged"  # weights with the adapters in them; or "adapter": a PEFT directory
 
     config.checkpoint = checkpoint = ConfigDict()

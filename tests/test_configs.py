@@ -254,6 +254,7 @@ def test_keys_that_nobody_reads_are_found(monkeypatch):
             {"optim.kind": "adafactor", "optim.moment_dtype": "int8"},
             "^optim.moment_dtype=int8: adafactor has no moments .*float32$",
         ),
+        ({"lora.base_dtype": "int8"}, "^lora.base_dtype=int8: .* set --config.lora.rank, or leave"),
         ({"optim.max_skipped": 0}, "^optim.max_skipped=0: must be at least 1"),
         ({"grpo.clip_high": 0.0}, "^grpo.clip_high=0.0: must be above 0"),
         ({"grpo.dual_clip": 0.5}, "^grpo.dual_clip=0.5: must be above 1, or 0"),

@@ -278,6 +278,12 @@ def test_changed_config_is_refused_by_key_unless_the_key_is_free(monkeypatch):
 def test_more_steps_need_no_permission_and_a_permission_names_its_keys():
     saved = {"optim": {"lr": 1e-6, "b1": 0.9}, "steps": 5, "epochs": 1.0, "seed": 0}
     check_config(saved, saved | {"steps": 8, "epochs": 2.0})
+    newer = saved | {"later": {"kind": "", "share": 0.0, "on": False, "of": ()}}  # all of it off
+    check_config(saved, newer)
+    check_config(newer, saved)
+    for one, other in ((saved, newer | {"share": 0.5}), (saved | {"share": 0.5}, newer)):
+        with pytest.raises(RunError, match="share was (None, is 0.5|0.5, is None)"):
+            check_config(one, other)
     with pytest.raises(RunError, match="steps was 5, is 4"):
         check_config(saved, saved | {"steps": 4})
     now = {"optim": {"lr": 1e-5, "b1": 0.8}, "steps": 5, "epochs": 1.0, "seed": 1}

@@ -202,7 +202,7 @@ def export_hf(
     if lora:
         leaves |= open_base(path, reference, cfg)
     hf.save_hf(
-        peft.merged_leaves(leaves, lora),
+        peft.merged_leaves(leaves, dataclasses.replace(cfg, lora=lora)),
         cfg,
         hf_dir,
         reference,

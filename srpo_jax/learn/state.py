@@ -11,7 +11,7 @@ from srpo_jax.learn import optim
 from srpo_jax.learn.optim import Optimizer
 from srpo_jax.model import sharding
 from srpo_jax.model.config import Lora, ModelConfig
-from srpo_jax.model.lora import adapters_of, is_adapter, merge
+from srpo_jax.model.lora import adapters_of, is_adapter, is_scale, merge, scale_of
 from srpo_jax.model.qwen2_5_vl import abstract_params, for_sampling, init_params
 from srpo_jax.structs import Params, TrainState
 
@@ -92,21 +92,22 @@ def relayout(
     """The decoder's parameters as the sampler reads them (once per step).
 
     An array for every layer, in the table's column "sample", without the vision tower, adapters
-    merged into their weights. Arrays that
-    are right already are passed on without a copy; those results live only as long as the state
-    they came from, until the next donating step. Stacks are taken apart one after the other;
+    merged into their weights, which are 8 bits no more. Arrays that are right already are passed on
+    without a copy; those results live only as long as the state they came from, until the next
+    donating step. Stacks are taken apart one after the other;
     ``take`` empties ``params`` on the way, so that no more than one of them is held twice.
     """
     out = {}
-    for path in [p for p in params if p.startswith("text/") and not is_adapter(p)]:
+    weights = [p for p in params if p.startswith("text/") and not (is_adapter(p) or is_scale(p))]
+    for path in weights:
         x = params.pop(path) if take else params[path]
         target = sharding.param_specs(jax.eval_shape(for_sampling, {path: x}), mesh, "sample")
-        adapters = adapters_of(path, params)
-        same = path in target and x.dtype == jnp.dtype(dtype) and not adapters
+        beside = adapters_of(path, params) | scale_of(path, params)
+        same = path in target and x.dtype == jnp.dtype(dtype) and not beside
         if same and x.sharding.is_equivalent_to(target[path], x.ndim):
             out[path] = x
         else:
-            out |= _relayout_step(tuple(target.items()), dtype, lora)({path: x, **adapters})
+            out |= _relayout_step(tuple(target.items()), dtype, lora)({path: x, **beside})
     return out
 
 

@@ -10,6 +10,7 @@ from srpo_jax.data.hf_folder import model_folder, read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "block", "dots", "offload")
+BASE_DTYPES = ("", "int8")  # of weights beside adapters; "": param_dtype
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 
 
@@ -106,11 +107,17 @@ class Lora:
     """Low-rank adapters (arXiv 2106.09685): ``x @ W + alpha / rank * (x @ A) @ B``.
 
     ``targets`` are patterns of the linear layers' names, in which * stands for anything.
+    ``base_dtype``: "int8" holds the weights of the decoder's layers in 8 bits, with a scale for
+    each output; "" all of them as they come.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    base_dtype: str = ""
+
+    def __post_init__(self) -> None:
+        _check_choice("lora.base_dtype", self.base_dtype, BASE_DTYPES)
 
     @property
     def scale(self) -> float:
@@ -156,7 +163,7 @@ class ModelConfig:
 
     @property
     def base(self) -> "ModelConfig":
-        """The model without its adapters: what a Hugging Face directory holds."""
+        """The model without adapters and 8 bits: what a Hugging Face directory holds."""
         return dataclasses.replace(self, lora=None)
 
     @property

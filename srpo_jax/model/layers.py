@@ -102,9 +102,11 @@ def _with_first_named(body: Callable[..., Out]) -> Callable[..., Out]:
 class Linear(nnx.Module):
     """``y = x @ kernel + bias`` over the last dims of ``x``; ``kernel`` is [*inputs, *outputs].
 
-    `adapt` gives it an adapter: ``lora_a`` [*inputs, rank] and ``lora_b`` [rank, *outputs].
+    `adapt` gives it an adapter: ``lora_a`` [*inputs, rank] and ``lora_b`` [rank, *outputs];
+    `shorten` a kernel in 8 bits and its ``kernel_scale`` [*outputs].
     """
 
+    kernel_scale: nnx.Param | None = None
     lora_a: nnx.Param | None = None
     lora_b: nnx.Param | None = None
 
@@ -125,14 +127,15 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
         y = jnp.tensordot(x.astype(self.dtype), kernel, axes=self.num_inputs)
+        if self.kernel_scale is not None:
+            y = (y * _from_the_right(self.kernel_scale[...], y.ndim)).astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             a, b = (p[...].astype(self.dtype) for p in (self.lora_a, self.lora_b))
             low = jnp.tensordot(x.astype(self.dtype), a, axes=self.num_inputs)
             y += self.lora_scale * jnp.tensordot(low, b, axes=1)
         if self.bias is None:
             return y
-        bias = self.bias[...].astype(self.dtype)
-        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y + _from_the_right(self.bias[...].astype(self.dtype), y.ndim)
 
     def adapt(self, lora: Lora, stacked: bool) -> None:
         """Adds an adapter that changes nothing yet; ``stacked``: one for each of its layers.
@@ -144,6 +147,13 @@ class Linear(nnx.Module):
         self.lora_a = nnx.Param(jnp.zeros((*lead, *inputs, lora.rank), jnp.float32))
         self.lora_b = nnx.Param(jnp.zeros((*lead, lora.rank, *outputs), jnp.float32))
         self.lora_scale = lora.scale
+
+    def shorten(self, stacked: bool) -> None:
+        """Makes room for a kernel in 8 bits and float32 scales; ``stacked``: of all its layers."""
+        shape = self.kernel.shape
+        outputs = shape[stacked + self.num_inputs :]
+        self.kernel = nnx.Param(jnp.zeros(shape, jnp.int8))
+        self.kernel_scale = nnx.Param(jnp.zeros((*shape[:stacked], *outputs), jnp.float32))
 
 
 class Embed(nnx.Module):
@@ -180,8 +190,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(self.dtype)
-        return x.astype(self.dtype) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        return x.astype(self.dtype) * _from_the_right(self.scale[...].astype(self.dtype), x.ndim)
 
 
 class SwiGLU(nnx.Module):
@@ -241,6 +250,11 @@ def _mesh_axes(mesh: AbstractMesh, size: int, axis: str | None) -> tuple[str, ..
     names = tuple(n for n in wanted if n is not None and n in mesh.axis_names)
     parts = math.prod(mesh.shape[n] for n in names)
     return names if parts > 1 and size % parts == 0 else None
+
+
+def _from_the_right(x: jax.Array, ndim: int) -> jax.Array:
+    """``x`` over the last of ``ndim`` dimensions."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], cfg: ModelConfig) -> jax.Array:

@@ -17,7 +17,16 @@ from srpo_jax.model.hf import new_directory
 from srpo_jax.model.hf_files import Stored, listed, released_name, tensors
 from srpo_jax.model.hf_table import HFError, Index, hf_tensors
 from srpo_jax.model.hf_write import host_reader
-from srpo_jax.model.lora import LORA_A, LORA_B, adapters_of, is_adapter
+from srpo_jax.model.lora import (
+    LORA_A,
+    LORA_B,
+    adapters_of,
+    in_8_bits,
+    is_adapter,
+    is_scale,
+    over_outputs,
+    scale_of,
+)
 from srpo_jax.model.qwen2_5_vl import ADAPTABLE, abstract_params
 
 WEIGHTS = "adapter_model.safetensors"
@@ -81,13 +90,54 @@ class MergedLeaf:
         return (kernel + self.scale * (a @ b).reshape(kernel.shape)).astype(self.dtype)
 
 
-def merged_leaves(params: Mapping[str, Any], lora: Lora | None) -> dict[str, Any]:
-    """Parameters without adapters, as `hf.save_hf` takes them: weights that have one merged."""
-    leaves = {}
+@dataclasses.dataclass(frozen=True)
+class LongLeaf:
+    """A weight in 8 bits as the float32 numbers that it stands for; indexing it reads that slice.
+
+    ``scale`` None: ``kernel`` is not in 8 bits yet, and becomes what it would be of them.
+    """
+
+    path: str
+    kernel: Any
+    scale: Any
+    scale_ndim: int
+
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return tuple(self.kernel.shape)
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        ndim, read = len(self.shape), host_reader(self.kernel)
+        inputs = ndim - self.scale_ndim
+        first = 1  # behind the axis of layers
+        outputs = (*index[:first], *index[first + inputs :])
+        if self.scale is not None:
+            codes, scale = read(index), host_reader(self.scale)(outputs)
+            return codes * over_outputs(self.path, scale, ndim)
+        # The scale is that of all inputs.
+        own = index[first : first + inputs]
+        whole = (slice(0, size) for size in self.shape[first : first + inputs])
+        block = read((*index[:first], *whole, *index[first + inputs :]))
+        codes, scale = map(np.asarray, in_8_bits(self.path, block, self.scale_ndim))
+        values = codes * over_outputs(self.path, scale, ndim)
+        return values[(slice(None),) * first + tuple(own)]
+
+
+def merged_leaves(params: Mapping[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """Parameters of the model without its adapters, as `hf.save_hf` takes them: each weight with
+    its own merged, and as it was when the adapter was trained (``Lora.base_dtype``)."""
+    leaves, lora = {}, cfg.lora
+    shapes = abstract_params(cfg) if lora else {}
     for path, leaf in params.items():
-        if not is_adapter(path):
-            both = adapters_of(path, params).values()
-            leaves[path] = MergedLeaf(leaf, *both, scale=lora.scale) if lora and both else leaf
+        if is_adapter(path) or is_scale(path):
+            continue
+        for beside, scale in scale_of(path, shapes).items():
+            leaf = LongLeaf(path, leaf, params.get(beside), len(scale.shape))
+        both = adapters_of(path, params).values()
+        leaves[path] = MergedLeaf(leaf, *both, scale=lora.scale) if lora and both else leaf
     return leaves
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 from srpo_jax.model.attention import Sight
 from srpo_jax.model.config import Lora, ModelConfig
 from srpo_jax.model.layers import Linear, shard, take_in_rows
-from srpo_jax.model.lora import LORA_A, LORA_B
+from srpo_jax.model.lora import LORA_A, LORA_B, in_8_bits, is_scale
 from srpo_jax.model.masks import LaneMask, Mask
 from srpo_jax.model.text import Cache, TextModel
 from srpo_jax.model.vision import VisionModel
@@ -61,6 +61,8 @@ class Qwen2_5_VL(nnx.Module):
         for name, layer in layers.items():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in lora.targets):
                 layer.adapt(lora, stacked=name.startswith(STACKS))
+            if lora.base_dtype and name.startswith(LAYERS):
+                layer.shorten(stacked=True)
 
     def encode_images(self, vision: VisionInputs[jax.Array]) -> jax.Array:
         """Images of M rows -> features [M, N/4, D], merged tokens in raster order.
@@ -215,10 +217,21 @@ def for_sampling(params: Params) -> Params:
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """Random parameters as HF draws them: normal(0.02), zero biases, unit norms. Jittable."""
-    _, paths, _ = _structure(cfg, "all")
-    _, state = nnx.split(Qwen2_5_VL(cfg, rngs=nnx.Rngs(key)))
+    _, paths, _ = _structure(cfg.base, "all")
+    _, state = nnx.split(Qwen2_5_VL(cfg.base, rngs=nnx.Rngs(key)))
     params = dict(zip(paths, jax.tree.leaves(state), strict=True))
-    return params | init_adapters(cfg, key)
+    return shortened(params, cfg) | init_adapters(cfg, key)
+
+
+def shortened(params: Params, cfg: ModelConfig) -> Params:
+    """Weights as they stand beside the adapters of ``cfg``: those in 8 bits that it holds so.
+    Jittable."""
+    out = dict(params)
+    for path, leaf in abstract_params(cfg).items():
+        if is_scale(path):
+            weight = f"{path.rpartition('/')[0]}/kernel"
+            out[weight], out[path] = in_8_bits(weight, out[weight], len(leaf.shape))
+    return out
 
 
 def init_adapters(cfg: ModelConfig, key: jax.Array) -> Params:

@@ -72,6 +72,14 @@ ADAPTERS: tuple[tuple[str, Axes], ...] = (
     (r"vision/merger/fc2/lora_b", (_, "fsdp")),  # [rank, out]
 )
 
+# Scales of weights in 8 bits lie as the outputs, whole over fsdp: a sum over inputs needs them all.
+SCALES: tuple[tuple[str, Axes], ...] = (
+    (r"text/layers/attn/[qkv]/kernel_scale", (_, "tensor", _)),  # [L, H, E]
+    (r"text/layers/mlp/(gate|up)/kernel_scale", (_, "tensor")),  # [L, F]
+    (r"text/layers/(attn/o|mlp/down)/kernel_scale", (_, _)),  # [L, D]
+)
+ROWS = TABLE + ADAPTERS + SCALES
+
 
 # --- mesh ------------------------------------------------------------------------------------
 
@@ -140,7 +148,7 @@ def _follow_torus(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 def param_specs(
     abstract_params: Mapping[str, Any], mesh: Mesh, layout: str = "train"
 ) -> dict[str, NamedSharding]:
-    """Parameter path -> sharding, by the one row of `TABLE` or `ADAPTERS` that matches.
+    """Parameter path -> sharding, by the one row of `ROWS` that matches.
 
     Args:
         abstract_params: path -> anything with ``shape``.
@@ -158,7 +166,7 @@ def param_specs(
     specs = {}
     for path, leaf in abstract_params.items():
         stacked = re.sub(r"^text/layers/\d+/", "text/layers/", path)
-        rows = [axes for pattern, axes in (*TABLE, *ADAPTERS) if re.fullmatch(pattern, stacked)]
+        rows = [axes for pattern, axes in ROWS if re.fullmatch(pattern, stacked)]
         if len(rows) != 1:
             raise ValueError(
                 f"{path}: {len(rows)} rows of the table in sharding.py match it, one is needed"

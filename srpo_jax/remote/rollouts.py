@@ -103,7 +103,7 @@ class Engine:
         folder, parts = self._folder / f"policy-{step}", self._parts
         if first and folder.exists():  # of a run that ended before the engine had read it
             folder.rmtree()
-        leaves, dtype = peft.merged_leaves(params, parts.model.lora), parts.model.dtype
+        leaves, dtype = peft.merged_leaves(params, parts.model), parts.model.dtype
         agree, hf_dir = processes.maximum, self._settings.hf_dir
         hf.save_hf(leaves, parts.model.base, folder, hf_dir, dtype=dtype, agree=agree)
         problem = ""

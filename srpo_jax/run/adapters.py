@@ -83,7 +83,7 @@ def lora_of(meta: dict[str, Any]) -> Lora | None:
     if "base" not in meta:
         return None
     own = meta["config"]["lora"]
-    return Lora(own["rank"], own["alpha"], tuple(own["targets"]))
+    return Lora(own["rank"], own["alpha"], tuple(own["targets"]), own.get("base_dtype", ""))
 
 
 def load_adapter(found: Weights, model: ModelConfig, mesh: Mesh, seed: int) -> Params:

@@ -14,8 +14,8 @@ from srpo_jax.data.hf_folder import model_folder, read_json
 from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.learn.steps import make_encode_step
 from srpo_jax.model import hf, peft, sharding
-from srpo_jax.model.config import ModelConfig, load_config
-from srpo_jax.model.lora import merge
+from srpo_jax.model.config import Lora, ModelConfig, load_config
+from srpo_jax.model.lora import in_8_bits, is_scale, merge, scale_of
 from srpo_jax.model.qwen2_5_vl import abstract_params
 from srpo_jax.model.sizes import size_config
 from srpo_jax.rewards.answers import Question
@@ -173,29 +173,53 @@ def load_weights(
 
 def load_found(found: Weights, settings: RunSettings, parts: Parts, dtype: str) -> Params:
     """All parameters in the training layout. Adapters that this run trains stand beside the weights
-    (float32; fresh ones where none were found), others are merged into them."""
-    params = load_base(found.base, settings, parts, dtype)
-    if not (parts.model.lora or found.lora):
+    (float32; fresh ones where none were found), others are merged into what they were trained on.
+    """
+    lora = parts.model.lora or found.lora
+    params = load_base(found.base, settings, parts, dtype, lora)
+    if not lora:
         return params
     adapter = load_adapter(found, parts.model, parts.mesh, settings.seed)
     if parts.model.lora:
         return params | adapter
-    merged = lambda params, adapter: merge(params | adapter, found.lora, dtype)  # noqa: E731
+    beside = adapter | {path: params.pop(path) for path in [*params] if is_scale(path)}
+    merged = lambda params, beside: merge(params | beside, found.lora, dtype)  # noqa: E731
     layout = sharding.param_specs(parts.shapes, parts.mesh)
-    return jax.jit(merged, out_shardings=layout, donate_argnums=0)(params, adapter)
+    return jax.jit(merged, out_shardings=layout, donate_argnums=0)(params, beside)
 
 
-def load_base(base: str, settings: RunSettings, parts: Parts, dtype: str) -> Params:
-    """All parameters but adapters, from a checkpoint or Hugging Face directory ("": hf_dir)."""
+def _shorten(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
+    """`qwen2_5_vl.shortened`, weight by weight: each gives its memory back. Empties ``params``."""
+    shapes, out = abstract_params(model), {}
+    layout = sharding.param_specs(shapes, mesh, "train")
+    for path in list(params):
+        scale, x = scale_of(path, shapes), params.pop(path)
+        if not scale:
+            out[path] = x
+            continue
+        ((beside, leaf),) = scale.items()
+        make = functools.partial(in_8_bits, path, scale_ndim=len(leaf.shape))
+        made = jax.jit(make, out_shardings=(layout[path], layout[beside]))
+        out[path], out[beside] = made(x)
+    return out
+
+
+def load_base(
+    base: str, settings: RunSettings, parts: Parts, dtype: str, lora: Lora | None
+) -> Params:
+    """All parameters but adapters, held as ``lora`` says, from a checkpoint or Hugging Face
+    directory ("": hf_dir)."""
     model = parts.model.base
     shapes = abstract_params(model)
     shardings = sharding.param_specs(shapes, parts.mesh, "train")
     if base and not (absolute(base) / "config.json").is_file():
-        return checkpoint.load_params(base, shardings, shapes, dtype)
-    folder = model_folder(base or settings.hf_dir)
-    with progress("loading weights", 100, "%") as advance:
-        how = {"shardings": shardings, "dtype": dtype, "progress": percent(advance)}
-        return checkpoint.own_buffers(hf.load_params(folder, model, **how))
+        params = checkpoint.load_params(base, shardings, shapes, dtype)
+    else:
+        folder = model_folder(base or settings.hf_dir)
+        with progress("loading weights", 100, "%") as advance:
+            how = {"shardings": shardings, "dtype": dtype, "progress": percent(advance)}
+            params = checkpoint.own_buffers(hf.load_params(folder, model, **how))
+    return _shorten(params, dataclasses.replace(model, lora=lora), parts.mesh)
 
 
 def check_export(out_dir: str, done: bool) -> bool:
@@ -223,7 +247,7 @@ def export(params: Params, parts: Parts, settings: TrainSettings, base: str) -> 
         return
     described = read_json(located(hf_dir) / "config.json")
     dtype = described.get("dtype") or described.get("torch_dtype")
-    leaves = peft.merged_leaves(params, model.lora)
+    leaves = peft.merged_leaves(params, model)
     with progress("export", 100, "%") as advance:
         hf.save_hf(
             leaves,

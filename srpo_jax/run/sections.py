@@ -38,12 +38,13 @@ class LoraSettings:
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    base_dtype: str
     export: str
 
     @property
     def adapters(self) -> Lora | None:
         """As the model takes them; None where the weights are trained."""
-        made = Lora(self.rank, self.alpha, self.targets)
+        made = Lora(self.rank, self.alpha, self.targets, self.base_dtype)
         return made if self.rank else None
 
 

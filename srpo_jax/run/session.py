@@ -150,7 +150,7 @@ class Session:
         self.base = {"base": got.meta["base"]} if lora else {}
         if lora:
             settings, path = self._settings, got.meta["base"]["path"]
-            frozen = load_base(path, settings, self._parts, settings.model.param_dtype)
+            frozen = load_base(path, settings, self._parts, settings.model.param_dtype, lora)
             check_base(got.meta["base"], frozen, settings.hf_dir)
             self.state = dataclasses.replace(got.state, frozen=frozen)
         if self.step != newest:

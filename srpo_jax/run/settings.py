@@ -23,7 +23,7 @@ from srpo_jax.data.files import AnyPath, on_bucket
 from srpo_jax.data.prompts import MESSAGES
 from srpo_jax.learn.grpo import GrpoConfig, Objective
 from srpo_jax.learn.steps import SftConfig
-from srpo_jax.model.config import ATTENTION, DTYPES, REMAT
+from srpo_jax.model.config import ATTENTION, BASE_DTYPES, DTYPES, REMAT
 from srpo_jax.rewards.profiles import Profile
 from srpo_jax.run.sections import (
     EngineKind,
@@ -205,6 +205,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.target": TARGETS,
     "data.mask_wrong_first": ("auto", "true", "false", True, False),
     "log.console": ("auto", "plain", "json"),
+    "lora.base_dtype": BASE_DTYPES,
     "lora.export": ("merged", "adapter"),
     "eval.stop_after": ("first", "confident", "final"),
     "filter.on": get_args(FilterOn),
@@ -237,6 +238,12 @@ def _checked(settings: R) -> R:
         raise RunError(
             f"optim.moment_dtype={optim.moment_dtype}: adafactor has no moments of its parameters' "
             "shapes: set --config.optim.moment_dtype=float32"
+        )
+    lora = getattr(settings, "lora", None)
+    if lora and lora.base_dtype and not lora.rank:
+        raise RunError(
+            f"lora.base_dtype={lora.base_dtype}: weights in 8 bits cannot be trained; set "
+            "--config.lora.rank, or leave it out"
         )
     if settings.min_pixels > settings.max_pixels:
         raise RunError(
