@@ -1,6 +1,7 @@
 """What both training loops do around their steps: restore, log, evaluate, save, stop, export."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -253,13 +254,17 @@ class Session:
     def _verify(self) -> None:
         """RunError where devices that should hold the same bits do not."""
         with self._parts.timers.outside():
+            jax.block_until_ready(self.state)
+            begun = time.monotonic()
             found = replicas.differing(self.state, self._parts.mesh)
+            seconds = time.monotonic() - begun
         if found:
             raise RunError(
                 f"step {self.step}: {found}: the memory of one of them, or its link, is faulty: "
                 f"run without it, and remove what was saved after step {self._verified}, which may "
                 f"hold the same, from {self._checkpoints.folder}"
             )
+        self.writer.say(f"step {self.step}: replicas agree ({seconds:.2f} s)")
         self._verified = self.step
 
     def _save(self) -> None:
