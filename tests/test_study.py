@@ -214,6 +214,14 @@ def test_the_page_is_filled_in_between_its_markers(tmp_path):
     assert (docs / "measurements/study/partners_tokens.svg").read_text().startswith("<svg")
 
 
+def test_nothing_is_said_of_the_verdicts_of_a_few_reflections():
+    few, many = result("adaptive", 0, 0.7), result("adaptive", 1, 0.7)
+    few["sampled"] = few["sampled"] | {"reflected": 0.04, "detect": 1.0}
+    assert summary.margin(few) is None and summary.margin(many) == pytest.approx(0.7)
+    assert "| +0.70 |" in summary.table({"partners": {"adaptive": {0: few, 1: many}}})
+    assert "| 4 | - |" in summary.table({"partners": {"adaptive": {0: few}}})
+
+
 def test_intervals_are_those_of_students_t_and_one_seed_has_none():
     mean, half = summary.interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5, rel=1e-3))

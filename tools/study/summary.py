@@ -16,6 +16,7 @@ from tools.study.measure import accuracy_at
 Result = dict[str, Any]
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 SHARES = (0.55, 0.6)  # of GRPO's tokens
+REFLECTED = 0.05  # of the responses, below which nothing is said of their verdicts
 MARGIN = 0.3  # of detection over false alarms, that is asked for
 HEAD = (
     *("arm", "seeds", "final", "final - GRPO's", "first", "greedy", "at 55 %", "at 60 %"),
@@ -47,9 +48,16 @@ def at_share(one: Result, grpo: Result, share: float) -> float | None:
     return accuracy_at(one["sampled"]["stop"], share * grpo["sampled"]["tokens"])
 
 
-def margin(one: Result) -> float:
-    """How much more often a wrong first answer is called wrong than a right one."""
-    return one["sampled"]["detect"] - one["sampled"]["false_alarm"]
+def margin(one: Result) -> float | None:
+    """How much more often a wrong first answer is called wrong than a right one; None where too few
+    responses have a reflection to tell."""
+    own = one["sampled"]
+    return own["detect"] - own["false_alarm"] if own["reflected"] >= REFLECTED else None
+
+
+def margins(arm: dict[int, Result]) -> list[float]:
+    """`margin` of the seeds that have one."""
+    return [found for one in arm.values() if (found := margin(one)) is not None]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -88,6 +96,8 @@ def row(name: str, arm: dict[int, Result], grpo: dict[int, Result]) -> list[str]
     def mean(value: Callable[[Result], float]) -> float:
         return float(np.mean([value(one) for one in arm.values()]))
 
+    known = margins(arm)
+
     def shared(share: float) -> tuple[float, float | None] | None:
         found = [at_share(one, grpo[seed], share) for seed, one in arm.items() if seed in grpo]
         known = [value for value in found if value is not None]
@@ -105,7 +115,7 @@ def row(name: str, arm: dict[int, Result], grpo: dict[int, Result]) -> list[str]
         percent(paired(arm, grpo, lambda one, base: at_share(one, base, SHARES[1])), "+"),
         f"{mean(lambda one: one['sampled']['tokens']):.1f}",
         f"{100 * mean(lambda one: one['sampled']['reflected']):.0f}",
-        f"{mean(margin):+.2f}",
+        f"{np.mean(known):+.2f}" if known else "-",
         f"{mean(lambda one: one['compute']['steps']):.0f}",
         f"{mean(lambda one: one['compute']['total']) / 1e6:.2f}",
     ]
@@ -139,7 +149,8 @@ def targets(results: dict[str, dict[str, dict[int, Result]]]) -> str:
         return found is not None and found[1] is not None and found[0] - found[1] > 0
 
     def knows(name: str, arms: dict[str, dict[int, Result]]) -> bool:
-        return float(np.mean([margin(one) for one in arms[name].values()])) >= MARGIN
+        found = margins(arms[name])
+        return len(found) == len(arms[name]) and float(np.mean(found)) >= MARGIN
 
     several = [task for task in results if "grpo" in results[task]]
     lines = [
