@@ -73,6 +73,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.reward = reward = ConfigDict()
     reward.profile = "paper"  # or "openrlhf", "verl_fixed", "grpo", "balanced"
     reward.alpha = 0.1  # weight of the length term (P 3.2, table 6)
+    # Weight of a right first answer, beside the profile's terms; 0: none. With credit "segments" it
+    # pays the first round.
+    reward.first = 0.0
     reward.verdict = 0.0  # weight of +-1 for what a reflection says of the first answer; 0: none
     common.add_words(reward)
     reward.overlong = 0.0  # weight of DAPO's penalty on length; 0: none

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax.learn.grpo import GrpoConfig, reward_terms
+from srpo_jax.learn.grpo import GrpoConfig, credited, reward_terms
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.grade import grade, grade_sequences
 from srpo_jax.rewards.profiles import (
@@ -226,6 +226,25 @@ def test_tokens_have_a_price_only_where_the_final_answer_is_right():
     samples = [verdict("rr", total_tokens=30), verdict("rr", total_tokens=10), verdict("ww")]
     totals = [float(reward_terms(cfg, one).total[0, 0]) for one in samples]
     np.testing.assert_allclose(totals, [1.2, 1.4, 0.5], rtol=1e-6)
+
+
+def test_a_right_first_answer_is_paid_beside_the_profile_s_terms():
+    cfg = GrpoConfig(profile=GRPO, weights=(("first", 0.25),))
+    totals = [float(reward_terms(cfg, verdict(o)).total[0, 0]) for o in ("rr", "wr", "rw", "ww")]
+    np.testing.assert_allclose(totals, [1.75, 1.5, 0.75, 0.5], rtol=1e-6)
+    plain = GrpoConfig(profile=GRPO, weights=(("first", 0.0),))
+    assert "first" not in reward_terms(plain, verdict("rr")).parts
+
+
+def test_with_segments_that_pay_is_the_first_round_s_and_all_else_the_rest_s():
+    parts = [verdict(outcome) for outcome in ("rr", "rw", "wr", "ww")]
+    group = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
+    cfg = GrpoConfig(
+        profile=GRPO, weights=(("first", 0.5),), advantage="centred", credit="segments"
+    )
+    paid = credited(cfg, reward_terms(cfg, group), group, counted_PG=np.ones((1, 4), bool))
+    np.testing.assert_allclose(paid[0], [[0.25, 0.25, -0.25, -0.25]])
+    np.testing.assert_allclose(paid[1], [[0.5, -0.5, 0.5, -0.5]])  # final answers, by first verdict
 
 
 def test_an_unknown_profile_is_refused():

@@ -35,6 +35,8 @@ from srpo_jax.rewards.terms import (
 )
 from srpo_jax.structs import BLOCKS, Experience, Leaf, Rollout, Verdict
 
+FIRST = "first"  # the term of ``reward.first``
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -104,7 +106,7 @@ class GrpoConfig(Objective):
 
     micro_batches: int = 1  # rows of a data shard; gradients are summed over them
     profile: Profile = PAPER
-    # Weights of reward terms that are not 1; those of "verdict", "overlong", "price" bring it in.
+    # Weights of reward terms that are not 1; "first", "verdict", "overlong", "price" bring theirs.
     weights: tuple[tuple[str, float], ...] = (("f_len", ALPHA),)
     own: tuple[str, ...] = ()  # names of the terms in ``Verdict.own``
     overlong_buffer: int = 0  # tokens before the cap in which "overlong" sets in
@@ -235,6 +237,8 @@ def reward_terms(cfg: GrpoConfig, verdict: Verdict) -> RewardTerms:
         if taken := sorted(parts.keys() & {*cfg.own}):
             raise ValueError(f"two reward terms are called {taken[0]}: rename your own")
         parts |= {name: verdict.own[..., i] for i, name in enumerate(cfg.own)}
+    if weights.get(FIRST):
+        parts[FIRST] = right_answers(verdict)[0].astype(jnp.float32)
     if weights.get("verdict"):
         parts["verdict"] = stated_rightly(verdict)
     if weights.get("price"):
@@ -256,8 +260,8 @@ def credited(
 ) -> tuple[jax.Array, jax.Array]:
     """Advantages [P, G] of the tokens of the first round, and of those after it.
 
-    With ``credit="whole"`` they are the same. With "segments" the profile's ``first_terms`` pay the
-    first round and the others what comes after, each normalised by itself; the latter's baseline is
+    With ``credit="whole"`` they are the same. With "segments" the profile's ``first_terms`` and
+    ``FIRST`` pay the first round and the others what comes after, each normalised by itself; the latter's baseline is
     the mean of the samples whose first answer was as right or wrong, since that was settled before.
     With forks (then the two are not the same for "whole" either) a first round earns the mean of
     its continuations, against the other first rounds, and a continuation is compared with those of
@@ -283,7 +287,7 @@ def credited(
 
     first, rest = set(parts), set(parts)
     if cfg.credit == "segments":
-        own = set(cfg.profile.first_terms)
+        own = parts.keys() & {*cfg.profile.first_terms, FIRST}
         first, rest = own or first, rest - own
     if cfg.forks > 1:
         family_PG = jnp.broadcast_to(jnp.arange(counted_PG.shape[1]) // cfg.forks, counted_PG.shape)

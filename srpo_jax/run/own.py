@@ -27,6 +27,7 @@ from srpo_jax.structs import BLOCKS, RunError, Verdict
 TAKEN = (
     *(
         *TERMS,
+        "first",
         "verdict",
         "overlong",
         "price",

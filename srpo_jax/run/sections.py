@@ -100,6 +100,7 @@ class RewardSettings:
     right_words: tuple[str, ...]
     wrong_words: tuple[str, ...]
     alpha: float = ALPHA  # of f_len
+    first: float = 0.0
     verdict: float = 0.0
     overlong: float = 0.0
     overlong_buffer: int = 0
@@ -129,7 +130,7 @@ class RewardSettings:
     def weights(self) -> tuple[tuple[str, float], ...]:
         """As `GrpoConfig` takes them."""
         given = {"f_len": self.alpha, "verdict": self.verdict, "overlong": self.overlong}
-        given["price"] = self.token_price
+        given |= {"first": self.first, "price": self.token_price}
         return tuple((name, w) for name, w in given.items() if w or name == "f_len")
 
     def own_weights(self, names: tuple[str, ...]) -> tuple[tuple[str, float], ...]:

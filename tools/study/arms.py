@@ -41,10 +41,12 @@ VERDICT = {"reward.verdict": 0.25}
 # "centred" keeps that trade; the end token is judged among samples of the same first verdict.
 ON_DEMAND = GRPO | {
     "data.prompt": "adaptive",
-    "reward.token_price": 0.02,
+    "reward.token_price": 0.01,
     "grpo.advantage": "centred",
     "grpo.credit": "segments",
 }
+# First answers are paid themselves, so that they get better while most responses still reflect.
+BOTH_PAID = ON_DEMAND | {"reward.first": 1.0}
 ARMS = {
     arm.name: arm
     for arm in (
@@ -71,6 +73,13 @@ ARMS = {
             "adaptive",
             "on demand, SFT with one-round records",
             ON_DEMAND,
+            start="mix",
+            prompt="adaptive",
+        ),
+        Arm(
+            "adaptive_first",
+            "on demand, `reward.first=1`, SFT with one-round records",
+            BOTH_PAID,
             start="mix",
             prompt="adaptive",
         ),
