@@ -261,8 +261,9 @@ def credited(
     """Advantages [P, G] of the tokens of the first round, and of those after it.
 
     With ``credit="whole"`` they are the same. With "segments" the profile's ``first_terms`` and
-    ``FIRST`` pay the first round and the others what comes after, each normalised by itself; the latter's baseline is
-    the mean of the samples whose first answer was as right or wrong, since that was settled before.
+    ``FIRST`` pay the first round and the others what comes after, each normalised by itself; the
+    latter's baseline is the mean of the samples whose first answer was as right or wrong, since
+    that was settled before.
     With forks (then the two are not the same for "whole" either) a first round earns the mean of
     its continuations, against the other first rounds, and a continuation is compared with those of
     its own first round alone. ``penalty_PG`` is one more term, of weight 1.
