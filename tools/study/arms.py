@@ -37,7 +37,7 @@ def _known_keys() -> frozenset[str]:
 GRPO = {"reward.profile": "grpo"}
 FORKS = GRPO | {"sampling.forks": 2}
 VERDICT = {"reward.verdict": 0.25}
-# The price is a trade: of a right answer 10 tokens leave 0.85 and 30 leave 0.55, so that a reflection
+# The price is a trade: of a right answer 10 tokens leave 0.85 and 30 leave 0.55, so that to reflect
 # is worth it where the first answer is right in fewer than about six of ten (it mends 85 %).
 # "centred" keeps that trade; the end token is judged among samples of the same first verdict.
 ON_DEMAND = GRPO | {
