@@ -19,6 +19,26 @@ def test_an_evaluation_says_whether_reflections_help(fixed, harmed, word):
     assert f"{fixed / 1:.1f} % of wrong first answers were made right" in found.text
 
 
+def test_a_second_answer_is_no_reflection_where_verdicts_are_worth_nothing():
+    rates = {"acc@1": 0.5, "fix": 0.4, "harm": 0.0, "records": 200}
+    found = verdict.of_rates(rates, "x")
+    blind = [{"split": "train", "stated_share": 0.9, "detection_margin": 0.04}] * 3
+    told = verdict.qualified(found, blind)
+    assert (told.word, told.kind) == ("Yes, as a second try", "mixed")
+    assert told.text.startswith(found.text) and told.text.endswith("is the second try")
+    for other in ({"detection_margin": 0.06}, {"stated_share": 0.1}, {"detection_margin": None}):
+        assert verdict.qualified(found, [row | other for row in blind]) == found
+    assert glance.helped(blind, {"test": rates}).word == "Yes, as a second try"
+    worse = verdict.of_rates(rates | {"fix": 0.0, "harm": 0.4}, "x")
+    assert verdict.qualified(worse, blind) == worse
+
+
+def test_an_evaluation_says_what_comes_after_the_first_answer_costs():
+    points = {"first": {"tokens": 9.3}, "final": {"tokens": 29.8}}
+    rates = {"acc@1": 0.5, "fix": 0.4, "harm": 0.1, "records": 200, "stop": {"points": points}}
+    assert verdict.of_rates(rates, "x").text.endswith("takes 20.5 of 29.8 tokens")
+
+
 def test_the_interval_is_the_bootstrapped_one_or_that_of_paired_shares():
     rates = {"acc@1": 0.5, "fix": 0.4, "harm": 0.1, "records": 200}
     assert "(95 % interval 8.2 to 21.5)" in verdict.of_rates(rates, "x").text  # by hand

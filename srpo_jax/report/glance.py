@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from srpo_jax.report.health import WINDOW
-from srpo_jax.report.verdict import UNKNOWN, Verdict, of_rates, of_steps
+from srpo_jax.report.verdict import UNKNOWN, Verdict, of_rates, of_steps, qualified
 from srpo_jax.run.resume import flat_config
 
 Rows = Sequence[Mapping[str, Any]]
@@ -34,12 +34,14 @@ _STAGE_2_ONLY = "accuracy/final"  # where it is logged, the loss says nothing
 def helped(rows: Rows, evaluations: Mapping[str, Mapping[str, Any]]) -> Verdict:
     """By the first of ``evaluations`` (by name), else the last one while training, else training
     itself."""
+    trained = [row for row in rows if row["split"] == "train"]
     for name, rates in evaluations.items():
-        return of_rates(rates, name)
+        return qualified(of_rates(rates, name), trained)
     own = [row for row in rows if {"acc@1", "fix", "harm", "records"} <= row.keys()]
     if own:
-        return of_rates(own[-1], f"held out, at step {own[-1]['step']:,}")
-    return of_steps([row for row in rows if row["split"] == "train"]) or UNKNOWN
+        where = f"held out, at step {own[-1]['step']:,}"
+        return qualified(of_rates(own[-1], where), trained)
+    return qualified(of_steps(trained) or UNKNOWN, trained)
 
 
 def doing(config: Config, origin: str) -> str:

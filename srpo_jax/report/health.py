@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from srpo_jax.report.verdict import CHANCE, STATED
 from srpo_jax.run.guard import SandbagWatch
 
 Rows = Sequence[Mapping[str, Any]]
@@ -90,12 +91,13 @@ def _collapse(course: Course) -> Iterator[Finding]:
 
 def _empty_verdict(course: Course) -> Iterator[Finding]:
     margin, said = course.last("detection_margin"), course.last("stated_share")
-    if said > 0.2 and abs(margin) < 0.05:
+    if said > STATED and abs(margin) < CHANCE:
         yield Finding(
             "The reflection does not know right from wrong",
             f"detection_margin is {margin:.3f}, with a verdict in {_percent(said)} of reflections",
-            "It calls right and wrong first answers wrong equally often. reward.verdict pays for "
-            "a true verdict; look also at stage 1's share of wrong first attempts.",
+            "It calls right and wrong first answers wrong equally often. reward.verdict, 0.25 for "
+            "a start, pays for a true verdict; in stage 1's data about half of the first attempts "
+            "should be wrong.",
         )
 
 

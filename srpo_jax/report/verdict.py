@@ -1,5 +1,6 @@
 """Do the reflections help? One sentence with its interval, from an evaluation or from training."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ Rates = Mapping[str, Any]
 
 STEPS = 25  # last ones of a training that are looked at
 FEWEST = 10  # of them
+STATED, CHANCE = 0.2, 0.05  # share of reflections with a verdict; detection less false alarms
 _Z, _T = 1.96, 2.26  # two-sided 95 %: normal; Student's, of FEWEST steps (of more it is cautious)
 
 
@@ -44,7 +46,13 @@ def of_rates(rates: Rates, where: str) -> Verdict:
         n = rates["records"]
         bounds = paired(n * (1 - first) * fix, n * first * harm, n)
     net = rates.get("net_gain", (1 - first) * fix - first * harm)
-    return _told(f"On {rates['records']:,.0f} problems ({where})", net, bounds, fix, harm)
+    found = _told(f"On {rates['records']:,.0f} problems ({where})", net, bounds, fix, harm)
+    points = (rates.get("stop") or {}).get("points") or {}
+    if not {"first", "final"} <= points.keys():
+        return found
+    stopped, whole = (points[name]["tokens"] for name in ("first", "final"))
+    cost = f". What follows the first answer takes {whole - stopped:.1f} of {whole:.1f} tokens"
+    return dataclasses.replace(found, text=found.text + cost)
 
 
 def of_steps(rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
@@ -66,6 +74,28 @@ def of_steps(rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
     where = f"On the training problems of steps {known[0]['step']:,} to {known[-1]['step']:,}"
     mean = float(net.mean())
     return _told(where, mean, (mean - error, mean + error), fix, harm)
+
+
+def qualified(found: Verdict, rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """``found``, with what it does not mean where the last training steps show reflections that
+    call right and wrong first answers wrong equally often."""
+    known = [row for row in rows if isinstance(row.get("detection_margin"), int | float)][-STEPS:]
+    if found.kind != "good" or not known or not knows_nothing(known):
+        return found
+    doubt = (
+        ". But its reflections say of right and wrong first answers the same: what helps is the "
+        "second try"
+    )
+    return Verdict("Yes, as a second try", found.text + doubt, "mixed")
+
+
+def knows_nothing(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether verdicts are stated in these rows and are worth no more than chance."""
+    said, margin = (
+        float(np.mean([row.get(name) or 0.0 for row in rows]))
+        for name in ("stated_share", "detection_margin")
+    )
+    return said > STATED and abs(margin) < CHANCE
 
 
 def paired(fixed: float, harmed: float, n: float) -> tuple[float, float]:

@@ -152,7 +152,8 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
     lines = [
         "How to read it (in percent; acc@1 first answer, acc@2 final answer; fix: wrong first "
         "answers made right; harm: right ones made wrong; detect and false alarm: reflections "
-        "that say 'no' to a wrong and to a right first answer):",
+        "that say 'no' to a wrong and to a right first answer; tokens per block: first think, "
+        "first answer, reflection, second think, second answer, the rest of a response are tags):",
         "- By construction acc@2 is above acc@1: the first round writes one tile down and answers, "
         "the second computes from both. Half of the first attempts that SFT imitates are wrong on "
         "purpose, which keeps its sampled acc@1 low.",
@@ -163,9 +164,10 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
         f"- The plain-GRPO control, paid for the final answer alone, ends within "
         f"{abs(apart):.1f} points of SRPO on the final answer ({difference}): this task shows that "
         "RL works, not that SRPO beats GRPO on the final answer.",
-        f"- The first answer moves by {gain('SRPO - SFT, first, sampled'):+.1f} points (sampled) "
-        f"under SRPO, whose reward pays for it, and by "
-        f"{gain('GRPO - SFT, first, sampled'):+.1f} under GRPO, whose reward does not.",
+        f"- The first answer moves by {gain('SRPO - SFT, first, sampled'):+.1f} points sampled, "
+        f"{gain('SRPO - SFT, first, greedy'):+.1f} greedy, under SRPO, whose reward pays for it, "
+        f"and by {gain('GRPO - SFT, first, sampled'):+.1f} and "
+        f"{gain('GRPO - SFT, first, greedy'):+.1f} under GRPO, whose reward does not.",
         f"- Nothing pays for the reflection's verdict itself; after SRPO it says 'no' to "
         f"{rate('sampled', 'SRPO', 'detect'):.0f} % of the wrong and "
         f"{rate('sampled', 'SRPO', 'false_alarm'):.0f} % of the right first answers.",
