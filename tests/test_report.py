@@ -49,6 +49,13 @@ def test_the_table_gives_rates_with_intervals():
     assert cells[5:] == ["25.0", "12.5", "10.0", "812"]
 
 
+@pytest.mark.parametrize(("first", "fix", "harm"), [(0.0, "25.0", "–"), (1.0, "–", "25.0")])
+def test_what_nothing_could_be_of_has_no_rate(first, fix, harm):
+    rates = {"acc@1": first, "acc@2": 0.25, "fix": 0.25, "harm": 0.25, "net_gain": 0.25}
+    ((_, _, _, *cells, _),) = table.rate_rows({"x": rates | {"records": 4, "tokens": 9.0}})
+    assert cells[2:4] == [fix, harm]
+
+
 def test_a_benchmarks_verdicts_take_the_place_of_our_graders():
     cells = row_of(table.markdown({"x": summary("mathvista")}), "x")
     assert cells[1:5] == ["official_rule", "1,000 (testmini)", "60.0", "70.0 (65.0 to 75.0)"]

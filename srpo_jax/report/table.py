@@ -139,6 +139,9 @@ def rate_rows(summaries: Mapping[str, Summary]) -> list[tuple[str, ...]]:
 
 
 def _percent(rates: Summary, key: str) -> str:
+    """NONE where no first answer is wrong ("fix"), or none right ("harm")."""
+    if rates["acc@1"] == {"fix": 1, "harm": 0}.get(key):
+        return NONE
     text = f"{100 * rates[key]:.1f}"
     low, high = rates.get("interval", {}).get(key, (None, None))
     return text if low is None else f"{text} ({100 * low:.1f} to {100 * high:.1f})"
