@@ -308,6 +308,11 @@ def course(**ends):
             {"detection_margin": (0.3, 0.01), "stated_share": (0.9, 0.9)},
             {"detection_margin": (0.01, 0.3), "stated_share": (0.9, 0.9)},
         ),
+        (
+            "Few reflections state a verdict",
+            {"block_tokens__reflection": (30.0, 30.0), "stated_share": (0.5, 0.05)},
+            {"block_tokens__reflection": (0.0, 0.0), "stated_share": (0.5, 0.05)},
+        ),
         ("Samples are cut off", {"truncated_share": (0, 0.1)}, {"truncated_share": (0.5, 0.01)}),
         (
             "Most groups teach nothing",

@@ -101,6 +101,18 @@ def _empty_verdict(course: Course) -> Iterator[Finding]:
         )
 
 
+def _no_verdict(course: Course) -> Iterator[Finding]:
+    said, tokens = course.last("stated_share"), course.last("block_tokens/reflection")
+    if said < 0.1 and tokens >= 1:
+        yield Finding(
+            "Few reflections state a verdict",
+            f"in {_percent(said)} of them stands one of the words that are looked for",
+            "So detection and false alarms say nothing. Read some reflections, and name the words "
+            "that call an answer right or wrong there in reward.right_words and wrong_words.",
+            "order=last",
+        )
+
+
 def _harm(course: Course) -> Iterator[Finding]:
     fixed, harmed = course.total("fix/count"), course.total("harm/count")
     if harmed > fixed:
@@ -203,6 +215,7 @@ CHECKS: tuple[Callable[[Course], Iterator[Finding]], ...] = (
     _harm,
     _collapse,
     _empty_verdict,
+    _no_verdict,
     _truncation,
     _no_signal,
     _repeats,
