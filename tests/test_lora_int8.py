@@ -15,9 +15,9 @@ from test_lora import adapters, configured, hidden, paths, weights_of  # noqa: F
 
 from srpo_jax import train_grpo, train_sft
 from srpo_jax.learn import optim, state
-from srpo_jax.model import sharding
+from srpo_jax.model import peft, sharding
 from srpo_jax.model.config import Lora
-from srpo_jax.model.lora import in_8_bits, is_adapter, is_scale, merge
+from srpo_jax.model.lora import in_8_bits, is_adapter, is_scale, merge, over_outputs
 from srpo_jax.model.qwen2_5_vl import abstract_params, shortened
 from srpo_jax.run import rollout
 from srpo_jax.structs import RunError
@@ -69,6 +69,18 @@ def test_a_model_computes_with_codes_what_it_computes_with_the_numbers_they_stan
     longer = hidden(CFG.base, merge(small.params() | adapters(), CFG.lora, "float32"))
     off = np.abs(apart - longer).max() / np.abs(longer).max()
     assert 1e-4 < off < 0.05
+
+
+def test_a_weight_that_is_rounded_on_the_way_is_written_in_its_own_dtype_whatever_slice_is_read():
+    path = "text/layers/attn/o/kernel"
+    kernel = np.asarray(small.params()[path].astype(jnp.bfloat16))  # [L, H, E, D]
+    leaf = peft.merged_leaves({path: kernel}, CFG)[path]
+    assert leaf.dtype == jnp.bfloat16
+    cut = (slice(1, 2), slice(0, 1), slice(2, 5), slice(3, 9))
+    whole = leaf[tuple(slice(0, size) for size in kernel.shape)]
+    np.testing.assert_array_equal(leaf[cut], whole[cut])
+    codes, scale = in_8_bits(path, kernel, 2)
+    np.testing.assert_array_equal(whole, codes * over_outputs(path, scale, 4))
 
 
 def test_codes_and_scales_are_frozen_and_lie_by_one_row_each():

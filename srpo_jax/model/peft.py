@@ -102,28 +102,28 @@ class LongLeaf:
     scale: Any
     scale_ndim: int
 
-    dtype = np.dtype(np.float32)
-
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
         return tuple(self.kernel.shape)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """What it is to be written as: float32, or as it was before it came into 8 bits."""
+        return np.dtype(np.float32 if self.scale is not None else self.kernel.dtype)
+
     def __getitem__(self, index: Index) -> np.ndarray:
         ndim, read = len(self.shape), host_reader(self.kernel)
-        inputs = ndim - self.scale_ndim
-        first = 1  # behind the axis of layers
-        outputs = (*index[:first], *index[first + inputs :])
+        behind = 1 + ndim - self.scale_ndim  # the axis of layers and those of inputs
+        layers, inputs, outputs = index[:1], index[1:behind], index[behind:]
         if self.scale is not None:
-            codes, scale = read(index), host_reader(self.scale)(outputs)
-            return codes * over_outputs(self.path, scale, ndim)
+            scale = host_reader(self.scale)((*layers, *outputs))
+            return read(index) * over_outputs(self.path, scale, ndim)
         # The scale is that of all inputs.
-        own = index[first : first + inputs]
-        whole = (slice(0, size) for size in self.shape[first : first + inputs])
-        block = read((*index[:first], *whole, *index[first + inputs :]))
+        whole = (slice(0, size) for size in self.shape[1:behind])
+        block = read((*layers, *whole, *outputs))
         codes, scale = map(np.asarray, in_8_bits(self.path, block, self.scale_ndim))
-        values = codes * over_outputs(self.path, scale, ndim)
-        return values[(slice(None),) * first + tuple(own)]
+        return (codes * over_outputs(self.path, scale, ndim))[(slice(None), *inputs)]
 
 
 def merged_leaves(params: Mapping[str, Any], cfg: ModelConfig) -> dict[str, Any]:

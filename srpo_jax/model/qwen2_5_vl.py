@@ -20,7 +20,7 @@ from flax import nnx
 from srpo_jax.model.attention import Sight
 from srpo_jax.model.config import Lora, ModelConfig
 from srpo_jax.model.layers import Linear, shard, take_in_rows
-from srpo_jax.model.lora import LORA_A, LORA_B, in_8_bits, is_scale
+from srpo_jax.model.lora import LORA_A, LORA_B, in_8_bits, scale_of
 from srpo_jax.model.masks import LaneMask, Mask
 from srpo_jax.model.text import Cache, TextModel
 from srpo_jax.model.vision import VisionModel
@@ -224,13 +224,12 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
 
 
 def shortened(params: Params, cfg: ModelConfig) -> Params:
-    """Weights as they stand beside the adapters of ``cfg``: those in 8 bits that it holds so.
-    Jittable."""
-    out = dict(params)
-    for path, leaf in abstract_params(cfg).items():
-        if is_scale(path):
-            weight = f"{path.rpartition('/')[0]}/kernel"
-            out[weight], out[path] = in_8_bits(weight, out[weight], len(leaf.shape))
+    """Weights, all or some, as they stand beside the adapters of ``cfg``: those in 8 bits that it
+    holds so. Jittable."""
+    shapes, out = abstract_params(cfg), dict(params)
+    for path, x in params.items():
+        for beside, leaf in scale_of(path, shapes).items():
+            out[path], out[beside] = in_8_bits(path, x, len(leaf.shape))
     return out
 
 

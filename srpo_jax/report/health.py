@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from srpo_jax.report.verdict import CHANCE, STATED
+from srpo_jax.report.verdict import knows_nothing
 from srpo_jax.run.guard import SandbagWatch
 
 Rows = Sequence[Mapping[str, Any]]
@@ -91,7 +91,7 @@ def _collapse(course: Course) -> Iterator[Finding]:
 
 def _empty_verdict(course: Course) -> Iterator[Finding]:
     margin, said = course.last("detection_margin"), course.last("stated_share")
-    if said > STATED and abs(margin) < CHANCE:
+    if knows_nothing(said, margin):
         yield Finding(
             "The reflection does not know right from wrong",
             f"detection_margin is {margin:.3f}, with a verdict in {_percent(said)} of reflections",

@@ -80,7 +80,10 @@ def qualified(found: Verdict, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     """``found``, with what it does not mean where the last training steps show reflections that
     call right and wrong first answers wrong equally often."""
     known = [row for row in rows if isinstance(row.get("detection_margin"), int | float)][-STEPS:]
-    if found.kind != "good" or not known or not knows_nothing(known):
+    mean = lambda name: float(np.mean([row.get(name) or 0.0 for row in known]))  # noqa: E731
+    if found.kind != "good" or not known:
+        return found
+    if not knows_nothing(mean("stated_share"), mean("detection_margin")):
         return found
     doubt = (
         ". But its reflections say of right and wrong first answers the same: what helps is the "
@@ -89,13 +92,10 @@ def qualified(found: Verdict, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     return Verdict("Yes, as a second try", found.text + doubt, "mixed")
 
 
-def knows_nothing(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether verdicts are stated in these rows and are worth no more than chance."""
-    said, margin = (
-        float(np.mean([row.get(name) or 0.0 for row in rows]))
-        for name in ("stated_share", "detection_margin")
-    )
-    return said > STATED and abs(margin) < CHANCE
+def knows_nothing(stated: float, margin: float) -> bool:
+    """Whether verdicts are stated, and worth no more than chance, at these means of
+    ``stated_share`` and ``detection_margin``."""
+    return stated > STATED and abs(margin) < CHANCE
 
 
 def paired(fixed: float, harmed: float, n: float) -> tuple[float, float]:

@@ -15,8 +15,8 @@ from srpo_jax.data.processing import Processor, token_bytes
 from srpo_jax.learn.steps import make_encode_step
 from srpo_jax.model import hf, peft, sharding
 from srpo_jax.model.config import Lora, ModelConfig, load_config
-from srpo_jax.model.lora import in_8_bits, is_scale, merge, scale_of
-from srpo_jax.model.qwen2_5_vl import abstract_params
+from srpo_jax.model.lora import is_scale, merge, scale_of
+from srpo_jax.model.qwen2_5_vl import abstract_params, shortened
 from srpo_jax.model.sizes import size_config
 from srpo_jax.rewards.answers import Question
 from srpo_jax.rewards.template import TokenText
@@ -193,14 +193,11 @@ def _shorten(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
     shapes, out = abstract_params(model), {}
     layout = sharding.param_specs(shapes, mesh, "train")
     for path in list(params):
-        scale, x = scale_of(path, shapes), params.pop(path)
-        if not scale:
-            out[path] = x
-            continue
-        ((beside, leaf),) = scale.items()
-        make = functools.partial(in_8_bits, path, scale_ndim=len(leaf.shape))
-        made = jax.jit(make, out_shardings=(layout[path], layout[beside]))
-        out[path], out[beside] = made(x)
+        one = {path: params.pop(path)}
+        if scale := scale_of(path, shapes):
+            lie = {name: layout[name] for name in (path, *scale)}
+            one = jax.jit(functools.partial(shortened, cfg=model), out_shardings=lie)(one)
+        out |= one
     return out
 
 

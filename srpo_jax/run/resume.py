@@ -66,12 +66,13 @@ def check_config(saved: dict[str, Any], current: dict[str, Any], allowed: str = 
     for name in names:
         if name != "True" and not any(below(key, [name]) for key in new):
             raise RunError(f"checkpoint.allow_changes={allowed}: there is no key {name}")
+    lone = old.keys() ^ new.keys()
     changed = [
         key
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
         # What one of two versions does not have, and is off in the other, is off in both.
-        and not (key not in old and not new[key] or key not in new and not old[key])
+        and not (key in lone and not (old.get(key) or new.get(key)))
         and not below(key, (*FREE, *names))
         and not (key in _MAY_GROW and 0 < (old.get(key) or 0) < (new.get(key) or 0))
     ]

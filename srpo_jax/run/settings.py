@@ -153,8 +153,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "steps epochs data.workers eval.limit eval.every checkpoint.every checkpoint.keep_every "
         "rollouts.every log.keep bootstrap optim.lr optim.weight_decay reward.alpha grpo.dual_clip "
         "reward.first reward.verdict reward.overlong reward.overlong_buffer reward.token_price "
-        "grpo.tis_floor "
-        "lora.rank reward.judge.max_calls grpo.tis_cap grpo.kl_coef grpo.kl_target grpo.ref_every "
+        "reward.judge.max_calls lora.rank grpo.tis_floor grpo.tis_cap grpo.kl_coef grpo.kl_target "
+        "grpo.ref_every "
         "grpo.adv_eps grpo.perception_coef filter.max_age eval.temperature "
         "checkpoint.grace_seconds checkpoint.verify_replicas_every distributed.timeout "
         "data.timeout",

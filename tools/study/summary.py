@@ -96,14 +96,12 @@ def row(name: str, arm: dict[int, Result], grpo: dict[int, Result]) -> list[str]
     def mean(value: Callable[[Result], float]) -> float:
         return float(np.mean([value(one) for one in arm.values()]))
 
-    known = margins(arm)
-
     def shared(share: float) -> tuple[float, float | None] | None:
         found = [at_share(one, grpo[seed], share) for seed, one in arm.items() if seed in grpo]
         known = [value for value in found if value is not None]
         return interval(known) if known and len(known) == len(found) else None
 
-    own = name == "grpo"
+    own, known = name == "grpo", margins(arm)
     return [
         name,
         str(len(arm)),
