@@ -13,7 +13,7 @@ from tools.demo.stages import Clock
 from tools.demo.tasks import TASKS
 from tools.study import __main__ as study
 from tools.study import measure, summary
-from tools.study.arms import ARMS, FULL, Arm, rl_stage
+from tools.study.arms import ARMS, FULL, STARTS, Arm, rl_stage, start_stage
 from tools.study.figure import Line, chart
 from tools.study.jobs import Job, run_jobs
 from tools.study.prepare import cut_to_one_round
@@ -102,6 +102,35 @@ def test_every_arm_but_grpo_is_stopped_at_its_compute(tmp_path):
         assert asked == ([50] if name == "grpo" else [25, 100])
         study.train(worker, tmp_path, "partners", 0, FULL, ARMS[name])
         assert len(asked) == 1 + (name != "grpo")  # done before
+
+
+def test_an_arm_that_was_stopped_past_half_way_still_goes_on_to_grpos_compute(tmp_path):
+    """Its rows alone say what is left: it had 30 of the 100 steps that it can pay for."""
+    (tmp_path / "grpo.rows.json").write_text(json.dumps(rows(50)))
+    (tmp_path / "adaptive").mkdir()
+
+    def write(steps):
+        lines = [json.dumps(row | {"split": "train"}) for row in rows(steps, 50.0)]
+        (tmp_path / "adaptive/metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    write(30)
+    asked = []
+
+    def worker(arguments, log):
+        asked.append(int(next(a for a in arguments if a.startswith("--config.steps="))[15:]))
+        write(asked[-1])
+
+    study.train(worker, tmp_path, "partners", 0, FULL, ARMS["adaptive"])
+    assert asked == [100]
+
+
+def test_arms_of_one_start_share_it_and_masked_ones_do_not_imitate_wrong_first_answers(tmp_path):
+    assert {arm.start for arm in ARMS.values()} <= set(STARTS)
+    for name in STARTS:
+        own = start_stage(tmp_path, 0, FULL.plan, TASKS["partners"], name).overrides
+        assert own["data.mask_wrong_first"] == ("true" if "masked" in name else "false")
+        assert own["data.train"].name == ("mix.parquet" if "mix" in name else "five.parquet")
+        assert own.get("data.target") == ("adaptive" if "mix" in name else None)
 
 
 def test_arms_set_keys_that_there_are_and_others_are_refused(monkeypatch):

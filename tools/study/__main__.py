@@ -47,19 +47,24 @@ def start(worker: Run, folder: Path, task: str, seed: int, budget: Budget, name:
 
 
 def train(worker: Run, folder: Path, task: str, seed: int, budget: Budget, arm: Arm) -> None:
-    """RL of an arm; all but GRPO go on, or stop, where GRPO's tokens are spent."""
-    plan, out = budget.plan, folder / arm.name
-    steps, total = plan.rl_steps, math.inf
-    if arm.name != "grpo":
-        total = tokens_of(json.loads((folder / "grpo.rows.json").read_text()))["total"]
-        steps //= 2  # enough to see what a step costs
-    while len(training_rows(out)) < steps:
+    """RL of an arm; all but GRPO go on, or stop, where GRPO's tokens are spent. What a stopped run
+    still has to do follows from its rows alone."""
+    plan, out, yardstick = budget.plan, folder / arm.name, folder / "grpo.rows.json"
+
+    def wanted() -> int:
+        rows = training_rows(out)
+        if arm.name == "grpo":
+            return plan.rl_steps
+        if len(rows) < plan.rl_steps // 2:
+            return plan.rl_steps // 2  # enough to see what a step costs
+        total = tokens_of(json.loads(yardstick.read_text()))["total"]
+        return steps_within(rows, total, STEPS_LIMIT * plan.rl_steps)
+
+    while len(training_rows(out)) < (steps := wanted()):
         stage = rl_stage(folder, seed, plan, TASKS[task], arm, steps)
         worker(stage.arguments, stage.log)
-        if arm.name != "grpo":
-            steps = steps_within(training_rows(out), total, STEPS_LIMIT * plan.rl_steps)
     if arm.name == "grpo":
-        write_json(folder / "grpo.rows.json", training_rows(out))
+        write_json(yardstick, training_rows(out))
 
 
 def run_arm(

@@ -19,7 +19,7 @@ class Arm:
     name: str
     what: str
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-    start: str = "five"  # SFT on five blocks, or on a "mix" with one round where that is right
+    start: str = "five"  # of STARTS
     prompt: str = "srpo"
 
     @property
@@ -34,6 +34,18 @@ def _known_keys() -> frozenset[str]:
     return frozenset(flat_config(grpo.get_config("size=tiny").to_dict()))
 
 
+# SFT: what it learns from, and how. "mix" has one round where that is right; "masked" ones see wrong
+# first answers and do not imitate them, as configs/sft.py's default is.
+STARTS: dict[str, dict[str, Any]] = {
+    "five": {"data.train": "five.parquet"},
+    "mix": {"data.train": "mix.parquet", "data.target": "adaptive"},
+    "masked": {"data.train": "five.parquet", "data.mask_wrong_first": "true"},
+    "masked_mix": {
+        "data.train": "mix.parquet",
+        "data.target": "adaptive",
+        "data.mask_wrong_first": "true",
+    },
+}
 GRPO = {"reward.profile": "grpo"}
 FORKS = GRPO | {"sampling.forks": 2}
 VERDICT = {"reward.verdict": 0.25}
@@ -48,6 +60,7 @@ ON_DEMAND = GRPO | {
 }
 # First answers are paid themselves, so that they get better while most responses still reflect.
 BOTH_PAID = ON_DEMAND | {"reward.first": 1.0}
+SEGMENTS = {"reward.profile": "balanced", "grpo.credit": "segments"}
 ARMS = {
     arm.name: arm
     for arm in (
@@ -61,11 +74,7 @@ ARMS = {
             "the paper's, `grpo.normalise_terms`",
             {"reward.profile": "paper", "grpo.normalise_terms": True},
         ),
-        Arm(
-            "segments",
-            "`balanced`, `grpo.credit=segments`",
-            {"reward.profile": "balanced", "grpo.credit": "segments"},
-        ),
+        Arm("segments", "`balanced`, `grpo.credit=segments`", SEGMENTS),
         Arm("forks", "GRPO's, `sampling.forks=2`", FORKS),
         Arm("forks_verdict", "forks, `reward.verdict=0.25`", FORKS | VERDICT),
         Arm("verdict", "GRPO's, `reward.verdict=0.25`", GRPO | VERDICT),
@@ -85,6 +94,23 @@ ARMS = {
             prompt="adaptive",
         ),
         Arm("adaptive_five", "on demand, SFT on five blocks", ON_DEMAND, prompt="adaptive"),
+        Arm("sft_masked", "no RL, wrong first answers not imitated", start="masked"),
+        Arm(
+            "grpo_masked", "GRPO's, wrong first answers not imitated in SFT", GRPO, start="masked"
+        ),
+        Arm(
+            "segments_masked",
+            "`segments`, wrong first answers not imitated in SFT",
+            SEGMENTS,
+            start="masked",
+        ),
+        Arm(
+            "adaptive_masked",
+            "`adaptive`, wrong first answers not imitated in SFT",
+            ON_DEMAND,
+            start="masked_mix",
+            prompt="adaptive",
+        ),
     )
 }
 
@@ -119,14 +145,13 @@ def _compiled(folder: Path) -> dict[str, Any]:
 
 
 def start_stage(folder: Path, seed: int, plan: demo.Plan, task: Task, start: str) -> Stage:
-    """SFT on one of the two files; arms share it."""
+    """SFT of one of `STARTS`; arms share it."""
     stage, out = demo.sft_stage(folder, seed, plan, task), folder / start
-    own: dict[str, Any] = {
-        "data.train": folder / f"data/{start}.parquet",
+    chosen = STARTS[start]
+    own = chosen | {
+        "data.train": folder / "data" / chosen["data.train"],
         "export_hf_dir": out / "hf",
     }
-    if start == "mix":
-        own["data.target"] = "adaptive"
     overrides = stage.overrides | own | {"checkpoint.every": 100} | _compiled(folder)
     return dataclasses.replace(stage, workdir=out, done=out / "hf", overrides=overrides)
 
