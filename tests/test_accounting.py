@@ -5,6 +5,7 @@ import pytest
 from srpo_jax.report.accounting import (
     CONFIDENT,
     accounts,
+    accuracy_at,
     majority_at_k,
     paired,
     pass_at_k,
@@ -145,6 +146,12 @@ def test_the_curve_runs_over_quantiles_of_the_confidence():
     assert (middle["threshold"], middle["stopped"], middle["accuracy"]) == (0.9, 0.5, 0.75)
     assert (high["threshold"], high["stopped"], high["accuracy"]) == (0.99, 0.25, 0.5)
     assert high["tokens"] == (10 + 60 + 70 + 100) / 4
+
+
+def test_accuracy_at_a_number_of_tokens_lies_between_the_points():
+    points = [[30.0, 0.9], [10.0, 0.5], [20.0, 0.8]]
+    assert accuracy_at(points, 15.0) == pytest.approx(0.65)
+    assert accuracy_at(points, 40.0) == 0.9 and accuracy_at(points, 9.0) is None
 
 
 def test_without_any_confidence_there_is_no_curve():

@@ -404,6 +404,21 @@ def test_evaluations_stand_in_a_table_with_their_intervals(tmp_path):
     assert {"a, step 0", "test", "50.0", "50.0 (40.0 to 60.0)"} <= {*texts}
 
 
+def test_evaluations_that_tell_of_early_stops_have_a_curve_against_tokens(tmp_path):
+    def at(tokens, accuracy):
+        return {"tokens": tokens, "accuracy": accuracy}
+
+    stop = {"curve": [at(10.0, 0.25), at(20.0, 0.5)], "points": {"final": at(30.0, 0.75)}}
+    rates = dict.fromkeys(("acc@1", "acc@2", "fix", "harm", "net_gain", "tokens"), 0.5)
+    rates |= {"records": 8, "interval": {}}
+    run = run_of(tmp_path / "a", metric_rows(1))
+    tested = {"with <it>": rates | {"stop": stop}, "without": rates}
+    page = run_page.page([run], evaluations=tested)
+    assert page.count("<polyline") == 1 and page.count("<circle") == 3
+    assert "with &lt;it&gt;" in page and "<it>" not in page
+    assert "<figure class" not in run_page.page([run], evaluations={"without": rates})
+
+
 def test_the_command_writes_the_page_beside_the_run(tmp_path, capsys):
     write_rollouts(tmp_path, [sample(0)])
     run_of(tmp_path, metric_rows(1))

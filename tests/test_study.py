@@ -14,7 +14,6 @@ from tools.demo.tasks import TASKS
 from tools.study import __main__ as study
 from tools.study import measure, summary
 from tools.study.arms import ARMS, FULL, STARTS, Arm, rl_stage, start_stage
-from tools.study.figure import Line, chart
 from tools.study.jobs import Job, run_jobs
 from tools.study.prepare import cut_to_one_round
 
@@ -203,12 +202,6 @@ def test_when_the_time_is_over_commands_are_told_to_end(tmp_path):
 # --- results -------------------------------------------------------------------------------------
 
 
-def test_accuracy_at_a_number_of_tokens_lies_between_the_points():
-    stop = [[30.0, 0.9], [10.0, 0.5], [20.0, 0.8]]
-    assert measure.accuracy_at(stop, 15.0) == pytest.approx(0.65)
-    assert measure.accuracy_at(stop, 40.0) == 0.9 and measure.accuracy_at(stop, 9.0) is None
-
-
 def result(arm: str, seed: int, final: float, tokens: float = 30.0) -> dict:
     sampled = {"acc@1": 0.5, "acc@2": final, "tokens": tokens, "reflected": 1.0}
     sampled |= {"detect": 0.9, "false_alarm": 0.2, "stop": [[12.0, 0.5], [tokens, final]]}
@@ -255,13 +248,6 @@ def test_intervals_are_those_of_students_t_and_one_seed_has_none():
     mean, half = summary.interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5, rel=1e-3))
     assert summary.interval([1.0]) == (1.0, None)
-
-
-def test_a_chart_draws_every_line_inside_its_frame():
-    svg = chart("a < b", "x", "y", [Line("one", [(0, 1), (5, 9)]), Line("dot", [(2.5, 4)])])
-    assert svg.count("<polyline") == 2 and svg.count("<circle") == 3 and "a &lt; b" in svg
-    with pytest.raises(ValueError, match="nothing to draw"):
-        chart("t", "x", "y", [Line("none", [])])
 
 
 def test_what_a_study_runs_is_listed_seed_by_seed(tmp_path):

@@ -7,7 +7,7 @@ Rates are shares of 1, lengths are in tokens.
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -187,6 +187,21 @@ def stop_curve(rows: Sequence[Row]) -> dict[str, Any]:
         ],
         "without_confidence": len(rows) - len(known),
     }
+
+
+def trade_off(stop: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(mean tokens, accuracy) of a `stop_curve`, from its lowest threshold to never stopping."""
+    points = (*stop["curve"], stop["points"]["final"])
+    return sorted((point["tokens"], point["accuracy"]) for point in points)
+
+
+def accuracy_at(points: Sequence[Sequence[float]], tokens: float) -> float | None:
+    """Accuracy at so many mean tokens, drawn between two points of a `trade_off`. None below the
+    shortest, which is to stop after every first answer; beyond the longest its accuracy."""
+    ordered = sorted(map(tuple, points))
+    if tokens < ordered[0][0] - 0.01:
+        return None
+    return float(np.interp(tokens, [p[0] for p in ordered], [p[1] for p in ordered]))
 
 
 def _stopped(rows: Sequence[Row], stop: np.ndarray) -> dict[str, float]:

@@ -8,6 +8,8 @@ from typing import Any
 from srpo_jax.data.files import AnyPath, absolute, read_jsonl
 from srpo_jax.data.hf_folder import read_json
 from srpo_jax.report import curves, glance, rollouts
+from srpo_jax.report.accounting import trade_off
+from srpo_jax.report.chart import Line, chart
 from srpo_jax.report.health import findings
 from srpo_jax.report.html import render
 from srpo_jax.report.rollouts import Pictures
@@ -103,6 +105,7 @@ def page(
         warnings=[(name, findings(run.rows)) for name, run in named.items()],
         evaluation_head=HEAD,
         evaluations=rate_rows(_evaluations(named) | dict(evaluations or {})),
+        trade=trade(evaluations or {}),
         problems=[(name, over_time(run)) for name, run in named.items() if run.answers],
         data=curves.charts({name: run.rows for name, run in named.items()})
         | {"part": rollouts.PART},
@@ -111,6 +114,17 @@ def page(
         keys=keys([run.config for run in runs], recipe),
         versions=_versions(runs),
     )
+
+
+def trade(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy against tokens of evaluations, as SVG; "" where none tells of an early stop."""
+    lines = [
+        Line(name, [(tokens, 100 * share) for tokens, share in trade_off(summary["stop"])])
+        for name, summary in evaluations.items()
+        if summary.get("stop")
+    ]
+    words = "Accuracy against tokens", "mean tokens of a response", "accuracy, %"
+    return chart(*words, lines, inline=True) if lines else ""
 
 
 def over_time(run: Run) -> list[dict[str, Any]]:

@@ -34,8 +34,8 @@ def _known_keys() -> frozenset[str]:
     return frozenset(flat_config(grpo.get_config("size=tiny").to_dict()))
 
 
-# SFT: what it learns from, and how. "mix" has one round where that is right; "masked" ones see wrong
-# first answers and do not imitate them, as configs/sft.py's default is.
+# SFT: what it learns from, and how. "mix" has one round where that is right; "masked" ones see
+# wrong first answers and do not imitate them, as configs/sft.py's default is.
 STARTS: dict[str, dict[str, Any]] = {
     "five": {"data.train": "five.parquet"},
     "mix": {"data.train": "mix.parquet", "data.target": "adaptive"},
@@ -95,9 +95,7 @@ ARMS = {
         ),
         Arm("adaptive_five", "on demand, SFT on five blocks", ON_DEMAND, prompt="adaptive"),
         Arm("sft_masked", "no RL, wrong first answers not imitated", start="masked"),
-        Arm(
-            "grpo_masked", "GRPO's, wrong first answers not imitated in SFT", GRPO, start="masked"
-        ),
+        Arm("grpo_masked", "GRPO's, wrong first answers not imitated in SFT", GRPO, start="masked"),
         Arm(
             "segments_masked",
             "`segments`, wrong first answers not imitated in SFT",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from srpo_jax.data.files import read_jsonl
-from srpo_jax.report.accounting import stop_curve
+from srpo_jax.report.accounting import stop_curve, trade_off
 from srpo_jax.report.rates import rates
 from srpo_jax.rewards.stated import stated
 from tools.demo.report import WORDS
@@ -61,7 +61,6 @@ def evaluated(folder: Path) -> dict[str, Any]:
         for row in rows
         if row["blocks"]["reflection"]
     ]
-    curve = stop_curve(rows)
     right: dict[str, int] = {}
     for row in rows:
         right[row["id"]] = right.get(row["id"], 0) + bool(row["final_correct"])
@@ -72,21 +71,10 @@ def evaluated(folder: Path) -> dict[str, Any]:
         "detect": round(_mean(no for first, no in said if not first), 5),
         "false_alarm": round(_mean(no for first, no in said if first), 5),
         "stop": [
-            [round(point["tokens"], 3), round(point["accuracy"], 5)]
-            for point in (*curve["curve"], curve["points"]["final"])
+            [round(tokens, 3), round(share, 5)] for tokens, share in trade_off(stop_curve(rows))
         ],
         "right": "".join(str(right[name]) for name in sorted(right)),
     }
-
-
-def accuracy_at(stop: Sequence[Sequence[float]], tokens: float) -> float | None:
-    """Accuracy at so many mean tokens: responses that are confident enough end after their first
-    answer, the threshold drawn between two of the curve. None below the shortest, which is to end
-    all of them there; beyond the longest its accuracy."""
-    points = sorted(map(tuple, stop))
-    if tokens < points[0][0] - 0.01:
-        return None
-    return float(np.interp(tokens, [p[0] for p in points], [p[1] for p in points]))
 
 
 def _mean(values: Any) -> float:

@@ -9,9 +9,9 @@ import numpy as np
 from scipy import stats
 
 from srpo_jax.data.files import write_text
+from srpo_jax.report.accounting import accuracy_at
+from srpo_jax.report.chart import Line, chart
 from tools.study.arms import ARMS
-from tools.study.figure import Line, chart
-from tools.study.measure import accuracy_at
 
 Result = dict[str, Any]
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"

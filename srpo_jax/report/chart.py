@@ -1,4 +1,4 @@
-"""Line charts as SVG text."""
+"""Line charts as SVG text, for pages that need no script to be read."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +7,10 @@ from html import escape
 
 COLOURS = (
     *("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf"),
-    *("#7f7f7f", "#bcbd22", "#000000", "#aec7e8", "#98df8a"),
+    *("#7f7f7f", "#bcbd22", "currentColor", "#aec7e8", "#98df8a"),
 )
-WIDTH, HEIGHT, LEFT, BOTTOM, LEGEND = 640, 360, 52, 44, 130
+# In units of the picture: of what is drawn, of the room left of it and below, of a legend's letter.
+PLOT, HEIGHT, LEFT, BOTTOM, LETTER = 458, 360, 52, 44, 6.2
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,21 @@ class Line:
     points: Sequence[tuple[float, float]]
 
 
-def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
-    """An SVG of the lines with axes, grid and legend; ValueError where there is no point."""
+def chart(
+    title: str, x_label: str, y_label: str, lines: Sequence[Line], *, inline: bool = False
+) -> str:
+    """An SVG of the lines with axes, grid and legend; ValueError where there is no point.
+
+    A file of its own has a white ground; ``inline`` takes ground and text colour of its page.
+    """
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     if not xs:
         raise ValueError(f"{title}: nothing to draw")
     across, up = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
-    right, top, low = WIDTH - LEGEND, 28, HEIGHT - BOTTOM
+    right, top, low = LEFT + PLOT, 28, HEIGHT - BOTTOM
+    width = right + 40 + math.ceil(LETTER * max(14, *(len(line.name) for line in lines)))
+    high = max(HEIGHT, top + 16 * len(lines) + 16)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
@@ -35,10 +43,12 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
             low - (y - up[0]) / (up[-1] - up[0]) * (low - top),
         )
 
+    ground = "" if inline else f'<rect width="{width}" height="{high}" fill="#fff"/>'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {high}" role="img" '
+        f'aria-label="{escape(title)}" font-family="sans-serif" font-size="11" '
+        'fill="currentColor">',
+        ground,
         _text(LEFT, 16, title, "start"),
         _text((LEFT + right) / 2, HEIGHT - 8, x_label, "middle"),
         f'<g transform="rotate(-90 12 {(low + top) / 2})">'
@@ -47,16 +57,19 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
     ]
     for x in across:
         px = at(x, up[0])[0]
-        parts.append(f'<path d="M{px:.1f} {top}V{low}" stroke="#ddd"/>')
+        parts.append(f'<path d="M{px:.1f} {top}V{low}" stroke="#999" stroke-opacity=".35"/>')
         parts.append(_text(px, low + 15, f"{x:g}", "middle"))
     for y in up:
         py = at(across[0], y)[1]
-        parts.append(f'<path d="M{LEFT} {py:.1f}H{right}" stroke="#ddd"/>')
+        parts.append(f'<path d="M{LEFT} {py:.1f}H{right}" stroke="#999" stroke-opacity=".35"/>')
         parts.append(_text(LEFT - 5, py + 4, f"{y:g}", "end"))
     for i, line in enumerate(lines):
         colour, places = COLOURS[i % len(COLOURS)], [at(*point) for point in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        dash = ' stroke-dasharray="6 3"' if i >= len(COLOURS) else ""  # a colour's second line
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
+        )
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in places]
         y = top + 10 + 16 * i
         parts.append(f'<rect x="{right + 10}" y="{y - 8}" width="12" height="8" fill="{colour}"/>')
