@@ -42,7 +42,10 @@ def offered(line: str) -> list[str]:
         ("srpo-train-grpo --conf", ["--config=", "--config."]),
         ("srpo-train-grpo --config=g", ["grpo:"]),
         ("srpo-train-grpo --config=grpo:size=7", ["7b", "72b"]),
-        ("srpo-train-grpo --config=grpo:size=7b,rec", ["7b,recipe=authors", "7b,recipe=paper"]),
+        (
+            "srpo-train-grpo --config=grpo:size=7b,rec",
+            [f"7b,recipe={name}" for name in ("authors", "best", "paper")],
+        ),
         ("srpo-train-sft --config=sft:size=7b --config.data.pac", ["--config.data.pack="]),
         ("srpo-train-grpo --config.data.pa", ["--config.data.patch_budgets="]),
         ("srpo-plan --config=configs/sft.py:size=7b --config.epo", ["--config.epochs="]),

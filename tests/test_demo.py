@@ -246,6 +246,8 @@ def evaluation(folder: Path, answers: list[tuple[bool, bool, str]]) -> Path:
     rates = ("acc@1", "acc@2", "fix", "harm", "format_rate", "truncated", "tokens")
     summary = {"samples": len(rows)} | dict.fromkeys(rates, 0.25)
     summary |= {f"tokens/{block}": 2.0 for block in BLOCKS}
+    ends = {"accuracy": 0.25, "tokens": 30.0}, {"accuracy": 0.05, "tokens": 10.0}
+    summary["stop"] = {"points": {"final": ends[0]}, "curve": [ends[1]]}
     (folder / "summary.json").write_text(json.dumps(summary) + "\n")
     return folder
 
@@ -262,6 +264,7 @@ def test_verdicts_count_by_what_the_first_answer_was(tmp_path):
     row = report.measure(evaluation(tmp_path / "e", answers))
     assert row["detect"] == pytest.approx(2 / 3) and row["false_alarm"] == 0.5
     assert row["acc@2"] == 0.25 and row["blocks"] == [2.0] * 5
+    assert row["stop"] == [(10.0, 0.05), (30.0, 0.25)]
 
 
 def test_the_gain_is_paired_by_problem(tmp_path):
@@ -280,9 +283,10 @@ def test_the_gain_is_paired_by_problem(tmp_path):
 def seed_result(sampled: float, greedy: float) -> dict:
     row = {key: 0.5 for key in report.COLUMNS.values()}
     row |= {"samples": 16, "tokens": 30.0, "blocks": [1.0] * 5}
+    row["stop"] = [(10.0, 0.1), (30.0, 0.5)]
     gains = {
         f"{a} - {b}, {what}, {mode}": {"gain": 0.0, "low": -0.01, "high": 0.01}
-        for a, b in (("SRPO", "SFT"), ("GRPO", "SFT"), ("SRPO", "GRPO"))
+        for a, b in (("SRPO", "SFT"), ("GRPO", "SFT"), ("SRPO", "GRPO"), ("best", "GRPO"))
         for what in ("final", "first")
         for mode in report.MODES
     }
@@ -303,6 +307,11 @@ def test_the_demo_fails_without_its_gain_and_when_greedy_loses():
 def test_the_table_has_every_model_in_both_modes_and_the_spread_of_seeds():
     text = report.table([seed_result(0.1, 0.0)])
     assert text.count("| SRPO | 50.0 |") == 2 and "±" not in text
+    # At 18 of GRPO's 30 tokens: two fifths of the way from 0.1 to 0.5.
+    assert text.count("| 26.0 | 30.0 |") == 2 * len(report.MODELS)
+    one = seed_result(0.1, 0.0)
+    one["rows"]["greedy"]["init"] = one["rows"]["greedy"]["init"] | {"stop": [(33.0, 0.0)]}
+    assert report.table([one]).count("| – | 30.0 |") == 1
     assert "| SRPO | 50.0 ± 0.0 |" in report.table([seed_result(0.1, 0.0)] * 2)
 
 
@@ -366,7 +375,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 
 def test_a_seed_has_one_page_of_both_runs_and_all_evaluations(tmp_path, capsys):
     row = {"split": "train", "step": 1, "reward/mean": 1.0}
-    for name in ("srpo", "grpo"):
+    for name in ("srpo", "grpo", "best"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     tested = [f"{n.lower()}_{m}_test" for n in report.MODELS for m in report.MODES]
@@ -378,7 +387,7 @@ def test_a_seed_has_one_page_of_both_runs_and_all_evaluations(tmp_path, capsys):
     run.write_page(tmp_path, "test")
     html = (tmp_path / "report.html").read_text("utf-8")
     assert str(tmp_path / "report.html") in capsys.readouterr().out
-    assert '"runs": ["srpo", "grpo"]' in html
+    assert '"runs": ["srpo", "grpo", "best"]' in html
     assert all(f"<td>{name}</td>" in html for name in tested)
 
 
@@ -411,8 +420,8 @@ def test_the_whole_demo_in_its_quick_form_and_the_notebook_that_shows_it(tmp_pat
     results = json.loads((out / "results_test.json").read_text())
     assert [s["seed"] for s in results["seeds"]] == [0]
     assert results["seeds"][0]["rows"]["greedy"]["init"]["samples"] == run.QUICK.test
-    for name in ("sft", "srpo", "grpo"):
-        steps = {"sft": run.QUICK.sft_steps}.get(name, run.QUICK.rl_steps)
+    for name in ("sft", "sft-masked", "srpo", "grpo", "best"):
+        steps = run.QUICK.sft_steps if name.startswith("sft") else run.QUICK.rl_steps
         rows = (out / f"seed0/{name}/metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, steps + 1))
         assert (out / f"seed0/{name}/hf/model.safetensors").exists()

@@ -2,9 +2,10 @@
 
 Draws "dot tiles" problems, writes reflections for them by a program that knows the steps, trains a
 tokenizer, makes a random Qwen2.5-VL of 1.1 million parameters, runs reflection SFT, then SRPO and a
-pure-GRPO control of equal length from the same checkpoint, evaluates all of them on problems that
-nothing was tuned on, and exports to Hugging Face format. Every stage is one of the package's own
-commands and is printed. A run that was stopped goes on where it stood.
+pure-GRPO control of equal length from the same checkpoint, and configs/grpo.py:recipe=best from an
+SFT that does not imitate wrong first answers. Evaluates all of them on problems that nothing was
+tuned on, and exports to Hugging Face format. Every stage is one of the package's own commands and
+is printed. A run that was stopped goes on where it stood.
 """
 
 import argparse
@@ -70,11 +71,17 @@ def common(folder: Path, hf_dir: Path, seed: int, task: Task) -> dict[str, Any]:
     }
 
 
-def sft_stage(folder: Path, seed: int, plan: Plan, task: Task = DOT_TILES) -> Stage:
-    """Reflection SFT from random weights; the vision tower learns too."""
-    out = folder / "sft"
+# SFT -> data.mask_wrong_first: whether wrong first attempts, half of them here, are imitated.
+SFTS = {"SFT": "false", "SFT-masked": "true"}
+
+
+def sft_stage(
+    folder: Path, seed: int, plan: Plan, task: Task = DOT_TILES, name: str = "SFT"
+) -> Stage:
+    """Reflection SFT from random weights, one of `SFTS`; the vision tower learns too."""
+    out = folder / name.lower()
     return Stage(
-        "SFT",
+        name,
         "srpo_jax.train_sft",
         "configs/sft.py:size=tiny",
         out,
@@ -87,8 +94,7 @@ def sft_stage(folder: Path, seed: int, plan: Plan, task: Task = DOT_TILES) -> St
             "data.prompts_per_row": plan.sft_batch,
             "data.tokens": task.prompt_tokens + task.completion_tokens,
             "data.patch_budgets": task.budgets(plan.sft_batch),
-            # From random weights even a wrong first attempt teaches reading and the template.
-            "data.mask_wrong_first": "false",
+            "data.mask_wrong_first": SFTS[name],
             "steps": plan.sft_steps,
             "freeze": "()",
             "optim.lr": plan.sft_lr,
@@ -103,19 +109,25 @@ def sft_stage(folder: Path, seed: int, plan: Plan, task: Task = DOT_TILES) -> St
     )
 
 
+# RL: the paper's reward, one for the final answer alone, and recipe=best from the SFT that
+# configs/sft.py's default is.
+PROFILES = {"SRPO": "paper", "GRPO": "grpo", "best": ""}
+STARTS = {"SRPO": "SFT", "GRPO": "SFT", "best": "SFT-masked"}
+
+
 def rl_stage(folder: Path, seed: int, plan: Plan, name: str, task: Task = DOT_TILES) -> Stage:
-    """SRPO, or GRPO: the same with a reward for the final answer alone."""
+    """One of `PROFILES`."""
     out, per_row = folder / name.lower(), plan.rl_prompts // 2
     return Stage(
         name,
         "srpo_jax.train_grpo",
-        "configs/grpo.py:size=tiny",
+        f"configs/grpo.py:size=tiny{'' if PROFILES[name] else f',recipe={name}'}",
         out,
         done=out / "hf",
         steps=plan.rl_steps,
-        overrides=common(folder, folder / "sft/hf", seed, task)
+        overrides=common(folder, folder / STARTS[name].lower() / "hf", seed, task)
+        | ({"reward.profile": PROFILES[name]} if PROFILES[name] else {})
         | {
-            "reward.profile": {"SRPO": "paper", "GRPO": "grpo"}[name],
             "reward.right_words": report.WORDS.right,
             "reward.wrong_words": report.WORDS.wrong,
             "data.train": folder / "data/rl.jsonl",
@@ -192,8 +204,8 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
         clock.say("done before")
         return json.loads(path.read_text())
     prepare(folder, seed, plan, clock)
-    run_stages([sft_stage(folder, seed, plan)], clock)
-    run_stages([rl_stage(folder, seed, plan, name) for name in ("SRPO", "GRPO")], clock)
+    run_stages([sft_stage(folder, seed, plan, name=name) for name in SFTS], clock)
+    run_stages([rl_stage(folder, seed, plan, name) for name in PROFILES], clock)
     stages = {
         (name, mode): eval_stage(folder, seed, plan, name, mode, split)
         for name in report.MODELS
@@ -216,9 +228,10 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
 
 
 def write_page(folder: Path, split: str) -> None:
-    """One page of a seed's two RL runs and all evaluations; its path is printed."""
+    """One page of a seed's RL runs and all evaluations; its path is printed."""
     tested = [folder / f"eval/{n.lower()}_{m}_{split}" for n in report.MODELS for m in report.MODES]
-    words = ["--workdir", folder / "srpo", "--compare", folder / "grpo", "--evaluations", *tested]
+    own, *others = (folder / name.lower() for name in PROFILES)
+    words = ["--workdir", own, "--compare", *others, "--evaluations", *tested]
     words += ["--out", folder / "report.html"]
     run_report.main(run_report.make_parser().parse_args([*map(str, words)]))
 

@@ -1,17 +1,18 @@
 """From the evaluations' files to the demo's table, its gains, and what they mean."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from srpo_jax.data.files import read_jsonl
+from srpo_jax.report.accounting import accuracy_at, trade_off
 from srpo_jax.rewards.stated import Words, stated
 from srpo_jax.structs import BLOCKS
 
-MODELS = ("init", "SFT", "SRPO", "GRPO")
+MODELS = ("init", "SFT", "SRPO", "GRPO", "SFT-masked", "best")
 MODES = {"sampled": "sampled at temperature 1", "greedy": "greedy"}
 COLUMNS = {  # of the table -> key of a row
     "acc@1": "acc@1",
@@ -23,6 +24,7 @@ COLUMNS = {  # of the table -> key of a row
     "false alarm": "false_alarm",
 }
 WORDS = Words(right=("yes",), wrong=("no",))  # of the task's reflections
+SHARE = 0.6  # of the tokens of GRPO's responses, at which accuracy is compared
 REQUIRED_GAIN = 0.10  # of SRPO over SFT, final answer, sampled
 BOOTSTRAP = 2000
 
@@ -33,7 +35,8 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 def measure(workdir: Path) -> dict[str, Any]:
-    """One row of the table: the summary's rates, and what the reflections' verdicts are worth.
+    """One row of the table: the summary's rates, accuracy against tokens (``stop``), and what the
+    reflections' verdicts are worth.
 
     ``detect`` is the share of wrong first answers of which the reflection says "no",
     ``false_alarm`` that of right ones; both among samples that have a reflection.
@@ -48,6 +51,7 @@ def measure(workdir: Path) -> dict[str, Any]:
     right = [no for first, no in said if first]
     keys = ("samples", "acc@1", "acc@2", "fix", "harm", "format_rate", "truncated", "tokens")
     row = {key: summary[key] for key in keys}
+    row["stop"] = trade_off(summary["stop"])
     row["blocks"] = [summary[f"tokens/{block}"] for block in BLOCKS]
     row["detect"] = float(np.mean(wrong)) if wrong else 0.0
     row["false_alarm"] = float(np.mean(right)) if right else 0.0
@@ -74,6 +78,7 @@ def gains(folders: dict[tuple[str, str], Path]) -> dict[str, dict[str, float]]:
         out[f"SRPO - SFT, final, {mode}"] = paired_gain(sft, srpo)
         out[f"GRPO - SFT, final, {mode}"] = paired_gain(sft, grpo)
         out[f"SRPO - GRPO, final, {mode}"] = paired_gain(grpo, srpo)
+        out[f"best - GRPO, final, {mode}"] = paired_gain(grpo, folders["best", mode])
         out[f"SRPO - SFT, first, {mode}"] = paired_gain(sft, srpo, "first_correct")
         out[f"GRPO - SFT, first, {mode}"] = paired_gain(sft, grpo, "first_correct")
     return out
@@ -83,13 +88,15 @@ def table(seeds: Sequence[dict[str, Any]], split: str = "test") -> str:
     """Markdown: one table a decoding mode; mean over the seeds, and their spread with several."""
     parts = []
     for mode, words in MODES.items():
-        head = ["", *COLUMNS, "tokens", "tokens per block"]
+        head = ["", *COLUMNS, f"at {SHARE:.0%} of the tokens".replace("%", " %"), "tokens"]
+        head += ["tokens per block"]
         count = seeds[0]["rows"][mode]["SFT"]["samples"]
         title = f"{count:,} {split} problems, {words}:"
         lines = [title, "", _line(head), _line(["---"] * len(head))]
         for name in MODELS:
             rows = [seed["rows"][mode][name] for seed in seeds]
             cells = [_mean([row[key] for row in rows]) for key in COLUMNS.values()]
+            cells.append(_mean([at_share(seed["rows"][mode], name) for seed in seeds]))
             tokens = f"{np.mean([row['tokens'] for row in rows]):.1f}"
             blocks = np.mean([row["blocks"] for row in rows], axis=0)
             lines.append(_line([name, *cells, tokens, " / ".join(f"{x:.1f}" for x in blocks)]))
@@ -97,12 +104,20 @@ def table(seeds: Sequence[dict[str, Any]], split: str = "test") -> str:
     return "\n\n".join(parts)
 
 
+def at_share(rows: Mapping[str, dict[str, Any]], name: str) -> float | None:
+    """Accuracy of a model that stops after confident first answers, at `SHARE` of the tokens of
+    GRPO's responses; None where it has no shorter responses."""
+    return accuracy_at(rows[name]["stop"], SHARE * rows["GRPO"]["tokens"])
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _mean(values: Sequence[float]) -> str:
-    """A rate in percent; with several seeds +- their standard deviation."""
+def _mean(values: Sequence[float | None]) -> str:
+    """A rate in percent; with several seeds +- their standard deviation; a dash for one unknown."""
+    if None in values:
+        return "–"
     text = f"{100 * np.mean(values):.1f}"
     return text if len(values) == 1 else f"{text} ± {100 * np.std(values, ddof=1):.1f}"
 
@@ -145,6 +160,10 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
     def rate(mode: str, model: str, key: str) -> float:
         return 100 * float(np.mean([s["rows"][mode][model][key] for s in seeds]))
 
+    shared = {
+        name: 100 * float(np.mean([at_share(s["rows"]["sampled"], name) or 0.0 for s in seeds]))
+        for name in ("GRPO", "SRPO", "best")
+    }
     apart = gain("SRPO - GRPO, final, sampled")
     intervals = [s["gains"]["SRPO - GRPO, final, sampled"] for s in seeds]
     clear = all(g["low"] > 0 for g in intervals) or all(g["high"] < 0 for g in intervals)
@@ -164,6 +183,10 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
         f"- The plain-GRPO control, paid for the final answer alone, ends within "
         f"{abs(apart):.1f} points of SRPO on the final answer ({difference}): this task shows that "
         "RL works, not that SRPO beats GRPO on the final answer.",
+        "- Three fifths of GRPO's tokens, spent by stopping after confident first answers, bring "
+        + ", ".join(f"{name} to {at:.1f}" for name, at in shared.items())
+        + ". recipe=best (docs/study.md) pays the first round for its own answer; its final answer "
+        f"ends {gain('best - GRPO, final, sampled'):+.1f} points from GRPO's.",
         f"- The first answer moves by {gain('SRPO - SFT, first, sampled'):+.1f} points sampled, "
         f"{gain('SRPO - SFT, first, greedy'):+.1f} greedy, under SRPO, whose reward pays for it, "
         f"and by {gain('GRPO - SFT, first, sampled'):+.1f} and "

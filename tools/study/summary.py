@@ -15,12 +15,14 @@ from tools.study.arms import ARMS
 
 Result = dict[str, Any]
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-SHARES = (0.55, 0.6)  # of GRPO's tokens
+SHARE = 0.6  # of GRPO's tokens
+EQUAL = 0.05  # a difference whose whole interval lies above minus this is none that matters here
 REFLECTED = 0.05  # of the responses, below which nothing is said of their verdicts
 MARGIN = 0.3  # of detection over false alarms, that is asked for
 HEAD = (
-    *("arm", "seeds", "final", "final - GRPO's", "first", "greedy", "at 55 %", "at 60 %"),
-    *("at 60 % - GRPO's final", "tokens", "reflects", "margin", "steps", "M tokens"),
+    *("arm", "seeds", "final", "final - GRPO's", "first", "greedy", "at 60 %"),
+    *("at 60 % - GRPO's there", "at 60 % - GRPO's final"),
+    *("tokens", "reflects", "margin", "steps", "M tokens"),
 )
 
 
@@ -43,9 +45,9 @@ def final(one: Result) -> float:
     return one["sampled"]["acc@2"]
 
 
-def at_share(one: Result, grpo: Result, share: float) -> float | None:
-    """Accuracy at a share of the tokens of GRPO's responses."""
-    return accuracy_at(one["sampled"]["stop"], share * grpo["sampled"]["tokens"])
+def at_share(one: Result, grpo: Result) -> float | None:
+    """Accuracy at `SHARE` of the tokens of GRPO's responses."""
+    return accuracy_at(one["sampled"]["stop"], SHARE * grpo["sampled"]["tokens"])
 
 
 def margin(one: Result) -> float | None:
@@ -70,13 +72,20 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def paired(
-    arm: dict[int, Result], grpo: dict[int, Result], value: Callable[[Result, Result], float | None]
+    arm: dict[int, Result],
+    grpo: dict[int, Result],
+    value: Callable[[Result, Result], float | None],
+    base: Callable[[Result, Result], float | None] = lambda one, _: final(one),
 ) -> tuple[float, float | None] | None:
-    """`interval` of ``value(arm's, GRPO's) - GRPO's final`` over the seeds that both have."""
-    pairs = [(value(arm[seed], grpo[seed]), final(grpo[seed])) for seed in arm if seed in grpo]
-    if not pairs or any(own is None for own, _ in pairs):
-        return None
-    return interval([own - base for own, base in pairs if own is not None])
+    """`interval` of ``value(arm's, GRPO's) - base(GRPO's, GRPO's)`` over the seeds that both have;
+    None where one is not known."""
+    differences = []
+    for seed in arm.keys() & grpo.keys():
+        own, other = value(arm[seed], grpo[seed]), base(grpo[seed], grpo[seed])
+        if own is None or other is None:
+            return None
+        differences.append(own - other)
+    return interval(differences) if differences else None
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -96,11 +105,8 @@ def row(name: str, arm: dict[int, Result], grpo: dict[int, Result]) -> list[str]
     def mean(value: Callable[[Result], float]) -> float:
         return float(np.mean([value(one) for one in arm.values()]))
 
-    def shared(share: float) -> tuple[float, float | None] | None:
-        found = [at_share(one, grpo[seed], share) for seed, one in arm.items() if seed in grpo]
-        known = [value for value in found if value is not None]
-        return interval(known) if known and len(known) == len(found) else None
-
+    found = [at_share(one, grpo[seed]) for seed, one in arm.items() if seed in grpo]
+    there = [value for value in found if value is not None]
     own, known = name == "grpo", margins(arm)
     return [
         name,
@@ -109,8 +115,9 @@ def row(name: str, arm: dict[int, Result], grpo: dict[int, Result]) -> list[str]
         "" if own else percent(paired(arm, grpo, lambda one, _: final(one)), "+"),
         percent(interval([one["sampled"]["acc@1"] for one in arm.values()])),
         percent(interval([one["greedy"]["acc@2"] for one in arm.values()])),
-        *(percent(shared(share)) for share in SHARES),
-        percent(paired(arm, grpo, lambda one, base: at_share(one, base, SHARES[1])), "+"),
+        percent(interval(there) if there and len(there) == len(found) else None),
+        "" if own else percent(paired(arm, grpo, at_share, at_share), "+"),
+        percent(paired(arm, grpo, at_share), "+"),
         f"{mean(lambda one: one['sampled']['tokens']):.1f}",
         f"{100 * mean(lambda one: one['sampled']['reflected']):.0f}",
         f"{np.mean(known):+.2f}" if known else "-",
@@ -138,13 +145,17 @@ def targets(results: dict[str, dict[str, dict[int, Result]]]) -> str:
         reached = [n for n in named if all(holds(n, results[t]) for t in tasks)]
         return ", ".join(reached) or "none"
 
+    def above(low: float, found: tuple[float, float | None] | None) -> bool:
+        return found is not None and found[1] is not None and found[0] - found[1] > low
+
     def equals_at_60(name: str, arms: dict[str, dict[int, Result]]) -> bool:
-        found = paired(arms[name], arms["grpo"], lambda one, base: at_share(one, base, SHARES[1]))
-        return found is not None and found[0] + (found[1] or 0.0) >= 0
+        return above(-EQUAL, paired(arms[name], arms["grpo"], at_share))
+
+    def more_at_60(name: str, arms: dict[str, dict[int, Result]]) -> bool:
+        return above(0.0, paired(arms[name], arms["grpo"], at_share, at_share))
 
     def beats(name: str, arms: dict[str, dict[int, Result]]) -> bool:
-        found = paired(arms[name], arms["grpo"], lambda one, _: final(one))
-        return found is not None and found[1] is not None and found[0] - found[1] > 0
+        return above(0.0, paired(arms[name], arms["grpo"], lambda one, _: final(one)))
 
     def knows(name: str, arms: dict[str, dict[int, Result]]) -> bool:
         found = margins(arms[name])
@@ -152,12 +163,15 @@ def targets(results: dict[str, dict[str, dict[int, Result]]]) -> str:
 
     several = [task for task in results if "grpo" in results[task]]
     lines = [
-        "At 60 % of GRPO's tokens not below GRPO's final accuracy (the interval reaches it), on "
-        f"every task: {those(equals_at_60, several)}."
+        f"At 60 % of GRPO's tokens GRPO's final accuracy or more (the interval lies above "
+        f"-{100 * EQUAL:.0f} points), on every task: {those(equals_at_60, several)}."
     ]
     for task in several:
         words = task.replace("_", " ")
         lines += [
+            f"{words}: the same: {those(equals_at_60, [task])}.",
+            f"{words}: at 60 % of the tokens beyond the interval of GRPO stopped at as many: "
+            f"{those(more_at_60, [task])}.",
             f"{words}: a final answer beyond GRPO's interval: {those(beats, [task])}.",
             f"{words}: detection less false alarms of at least {MARGIN}: {those(knows, [task])}.",
         ]
