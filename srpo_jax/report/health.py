@@ -96,7 +96,8 @@ def _empty_verdict(course: Course) -> Iterator[Finding]:
             "The reflection does not know right from wrong",
             f"detection_margin is {margin:.3f}, with a verdict in {_percent(said)} of reflections",
             "It calls right and wrong first answers wrong equally often. reward.verdict, 0.25 for "
-            "a start, pays for a true verdict; in stage 1's data about half of the first attempts "
+            "a start, pays for a true verdict (with grpo.credit=segments, else also for first "
+            "answers that are surely wrong); in stage 1's data about half of the first attempts "
             "should be wrong.",
         )
 

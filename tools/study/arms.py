@@ -78,6 +78,7 @@ ARMS = {
         Arm("forks", "GRPO's, `sampling.forks=2`", FORKS),
         Arm("forks_verdict", "forks, `reward.verdict=0.25`", FORKS | VERDICT),
         Arm("verdict", "GRPO's, `reward.verdict=0.25`", GRPO | VERDICT),
+        Arm("segments_verdict", "`segments`, `reward.verdict=0.25`", SEGMENTS | VERDICT),
         Arm("sft_mix", "no RL, SFT with one-round records", start="mix", prompt="adaptive"),
         Arm(
             "adaptive",
