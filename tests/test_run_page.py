@@ -66,6 +66,19 @@ def test_runs_are_laid_over_each_other(tmp_path):
     ]
 
 
+def test_rewards_of_different_kinds_are_said_to_be_no_one_measure():
+    def page(*profiles):
+        return run_page.page(
+            [
+                run_page.Run(f"/runs/{i}", metric_rows(2), {"reward": {"profile": name}, "seed": i})
+                for i, name in enumerate(profiles)
+            ]
+        )
+
+    assert "not one measure" in page("paper", "grpo")
+    assert "not one measure" not in page("paper", "paper") + page("grpo")
+
+
 def test_an_unknown_metric_is_drawn_under_its_prefix():
     rows = metric_rows(2, **{"mine/new": 3, "lonely": 1.5, "flag": True, "text": "x"})
     found = titles(curves.charts({"a": rows})["charts"])

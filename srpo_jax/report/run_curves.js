@@ -16,7 +16,7 @@ function readData(id) {
 function curves(data) {
   const COLOURS = ["#2f74d8", "#d9691e", "#1c9c6f", "#a552c7", "#cc4058", "#8f7d18", "#2899ab",
     "#87694f", "#6c7edb", "#d654a5"];
-  const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3]];
+  const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [14, 4], [5, 2], [1, 5], [8, 2, 2, 2, 2, 2]];
   const HEIGHT = 220;
   const place = document.getElementById("curves");
   const slider = document.getElementById("smoothing");
@@ -62,8 +62,9 @@ function curves(data) {
     const prefix = shared(names);
     const lines = chart.series.flatMap((one) => {
       const name = names.indexOf(one.name);
-      const stroke = COLOURS[(names.length > 1 ? name : one.run) % COLOURS.length];
-      const dash = names.length > 1 ? DASHES[one.run % DASHES.length] : [];
+      // A run has one colour on the whole page; without others, colours tell metrics apart.
+      const stroke = COLOURS[(many ? one.run : name) % COLOURS.length];
+      const dash = many ? DASHES[name % DASHES.length] : [];
       const own = one.name.slice(prefix.length);
       const label = many ? `${own} · ${data.runs[one.run]}` : own;
       const value = (plot, y, at, step) =>

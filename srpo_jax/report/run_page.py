@@ -106,6 +106,7 @@ def page(
         evaluation_head=HEAD,
         evaluations=rate_rows(_evaluations(named) | dict(evaluations or {})),
         trade=trade(evaluations or {}),
+        other_rewards=len({json.dumps(reward) for run in runs if (reward := _reward(run))}) > 1,
         problems=[(name, over_time(run)) for name, run in named.items() if run.answers],
         data=curves.charts({name: run.rows for name, run in named.items()})
         | {"part": rollouts.PART},
@@ -125,6 +126,12 @@ def trade(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     words = "Accuracy against tokens", "mean tokens of a response", "accuracy, %"
     return chart(*words, lines, inline=True) if lines else ""
+
+
+def _reward(run: Run) -> Config:
+    """What the rewards of a run are made of."""
+    own = run.config.get("reward") or {}
+    return {key: own[key] for key in sorted(own)}
 
 
 def over_time(run: Run) -> list[dict[str, Any]]:
