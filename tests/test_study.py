@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from srpo_jax.data.lock import hold
 from tools.demo import partners, tiles
 from tools.demo.stages import Clock
 from tools.demo.tasks import TASKS
@@ -151,6 +152,12 @@ def test_settings_are_chosen_on_other_seeds_than_the_test(tmp_path):
     with pytest.raises(ValueError, match="those below for --measure test"):
         study.main(parse(["--workdir", str(tmp_path), "--seeds", "3", "--measure", "validation"]))
     assert parse(["--workdir", "x", "--seeds", "0-2,7"]).seeds == [0, 1, 2, 7]
+
+
+def test_a_folder_is_one_studys_at_a_time(tmp_path):
+    args = study.make_parser().parse_args(["--workdir", str(tmp_path), "--seeds", "0"])
+    with hold(tmp_path), pytest.raises(RuntimeError, match="in use by process"):
+        study.main(args)
 
 
 def test_no_arm_trains_on_a_schedule_of_its_own_length(tmp_path):

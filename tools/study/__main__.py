@@ -5,8 +5,9 @@ from) that GRPO spent. Results lie in WORKDIR/results, one small file an arm; wh
 done again, and a run that was stopped goes on where it stood. Settings are chosen with
 --measure validation, on seeds from 100 on; test problems are measured once.
 
-On one core a data set takes a minute, an SFT start 5 to 7, an arm 2 to 7. All arms, both tasks and
-3 seeds are 12 starts and 78 arms: about 6 hours of one core, half an hour of 16 with --jobs 16.
+On one core a data set takes a minute, an SFT start 3 to 6, an arm 2 to 5. All arms, both tasks and
+3 seeds are 24 starts and 114 arms: about 7 hours of one core. A folder is one study's; seeds that
+ran elsewhere are added by copying the files of their results/.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 from srpo_jax.data.files import write_json, write_text
+from srpo_jax.data.lock import hold
 from tools.demo.stages import ROOT, Clock
 from tools.demo.tasks import TASKS
 from tools.lib import cli
@@ -150,7 +152,8 @@ def main(args: argparse.Namespace) -> int:
     left = sum(not job.done.exists() for job in jobs)
     clock.say(f"{left} of {len(jobs)} jobs to do, {args.jobs} at a time")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what runs is stopped
-    failures = run_jobs(jobs, args.jobs, 60 * (args.minutes or math.inf), clock)
+    with hold(workdir, clock.say):
+        failures = run_jobs(jobs, args.jobs, 60 * (args.minutes or math.inf), clock)
     for line in failures:
         print(f"error: {line}")
     left = sum(not job.done.exists() for job in jobs)
