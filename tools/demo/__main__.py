@@ -2,10 +2,9 @@
 
 Draws "dot tiles" problems, writes reflections for them by a program that knows the steps, trains a
 tokenizer, makes a random Qwen2.5-VL of 1.1 million parameters, runs reflection SFT, then SRPO and a
-pure-GRPO control of equal length from the same checkpoint, and configs/grpo.py:recipe=best from an
-SFT that does not imitate wrong first answers. Evaluates all of them on problems that nothing was
-tuned on, and exports to Hugging Face format. Every stage is one of the package's own commands and
-is printed. A run that was stopped goes on where it stood.
+pure-GRPO control and configs/grpo.py:recipe=best of equal length from the same checkpoint, evaluates
+all of them on problems that nothing was tuned on, and exports to Hugging Face format. Every stage
+is one of the package's own commands and is printed. A run that was stopped goes on where it stood.
 """
 
 import argparse
@@ -71,17 +70,11 @@ def common(folder: Path, hf_dir: Path, seed: int, task: Task) -> dict[str, Any]:
     }
 
 
-# SFT -> data.mask_wrong_first: whether wrong first attempts, half of them here, are imitated.
-SFTS = {"SFT": "false", "SFT-masked": "true"}
-
-
-def sft_stage(
-    folder: Path, seed: int, plan: Plan, task: Task = DOT_TILES, name: str = "SFT"
-) -> Stage:
-    """Reflection SFT from random weights, one of `SFTS`; the vision tower learns too."""
-    out = folder / name.lower()
+def sft_stage(folder: Path, seed: int, plan: Plan, task: Task = DOT_TILES) -> Stage:
+    """Reflection SFT from random weights; the vision tower learns too."""
+    out = folder / "sft"
     return Stage(
-        name,
+        "SFT",
         "srpo_jax.train_sft",
         "configs/sft.py:size=tiny",
         out,
@@ -94,7 +87,8 @@ def sft_stage(
             "data.prompts_per_row": plan.sft_batch,
             "data.tokens": task.prompt_tokens + task.completion_tokens,
             "data.patch_budgets": task.budgets(plan.sft_batch),
-            "data.mask_wrong_first": SFTS[name],
+            # From random weights even a wrong first attempt teaches reading and the template.
+            "data.mask_wrong_first": "false",
             "steps": plan.sft_steps,
             "freeze": "()",
             "optim.lr": plan.sft_lr,
@@ -109,10 +103,8 @@ def sft_stage(
     )
 
 
-# RL: the paper's reward, one for the final answer alone, and recipe=best from the SFT that
-# configs/sft.py's default is.
+# RL from the same SFT: the paper's reward, one for the final answer alone, and recipe=best.
 PROFILES = {"SRPO": "paper", "GRPO": "grpo", "best": ""}
-STARTS = {"SRPO": "SFT", "GRPO": "SFT", "best": "SFT-masked"}
 
 
 def rl_stage(folder: Path, seed: int, plan: Plan, name: str, task: Task = DOT_TILES) -> Stage:
@@ -125,7 +117,7 @@ def rl_stage(folder: Path, seed: int, plan: Plan, name: str, task: Task = DOT_TI
         out,
         done=out / "hf",
         steps=plan.rl_steps,
-        overrides=common(folder, folder / STARTS[name].lower() / "hf", seed, task)
+        overrides=common(folder, folder / "sft/hf", seed, task)
         | ({"reward.profile": PROFILES[name]} if PROFILES[name] else {})
         | {
             "reward.right_words": report.WORDS.right,
@@ -204,7 +196,7 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
         clock.say("done before")
         return json.loads(path.read_text())
     prepare(folder, seed, plan, clock)
-    run_stages([sft_stage(folder, seed, plan, name=name) for name in SFTS], clock)
+    run_stages([sft_stage(folder, seed, plan)], clock)
     run_stages([rl_stage(folder, seed, plan, name) for name in PROFILES], clock)
     stages = {
         (name, mode): eval_stage(folder, seed, plan, name, mode, split)

@@ -12,7 +12,7 @@ from srpo_jax.report.accounting import accuracy_at, trade_off
 from srpo_jax.rewards.stated import Words, stated
 from srpo_jax.structs import BLOCKS
 
-MODELS = ("init", "SFT", "SRPO", "GRPO", "SFT-masked", "best")
+MODELS = ("init", "SFT", "SRPO", "GRPO", "best")
 MODES = {"sampled": "sampled at temperature 1", "greedy": "greedy"}
 COLUMNS = {  # of the table -> key of a row
     "acc@1": "acc@1",
