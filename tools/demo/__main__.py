@@ -2,9 +2,10 @@
 
 Draws "dot tiles" problems, writes reflections for them by a program that knows the steps, trains a
 tokenizer, makes a random Qwen2.5-VL of 1.1 million parameters, runs reflection SFT, then SRPO and a
-pure-GRPO control and configs/grpo.py:recipe=best of equal length from the same checkpoint, evaluates
-all of them on problems that nothing was tuned on, and exports to Hugging Face format. Every stage
-is one of the package's own commands and is printed. A run that was stopped goes on where it stood.
+pure-GRPO control and configs/grpo.py:recipe=best of equal length from the same checkpoint,
+evaluates all of them on problems that nothing was tuned on, and exports to Hugging Face format.
+Every stage is one of the package's own commands and is printed. A run that was stopped goes on
+where it stood.
 """
 
 import argparse
