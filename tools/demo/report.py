@@ -116,10 +116,11 @@ def _line(cells: Sequence[str]) -> str:
 
 def _mean(values: Sequence[float | None]) -> str:
     """A rate in percent; with several seeds +- their standard deviation; a dash for one unknown."""
-    if None in values:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return "–"
-    text = f"{100 * np.mean(values):.1f}"
-    return text if len(values) == 1 else f"{text} ± {100 * np.std(values, ddof=1):.1f}"
+    text = f"{100 * np.mean(known):.1f}"
+    return text if len(known) == 1 else f"{text} ± {100 * np.std(known, ddof=1):.1f}"
 
 
 def gain_lines(seeds: Sequence[dict[str, Any]]) -> str:
