@@ -266,6 +266,7 @@ def test_what_a_study_runs_is_listed_seed_by_seed(tmp_path):
     assert names[:3] == ["seed 0: data", "seed 0: SFT, five", "seed 0: SFT, mix"]
     assert names[3:6] == [f"seed 0: {name}" for name in ("sft", "grpo", "adaptive")]
     assert jobs[5].needs == (
+        tmp_path / "partners/seed0/prepared",
         tmp_path / "partners/seed0/mix/hf",
         tmp_path / "partners/seed0/grpo.rows.json",
     )

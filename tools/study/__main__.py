@@ -112,7 +112,7 @@ def jobs_of(args: argparse.Namespace, arms: list[Arm]) -> list[Job]:
                 )
                 jobs.append(Job(f"{name}: SFT, {one}", folder / one / "hf", work, (ready,)))
             for arm in arms:
-                needs = (folder / arm.start / "hf",)
+                needs = (ready, folder / arm.start / "hf")
                 if arm.overrides and arm.name != "grpo":
                     needs += (folder / "grpo.rows.json",)
                 work = functools.partial(
