@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from configs import grpo
 from srpo_jax.data.lock import hold
 from tools.demo import partners, tiles
 from tools.demo.stages import Clock
@@ -76,6 +77,18 @@ def test_the_mix_cuts_right_first_answers_alone():
 # --- equal compute -------------------------------------------------------------------------------
 
 
+def test_what_a_stopped_start_left_is_drawn_anew(tmp_path):
+    for left in ("data/rl.jsonl", "init/hf/config.json", "five/hf/config.json"):
+        (tmp_path / left).parent.mkdir(parents=True)
+        (tmp_path / left).touch()
+
+    def worker(arguments, log):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["five"]
+
+    study.prepare(worker, tmp_path, "partners", 0, quick=True)
+    assert (tmp_path / "prepared").exists()
+
+
 def test_an_arm_goes_on_to_grpos_tokens_and_not_beyond():
     assert measure.steps_within(rows(10), 4_000, most=99) == 20
     assert measure.steps_within(rows(10), 2_000, most=99) == 10
@@ -122,6 +135,10 @@ def test_an_arm_that_was_stopped_past_half_way_still_goes_on_to_grpos_compute(tm
 
     study.train(worker, tmp_path, "partners", 0, FULL, ARMS["adaptive"])
     assert asked == [100]
+
+
+def test_the_best_recipe_is_an_arm_of_the_study():
+    assert grpo.BEST in [arm.overrides for arm in ARMS.values()]
 
 
 def test_arms_of_one_start_share_it_and_masked_ones_do_not_imitate_wrong_first_answers(tmp_path):

@@ -192,7 +192,7 @@ def stop_curve(rows: Sequence[Row]) -> dict[str, Any]:
 def trade_off(stop: Mapping[str, Any]) -> list[tuple[float, float]]:
     """(mean tokens, accuracy) of a `stop_curve`, from its lowest threshold to never stopping."""
     points = (*stop["curve"], stop["points"]["final"])
-    return sorted((point["tokens"], point["accuracy"]) for point in points)
+    return [(point["tokens"], point["accuracy"]) for point in points]
 
 
 def accuracy_at(points: Sequence[Sequence[float]], tokens: float) -> float | None:

@@ -96,6 +96,7 @@ def page(
     named = dict(zip(names([run.folder for run in runs]), runs, strict=True))
     folders = [f"{run.folder}/rollouts" for run in runs]
     packed = rollouts.pack(folders, pictures, samples=samples, problems=problems)
+    rewards = [run.config.get("reward") for run in runs]  # what each is made of
     long = any(len(run.rows) > curves.MAX_POINTS for run in runs)
     return render(
         "run_page.html.jinja",
@@ -106,7 +107,7 @@ def page(
         evaluation_head=HEAD,
         evaluations=rate_rows(_evaluations(named) | dict(evaluations or {})),
         trade=trade(evaluations or {}),
-        other_rewards=len({json.dumps(reward) for run in runs if (reward := _reward(run))}) > 1,
+        other_rewards=len({json.dumps(own, sort_keys=True) for own in rewards if own}) > 1,
         problems=[(name, over_time(run)) for name, run in named.items() if run.answers],
         data=curves.charts({name: run.rows for name, run in named.items()})
         | {"part": rollouts.PART},
@@ -126,12 +127,6 @@ def trade(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     words = "Accuracy against tokens", "mean tokens of a response", "accuracy, %"
     return chart(*words, lines, inline=True) if lines else ""
-
-
-def _reward(run: Run) -> Config:
-    """What the rewards of a run are made of."""
-    own = run.config.get("reward") or {}
-    return {key: own[key] for key in sorted(own)}
 
 
 def over_time(run: Run) -> list[dict[str, Any]]:

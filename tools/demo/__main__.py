@@ -104,22 +104,27 @@ def sft_stage(folder: Path, seed: int, plan: Plan, task: Task = DOT_TILES) -> St
     )
 
 
-# RL from the same SFT: the paper's reward, one for the final answer alone, and recipe=best.
-PROFILES = {"SRPO": "paper", "GRPO": "grpo", "best": ""}
+# RL from the same SFT: recipe of configs/grpo.py, and what an arm changes in it.
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SRPO": ("paper", {}),
+    "GRPO": ("paper", {"reward.profile": "grpo"}),  # a reward for the final answer alone
+    "best": ("best", {}),
+}
 
 
 def rl_stage(folder: Path, seed: int, plan: Plan, name: str, task: Task = DOT_TILES) -> Stage:
-    """One of `PROFILES`."""
+    """One of `ARMS`."""
     out, per_row = folder / name.lower(), plan.rl_prompts // 2
+    recipe, changes = ARMS[name]
     return Stage(
         name,
         "srpo_jax.train_grpo",
-        f"configs/grpo.py:size=tiny{'' if PROFILES[name] else f',recipe={name}'}",
+        f"configs/grpo.py:size=tiny,recipe={recipe}",
         out,
         done=out / "hf",
         steps=plan.rl_steps,
         overrides=common(folder, folder / "sft/hf", seed, task)
-        | ({"reward.profile": PROFILES[name]} if PROFILES[name] else {})
+        | changes
         | {
             "reward.right_words": report.WORDS.right,
             "reward.wrong_words": report.WORDS.wrong,
@@ -198,7 +203,7 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
         return json.loads(path.read_text())
     prepare(folder, seed, plan, clock)
     run_stages([sft_stage(folder, seed, plan)], clock)
-    run_stages([rl_stage(folder, seed, plan, name) for name in PROFILES], clock)
+    run_stages([rl_stage(folder, seed, plan, name) for name in ARMS], clock)
     stages = {
         (name, mode): eval_stage(folder, seed, plan, name, mode, split)
         for name in report.MODELS
@@ -223,7 +228,7 @@ def run_seed(folder: Path, seed: int, plan: Plan, split: str, clock: Clock) -> d
 def write_page(folder: Path, split: str) -> None:
     """One page of a seed's RL runs and all evaluations; its path is printed."""
     tested = [folder / f"eval/{n.lower()}_{m}_{split}" for n in report.MODELS for m in report.MODES]
-    own, *others = (folder / name.lower() for name in PROFILES)
+    own, *others = (folder / name.lower() for name in ARMS)
     words = ["--workdir", own, "--compare", *others, "--evaluations", *tested]
     words += ["--out", folder / "report.html"]
     run_report.main(run_report.make_parser().parse_args([*map(str, words)]))

@@ -36,26 +36,24 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
 
 def measure(workdir: Path) -> dict[str, Any]:
     """One row of the table: the summary's rates, accuracy against tokens (``stop``), and what the
-    reflections' verdicts are worth.
-
-    ``detect`` is the share of wrong first answers of which the reflection says "no",
-    ``false_alarm`` that of right ones; both among samples that have a reflection.
-    """
+    reflections' verdicts are worth (`alarms`)."""
     summary = json.loads((workdir / "summary.json").read_text())
-    said = [
-        (row["first_correct"], stated(row["blocks"]["reflection"], WORDS) == -1)
-        for row in read_rows(workdir)
-        if row["blocks"]["reflection"]
-    ]
-    wrong = [no for first, no in said if not first]
-    right = [no for first, no in said if first]
     keys = ("samples", "acc@1", "acc@2", "fix", "harm", "format_rate", "truncated", "tokens")
     row = {key: summary[key] for key in keys}
     row["stop"] = trade_off(summary["stop"])
     row["blocks"] = [summary[f"tokens/{block}"] for block in BLOCKS]
-    row["detect"] = float(np.mean(wrong)) if wrong else 0.0
-    row["false_alarm"] = float(np.mean(right)) if right else 0.0
-    return row
+    return row | alarms(read_rows(workdir))
+
+
+def alarms(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """``detect``: the share of wrong first answers of which the reflection says "no";
+    ``false_alarm``: that of right ones; both among samples that have a reflection, 0 of none."""
+    said: dict[bool, list[bool]] = {False: [], True: []}
+    for row in rows:
+        if text := row["blocks"]["reflection"]:
+            said[bool(row["first_correct"])].append(stated(text, WORDS) == -1)
+    shares = {right: float(np.mean(no)) if no else 0.0 for right, no in said.items()}
+    return {"detect": shares[False], "false_alarm": shares[True]}
 
 
 def paired_gain(base: Path, new: Path, key: str = "final_correct") -> dict[str, float]:
@@ -96,7 +94,7 @@ def table(seeds: Sequence[dict[str, Any]], split: str = "test") -> str:
         for name in MODELS:
             rows = [seed["rows"][mode][name] for seed in seeds]
             cells = [_mean([row[key] for row in rows]) for key in COLUMNS.values()]
-            cells.append(_mean([at_share(seed["rows"][mode], name) for seed in seeds]))
+            cells.append(_at_share(seeds, mode, name))
             tokens = f"{np.mean([row['tokens'] for row in rows]):.1f}"
             blocks = np.mean([row["blocks"] for row in rows], axis=0)
             lines.append(_line([name, *cells, tokens, " / ".join(f"{x:.1f}" for x in blocks)]))
@@ -104,10 +102,15 @@ def table(seeds: Sequence[dict[str, Any]], split: str = "test") -> str:
     return "\n\n".join(parts)
 
 
-def at_share(rows: Mapping[str, dict[str, Any]], name: str) -> float | None:
+def at_share(stop: Sequence[Sequence[float]], grpo_tokens: float) -> float | None:
     """Accuracy of a model that stops after confident first answers, at `SHARE` of the tokens of
     GRPO's responses; None where it has no shorter responses."""
-    return accuracy_at(rows[name]["stop"], SHARE * rows["GRPO"]["tokens"])
+    return accuracy_at(stop, SHARE * grpo_tokens)
+
+
+def _at_share(seeds: Sequence[dict[str, Any]], mode: str, name: str) -> str:
+    rows = [seed["rows"][mode] for seed in seeds]
+    return _mean([at_share(row[name]["stop"], row["GRPO"]["tokens"]) for row in rows])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -161,10 +164,6 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
     def rate(mode: str, model: str, key: str) -> float:
         return 100 * float(np.mean([s["rows"][mode][model][key] for s in seeds]))
 
-    shared = {
-        name: 100 * float(np.mean([at_share(s["rows"]["sampled"], name) or 0.0 for s in seeds]))
-        for name in ("GRPO", "SRPO", "best")
-    }
     apart = gain("SRPO - GRPO, final, sampled")
     intervals = [s["gains"]["SRPO - GRPO, final, sampled"] for s in seeds]
     clear = all(g["low"] > 0 for g in intervals) or all(g["high"] < 0 for g in intervals)
@@ -185,7 +184,7 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
         f"{abs(apart):.1f} points of SRPO on the final answer ({difference}): this task shows that "
         "RL works, not that SRPO beats GRPO on the final answer.",
         "- Three fifths of GRPO's tokens, spent by stopping after confident first answers, bring "
-        + ", ".join(f"{name} to {at:.1f}" for name, at in shared.items())
+        + ", ".join(f"{n} to {_at_share(seeds, 'sampled', n)}" for n in ("GRPO", "SRPO", "best"))
         + ". recipe=best (docs/study.md) pays the first round for its own answer; its final answer "
         f"ends {gain('best - GRPO, final, sampled'):+.1f} points from GRPO's.",
         f"- The first answer moves by {gain('SRPO - SFT, first, sampled'):+.1f} points sampled, "

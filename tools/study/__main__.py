@@ -18,6 +18,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from srpo_jax.data.files import write_json, write_text
 from srpo_jax.data.lock import hold
@@ -35,7 +36,8 @@ STEPS_LIMIT = 3  # times GRPO's steps: an arm that spends little stops there
 
 def prepare(worker: Run, folder: Path, task: str, seed: int, quick: bool) -> None:
     """Data and random weights; what a stopped start left is drawn anew."""
-    shutil.rmtree(folder / "data", ignore_errors=True)
+    for left in ("data", "init"):
+        shutil.rmtree(folder / left, ignore_errors=True)
     words = ["--task", task, "--seed", str(seed), "--folder", str(folder), *["--quick"] * quick]
     worker(["-m", "tools.study.prepare", *words], folder / "prepare.log")
     (folder / "prepared").touch()
@@ -53,8 +55,7 @@ def train(worker: Run, folder: Path, task: str, seed: int, budget: Budget, arm: 
     still has to do follows from its rows alone."""
     plan, out, yardstick = budget.plan, folder / arm.name, folder / "grpo.rows.json"
 
-    def wanted() -> int:
-        rows = training_rows(out)
+    def wanted(rows: list[dict[str, Any]]) -> int:
         if arm.name == "grpo":
             return plan.rl_steps
         if len(rows) < plan.rl_steps // 2:
@@ -62,11 +63,11 @@ def train(worker: Run, folder: Path, task: str, seed: int, budget: Budget, arm: 
         total = tokens_of(json.loads(yardstick.read_text()))["total"]
         return steps_within(rows, total, STEPS_LIMIT * plan.rl_steps)
 
-    while len(training_rows(out)) < (steps := wanted()):
+    while len(rows := training_rows(out)) < (steps := wanted(rows)):
         stage = rl_stage(folder, seed, plan, TASKS[task], arm, steps)
         worker(stage.arguments, stage.log)
     if arm.name == "grpo":
-        write_json(yardstick, training_rows(out))
+        write_json(yardstick, rows)
 
 
 def run_arm(

@@ -36,16 +36,10 @@ def _known_keys() -> frozenset[str]:
 
 # SFT: what it learns from, and how. "mix" has one round where that is right; "masked" ones see
 # wrong first answers and do not imitate them, as configs/sft.py's default is.
-STARTS: dict[str, dict[str, Any]] = {
-    "five": {"data.train": "five.parquet"},
-    "mix": {"data.train": "mix.parquet", "data.target": "adaptive"},
-    "masked": {"data.train": "five.parquet", "data.mask_wrong_first": "true"},
-    "masked_mix": {
-        "data.train": "mix.parquet",
-        "data.target": "adaptive",
-        "data.mask_wrong_first": "true",
-    },
-}
+FIVE = {"data.train": "five.parquet"}
+MIX = {"data.train": "mix.parquet", "data.target": "adaptive"}
+MASKED = {"data.mask_wrong_first": "true"}
+STARTS = {"five": FIVE, "mix": MIX, "masked": FIVE | MASKED, "masked_mix": MIX | MASKED}
 GRPO = {"reward.profile": "grpo"}
 FORKS = GRPO | {"sampling.forks": 2}
 VERDICT = {"reward.verdict": 0.25}
@@ -147,7 +141,7 @@ def start_stage(folder: Path, seed: int, plan: demo.Plan, task: Task, start: str
     """SFT of one of `STARTS`; arms share it."""
     stage, out = demo.sft_stage(folder, seed, plan, task), folder / start
     chosen = STARTS[start]
-    own = chosen | {
+    own: dict[str, Any] = chosen | {
         "data.train": folder / "data" / chosen["data.train"],
         "export_hf_dir": out / "hf",
     }

@@ -9,8 +9,7 @@ import numpy as np
 from srpo_jax.data.files import read_jsonl
 from srpo_jax.report.accounting import stop_curve, trade_off
 from srpo_jax.report.rates import rates
-from srpo_jax.rewards.stated import stated
-from tools.demo.report import WORDS
+from tools.demo.report import alarms
 
 CURVE_POINTS = 12
 RATES = ("acc@1", "acc@2", "fix", "harm", "format_rate", "tokens", "reflected")
@@ -56,11 +55,6 @@ def evaluated(folder: Path) -> dict[str, Any]:
     of each problem, how many samples have a right final answer, a digit each."""
     rows = read_jsonl(folder / "samples.jsonl")
     found = rates(rows)
-    said = [
-        (row["first_correct"], stated(row["blocks"]["reflection"], WORDS) == -1)
-        for row in rows
-        if row["blocks"]["reflection"]
-    ]
     right: dict[str, int] = {}
     for row in rows:
         right[row["id"]] = right.get(row["id"], 0) + bool(row["final_correct"])
@@ -68,8 +62,7 @@ def evaluated(folder: Path) -> dict[str, Any]:
         **{name: round(found[name], 5) for name in RATES},
         "acc@2/reflected": round(found["acc@2/reflected"], 5),
         "acc@2/one_round": round(found["acc@2/one_round"], 5),
-        "detect": round(_mean(no for first, no in said if not first), 5),
-        "false_alarm": round(_mean(no for first, no in said if first), 5),
+        **{name: round(share, 5) for name, share in alarms(rows).items()},
         "stop": [
             [round(tokens, 3), round(share, 5)] for tokens, share in trade_off(stop_curve(rows))
         ],
