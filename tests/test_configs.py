@@ -141,13 +141,9 @@ def test_the_authors_recipe_is_the_papers_but_for_what_their_code_does_otherwise
     assert debug.steps == 2 and debug.filter.low == 0.0
 
 
-def test_the_best_recipe_pays_each_round_for_its_own_answer():
-    old, new = (
-        flat_config(grpo.get_config(arg).to_dict()) for arg in ("size=7b", "size=7b,recipe=best")
-    )
-    assert {key: new[key] for key in new if old[key] != new[key]} == grpo.BEST
-    settings = grpo_settings(grpo.get_config("size=7b,recipe=best"))
-    assert settings.reward.profile.name == "balanced" and settings.grpo.credit == "segments"
+def test_the_best_recipe_is_the_papers_as_long_as_the_study_finds_none_better():
+    assert grpo.get_config("size=7b,recipe=best") == grpo.get_config("size=7b")
+    assert set(grpo.arguments()["recipe"]) == {"paper", "authors", "best"}
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def seed_result(sampled: float, greedy: float) -> dict:
     row["stop"] = [(10.0, 0.1), (30.0, 0.5)]
     gains = {
         f"{a} - {b}, {what}, {mode}": {"gain": 0.0, "low": -0.01, "high": 0.01}
-        for a, b in (("SRPO", "SFT"), ("GRPO", "SFT"), ("SRPO", "GRPO"), ("best", "GRPO"))
+        for a, b in (("SRPO", "SFT"), ("GRPO", "SFT"), ("SRPO", "GRPO"), ("segments", "GRPO"))
         for what in ("final", "first")
         for mode in report.MODES
     }
@@ -375,7 +375,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 
 def test_a_seed_has_one_page_of_both_runs_and_all_evaluations(tmp_path, capsys):
     row = {"split": "train", "step": 1, "reward/mean": 1.0}
-    for name in ("srpo", "grpo", "best"):
+    for name in ("srpo", "grpo", "segments"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     tested = [f"{n.lower()}_{m}_test" for n in report.MODELS for m in report.MODES]
@@ -387,7 +387,7 @@ def test_a_seed_has_one_page_of_both_runs_and_all_evaluations(tmp_path, capsys):
     run.write_page(tmp_path, "test")
     html = (tmp_path / "report.html").read_text("utf-8")
     assert str(tmp_path / "report.html") in capsys.readouterr().out
-    assert '"runs": ["srpo", "grpo", "best"]' in html
+    assert '"runs": ["srpo", "grpo", "segments"]' in html
     assert all(f"<td>{name}</td>" in html for name in tested)
 
 
@@ -420,7 +420,7 @@ def test_the_whole_demo_in_its_quick_form_and_the_notebook_that_shows_it(tmp_pat
     results = json.loads((out / "results_test.json").read_text())
     assert [s["seed"] for s in results["seeds"]] == [0]
     assert results["seeds"][0]["rows"]["greedy"]["init"]["samples"] == run.QUICK.test
-    for name in ("sft", "srpo", "grpo", "best"):
+    for name in ("sft", "srpo", "grpo", "segments"):
         steps = {"sft": run.QUICK.sft_steps}.get(name, run.QUICK.rl_steps)
         rows = (out / f"seed0/{name}/metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, steps + 1))

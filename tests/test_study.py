@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from configs import grpo
 from srpo_jax.data.lock import hold
 from tools.demo import partners, tiles
 from tools.demo.stages import Clock
@@ -135,10 +134,6 @@ def test_an_arm_that_was_stopped_past_half_way_still_goes_on_to_grpos_compute(tm
 
     study.train(worker, tmp_path, "partners", 0, FULL, ARMS["adaptive"])
     assert asked == [100]
-
-
-def test_the_best_recipe_is_an_arm_of_the_study():
-    assert grpo.BEST in [arm.overrides for arm in ARMS.values()]
 
 
 def test_arms_of_one_start_share_it_and_masked_ones_do_not_imitate_wrong_first_answers(tmp_path):

@@ -12,7 +12,7 @@ from srpo_jax.report.accounting import accuracy_at, trade_off
 from srpo_jax.rewards.stated import Words, stated
 from srpo_jax.structs import BLOCKS
 
-MODELS = ("init", "SFT", "SRPO", "GRPO", "best")
+MODELS = ("init", "SFT", "SRPO", "GRPO", "segments")
 MODES = {"sampled": "sampled at temperature 1", "greedy": "greedy"}
 COLUMNS = {  # of the table -> key of a row
     "acc@1": "acc@1",
@@ -76,7 +76,7 @@ def gains(folders: dict[tuple[str, str], Path]) -> dict[str, dict[str, float]]:
         out[f"SRPO - SFT, final, {mode}"] = paired_gain(sft, srpo)
         out[f"GRPO - SFT, final, {mode}"] = paired_gain(sft, grpo)
         out[f"SRPO - GRPO, final, {mode}"] = paired_gain(grpo, srpo)
-        out[f"best - GRPO, final, {mode}"] = paired_gain(grpo, folders["best", mode])
+        out[f"segments - GRPO, final, {mode}"] = paired_gain(grpo, folders["segments", mode])
         out[f"SRPO - SFT, first, {mode}"] = paired_gain(sft, srpo, "first_correct")
         out[f"GRPO - SFT, first, {mode}"] = paired_gain(sft, grpo, "first_correct")
     return out
@@ -164,6 +164,7 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
     def rate(mode: str, model: str, key: str) -> float:
         return 100 * float(np.mean([s["rows"][mode][model][key] for s in seeds]))
 
+    shown = ("GRPO", "SRPO", "segments")
     apart = gain("SRPO - GRPO, final, sampled")
     intervals = [s["gains"]["SRPO - GRPO, final, sampled"] for s in seeds]
     clear = all(g["low"] > 0 for g in intervals) or all(g["high"] < 0 for g in intervals)
@@ -184,9 +185,9 @@ def reading(seeds: Sequence[dict[str, Any]]) -> str:
         f"{abs(apart):.1f} points of SRPO on the final answer ({difference}): this task shows that "
         "RL works, not that SRPO beats GRPO on the final answer.",
         "- Three fifths of GRPO's tokens, spent by stopping after confident first answers, bring "
-        + ", ".join(f"{n} to {_at_share(seeds, 'sampled', n)}" for n in ("GRPO", "SRPO", "best"))
-        + ". recipe=best (docs/study.md) pays the first round for its own answer; its final answer "
-        f"ends {gain('best - GRPO, final, sampled'):+.1f} points from GRPO's.",
+        + ", ".join(f"{n} to {_at_share(seeds, 'sampled', n)}" for n in shown)
+        + ". segments (grpo.credit, profile balanced) pays the first round for its own answer; its "
+        f"final answer ends {gain('segments - GRPO, final, sampled'):+.1f} points from GRPO's.",
         f"- The first answer moves by {gain('SRPO - SFT, first, sampled'):+.1f} points sampled, "
         f"{gain('SRPO - SFT, first, greedy'):+.1f} greedy, under SRPO, whose reward pays for it, "
         f"and by {gain('GRPO - SFT, first, sampled'):+.1f} and "

@@ -40,7 +40,7 @@ FIVE = {"data.train": "five.parquet"}
 MIX = {"data.train": "mix.parquet", "data.target": "adaptive"}
 MASKED = {"data.mask_wrong_first": "true"}
 STARTS = {"five": FIVE, "mix": MIX, "masked": FIVE | MASKED, "masked_mix": MIX | MASKED}
-GRPO = {"reward.profile": "grpo"}
+SRPO, GRPO, SEGMENTS = (demo.ARMS[name] for name in ("SRPO", "GRPO", "segments"))
 FORKS = GRPO | {"sampling.forks": 2}
 VERDICT = {"reward.verdict": 0.25}
 # The price is a trade: of a right answer 10 tokens leave 0.85 and 30 leave 0.55, so that to reflect
@@ -54,19 +54,18 @@ ON_DEMAND = GRPO | {
 }
 # First answers are paid themselves, so that they get better while most responses still reflect.
 BOTH_PAID = ON_DEMAND | {"reward.first": 1.0}
-SEGMENTS = {"reward.profile": "balanced", "grpo.credit": "segments"}
 ARMS = {
     arm.name: arm
     for arm in (
         Arm("sft", "no RL"),
         Arm("grpo", "final answer and format", GRPO),
-        Arm("srpo", "the paper's reward", {"reward.profile": "paper"}),
+        Arm("srpo", "the paper's reward", SRPO),
         Arm("openrlhf", "the authors' OpenRLHF reward", {"reward.profile": "openrlhf"}),
         Arm("balanced", "profile `balanced`", {"reward.profile": "balanced"}),
         Arm(
             "normalised",
             "the paper's, `grpo.normalise_terms`",
-            {"reward.profile": "paper", "grpo.normalise_terms": True},
+            SRPO | {"grpo.normalise_terms": True},
         ),
         Arm("segments", "`balanced`, `grpo.credit=segments`", SEGMENTS),
         Arm("forks", "GRPO's, `sampling.forks=2`", FORKS),
