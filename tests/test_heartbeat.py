@@ -108,6 +108,20 @@ def test_the_first_process_leaves_once_the_others_have_ended():
     assert time.monotonic() - begun < 2  # of more than these, if it had not heard of them
 
 
+def test_no_thread_is_in_the_store_when_python_ends(monkeypatch):
+    store, at_exit, calls = Store(), [], []
+    monkeypatch.setattr(processes, "_heartbeat", None)
+    monkeypatch.setattr(processes.distributed.global_state, "client", store)
+    monkeypatch.setattr(processes.atexit, "register", at_exit.append)
+    processes._start_heartbeat(1, 2, 0.2, threading.Event())
+    (end,) = at_exit
+    end()
+    assert json.loads(store["srpo/beat/1"])["ended"] == ""
+    store.key_value_set = lambda *_: calls.append(1)
+    time.sleep(0.5)  # of beats each 0.1 s
+    assert not calls
+
+
 def test_only_errors_of_a_broken_connection_are_waited_for(monkeypatch):
     asked = []
     monkeypatch.setattr(

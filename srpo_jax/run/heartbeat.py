@@ -169,6 +169,15 @@ class Heartbeat:
         while time.monotonic() < end and any(s.get("ended") is None for s in self._said.values()):
             time.sleep(0.1)
 
+    def at_exit(self) -> None:
+        """Leave, and stay out of the store: for `atexit`.
+
+        A thread that comes back from C++ into a Python that is ending is ended there, which C++
+        answers with an abort of the whole process, after all its work.
+        """
+        self.leave(wait=False)
+        self._writing.acquire(timeout=GRACE)  # for good: the threads wait for it
+
 
 # --- the connection to the first process -----------------------------------------------------
 

@@ -104,7 +104,7 @@ def _start_heartbeat(index: int, count: int, timeout: float, gone: threading.Eve
     assert store is not None
     _heartbeat = heartbeat.Heartbeat(store, index, count, timeout, gone=gone)
     _heartbeat.start()
-    atexit.register(_heartbeat.leave, wait=False)
+    atexit.register(_heartbeat.at_exit)
 
 
 def name_the_lost(error: str) -> None:
