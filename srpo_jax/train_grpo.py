@@ -10,7 +10,7 @@ Reading guide: `train` sets up what `Stage` needs and hands its `step` to the se
             -> groups that teach something (run/pool.py) -> updates on the device (`Stage.update`)
 
 Rewards, advantages, KL and the loss are computed inside of jitted steps (learn/steps.py,
-learn/grpo.py, rewards/profiles.py, learn/losses.py); run/rollout.py samples and grades;
+learn/lane_tokens.py, learn/grpo.py, rewards/profiles.py); run/rollout.py samples and grades;
 run/session.py owns the train state, restores, logs, evaluates, saves and exports. A run that is
 stopped (SIGTERM, Ctrl-C) finishes its step or gives it up, saves and leaves with exit code 75; the
 same command goes on from there, bit for bit.

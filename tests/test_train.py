@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import jax
@@ -17,24 +16,21 @@ import numpy as np
 import pytest
 import train_helpers as helpers
 from checkpoint_helpers import stored_params
-from etils import epath
 from simulated import xla_flags
 
 from srpo_jax import evaluate, train_grpo, train_sft
 from srpo_jax.data.encoders import SftEncoder
-from srpo_jax.learn.grpo import GrpoConfig
 from srpo_jax.learn.optim import make_optimizer
 from srpo_jax.learn.state import init_state, merge_params
 from srpo_jax.learn.steps import make_sft_step
 from srpo_jax.model import hf, sharding
 from srpo_jax.model.config import load_config
 from srpo_jax.rewards.profiles import PAPER
-from srpo_jax.run import checkpoint, reference, rollout, session
+from srpo_jax.run import checkpoint, rollout, session
 from srpo_jax.run.command import AGAIN
 from srpo_jax.run.feed import open_training
-from srpo_jax.run.metrics import Timers, read_rows, to_plain
+from srpo_jax.run.metrics import read_rows, to_plain
 from srpo_jax.run.parts import load_weights, start
-from srpo_jax.run.reference import Reference, adapted_kl_coef
 from srpo_jax.run.sections import EvaluateSettings, GrpoSettings, SftSettings
 from srpo_jax.run.settings import fit_rows, sft_config, sft_settings
 from srpo_jax.structs import RunError
@@ -552,137 +548,3 @@ def test_evaluation_counts_every_record_and_goes_on_where_it_was_stopped(
     changed.bootstrap = 7
     with pytest.raises(RunError, match="is there already, of other settings; give another"):
         evaluate.evaluate(changed, tmp_path / "broken")
-
-
-# --- what a run keeps for itself ---
-
-
-def test_the_reference_outlives_the_step_that_it_was_read_from(tmp_path, monkeypatch):
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = {name: jnp.full(3, n, jnp.float32) for n, name in enumerate(("a", "frozen"), 1)}
-    state = types.SimpleNamespace(params={"a": params["a"]}, frozen={"frozen": params["frozen"]})
-    model = types.SimpleNamespace(dtype="bfloat16")
-    parts = types.SimpleNamespace(model=types.SimpleNamespace(lora=None), timers=Timers())
-    cfg = GrpoConfig(kl_coef=0.1, ref_every=4)
-    settings = types.SimpleNamespace(model=model, workdir=epath.Path(tmp_path / "rl"), plain={})
-    settings.grpo, settings.optim = cfg, types.SimpleNamespace(offload=False)
-
-    def load(settings, parts, dtype, source):
-        shardings = dict.fromkeys(params, place)
-        return checkpoint.load_params(source, shardings, params, dtype), source
-
-    monkeypatch.setattr(reference, "load_weights", load)
-    origin = tmp_path / "sft" / "checkpoints" / "7"  # retention has deleted it
-    run = types.SimpleNamespace(step=0, origin=str(origin), state=state, base={}, hosts=[])
-    load_now = lambda: Reference(settings, parts, cfg, run).params  # noqa: E731
-    first = load_now()
-    run.step = 3
-    again = load_now()
-    assert first.keys() == again.keys() == {"a"}
-    assert again["a"].dtype == "bfloat16" and jnp.array_equal(first["a"], again["a"])
-    assert checkpoint.read_meta(tmp_path / "rl" / "reference")["origin"] == str(origin)
-    run.step, run.origin = 0, str(tmp_path / "hf")  # what is no run's stays where it is
-    settings.workdir = epath.Path(tmp_path / "other")
-    load_now()
-    assert not (tmp_path / "other").exists()
-
-    # Renewed after steps 4, 8 and 12: a checkpoint is resumed with the one that it had.
-    settings.workdir = epath.Path(tmp_path / "rl")
-    for step in (4, 8, 12):
-        state.params["a"] = jnp.full(3, step, jnp.float32)
-        kept = Reference(settings, parts, cfg, run)
-        kept.follow(state, step, {})
-        assert jnp.array_equal(kept.params["a"], state.params["a"])
-        (settings.workdir / "checkpoints" / f"{step + 2}").mkdir(parents=True)
-        if step == 8:  # retention
-            (settings.workdir / "checkpoints" / "6").rmdir()
-    kept = {path.name for path in (tmp_path / "rl").glob("reference*")}
-    assert kept == {"reference", "reference_8", "reference_12"}
-    for run.step, since in ((10, 8), (11, 8), (12, 12), (14, 12)):
-        assert (load_now()["a"] == since).all()
-    run.step = 7
-    with pytest.raises(checkpoint.CheckpointError, match="reference_4: no checkpoint here"):
-        load_now()
-
-
-def test_the_coefficient_of_the_kl_follows_its_target():
-    assert adapted_kl_coef(0.1, 0.05, 0.05) == 0.1
-    assert adapted_kl_coef(0.1, 0.055, 0.05) == pytest.approx(0.1 * 1.01)
-    assert adapted_kl_coef(0.1, 9.0, 0.05) == pytest.approx(0.1 * 1.02)  # at most so much a step
-    assert adapted_kl_coef(0.1, -1.0, 0.05) == pytest.approx(0.1 * 0.98)
-    assert adapted_kl_coef(0.1, float("nan"), 0.05) == 0.1
-
-
-# --- stops with a clear message ------------------------------------------------------------------
-
-
-def test_recompilation_after_warm_up_stops_the_run_and_names_the_step(paths, tmp_path, monkeypatch):
-    to_global, calls = train_sft.sharding.to_global, []
-
-    def wider_in_step_3(batch, mesh):
-        calls.append(1)
-        if len(calls) == 3:
-            batch = batch.replace(tokens=np.pad(batch.tokens, ((0, 0), (0, 8))))
-        return to_global(batch, mesh)
-
-    def make_fake_step(*_, **__):
-        def sft_step(state, batch, features):
-            return state, {"loss": batch.tokens.sum()}
-
-        return jax.jit(sft_step)
-
-    monkeypatch.setattr(train_sft.sharding, "to_global", wider_in_step_3)
-    monkeypatch.setattr(train_sft, "make_sft_step", make_fake_step)
-    with pytest.raises(RunError) as error:
-        train_sft.train(helpers.sft_config(paths, steps=5, **MESH), tmp_path / "guarded")
-    message = str(error.value)
-    assert "recompiled after warm-up" in message and "sft_step" in message
-    assert "tokens int32[8, 296]" in message and "tokens [8, 288]" in message
-    calls.clear()
-    unguarded = helpers.sft_config(paths, steps=5, **MESH)
-    unguarded.compile_guard = False
-    assert train_sft.train(unguarded, tmp_path / "unguarded")["finished"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hf_dir": ""}, "hf_dir is empty: pass --config.hf_dir"),
-        ({"size": "7b"}, "hidden_size is 16, that of size=7b is 3584"),
-        ({"data.train": ""}, "data.train is empty: pass --config.data.train"),
-        (
-            {"data.prompt_tokens": 5},
-            "data.prompt_tokens=5 does not hold one image of max_pix",
-        ),
-        (
-            {"data.prompt_tokens": 20},
-            "none of the first .* exceed data.prompt_tokens=20; r",
-        ),
-        ({"data.patch_budgets": ()}, "64 image patches exceed data.patch_budgets=0; raise it"),
-        (
-            {"max_pixels": 10**6},
-            "data.patch_budgets: 64 do not hold one image of max_pixels=1000",
-        ),
-        ({"grpo.updates_per_rollout": 3}, "=3 must divide data.global_batch_size=8: .*rollout=2$"),
-        ({"sampling.group_size": 1}, "at least 2 samples"),
-        (
-            {"data.global_batch_size": 48},
-            r"has 40 records, fewer than a batch of data.global_batch_size=48: lower that",
-        ),
-        ({"sampling.temperature": 0.0}, "temperature 0"),
-        ({"mesh.tensor": 3}, "does not fit 8 devices"),
-        ({"init_from": "nowhere"}, "init_from=nowhere: no such directory; give a checkpoint"),
-        ({"init_from": "Qwen/Qwen2.5-VL-7B-Instruct"}, "hf download Qwen/Qwen2.5-VL-7B-Instruct"),
-        ({"export_hf_dir": f"{__file__}/hf"}, "export_hf_dir=.*test_train.py is a file; choose"),
-        ({"compilation_cache_dir": __file__}, "compilation_cache_dir=.*: is a file; give a folder"),
-        ({"export_hf_dir": str(ROOT)}, "exists and is not an empty directory"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_before_the_first_step(
-    paths, tmp_path, change, message
-):
-    config = helpers.grpo_config(paths, **MESH)
-    config.update_from_flattened_dict(change)
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        train_grpo.train(config, tmp_path)
-    assert not any(tmp_path.iterdir())  # the right command may start here

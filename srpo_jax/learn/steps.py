@@ -29,17 +29,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from srpo_jax.learn import grpo, losses, optim
-from srpo_jax.learn.advantages import families
-from srpo_jax.learn.grpo import GrpoConfig, Masked, Prepared, Tokens
+from srpo_jax.learn.grpo import GrpoConfig, Prepared
 from srpo_jax.learn.head import (
     HeadConfig,
     TokenLoss,
     model_token_logps,
     model_token_loss,
 )
+from srpo_jax.learn.lane_tokens import lane_states, own_part, part_of, to_owners
 from srpo_jax.learn.micro_batches import (
     add_gradient,
-    dealt_out,
     jit_on_mesh,
     join_micro_batches,
     micro_batch,
@@ -47,21 +46,18 @@ from srpo_jax.learn.micro_batches import (
     param_layout,
     replicated,
     rows_layout,
-    rows_of,
     state_layout,
     sum_gradients,
     used_micro_batches,
     without_vision,
     zero_gradient,
 )
-from srpo_jax.learn.objectives import Samples
 from srpo_jax.learn.optim import Optimizer
-from srpo_jax.learn.perception import side_by_side, views_of
 from srpo_jax.learn.state import FREEZE_VISION, abstract_state
 from srpo_jax.model import sharding
 from srpo_jax.model.config import ModelConfig
-from srpo_jax.model.layers import shard, take_in_rows
-from srpo_jax.model.qwen2_5_vl import Qwen2_5_VL, bind, predicting_slots
+from srpo_jax.model.layers import shard
+from srpo_jax.model.qwen2_5_vl import bind
 from srpo_jax.structs import (
     Batch,
     Experience,
@@ -71,8 +67,6 @@ from srpo_jax.structs import (
     TrainState,
     VisionInputs,
 )
-
-Data = tuple[Batch, jax.Array | None, Any]  # prompts, image features, what else there is of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,15 +193,15 @@ def make_logp_step(
         lanes: Lanes,
     ) -> jax.Array:  # six: a buffer, and what a micro-batch is made of
         data = (without_vision(batch, features_MND), features_MND, rollout)
-        own, model = _own_part(data, lanes, cfg), bind(model_cfg, params)
-        h_MYD, targets_MY, picked = _lane_states(model, own, lanes, lanes.sample >= 0)
+        own, model = own_part(data, lanes, cfg), bind(model_cfg, params)
+        h_MYD, targets_MY, picked = lane_states(model, own, lanes, lanes.sample >= 0)
         logp_MY, _ = model_token_logps(model, h_MYD, targets_MY, cfg.head, picked.count)
         G, R = logp_PGR.shape[1:]
         buffer = logp_PGR.reshape(len(lanes.row), cfg.micro_batches, -1)
         at_MY = jnp.where(picked.wanted_MY, picked.index(R), jnp.iinfo(jnp.int32).max)
         if lanes.pick is not None:
             per_row = len(logp_PGR) // (len(lanes.row) * cfg.micro_batches)
-            at_MY, logp_MY = _to_owners(lanes.pick, picked, logp_MY, (G, R), per_row)
+            at_MY, logp_MY = to_owners(lanes.pick, picked, logp_MY, (G, R), per_row)
         write = lambda x, row, at, new: x.at[row, at].set(new, mode="drop")  # noqa: E731
         buffer = jax.vmap(write)(buffer, lanes.row, at_MY, logp_MY)
         return shard(buffer.reshape(-1, G, R), "batch", None, None)
@@ -263,50 +257,12 @@ def make_grpo_steps(
         total: Total, state: TrainState, experience: Experience, ready: Prepared, lanes: Lanes
     ) -> Total:
         _check_features(state.params, experience.features)
-        batch = without_vision(experience.batch, experience.features)
-        joint = side_by_side(experience.features, experience.masked)
-        masked = experience.masked if joint is None else None
-        old = (experience.old_logp, experience.carried, experience.kl_coef)
-        rest = (experience.rollout, _by_sample(ready), experience.ref_logp, old, masked)
-        batch, joint, rest = _own_part((batch, joint, rest), lanes, cfg)
-        rollout, of_sample, ref_logp, (old_logp, carried_P, kl_coef_P), masked = rest
-        perceives = bool(cfg.perception_coef)
-        view, other_view = views_of(batch, joint, masked, on=perceives)
-        weight_PG, on_policy_PG = of_sample["weight"], of_sample["on_policy"]
-        weigh = functools.partial(_token_weights, of_sample, lanes.run is not None, cfg.forks)
-        in_lanes = lambda x_PG: take_in_rows(x_PG.reshape(-1), lanes.sample, len(lanes.row))  # noqa: E731
-        wanted_XCT = (lanes.sample >= 0) & (weigh(in_lanes, lanes.sample_at) != 0)
-
-        def of_masked(model: Qwen2_5_VL, picked: Picked) -> Masked:
-            has_image_P = (batch.vision_src >= 0).any(1)
-            seen_MY = picked.of_prompts(has_image_P, weight_PG)
-            if other_view is None:
-                nothing_MY = jnp.zeros(seen_MY.shape, jnp.float32)
-                return Masked(nothing_MY, nothing_MY, seen_MY)
-            states, targets, _ = _lane_states(model, (*other_view, rollout), lanes, wanted_XCT)
-            found = model_token_logps(model, states, targets, cfg.head, picked.count)
-            return Masked(*found, seen_MY)
+        part = part_of(cfg, experience, ready, lanes)
 
         def loss_fn(params: Params):
             model = bind(model_cfg, {**state.frozen, **params})
-            h_MYD, targets_MY, picked = _lane_states(model, (*view, rollout), lanes, wanted_XCT)
-            after_MY = picked.at_MY >= picked.of_samples(of_sample["first_end"])
-            adv, later = (picked.of_samples(of_sample[name]) for name in ("adv", "rest_adv"))
-            old_MY, on_policy_MY = _old_logp(rollout, old_logp, carried_P, on_policy_PG, picked)
-            tokens = Tokens(
-                adv=jnp.where(after_MY, later, adv) if cfg.parted else adv,
-                weight=jnp.where(picked.wanted_MY, weigh(picked.of_samples, picked.at_MY), 0.0),
-                sample_logp=picked.of_tokens(rollout.sample_logp),
-                policy_logp=picked.of_tokens(rollout.policy_logp),
-                old_logp=old_MY,
-                on_policy=on_policy_MY,
-                ref_logp=picked.of_tokens(ref_logp) if cfg.needs_reference else None,
-                samples=Samples(
-                    picked.sample_MY, picked.wanted_MY, weight_PG.size // len(lanes.row)
-                ),
-                kl_coef=None if kl_coef_P is None else picked.of_prompts(kl_coef_P, weight_PG),
-                masked=of_masked(model, picked) if perceives else None,
-            )
+            h_MYD, targets_MY, picked = part.states(model, part.view)
+            tokens = part.tokens(model, picked)
             if cfg.by_token:
                 return model_token_loss(model, h_MYD, targets_MY, tokens, loss, picked.count)
             found = model_token_logps(model, h_MYD, targets_MY, cfg.head, picked.count)
@@ -346,131 +302,6 @@ def grpo_update(
         with around(lanes):
             total = parts.accumulate(total, state, experience, ready, lanes)
     return parts.apply(state, total, ready)
-
-
-@dataclasses.dataclass(frozen=True)
-class Picked:
-    """Completion tokens [M, Y] of each row of a micro-batch: the wanted ones first, then others."""
-
-    sample_MY: jax.Array  # which completion of the row
-    at_MY: jax.Array  # which of its tokens
-    wanted_MY: jax.Array
-    count: jax.Array  # the most wanted ones of any row
-
-    def index(self, R: int) -> jax.Array:
-        """Where a token stands among its row's completions, R slots each."""
-        return self.sample_MY * R + self.at_MY
-
-    def of_samples(self, x_PG: jax.Array) -> jax.Array:
-        """[M, Y]: the sample's entry at each token."""
-        return take_in_rows(x_PG.reshape(-1), self.sample_MY, len(self.sample_MY))
-
-    def of_prompts(self, x_P: jax.Array, like_PG: jax.Array) -> jax.Array:
-        """[M, Y]: the prompt's entry at each token; of ``like_PG`` the shape counts."""
-        return self.of_samples(jnp.broadcast_to(x_P[:, None], like_PG.shape))
-
-    def of_tokens(self, x_PGR: jax.Array) -> jax.Array:
-        """[M, Y]: each token's own entry."""
-        return take_in_rows(x_PGR.reshape(-1), self.index(x_PGR.shape[2]), len(self.sample_MY))
-
-
-def _own_part(data: Data, lanes: Lanes, cfg: GrpoConfig) -> Data:
-    """Of a whole batch (prompts, features, what else there is of them) a micro-batch's part."""
-    rows: Data = rows_of(data, lanes.row, cfg.micro_batches)
-    return rows if lanes.pick is None else dealt_out(*rows, lanes.pick)
-
-
-def _lane_states(
-    model: Qwen2_5_VL,
-    data: tuple[Batch, jax.Array | None, Rollout],
-    lanes: Lanes,
-    wanted_XCT: jax.Array,
-) -> tuple[jax.Array, jax.Array, Picked]:
-    """Of one micro-batch's wanted tokens what predicts them [M, Y, D], themselves, and which they
-    are.
-
-    ``data``: its prompts, its image features (None: its images are encoded here), its rollout. The
-    head sees the wanted tokens only: they come first, and the rest is left out.
-    """
-    batch, features_MND, rollout = data
-    M, (P, G, _) = len(lanes.row), rollout.completions.shape
-    if features_MND is None and batch.vision is not None:
-        features_MND = model.encode_images(batch.vision)
-    x_XYD = model.lane_stream(batch, features_MND, rollout.completions, lanes)
-    X, slots, D = x_XYD.shape
-    by_row = lambda x: x.reshape(M, -1)  # noqa: E731
-    first_slot_X1 = (jnp.arange(X) % (X // M) * slots)[:, None]
-    source_MY = by_row(predicting_slots(lanes, P // M, G) + first_slot_X1)
-    order_MY, count = losses.weighted_first(by_row(wanted_XCT))
-    source_MY, sample_MY, at_MY, wanted_MY = (
-        jnp.take_along_axis(x, order_MY, axis=1)
-        for x in (source_MY, *map(by_row, (lanes.sample, lanes.sample_at, wanted_XCT)))
-    )
-    picked = Picked(sample_MY, at_MY, wanted_MY, count)
-    h_MYD = take_in_rows(x_XYD.reshape(X * slots, D), source_MY, M)
-    h_MYD = model.text.norm(shard(h_MYD, "batch", None, None))
-    return h_MYD, picked.of_tokens(rollout.completions), picked
-
-
-def _to_owners(
-    pick_MQ: jax.Array, picked: Picked, logp_MY: jax.Array, shape: tuple[int, int], per_row: int
-) -> tuple[jax.Array, jax.Array]:
-    """[M, A], A = M * Y: where each token of a micro-batch stands in each shard's own row, out of
-    range where it is another's; and the log-probs. ``shape``: (G, R)."""
-    (G, R), M = shape, len(pick_MQ)
-    prompt_MY = jnp.take_along_axis(pick_MQ, jnp.maximum(picked.sample_MY, 0) // G, axis=1)
-    at_MY = (prompt_MY % per_row * G + picked.sample_MY % G) * R + picked.at_MY
-    owner_MY = jnp.where(picked.wanted_MY, prompt_MY // per_row, -1)
-    # All log-probs on every device: few bytes, beside a layer's weights.
-    own_1A, at_1A, logp_1A = (x.reshape(1, -1) for x in (owner_MY, at_MY, logp_MY))
-    at_MA = jnp.where(own_1A == jnp.arange(M)[:, None], at_1A, jnp.iinfo(jnp.int32).max)
-    return at_MA, jnp.broadcast_to(logp_1A, at_MA.shape)
-
-
-def _old_logp(
-    rollout: Rollout,
-    old_PGR: jax.Array | None,
-    carried_P: jax.Array | None,
-    on_policy_PG: jax.Array,
-    picked: Picked,
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """[M, Y] log-probs of the policy that sampled, and where that is the one that is updated; None
-    where it is so everywhere."""
-    if old_PGR is None and carried_P is None:
-        return None, None
-    old_MY = picked.of_tokens(rollout.policy_logp if old_PGR is None else old_PGR)
-    if carried_P is not None:
-        carried_MY = picked.of_prompts(carried_P, on_policy_PG)
-        old_MY = jnp.where(carried_MY, picked.of_tokens(rollout.policy_logp), old_MY)
-    return old_MY, picked.of_samples(on_policy_PG)
-
-
-def _by_sample(ready: Prepared) -> dict[str, jax.Array]:
-    """What is known of each sample [P, G]."""
-    on_policy_PG = jnp.broadcast_to(ready.on_policy_P[:, None], ready.adv_PG.shape)
-    return {
-        "adv": ready.adv_PG,
-        "rest_adv": ready.rest_adv_PG,
-        "first_end": ready.first_end_PG,
-        "weight": ready.weight_PG,
-        "on_policy": on_policy_PG,
-    }
-
-
-def _token_weights(
-    of_sample: dict[str, jax.Array],
-    once: bool,
-    forks: int,
-    take: Callable[[jax.Array], jax.Array],
-    at: jax.Array,
-) -> jax.Array:
-    """What token ``at`` of the samples weighs whose entries ``take`` picks; in a first round that
-    stands once for its family (``once``) what it weighs in all samples together."""
-    weight = take(of_sample["weight"])
-    if not once:
-        return weight
-    together = jnp.repeat(families(of_sample["weight"], forks).sum(-1), forks, axis=1)
-    return jnp.where(at < take(of_sample["first_end"]), take(together), weight)
 
 
 def _check_features(trained: Params, features_MND: jax.Array | None) -> None:
