@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from types import SimpleNamespace
 
@@ -79,6 +80,15 @@ def test_an_answer_longer_than_any_gold_is_wrong():
     assert decide("5", longest + "0") is False
 
 
+def forget_answers():
+    """Empty every cache of what was read of an answer."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("srpo_jax.rewards."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
 def test_hostile_answers_take_linear_time():
     million = (
         "\\boxed{" * 140_000, "{" * 1_000_000, "\\boxed{1}" * 110_000, "$" * 1_000_000,
@@ -99,11 +109,15 @@ def test_hostile_answers_take_linear_time():
         "5 " + "m" * 1990,
         *(part * (1950 // len(part)) for part in ("_", "½", "A (", "**a", "<b>", "5 5", "°", "²")),
     ):
-        start = time.process_time()
-        decide("5 cm", text)
-        decide("B", text, ("a", "5 cm"))
-        decide("1, 2", text)
-        assert time.process_time() - start < 5
+        seconds = []
+        for _ in range(3):  # what a busy machine adds differs, what slow code takes does not
+            forget_answers()
+            start = time.thread_time()
+            decide("5 cm", text)
+            decide("B", text, ("a", "5 cm"))
+            decide("1, 2", text)
+            seconds.append(time.thread_time() - start)
+        assert min(seconds) < 0.5, text[:20]
 
 
 # ------------------------------------------------------------------------------------- options

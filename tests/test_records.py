@@ -15,7 +15,7 @@ from PIL import Image
 
 from srpo_jax.data.errors import RecordError
 from srpo_jax.data.fields import ColumnError, Columns, to_record
-from srpo_jax.data.images import ImageRef, load_image
+from srpo_jax.data.images import load_image
 from srpo_jax.data.records import open_records, write_array_record
 
 GOOD = {"problem": "q", "answer": "1"}
@@ -25,10 +25,6 @@ def _one(tmp_path, **fields):
     """The only record of a file that holds GOOD with these fields changed."""
     row = {k: v for k, v in {**GOOD, **fields}.items() if v is not ...}
     return open_records(write_jsonl(tmp_path / "one.jsonl", [row]))[0]
-
-
-def _pixels(data: bytes) -> np.ndarray:
-    return np.asarray(load_image(ImageRef("f:1", data=data)))
 
 
 # --- fields ---

@@ -302,10 +302,8 @@ def test_a_family_shares_its_leader_s_first_round_and_each_draws_its_own_from_th
     logits = recomputed_logits(params, batch, features, out)
     policy = np.log(np.take_along_axis(softmax(logits), out.completions[..., None], -1)[..., 0])
     np.testing.assert_allclose(out.policy_logp[mask], policy[mask], atol=1e-5)
-    keys = sampling_logits.sample_keys(sampling_logits.base_key(6, 0), jnp.asarray(KEYS), 4)[
-        :, :, None
-    ]
-    keys = jnp.where(shared[..., None], keys[:, [0, 0, 2, 2]], keys)
+    keys = sampling_logits.sample_keys(sampling_logits.base_key(6, 0), jnp.asarray(KEYS), 4)
+    keys = jnp.where(shared[..., None], keys[:, [0, 0, 2, 2], None], keys[:, :, None])
     token = jnp.broadcast_to(jnp.arange(8), mask.shape)
     drawn, _ = jax.jit(sampling_logits.draw)(sampling_logits.token_keys(keys, token), logits)
     np.testing.assert_array_equal(np.asarray(drawn)[mask], out.completions[mask])

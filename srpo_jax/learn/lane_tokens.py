@@ -117,7 +117,7 @@ class Part:
     view: View
     masked_view: View | None  # also None where no prompt has an image
     rollout: Rollout
-    of_sample: dict[str, jax.Array]  # [P, G] each: see `_by_sample`
+    of_sample: dict[str, jax.Array]  # [P, G] each: `_by_sample`; "together" of shared first rounds
     ref_logp: jax.Array | None  # [P, G, R]
     old_logp: jax.Array | None  # [P, G, R]
     carried_P: jax.Array | None  # bool: sampled for an earlier step
@@ -133,11 +133,12 @@ class Part:
         weight_PG = of_sample["weight"]
         after_MY = picked.at_MY >= picked.of_samples(of_sample["first_end"])
         adv, later = (picked.of_samples(of_sample[name]) for name in ("adv", "rest_adv"))
-        weigh = _token_weights(cfg, self.lanes, of_sample)
+        weight_MY = _token_weights(of_sample, picked.of_samples, picked.at_MY)
         old_MY, on_policy_MY = self._old_logp(picked)
+        coef_P = self.kl_coef_P
         return Tokens(
             adv=jnp.where(after_MY, later, adv) if cfg.parted else adv,
-            weight=jnp.where(picked.wanted_MY, weigh(picked.of_samples, picked.at_MY), 0.0),
+            weight=jnp.where(picked.wanted_MY, weight_MY, 0.0),
             sample_logp=picked.of_tokens(self.rollout.sample_logp),
             policy_logp=picked.of_tokens(self.rollout.policy_logp),
             old_logp=old_MY,
@@ -146,9 +147,7 @@ class Part:
             samples=Samples(
                 picked.sample_MY, picked.wanted_MY, weight_PG.size // len(self.lanes.row)
             ),
-            kl_coef=None
-            if self.kl_coef_P is None
-            else picked.of_prompts(self.kl_coef_P, weight_PG),
+            kl_coef=None if coef_P is None else picked.of_prompts(coef_P, weight_PG),
             masked=self._masked(model, picked) if cfg.perception_coef else None,
         )
 
@@ -192,7 +191,10 @@ def part_of(cfg: GrpoConfig, experience: Experience, ready: Prepared, lanes: Lan
     def in_lanes(x_PG: jax.Array) -> jax.Array:
         return take_in_rows(x_PG.reshape(-1), lanes.sample, len(lanes.row))
 
-    weight_XCT = _token_weights(cfg, lanes, of_sample)(in_lanes, lanes.sample_at)
+    if lanes.run is not None:  # first rounds stand once for their families
+        together_PN = families(of_sample["weight"], cfg.forks).sum(-1)
+        of_sample["together"] = jnp.repeat(together_PN, cfg.forks, axis=1)
+    weight_XCT = _token_weights(of_sample, in_lanes, lanes.sample_at)
     wanted_XCT = (lanes.sample >= 0) & (weight_XCT != 0)
     return Part(cfg, lanes, wanted_XCT, view, masked_view, rollout, of_sample, ref_logp, *old)
 
@@ -210,19 +212,11 @@ def _by_sample(ready: Prepared) -> dict[str, jax.Array]:
 
 
 def _token_weights(
-    cfg: GrpoConfig, lanes: Lanes, of_sample: dict[str, jax.Array]
-) -> Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]:
-    """-> ``weigh(take, at)``: what token ``at`` of the samples weighs whose entries ``take`` picks.
-
-    In a first round that stands once for its family: what it weighs in all samples together.
-    """
-
-    def weigh(take: Callable[[jax.Array], jax.Array], at: jax.Array) -> jax.Array:
-        weight = take(of_sample["weight"])
-        if lanes.run is None:
-            return weight
-        together = families(of_sample["weight"], cfg.forks).sum(-1)
-        together = jnp.repeat(together, cfg.forks, axis=1)
-        return jnp.where(at < take(of_sample["first_end"]), take(together), weight)
-
-    return weigh
+    of_sample: dict[str, jax.Array], take: Callable[[jax.Array], jax.Array], at: jax.Array
+) -> jax.Array:
+    """What token ``at`` of the samples weighs whose entries ``take`` picks; in a first round that
+    stands once for its family what it weighs in all samples together."""
+    weight = take(of_sample["weight"])
+    if "together" not in of_sample:
+        return weight
+    return jnp.where(at < take(of_sample["first_end"]), take(of_sample["together"]), weight)
